@@ -1,0 +1,32 @@
+"""One kind of error for everything a user can put right, and the one place that prints it."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input: the message is one line that names the culprit (key, file:line, tensor) and what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` on a single line, for wrapping an error of a library in a `UserError`."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def exit_with_errors(main: Callable[[], int | None], debug_traceback: bool = False) -> int:
+    """Runs `main` and returns the exit status: a `UserError` becomes one `error:` line on stderr and status 1.
+
+    `debug_traceback` prints the traceback as well. Anything that is not a `UserError` is a defect of ours and is
+    raised as it is.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        if debug_traceback:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        return 130

@@ -1,0 +1,93 @@
+"""Low-rank adaptation (arXiv:2106.09685), written by hand: y = W x + scaling * B (A dropout(x)).
+
+The trained tree is the `lora` collection: for every adapted projection `lora_A` [N, R, in] and `lora_B` [N, out, R],
+stacked over layers like the base, and `mask_row` [D], the input embedding of the mask token. All masters are float32.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from difflm_jax.errors import UserError
+from difflm_jax.quant import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's keys, with PEFT's meaning. `target_modules` are names of projections."""
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def lora_product(
+    x_BLD: jax.Array,
+    lora_A: jax.Array,
+    lora_B: jax.Array,
+    config: LoraConfig,
+    dropout_keys_B: jax.Array | None,
+) -> jax.Array:
+    """scaling * B (A dropout(x)) in the dtype of `x`, [B, L, out].
+
+    `dropout_keys_B` holds one key a row (None: no dropout), so that a row's mask depends on the row alone and not on
+    the batch around it or on its padding.
+    """
+    if dropout_keys_B is not None and config.lora_dropout > 0:
+        keep = 1.0 - config.lora_dropout
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x_BLD.shape[1:]))(dropout_keys_B)
+        x_BLD = jnp.where(kept, x_BLD / jnp.asarray(keep, x_BLD.dtype), 0)
+    return matmul(matmul(x_BLD, lora_A), lora_B) * jnp.asarray(config.scaling, x_BLD.dtype)
+
+
+def init_lora(key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_row_D: jax.Array) -> dict[str, Any]:
+    """A fresh `lora` tree: A as PEFT draws it (uniform in ±1/sqrt(in), Kaiming with a = sqrt 5), B zero.
+
+    `params` is the base (its stacked projections give the shapes), `mask_row_D` the starting mask embedding.
+    Raises `UserError` for a target module that the model lacks.
+    """
+    lora: dict[str, Any] = {"mask_row": mask_row_D.astype(jnp.float32)}
+    found = set()
+    for block, projections in params["layers"].items():
+        for name, leaves in projections.items():
+            if name not in config.target_modules:
+                continue
+            found.add(name)
+            layers, out_dim, in_dim = leaves["weight"].shape
+            bound = 1.0 / math.sqrt(in_dim)
+            factor = jax.random.uniform(
+                jax.random.fold_in(key, len(found)), (layers, config.r, in_dim), jnp.float32, -bound, bound
+            )
+            module = {"lora_A": factor, "lora_B": jnp.zeros((layers, out_dim, config.r), jnp.float32)}
+            lora.setdefault("layers", {}).setdefault(block, {})[name] = module
+    if missing := set(config.target_modules) - found:
+        raise UserError(f"lora_config.target_modules: the model has no {', '.join(sorted(missing))}")
+    return lora
+
+
+def merge_lora(
+    params: dict[str, Any], lora: dict[str, Any], config: LoraConfig, mask_token_id: int | None
+) -> dict[str, Any]:
+    """The base with scaling * B A added to each adapted weight (in float32) and the mask row put in its place."""
+    merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries around the same arrays
+    for block, projections in lora.get("layers", {}).items():
+        for name, factors in projections.items():
+            weight = params["layers"][block][name]["weight"]
+            delta = jnp.einsum("nor,nri->noi", factors["lora_B"], factors["lora_A"], precision="highest")
+            merged["layers"][block][name]["weight"] = (weight.astype(jnp.float32) + config.scaling * delta).astype(
+                weight.dtype
+            )
+    if "mask_row" in lora and mask_token_id is not None:
+        table = params["embed_tokens"]["weight"]
+        merged["embed_tokens"]["weight"] = table.at[mask_token_id].set(lora["mask_row"].astype(table.dtype))
+    return merged

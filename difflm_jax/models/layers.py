@@ -1,0 +1,142 @@
+"""The parts of a transformer layer. Weights live in `params` (frozen), low-rank factors in `lora` (trained).
+
+A weight is read with `self.variable`, not `self.param`: the latter would compare its shape with that of a dense
+initialiser on every call, and refuse quantised or sharded leaves. Shapes are checked once, when a file is read.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from difflm_jax.lora import LoraConfig, lora_product
+from difflm_jax.models.attention import attend
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.rope import rotate
+from difflm_jax.quant import matmul
+
+# Each projection draws its dropout from its own stream.
+_DROPOUT_STREAM = {
+    name: index
+    for index, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+}
+
+
+def stored(*_: Any) -> Any:
+    """The initialiser of every frozen variable: there is none, weights come from files."""
+    raise ValueError("the model is applied to weights that were read from a file; it initialises none")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in float32, returned in the dtype of `x` (arXiv:1910.07467)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.variable("params", "weight", stored).value
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return x32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """A frozen projection [out, in] with an optional bias, plus its low-rank update where `lora` holds one."""
+
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, dropout_keys_B: jax.Array | None) -> jax.Array:
+        y = matmul(x_BLD, self.variable("params", "weight", stored).value)
+        if self.has_variable("params", "bias"):
+            y = y + self.variable("params", "bias", stored).value.astype(y.dtype)
+        if self.lora is not None and self.has_variable("lora", "lora_A"):
+            if dropout_keys_B is not None:
+                dropout_keys_B = _fold(dropout_keys_B, _DROPOUT_STREAM[self.name])
+            factor_A = self.variable("lora", "lora_A", stored).value
+            factor_B = self.variable("lora", "lora_B", stored).value
+            y = y + lora_product(x_BLD, factor_A, factor_B, self.lora, dropout_keys_B)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RoPE and, where the model has them, norms of queries and keys.
+
+    Applied with a mutable `cache` collection it leaves its keys and values there; applied with a filled, immutable
+    one, its queries see the cached keys before their own, and `mask_BTS` covers both.
+    """
+
+    config: ModelConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask_BTS: jax.Array,
+        dropout_keys_B: jax.Array | None,
+    ) -> jax.Array:
+        config = self.config
+        batch, length, _ = x_BTD.shape
+
+        def heads(name: str, count: int) -> jax.Array:
+            projected = Linear(self.lora, name=name)(x_BTD, dropout_keys_B)
+            return projected.reshape(batch, length, count, config.head_dim)
+
+        q_BTHE = heads("q_proj", config.num_heads)
+        k_BSKE = heads("k_proj", config.num_kv_heads)
+        v_BSKE = heads("v_proj", config.num_kv_heads)
+        if config.qk_norm:
+            q_BTHE = RMSNorm(config.rms_norm_eps, name="q_norm")(q_BTHE)
+            k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
+        q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
+        if self.is_mutable_collection("cache"):
+            self.put_variable("cache", "k", k_BSKE)
+            self.put_variable("cache", "v", v_BSKE)
+        elif self.has_variable("cache", "k"):
+            k_BSKE = jnp.concatenate([self.get_variable("cache", "k"), k_BSKE], axis=1)
+            v_BSKE = jnp.concatenate([self.get_variable("cache", "v"), v_BSKE], axis=1)
+        y_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
+        return Linear(self.lora, name="o_proj")(y_BTHE.reshape(batch, length, -1), dropout_keys_B)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, dropout_keys_B: jax.Array | None) -> jax.Array:
+        gate_BLF = Linear(self.lora, name="gate_proj")(x_BLD, dropout_keys_B)
+        up_BLF = Linear(self.lora, name="up_proj")(x_BLD, dropout_keys_B)
+        return Linear(self.lora, name="down_proj")(nn.silu(gate_BLF) * up_BLF, dropout_keys_B)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP. Its signature is that of a `nn.scan` body: the hidden states are the carry."""
+
+    config: ModelConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        layer_index: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask_BTS: jax.Array,
+        dropout_keys_B: jax.Array | None,
+    ) -> tuple[jax.Array, None]:
+        if dropout_keys_B is not None:
+            dropout_keys_B = _fold(dropout_keys_B, layer_index)
+        epsilon = self.config.rms_norm_eps
+        h_BTD = RMSNorm(epsilon, name="input_layernorm")(x_BTD)
+        x_BTD = x_BTD + Attention(self.config, self.lora, name="self_attn")(h_BTD, rope, mask_BTS, dropout_keys_B)
+        h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
+        return x_BTD + MLP(self.lora, name="mlp")(h_BTD, dropout_keys_B), None
+
+
+def _fold(keys_B: jax.Array, data: int | jax.Array) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys_B)

@@ -1,0 +1,106 @@
+"""The decoder: embed, one scanned stack of layers, final norm; and the output head as a function of hidden states."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from difflm_jax.lora import LoraConfig
+from difflm_jax.models.attention import attention_mask
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.layers import Layer, RMSNorm, stored
+from difflm_jax.models.rope import rope_tables
+from difflm_jax.quant import matmul
+
+REMAT = ("none", "full")
+
+
+class Transformer(nn.Module):
+    """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
+
+    Without a `lora` collection it is the base. `attention` is the rule ("full", "prefix", "causal"). `remat="full"`
+    keeps only the input of each layer for the backward pass.
+    """
+
+    config: ModelConfig
+    attention: str = "full"
+    lora: LoraConfig | None = None
+    mask_token_id: int | None = None
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        valid_BT: jax.Array,
+        prompt_lengths_B: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        cached_positions_BP: jax.Array | None = None,
+        cached_valid_BP: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, T, D] hidden states after the final norm, in `dtype`.
+
+        `positions_BT` counts real tokens, `valid_BT` is False at padding. `cached_*` describe the keys already in
+        the `cache` collection, which come before those of `tokens_BT`.
+        """
+        key_positions_BS, key_valid_BS = positions_BT, valid_BT
+        if cached_positions_BP is not None:
+            key_positions_BS = jnp.concatenate([cached_positions_BP, positions_BT], axis=1)
+            key_valid_BS = jnp.concatenate([cached_valid_BP, valid_BT], axis=1)
+        mask_BTS = attention_mask(self.attention, positions_BT, key_positions_BS, key_valid_BS, prompt_lengths_B)
+        rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
+
+        layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False)
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0, "lora": 0, "cache": 0},
+            split_rngs={},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.config.num_layers,
+        )(self.config, self.lora, name="layers")
+        x_BTD = self.embed(tokens_BT)
+        x_BTD, _ = layers(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_keys_B)
+        return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of the frozen table, but the trained `mask_row` where the token is the mask."""
+        x_BTD = Embedding(name="embed_tokens")(tokens_BT).astype(self.dtype)
+        if self.mask_token_id is not None and self.has_variable("lora", "mask_row"):
+            mask_row_D = self.get_variable("lora", "mask_row").astype(self.dtype)
+            x_BTD = jnp.where((tokens_BT == self.mask_token_id)[..., None], mask_row_D, x_BTD)
+        return x_BTD
+
+
+class Embedding(nn.Module):
+    """Rows of a frozen table [V, D]."""
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return self.variable("params", "weight", stored).value[tokens_BT]
+
+
+def head_weight(config: ModelConfig, params: dict[str, Any]) -> jax.Array:
+    """The output matrix [V, D]: the embedding itself where they are tied."""
+    return params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
+
+
+def head_logits(
+    config: ModelConfig,
+    params: dict[str, Any],
+    lora: dict[str, Any] | None,
+    mask_token_id: int | None,
+    hidden: jax.Array,
+) -> jax.Array:
+    """float32 logits [..., V] of `hidden` [..., D].
+
+    A trained mask row is an output row too where embeddings are tied, as it is for `peft` and in a merged export.
+    """
+    head_VD = head_weight(config, params)
+    logits = matmul(hidden, head_VD).astype(jnp.float32)
+    if lora is not None and "mask_row" in lora and mask_token_id is not None and config.tie_word_embeddings:
+        own = matmul(hidden, lora["mask_row"][None]).astype(jnp.float32)
+        logits = logits.at[..., mask_token_id].set(own[..., 0])
+    return logits
