@@ -48,7 +48,14 @@ class Row:
 
     def hf_names(self, num_layers: int) -> list[str]:
         """The Hugging Face names of this leaf, one a layer in order, or the one name of an unstacked leaf."""
-        return [self.hf.format(layer=i) for i in range(num_layers)] if self.stacked else [self.hf]
+        return self._expand(self.hf, num_layers)
+
+    def gguf_names(self, num_layers: int) -> list[str]:
+        """The same in GGUF's spelling."""
+        return self._expand(self.gguf, num_layers)
+
+    def _expand(self, pattern: str, num_layers: int) -> list[str]:
+        return [pattern.format(layer=i) for i in range(num_layers)] if self.stacked else [pattern]
 
 
 def table(config: ModelConfig) -> tuple[Row, ...]:

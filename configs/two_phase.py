@@ -1,0 +1,21 @@
+"""Both phases in one run: Qwen3-4B-Instruct-2507 on tulu-3, first masks anywhere, then masks in answers.
+
+Command:   python -m difflm_jax.train --config=configs/two_phase.py
+           Shorter: --config.pretrain.max_steps=1000 --config.sft.max_steps=1000
+Hardware:  as configs/pretrain.py: one GPU or TPU chip of at least 16 GiB, or several.
+Expect:    the second phase goes on with the same adapters and Adam moments and starts the schedule again. Speed, wall
+           time and final figures on these weights have not been measured.
+Leaves:    /tmp/output/two_phase/pretrain_model and /tmp/output/two_phase/sft_model, PEFT adapters.
+
+The hyper-parameters are the original system's; any key can be changed with --config.key=value.
+"""
+
+from difflm_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.phases = ("pretrain", "sft")
+    config.output_dir = "/tmp/output/two_phase"
+    config.log_interval = 10
+    return config

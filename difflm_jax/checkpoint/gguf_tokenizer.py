@@ -1,0 +1,131 @@
+"""The tokenizer inside a .gguf file, rebuilt with the `tokenizers` library.
+
+`transformers` can read it only where torch is installed, and forgets the digit rule of `smollm`.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from difflm_jax.errors import UserError
+
+# tokenizer.ggml.token_type, as llama.cpp numbers them
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+class Metadata(Protocol):
+    """What is needed of a file: its path, and its values by key (None where it has none)."""
+
+    path: Path
+
+    def get(self, key: str) -> Any: ...
+
+
+def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
+    """Byte-level BPE from tokens and merges, split as `tokenizer.ggml.pre` says, with chat template and special ids.
+
+    Raises `UserError` for another kind of tokenizer, and by name for another `pre`.
+    """
+    path = metadata.path
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2":
+        raise UserError(f"{path}: tokenizer.ggml.model {kind!r} is not supported (known: gpt2, byte-level BPE)")
+    if pre not in _SPLITTERS:
+        raise UserError(f"{path}: tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(_SPLITTERS)})")
+    tokens, types = _tokens(metadata)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges") or ()]
+    if bad := [merge for merge in merges if len(merge) != 2 or not all(part in vocabulary for part in merge)]:
+        raise UserError(f"{path}: tokenizer.ggml.merges has {' '.join(bad[0])!r}, which joins no two tokens")
+
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre]())
+    tokenizer.decoder = decoders.ByteLevel()
+    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in added])
+
+    special = {name: _named_token(metadata, key, tokens) for name, key in _SPECIAL_TOKENS.items()}
+    special = {name: token for name, token in special.items() if token is not None}
+    _add_bos_and_eos(metadata, tokenizer, special, add_bos_by_default=pre == "llama-bpe")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+_SPECIAL_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+    "mask_token": "mask_token_id",
+}
+
+
+def _split(pattern: str) -> list[pre_tokenizers.PreTokenizer]:
+    return [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+_SPLITTERS = {
+    "smollm": lambda: [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ],
+    "qwen2": lambda: _split(_QWEN2),
+    "llama-bpe": lambda: _split(_LLAMA3),
+}
+
+
+def _tokens(metadata: Metadata) -> tuple[list[str], list[int]]:
+    """Tokens and their types, without the unused ones that pad the list to the rows of the embedding."""
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not tokens or types is None or len(types) != len(tokens):
+        raise UserError(f"{metadata.path}: tokenizer.ggml.tokens and tokenizer.ggml.token_type do not match")
+    if len(set(tokens)) != len(tokens):
+        raise UserError(f"{metadata.path}: tokenizer.ggml.tokens holds a token twice")
+    end = len(tokens)
+    while end and types[end - 1] == _UNUSED:
+        end -= 1
+    return tokens[:end], types[:end]
+
+
+def _named_token(metadata: Metadata, key: str, tokens: list[str]) -> str | None:
+    index = metadata.get(f"tokenizer.ggml.{key}")
+    if index is None:
+        return None
+    if not 0 <= index < len(tokens):
+        raise UserError(f"{metadata.path}: tokenizer.ggml.{key}={index} is not one of the {len(tokens)} tokens")
+    return tokens[index]
+
+
+def _add_bos_and_eos(
+    metadata: Metadata, tokenizer: Tokenizer, special: dict[str, str], add_bos_by_default: bool
+) -> None:
+    """Puts bos before and eos after a text where the file says so; llama.cpp adds bos to llama-bpe unasked."""
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    wanted = {
+        "bos_token": add_bos_by_default if add_bos is None else add_bos,
+        "eos_token": bool(metadata.get("tokenizer.ggml.add_eos_token")),
+    }
+    around = {name: special[name] for name, add in wanted.items() if add and name in special}
+    if around:
+        template = [around.get("bos_token"), "$A", around.get("eos_token")]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join(part for part in template if part),
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in around.values()],
+        )

@@ -1,0 +1,116 @@
+"""The tensors of a Hugging Face directory: one safetensors file, or several with an index."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from difflm_jax.errors import UserError, one_line
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFiles:
+    """What a checkpoint holds. `defects` says what is wrong with it whatever model it is meant for."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    defects: tuple[str, ...] = ()
+
+
+def open_shards(directory: Path) -> TensorFiles:
+    """Opens the safetensors of a model directory; data is read by `read(name)` alone, one tensor at a time.
+
+    `model.safetensors` comes before an index, as in transformers. Raises `UserError` for a file that cannot be read,
+    a shard that is missing, and an index that points out of the directory.
+    """
+    if (directory / SINGLE_FILE).is_file():
+        return open_files([directory / SINGLE_FILE])
+    if (directory / INDEX_FILE).is_file():
+        weight_map, defects = _read_index(directory / INDEX_FILE)
+        files = open_files([directory / name for name in sorted(set(weight_map.values()))], weight_map)
+        return dataclasses.replace(files, defects=defects + files.defects)
+    if pickled := [name for name in _PICKLED if (directory / name).is_file()]:
+        raise UserError(
+            f"{directory}: holds {pickled[0]} but no safetensors; pickled weights are not opened: convert them with "
+            "transformers (from_pretrained, then save_pretrained)"
+        )
+    raise UserError(f"{directory}: has no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def open_files(paths: list[Path], weight_map: Mapping[str, str] | None = None) -> TensorFiles:
+    """Opens safetensors files. With `weight_map` (tensor -> file name), what the files hold must be just that.
+
+    Tensors in two files, tensors that the map gives to a file that lacks them or does not give to the file that has
+    them, and tensors that are not of a float type are `defects`.
+    """
+    handles: dict[str, safe_open] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    home: dict[str, str] = {}
+    defects: list[str] = []
+    for path in paths:
+        try:
+            handle = safe_open(str(path), framework="numpy")
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such file, though {INDEX_FILE} names it") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a complete safetensors file ({one_line(error)}); fetch it again") from error
+        handles[path.name] = handle
+        for name in handle.keys():  # noqa: SIM118 (not a dictionary)
+            if name in home:
+                defects.append(f"{name} is in both {home[name]} and {path.name}")
+                continue
+            entry = handle.get_slice(name)
+            home[name], shapes[name] = path.name, tuple(entry.get_shape())
+            if entry.get_dtype() not in _DTYPES:
+                defects.append(f"{name} has dtype {entry.get_dtype()} (not one of {', '.join(_DTYPES)})")
+            if weight_map is not None and weight_map.get(name) != path.name:
+                defects.append(f"{name} is in {path.name} but {INDEX_FILE} does not say so")
+    for name, file in (weight_map or {}).items():
+        if name not in home:
+            defects.append(f"{name} is not in {file}, though {INDEX_FILE} says so")
+    return TensorFiles(shapes, lambda name: handles[home[name]].get_tensor(name), tuple(defects))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises `UserError` if it cannot be read or is not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """`weight_map` of an index and the tensors that it names twice."""
+    twice: list[str] = []
+
+    def object_of(pairs: list[tuple[str, object]]) -> dict:
+        seen: dict[str, object] = {}
+        for key, value in pairs:
+            if key in seen:
+                twice.append(f"{key} is twice in {path.name}")
+            seen[key] = value
+        return seen
+
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=object_of)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: has no weight_map from tensors to files")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0:")
+        if not plain or not file.endswith(".safetensors"):
+            raise UserError(f"{path}: {name} is given to {file!r}, which is not a safetensors file of this directory")
+    return weight_map, tuple(twice)

@@ -1,0 +1,109 @@
+"""Where a model comes from: a Hugging Face directory, a .gguf file or a hub id, behind one face."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from difflm_jax.checkpoint.gguf import open_gguf
+from difflm_jax.checkpoint.shards import TensorFiles, open_shards, read_json
+from difflm_jax.errors import UserError, one_line
+from difflm_jax.models.config import ModelConfig, unknown_keys
+
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+_UNWANTED = ("*/*", "consolidated*.safetensors")  # copies of the weights in other layouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that has been found and whose tensors are listed, but not read.
+
+    `hf_config` is `config.json` as it stands, or the same in Hugging Face's spelling made from GGUF metadata;
+    `shapes` maps Hugging Face tensor names to shapes; `read(name)` gives one tensor, [out, in], in its stored dtype
+    (float32 for quantised GGUF types); `defects` are faults of the files that `load_params` reports with its own.
+    """
+
+    name: str
+    revision: str | None
+    hf_config: dict[str, Any]
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    defects: tuple[str, ...]
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+
+
+def open_source(source: str, revision: str | None = None) -> Source:
+    """Finds the model that `source` names, fetching it if it is a hub id, and reads its config and list of tensors.
+
+    Raises `UserError` for what is not there, cannot be read, or is a model that cannot be represented.
+    """
+    if not source.strip():
+        raise UserError("model: is empty; give a directory, a .gguf file or a hub id")
+    path = Path(source).expanduser()
+    is_local = path.exists() or _looks_like_path(source)
+    if is_local and revision is not None:
+        raise UserError(f"revision={revision!r} goes with a hub id, but {source} is a local path")
+    if path.suffix == ".gguf" and path.is_file():
+        return _open(source, None, *open_gguf(path))
+    if path.is_dir():
+        return _open_directory(source, None, path)
+    if path.is_file():
+        raise UserError(f"{source}: is neither a directory nor a .gguf file; give the directory that holds config.json")
+    if is_local:
+        raise UserError(f"{source}: no such directory or file")
+    return _open_directory(source, revision, _download(source, revision))
+
+
+def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
+    if not (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise UserError(f"{directory}: is a PEFT adapter: give its base as the model, and this as the adapter")
+        raise UserError(f"{directory}: has no config.json")
+    hf_config = read_json(directory / "config.json")
+    files = open_shards(directory)
+    if unknown := unknown_keys(hf_config):
+        logging.getLogger(__name__).warning(
+            "%s: config.json has keys that are not read here: %s", name, ", ".join(unknown)
+        )
+    return _open(name, revision, hf_config, files, lambda: _load_tokenizer(directory))
+
+
+def _open(
+    name: str,
+    revision: str | None,
+    hf_config: dict[str, Any],
+    files: TensorFiles,
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> Source:
+    config = ModelConfig.from_hf(hf_config)
+    return Source(name, revision, hf_config, config, files.shapes, files.read, files.defects, load_tokenizer)
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """The local snapshot of a hub model, fetched or already in the cache."""
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"{repo_id}{at}: not in the local cache and cannot be fetched from the hub ({one_line(error)[:200]}); give "
+            "instead a local directory with config.json and safetensors, a .gguf file, or a hub id that the cache holds"
+        ) from error
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the libraries beneath raise anything, bare `Exception` included, for a bad file
+        raise UserError(f"{directory}: its tokenizer cannot be loaded ({one_line(error)[:200]})") from error

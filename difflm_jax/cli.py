@@ -1,0 +1,94 @@
+"""What the commands share: flags parsed by absl, errors as one line, the model that flags name."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from difflm_jax.config import from_json
+from difflm_jax.errors import UserError, exit_with_errors, one_line
+from difflm_jax.lm import LanguageModel, load
+
+
+def run_command(
+    main: Callable[[flags.FlagValues], int | None],
+    flag_values: flags.FlagValues,
+    usage: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses `argv` (the process's own by default) and runs `main(flag_values)`; returns the exit status.
+
+    Bad flags and every `UserError` print one line that begins with `error:`; `--debug_traceback` shows the traceback.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    flags.DEFINE_bool("debug_traceback", False, "Show the traceback of an error.", flag_values=flag_values)
+    if any(item in ("--help", "-h", "-help") for item in argv[1:]):
+        print(usage.strip(), flag_values.main_module_help() or flag_values.get_help(), sep="\n\n")
+        return 0
+
+    def command() -> int | None:
+        try:
+            rest = flag_values(argv)
+        except flags.Error as error:
+            raise UserError(one_line(error)) from error
+        if rest[1:]:
+            raise UserError(f"unexpected argument {rest[1]!r} (flags are written --name=value)")
+        return main(flag_values)
+
+    return exit_with_errors(command, debug_traceback="--debug_traceback" in argv)
+
+
+def define_model_flags(flag_values: flags.FlagValues) -> None:
+    """The flags that name a model: a checkpoint, and the adapter or the run on top of it."""
+    flags.DEFINE_string("model", "", "Hugging Face directory, hub id or .gguf file.", flag_values=flag_values)
+    flags.DEFINE_string("adapter", "", "PEFT adapter directory.", flag_values=flag_values)
+    flags.DEFINE_string(
+        "run", "", "Output directory of a training run: its model and adapter.", flag_values=flag_values
+    )
+    flags.DEFINE_string("revision", "", "Revision of a hub id.", flag_values=flag_values)
+    flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"], "Default: the run's, else bfloat16.", flag_values=flag_values
+    )
+    flags.DEFINE_string(
+        "mask_token", "", "The mask token, where the rule's choice is not wanted.", flag_values=flag_values
+    )
+
+
+def last_adapter(run: Path, phases: Sequence[str]) -> Path:
+    """The adapter directory of the last finished phase of a run."""
+    for phase in reversed(phases):
+        if (run / f"{phase}_model" / "adapter_config.json").is_file():
+            return run / f"{phase}_model"
+    raise UserError(f"{run}: no phase of this run is finished (no {' or '.join(f'{p}_model' for p in phases)})")
+
+
+def load_from_flags(flag_values: flags.FlagValues) -> LanguageModel:
+    """Loads what `--model`, `--adapter` and `--run` name."""
+    model, adapter, dtype = flag_values.model, flag_values.adapter, flag_values.dtype
+    mask_token, revision = flag_values.mask_token, flag_values.revision
+    if flag_values.run:
+        if adapter:
+            raise UserError("give --adapter or --run, not both")
+        config = read_run_config(Path(flag_values.run))
+        adapter = str(last_adapter(Path(flag_values.run), config.phases))
+        model, dtype = model or config.model, dtype or config.dtype
+        revision = revision or config.revision
+    if not model:
+        raise UserError("name a model with --model, or a training run with --run")
+    return load(
+        model,
+        adapter=adapter or None,
+        dtype=dtype or "bfloat16",
+        mask_token=mask_token or None,
+        revision=revision or None,
+    )
+
+
+def read_run_config(run: Path) -> ConfigDict:
+    """The configuration that a training run wrote beside its results."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run}: not a training run (no config.json)")
+    return from_json(path.read_text(encoding="utf-8"))

@@ -1,0 +1,124 @@
+"""What the values of a configuration must satisfy, as tables; types are the business of `difflm_jax.config`."""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from difflm_jax.checkpoint.names import PROJECTIONS
+from difflm_jax.errors import UserError
+
+PHASES = ("pretrain", "sft")
+
+_CHOICES = {
+    "dtype": ("bfloat16", "float32"),
+    "remat": ("full", "none"),
+    "attention": ("full", "prefix"),
+    "mask_rate": ("batch", "row"),
+    "loss_tokens": ("all", "masked"),
+    "loss_weight": ("uniform", "inverse_rate"),
+    "answers": ("last", "all"),
+    "overlong": ("cut", "drop"),
+    "lr_schedule": ("linear", "cosine", "constant"),
+    "lora_config.bias": ("none",),
+    "wandb_config.mode": ("auto", "online", "offline", "disabled"),
+}
+
+# (what is said, the test, the keys)
+_RANGES = (
+    (
+        "greater than 0",
+        lambda x: x > 0,
+        (
+            "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps", "log_interval",
+            "log_frequency_per_epoch", "max_length", "diffusion_steps", "length_multiple", "loss_chunk",
+            "keep_checkpoints", "adam_eps", "lora_config.r", "lora_config.lora_alpha", "sample_tokens",
+            "report.max_new_tokens",
+        ),
+    ),
+    (
+        "0 or more",
+        lambda x: x >= 0,
+        (
+            "dataloader_num_workers", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_batches",
+            "sample_prompts", "answer_padding", "report.rows",
+        ),
+    ),
+    ("in [0, 2^31)", lambda x: 0 <= x < 2**31, ("seed",)),
+    ("in [0, 1)", lambda x: 0 <= x < 1, ("test_size", "lora_config.lora_dropout", "adam_b1", "adam_b2")),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, ("bad_row_budget",)),
+    ("in (0, 1]", lambda x: 0 < x <= 1, ("min_mask_probability", "max_mask_probability")),
+    ("-1 (all devices) or greater than 0", lambda x: x == -1 or x > 0, ("mesh.data",)),
+)  # fmt: skip
+
+_NOT_EMPTY = ("model", "dataset", "output_dir")
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises `UserError` that names the first key whose value is not allowed, alone or beside the others."""
+    _check_each(config)
+    _check_lists(config)
+    _check_together(config)
+
+
+def _check_each(config: ConfigDict) -> None:
+    for key in _NOT_EMPTY:
+        for name, value in _values(config, key):
+            if not value:
+                raise UserError(f"{name} must not be empty")
+    for key, allowed in _CHOICES.items():
+        for name, value in _values(config, key):
+            if value not in allowed:
+                raise UserError(f"{name} must be {_either(allowed)}, not {value!r}")
+    for wording, holds, keys in _RANGES:
+        for key in keys:
+            for name, value in _values(config, key):
+                if not math.isfinite(value) or not holds(value):
+                    raise UserError(f"{name} must be {wording}, not {value!r}")
+
+
+def _check_lists(config: ConfigDict) -> None:
+    for key, known in (("phases", PHASES), ("lora_config.target_modules", tuple(PROJECTIONS))):
+        ((_, values),) = _values(config, key)
+        if not values:
+            raise UserError(f"{key} must not be empty (known: {', '.join(known)})")
+        if unknown := [value for value in values if value not in known]:
+            raise UserError(f"{key}: {unknown[0]!r} is not known (known: {', '.join(known)})")
+        if len(set(values)) != len(values):
+            raise UserError(f"{key} names something twice: {', '.join(values)}")
+    budgets = config.report.tokens_per_pass
+    if not budgets or min(budgets) < 1:
+        raise UserError(f"report.tokens_per_pass must be integers greater than 0, not {tuple(budgets)}")
+
+
+def _check_together(config: ConfigDict) -> None:
+    if config.min_mask_probability > config.max_mask_probability:
+        raise UserError(
+            f"min_mask_probability={config.min_mask_probability} must not exceed "
+            f"max_mask_probability={config.max_mask_probability}"
+        )
+    if config.answers == "all" and config.attention != "full":
+        raise UserError(
+            f"answers='all' needs attention='full': under {config.attention!r} a row is one prompt and one answer"
+        )
+    if config.use_qlora:
+        raise UserError("use_qlora: 4-bit bases are not available in this version; set it to false")
+    if config.quantization:
+        raise UserError(
+            f"quantization={config.quantization!r}: 4-bit and 8-bit bases are not available in this version; "
+            "leave it empty"
+        )
+
+
+def _values(config: ConfigDict, key: str) -> list[tuple[str, Any]]:
+    """(name, value) of a key, and of the same key of the phases that set it for themselves."""
+    *sections, leaf = key.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    own = [(f"{phase}.{key}", config[phase][key]) for phase in PHASES if key in config[phase]]
+    return [(key, section[leaf]), *((name, value) for name, value in own if value is not None)]
+
+
+def _either(allowed: tuple[str, ...]) -> str:
+    return " or ".join(repr(value) for value in allowed)

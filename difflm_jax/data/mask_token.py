@@ -1,0 +1,42 @@
+"""Which token is the mask: one free embedding row, or a reserved token, and never a resized table."""
+
+from typing import Any
+
+from difflm_jax.errors import UserError
+
+DEFAULT_MASK_TOKEN = "<|mask|>"
+
+# Tokens that families set aside and that chat data does not hold, in order of preference.
+_RESERVED = ("<file_sep>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<unused0>", "[control_8]", "<reserved_0>")
+
+
+def choose_mask_token(tokenizer: Any, embedding_rows: int, override: str = "") -> int:
+    """Returns the id of the mask token and makes it `tokenizer.mask_token`, so that a saved tokenizer names it.
+
+    The rule: `override`; else the tokenizer's own mask token; else `<|mask|>` on the first embedding row that the
+    tokenizer leaves free (151669 for Qwen3, as SDAR and dLLM use it); else a reserved token; else the unknown token
+    of a tokenizer that can spell everything. Raises `UserError` for a token without an embedding row, or one that is
+    the padding or end-of-sequence token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    free_row = len(tokenizer) if len(tokenizer) < embedding_rows else None
+    token = override or tokenizer.mask_token
+    if not token:
+        candidates = [t for t in (DEFAULT_MASK_TOKEN,) if t in vocabulary or free_row is not None]
+        candidates += [t for t in (*_RESERVED, tokenizer.unk_token) if t in vocabulary]
+        if not candidates:
+            raise UserError(
+                f"mask_token: the embedding has no free row (all {embedding_rows} are tokens) and no reserved token is "
+                "known; name a token that your data does not hold with mask_token"
+            )
+        token = candidates[0]
+    if token not in vocabulary and free_row is None:
+        raise UserError(f"mask_token: {token!r} is no token and the embedding's {embedding_rows} rows are all taken")
+    tokenizer.add_special_tokens({"mask_token": token})
+    mask_token_id = tokenizer.mask_token_id
+    if mask_token_id >= embedding_rows:
+        raise UserError(f"mask_token: {token!r} has id {mask_token_id}, but the embedding has {embedding_rows} rows")
+    for role, other in (("end-of-sequence", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
+        if mask_token_id == other:
+            raise UserError(f"mask_token: {token!r} is the {role} token; name another with mask_token")
+    return mask_token_id

@@ -1,0 +1,229 @@
+"""Where rows come from: local files, a directory of them, the built-in sets, or the hub. Rows are streamed."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from difflm_jax.errors import UserError, one_line
+
+_BATCH_ROWS = 1000
+_TEXT_PIECE_CHARS = 1 << 16
+_LOCAL_ALTERNATIVES = "a local .jsonl, .json, .parquet or .txt file, a directory of these, or builtin:NAME"
+
+
+class RowError(ValueError):
+    """What is wrong with one row; the message does not name the row, its origin does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row that is not parsed yet: `load()` gives its value or raises `RowError`.
+
+    `origin` is 'file:line', 'file[index]' or 'hubid[index]'. `continues` says that the text of this row goes on in the
+    next one, so that no document ends here.
+    """
+
+    origin: str
+    load: Callable[[], Any]
+    continues: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set that has been found: `rows()` streams it from the start; `fingerprint` changes with its contents."""
+
+    name: str
+    fingerprint: str
+    rows: Callable[[], Iterator[Row]]
+
+
+def open_source(dataset: str) -> Source:
+    """Finds the data set that `dataset` names: a file, a directory, 'builtin:NAME', or a hub id ('id:config' if it has
+    several). Of a hub data set the train split is taken. Raises `UserError` for what is not there or not readable.
+    """
+    if dataset.startswith("builtin:"):
+        return _files_source(dataset, [(dataset, _builtin_file(dataset.removeprefix("builtin:")))])
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return _files_source(dataset, _files_of_directory(dataset, path))
+    if path.is_file():
+        if path.suffix.lower() not in _READERS:
+            raise UserError(f"{dataset}: files that end in {path.suffix or 'nothing'} are not read; give {_endings()}")
+        return _files_source(dataset, [(dataset, path)])
+    if _looks_like_path(dataset):
+        raise UserError(f"{dataset}: no such file or directory")
+    return _hub_source(dataset)
+
+
+def _looks_like_path(dataset: str) -> bool:
+    return (
+        dataset.startswith((".", "/", "~"))
+        or Path(dataset).suffix.lower() in _READERS
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", dataset)
+        or ("/" in dataset and Path(dataset).parent.is_dir())
+    )
+
+
+def _builtin_file(name: str) -> Path:
+    folder = importlib.resources.files("difflm_jax.data") / "builtin"
+    known = sorted(f.name.removesuffix(".jsonl") for f in folder.iterdir() if f.name.endswith(".jsonl"))
+    if name not in known:
+        raise UserError(f"builtin:{name}: no such built-in data set; known: {', '.join(known) or 'none'}")
+    return Path(str(folder / f"{name}.jsonl"))
+
+
+def _endings() -> str:
+    return ", ".join(_READERS)
+
+
+def _files_of_directory(dataset: str, folder: Path) -> list[tuple[str, Path]]:
+    """(name, path) of the data files right in `folder`, sorted; announces what else lies there."""
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in _READERS]
+    if not files:
+        raise UserError(f"{dataset}: the directory holds no file that ends in {_endings()}")
+    if others := [entry.name for entry in entries if entry not in files]:
+        print(f"data: {dataset}: not read: {', '.join(others[:10])}{' …' if len(others) > 10 else ''}", flush=True)
+    return [(str(Path(dataset) / file.name), file) for file in files]
+
+
+def _files_source(name: str, files: list[tuple[str, Path]]) -> Source:
+    digest = hashlib.blake2b(digest_size=16)
+    for file_name, path in files:
+        digest.update(file_name.encode("utf-8", "surrogateescape") + b"\0")
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise UserError(f"{file_name}: cannot be read ({one_line(error)})") from error
+
+    def rows() -> Iterator[Row]:
+        for file_name, path in files:
+            yield from _READERS[path.suffix.lower()](file_name, path)
+
+    return Source(name, digest.hexdigest(), rows)
+
+
+def _hub_source(dataset: str) -> Source:
+    hub_id, _, config = dataset.partition(":")
+    print(f"data: {dataset}: no local file or directory of this name, looking on the hub", flush=True)
+    try:
+        table = datasets.load_dataset(hub_id, config or None, split="train")
+    except Exception as error:  # anything at all comes out of the hub's and the builders' code
+        raise UserError(
+            f"{dataset}: there is no local file or directory of this name, and as a data set of the hub it cannot be "
+            f"fetched ({one_line(error)[:300]}); give {_LOCAL_ALTERNATIVES}"
+        ) from error
+    batches = functools.partial(table.with_format("arrow").iter, batch_size=_BATCH_ROWS)
+    return Source(dataset, f"{dataset} {table._fingerprint}", lambda: _table_rows(dataset, batches()))
+
+
+def _read_jsonl(name: str, path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield Row(f"{name}:{number}", functools.partial(_parse_json, line, is_first=number == 1))
+
+
+def _parse_json(line: bytes, is_first: bool) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RowError(f"not JSON ({one_line(error)})") from error
+
+
+def _read_json(name: str, path: Path) -> Iterator[Row]:
+    """The elements of a JSON list. The file's text is held in memory, its parsed elements are not."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    decoder = json.JSONDecoder()
+    skip = re.compile(r"[ \t\r\n]*").match
+    position = skip(text).end()
+    if text[position : position + 1] != "[":
+        raise UserError(f"{name}: is not a JSON list of rows; a file with one object a line must end in .jsonl")
+    position = skip(text, position + 1).end()
+    index = 0
+    while text[position : position + 1] != "]":
+        try:
+            value, position = decoder.raw_decode(text, position)
+            position = skip(text, position).end()
+            if text[position : position + 1] == ",":
+                position = skip(text, position + 1).end()
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{name}[{index}]: the file is not JSON from here on ({one_line(error)})") from error
+        yield Row(f"{name}[{index}]", functools.partial(_identity, value))
+        index += 1
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _read_parquet(name: str, path: Path) -> Iterator[Row]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from _table_rows(name, file.iter_batches(batch_size=_BATCH_ROWS))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name}: is not a readable parquet file ({one_line(error)})") from error
+
+
+def _table_rows(name: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Row]:
+    index = 0
+    for batch in batches:
+        for i in range(batch.num_rows):
+            yield Row(f"{name}[{index}]", functools.partial(_table_row, batch, i))
+            index += 1
+
+
+def _table_row(batch: pa.RecordBatch | pa.Table, i: int) -> dict[str, Any]:
+    try:
+        return batch.slice(i, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _read_txt(name: str, path: Path) -> Iterator[Row]:
+    """A text file is one document, given in pieces of some 64 thousand characters that end where a line does."""
+    with path.open("rb") as file:
+        piece: list[bytes] = []
+        size, start = 0, 1
+        for number, line in enumerate(file, start=1):
+            if size >= _TEXT_PIECE_CHARS:
+                yield Row(f"{name}:{start}", functools.partial(_parse_text, b"".join(piece), start), continues=True)
+                piece, size, start = [], 0, number
+            piece.append(line)
+            size += len(line)
+        if size:
+            yield Row(f"{name}:{start}", functools.partial(_parse_text, b"".join(piece), start))
+
+
+def _parse_text(piece: bytes, first_line: int) -> dict[str, str]:
+    try:
+        return {"text": piece.decode("utf-8").removeprefix("\ufeff")}
+    except UnicodeDecodeError as error:
+        line = first_line + piece.count(b"\n", 0, error.start)
+        raise RowError(f"not UTF-8 ({error.reason} in line {line})") from error
+
+
+_READERS: dict[str, Callable[[str, Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}

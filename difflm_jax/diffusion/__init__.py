@@ -1,0 +1,1 @@
+"""Masked diffusion: corruption, objective, schedules, confidences, the sampler. Knows models, and no files."""

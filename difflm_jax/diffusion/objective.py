@@ -1,0 +1,82 @@
+"""The loss of a corrupted batch, as sums: what is divided, and by what, is for the caller who sees all devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt, row_keys
+from difflm_jax.diffusion.cross_entropy import scored_cross_entropy
+from difflm_jax.models.attention import positions_of
+from difflm_jax.models.transformer import Transformer, head_weight
+
+RATE_BUCKETS = 5  # mask rates are reported in [0, 0.2), [0.2, 0.4), ... [0.8, 1]
+_DROPOUT_STREAM = 3  # the streams below it are those of `corruption`
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over the positions of a batch; adding two of them gives those of both batches. All float32."""
+
+    loss: jax.Array  # [] sum of weight * cross-entropy
+    weight: jax.Array  # [] sum of weights
+    masked_nll: jax.Array  # [RATE_BUCKETS] nats, over hidden tokens by the mask rate of their row
+    masked_correct: jax.Array  # [RATE_BUCKETS]
+    masked_count: jax.Array  # [RATE_BUCKETS]
+    tokens: jax.Array  # [] real tokens
+
+
+def predicting_states(hidden_BLD: jax.Array, logit_shift: bool) -> jax.Array:
+    """Aligns hidden states with the tokens that they predict: with the shift, state i - 1 predicts token i."""
+    return jnp.roll(hidden_BLD, 1, axis=1) if logit_shift else hidden_BLD
+
+
+def loss_sums(
+    model: Transformer,
+    params: dict[str, Any],
+    lora: dict[str, Any],
+    batch: CleanBatch,
+    key: jax.Array,
+    corruption: Corruption,
+    num_rows: int,
+    chunk: int,
+    train: bool,
+) -> tuple[jax.Array, LossSums]:
+    """(sum of weight * cross-entropy, all sums); the first is differentiable with respect to `lora`.
+
+    `key` is that of the step and `num_rows` the number of rows of the whole step; `train` turns dropout on.
+    """
+    noisy = corrupt(key, batch, corruption, model.mask_token_id, num_rows)
+    dropout_keys = row_keys(jax.random.fold_in(key, _DROPOUT_STREAM), batch.example_ids) if train else None
+    hidden_BLD = model.apply(
+        {"params": params, "lora": lora},
+        noisy.tokens,
+        positions_of(noisy.valid),
+        noisy.valid,
+        noisy.prompt_lengths,
+        dropout_keys,
+    )
+    hidden_BLD = predicting_states(hidden_BLD, corruption.logit_shift)
+    loss, nll_M, correct_M = scored_cross_entropy(
+        hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
+        head_weight(model.config, params),
+        batch.tokens.reshape(-1),
+        noisy.weights.reshape(-1),
+        model.mask_token_id,
+        chunk,
+    )
+    bucket_B = jnp.minimum((noisy.rates * RATE_BUCKETS).astype(jnp.int32), RATE_BUCKETS - 1)
+
+    def by_rate(values_BL: jax.Array) -> jax.Array:
+        per_row_B = (noisy.masked * values_BL).sum(axis=1)
+        return jax.ops.segment_sum(per_row_B, bucket_B, num_segments=RATE_BUCKETS)
+
+    return loss, LossSums(
+        loss=jax.lax.stop_gradient(loss),
+        weight=noisy.weights.sum(),
+        masked_nll=by_rate(nll_M.reshape(noisy.tokens.shape)),
+        masked_correct=by_rate(correct_M.reshape(noisy.tokens.shape)),
+        masked_count=by_rate(jnp.ones(noisy.tokens.shape)),
+        tokens=noisy.valid.sum().astype(jnp.float32),
+    )

@@ -1,0 +1,36 @@
+"""Writes what a training run made as a PEFT adapter or as a merged Hugging Face checkpoint.
+
+    python -m difflm_jax.export --run=DIR --to=peft|merged --out=DIR
+
+`--model` and `--adapter` name the parts where there is no run directory, or where the base has moved.
+"""
+
+import sys
+
+from absl import flags
+
+from difflm_jax.cli import define_model_flags, load_from_flags, run_command
+from difflm_jax.errors import UserError
+
+FLAGS = flags.FlagValues()
+define_model_flags(FLAGS)
+flags.DEFINE_enum("to", "peft", ["peft", "merged"], "What to write.", flag_values=FLAGS)
+flags.DEFINE_string("out", "", "The directory to write; it must not hold anything yet.", flag_values=FLAGS)
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    """Loads the base with its adapter and writes `--out`."""
+    if not flag_values.out:
+        raise UserError("name the directory to write with --out")
+    lm = load_from_flags(flag_values)
+    if lm.lora is None:
+        raise UserError("there is no adapter to export: name one with --adapter, or a run with --run")
+    if flag_values.to == "merged":
+        lm.merge().save_pretrained(flag_values.out)
+    else:
+        lm.save_adapter(flag_values.out)
+    print(f"wrote {flag_values.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, FLAGS, __doc__))

@@ -1,0 +1,415 @@
+"""The public face: a model with its tokenizer, mask token and adapter, that scores, generates, infills and saves."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difflm_jax.checkpoint.hf import load_params, save_pretrained
+from difflm_jax.checkpoint.peft import (
+    Adapter,
+    load_adapter,
+    read_diffusion_config,
+    save_adapter,
+    write_diffusion_config,
+)
+from difflm_jax.checkpoint.source import Source, open_source
+from difflm_jax.data.chat import encode_prompt
+from difflm_jax.data.mask_token import choose_mask_token
+from difflm_jax.diffusion import denoiser
+from difflm_jax.diffusion.confidence import CONFIDENCES
+from difflm_jax.diffusion.sampler import Plan
+from difflm_jax.errors import UserError
+from difflm_jax.lora import LoraConfig, merge_lora
+from difflm_jax.models.attention import ATTENTION_RULES, positions_of
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.transformer import Transformer, head_logits
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+COLUMN_MULTIPLE = 32  # canvases are padded to it, so that few lengths are compiled
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Row by row: the text, the tokens (1-D int arrays), and the forward passes that were used."""
+
+    texts: list[str]
+    tokens: list[np.ndarray]
+    steps: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A converted model. Make one with `load`; its arrays are on the device, everything else is data."""
+
+    source: Source
+    model: Transformer
+    params: dict[str, Any]
+    tokenizer: Any
+    logit_shift: bool
+    lora: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.model.mask_token_id
+
+    @property
+    def attention(self) -> str:
+        return self.model.attention
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The collections that the model is applied to."""
+        return {"params": self.params} if self.lora is None else {"params": self.params, "lora": self.lora}
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's end-of-sequence token and those that `config.json` names."""
+        named = self.source.hf_config.get("eos_token_id")
+        ids = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+        return tuple(sorted(token for token in ids if token is not None and token != self.mask_token_id))
+
+    def with_adapter(self, lora: dict[str, Any], lora_config: LoraConfig) -> "LanguageModel":
+        """The same base with another adapter on it (arrays, nothing is copied)."""
+        return dataclasses.replace(self, model=self.model.clone(lora=lora_config), lora=lora)
+
+    def base(self) -> "LanguageModel":
+        """The causal model that this one was made from: the same weights, no adapter, its own attention."""
+        return dataclasses.replace(
+            self, model=self.model.clone(lora=None, attention="causal"), lora=None, logit_shift=True
+        )
+
+    def __call__(
+        self,
+        tokens_BL: Any,
+        attention_mask: Any | None = None,
+        prompt_lengths: Any | None = None,
+    ) -> jax.Array:
+        """float32 logits [B, L, V], as the head gives them at each position (no logit shift is applied).
+
+        `attention_mask` [B, L]: 1 = real token, padding on either side. `prompt_lengths` [B] counts the real tokens of
+        each prompt, for attention "prefix" (0 where not given: everything sees everything).
+        """
+        tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
+        if tokens_BL.ndim != 2:
+            raise UserError(f"tokens: expected [batch, length], got shape {tokens_BL.shape}")
+        valid_BL = jnp.ones_like(tokens_BL, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+        prompts_B = jnp.zeros(tokens_BL.shape[0], jnp.int32) if prompt_lengths is None else jnp.asarray(prompt_lengths)
+        return _logits(self.model, self.variables, tokens_BL, valid_BL, prompts_B)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 128,
+        steps: int = 128,
+        block_length: int | None = None,
+        temperature: float = 0.0,
+        algorithm: str = "confidence",
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> Generation:
+        """Answers prompts: a string or a list of strings (the chat template is applied), message lists, or token lists.
+
+        An answer starts as `max_new_tokens` masks; `steps` forward passes, over all blocks together, commit the most
+        confident ones. `block_length` fills the answer in blocks from left to right (None: one block). `algorithm`:
+        "confidence" (largest logit) or "probability". `tokens` are the answer up to and including one end-of-sequence
+        token; `texts` end before it. With causal attention decoding is left to right, one token a pass.
+        """
+        rows = [self._prompt_tokens(prompt) for prompt in _as_list(prompts)]
+        plan = self._answer_plan(max_new_tokens, steps, block_length, temperature, algorithm)
+        width = _round_up(max((len(row) for row in rows), default=1), COLUMN_MULTIPLE)
+        self._check_length(max((len(row) for row in rows), default=0) + max_new_tokens)
+        plan = dataclasses.replace(plan, first_column=width)
+        answer = np.full(max_new_tokens, self.mask_token_id, np.int32)
+        canvases = [np.concatenate([row, answer]) for row in rows]
+        prompt_lengths = [len(row) for row in rows]
+        filled, passes = self._fill(canvases, prompt_lengths, plan, seed, batch_size, width + max_new_tokens, left=True)
+        tokens = [self._until_eos(row[-max_new_tokens:]) for row in filled]
+        return Generation([self._decode(row) for row in tokens], tokens, passes)
+
+    def infill(
+        self,
+        canvas: str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray,
+        steps: int = 128,
+        temperature: float = 0.0,
+        algorithm: str = "confidence",
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> Generation:
+        """Fills exactly the masks of `canvas`: text that holds the mask token, a list of such, or token rows.
+
+        `tokens` and `texts` are the whole canvas. With attention "prefix" what precedes the first mask is the prompt.
+        """
+        rows = [self._canvas_tokens(row) for row in _as_list(canvas)]
+        masks = [np.flatnonzero(row == self.mask_token_id) for row in rows]
+        if self.logit_shift and any(len(at) and at[0] == 0 for at in masks):
+            raise UserError("infill: with the logit shift nothing predicts the first token: it must not be a mask")
+        width = _round_up(max((len(row) for row in rows), default=1), COLUMN_MULTIPLE)
+        self._check_length(max((len(row) for row in rows), default=0))
+        passes = min(_positive("steps", steps), max((len(at) for at in masks), default=0)) or 1
+        plan = Plan(0, 1, width, passes, _temperature(temperature), _algorithm(algorithm), stop_at_eos=False)
+        prompt_lengths = [int(at[0]) if len(at) else len(row) for row, at in zip(rows, masks, strict=True)]
+        filled, passes_B = self._fill(rows, prompt_lengths, plan, seed, batch_size, width, left=False)
+        return Generation([self._decode(row) for row in filled], filled, passes_B)
+
+    def save_adapter(self, directory: str | Path, notes: str = "") -> None:
+        """Writes a PEFT adapter directory with `diffusion_config.json`, tokenizer and model card."""
+        if self.lora is None:
+            raise UserError("save_adapter: this model has no adapter")
+        save_adapter(
+            directory,
+            jax.device_get(self.lora),
+            self.model.lora,
+            base_model_name=self.source.name,
+            revision=self.source.revision,
+            mask_token_id=self.mask_token_id,
+            diffusion_config=self.diffusion_config(),
+            tokenizer=self.tokenizer,
+            notes=notes,
+        )
+
+    def merge(self) -> "LanguageModel":
+        """The same model with its adapter added to the weights; the mask row takes its place in the embedding."""
+        if self.lora is None:
+            raise UserError("merge: this model has no adapter")
+        params = merge_lora(self.params, self.lora, self.model.lora, self.mask_token_id)
+        return dataclasses.replace(self, model=self.model.clone(lora=None), params=params, lora=None)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes a Hugging Face checkpoint (safetensors, config, tokenizer, model card) of the weights as they are."""
+        if self.lora is not None:
+            raise UserError("save_pretrained: the adapter is not merged: call merge() first, or save_adapter()")
+        card = _model_card(self.source.name, self.diffusion_config())
+        save_pretrained(directory, self.params, self.config, self.source.hf_config, self.tokenizer, card)
+        write_diffusion_config(directory, self.diffusion_config())
+
+    def diffusion_config(self) -> dict[str, Any]:
+        """What a user of the weights must know to decode with them: `diffusion_config.json`."""
+        return {
+            "mask_token": self.tokenizer.mask_token,
+            "mask_token_id": self.mask_token_id,
+            "attention": self.attention,
+            "logit_shift": self.logit_shift,
+        }
+
+    def _prompt_tokens(self, prompt: Prompt) -> np.ndarray:
+        if isinstance(prompt, str) and self.tokenizer.chat_template is None:
+            tokens = np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
+        elif isinstance(prompt, str):
+            tokens = encode_prompt(self.tokenizer, [{"role": "user", "content": prompt}])
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            tokens = encode_prompt(self.tokenizer, prompt)
+        else:
+            tokens = np.asarray(prompt, np.int32)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise UserError("generate: a prompt must hold at least one token")
+        return self._checked(tokens, "generate: the prompt", masks_allowed=False)
+
+    def _canvas_tokens(self, canvas: str | Sequence[int]) -> np.ndarray:
+        tokens = self.tokenizer(canvas)["input_ids"] if isinstance(canvas, str) else canvas
+        return self._checked(np.asarray(tokens, np.int32), "infill: the canvas", masks_allowed=True)
+
+    def _checked(self, tokens: np.ndarray, what: str, masks_allowed: bool) -> np.ndarray:
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise UserError(f"{what} holds a token outside 0..{self.config.vocab_size - 1}")
+        if not masks_allowed and (tokens == self.mask_token_id).any():
+            raise UserError(f"{what} holds the mask token {self.tokenizer.mask_token!r}: use infill")
+        return tokens
+
+    def _answer_plan(
+        self, max_new_tokens: int, steps: int, block_length: int | None, temperature: float, algorithm: str
+    ) -> Plan:
+        _positive("max_new_tokens", max_new_tokens)
+        steps = min(_positive("steps", steps), max_new_tokens)  # a pass beyond one a token has nothing to commit
+        if self.attention == "causal":
+            if steps < max_new_tokens or block_length not in (None, 1):
+                raise UserError("generate: causal attention decodes one token a pass (steps >= max_new_tokens)")
+            block_length = 1
+        block_length = _positive("block_length", block_length or max_new_tokens)
+        if max_new_tokens % block_length:
+            raise UserError(f"max_new_tokens={max_new_tokens} must be a multiple of block_length={block_length}")
+        blocks = max_new_tokens // block_length
+        if steps % blocks:
+            raise UserError(f"steps={steps} must be a multiple of the number of blocks ({blocks})")
+        return Plan(0, blocks, block_length, steps // blocks, _temperature(temperature), _algorithm(algorithm))
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_position_embeddings:
+            raise UserError(
+                f"{length} tokens are more than the model's max_position_embeddings="
+                f"{self.config.max_position_embeddings}"
+            )
+
+    def _fill(
+        self,
+        rows: list[np.ndarray],
+        prompt_lengths: list[int],
+        plan: Plan,
+        seed: int,
+        batch_size: int,
+        width: int,
+        left: bool,
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Pads rows to [batch_size, width] (the last batch with copies of its first row) and samples."""
+        if not rows:
+            return [], np.zeros(0, np.int32)
+        keys = denoiser.row_sampling_keys(seed, [tuple(row.tolist()) for row in rows])
+        batch_size = min(_positive("batch_size", batch_size), len(rows))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_ids[0]
+        filled, passes = [], []
+        for first in range(0, len(rows), batch_size):
+            index = np.arange(first, min(first + batch_size, len(rows)))
+            padded = np.concatenate([index, np.full(batch_size - len(index), first)])
+            tokens, valid = _pad([rows[i] for i in padded], width, pad, left)
+            carry = denoiser.generate(
+                self.model,
+                self.variables,
+                self.logit_shift,
+                plan,
+                self.eos_token_ids,
+                tokens,
+                valid,
+                valid & (tokens == self.mask_token_id),
+                np.asarray(prompt_lengths, np.int32)[padded],
+                keys[padded],
+            )
+            tokens, used = np.asarray(carry.tokens), np.asarray(carry.passes)
+            filled += [tokens[i][valid[i]] for i in range(len(index))]
+            passes += used[: len(index)].tolist()
+        return filled, np.asarray(passes, np.int32)
+
+    def _until_eos(self, tokens: np.ndarray) -> np.ndarray:
+        ends = np.flatnonzero(np.isin(tokens, self.eos_token_ids))
+        return tokens[: ends[0] + 1] if len(ends) else tokens
+
+    def _decode(self, tokens: np.ndarray) -> str:
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+
+def load(
+    source: str | Path,
+    causal: bool = False,
+    attention: str | None = None,
+    logit_shift: bool | None = None,
+    quantization: str | None = None,
+    dtype: str = "bfloat16",
+    adapter: str | Path | None = None,
+    mask_token: str | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Loads a Hugging Face directory, a hub id or a `.gguf` file, with a PEFT adapter if one is given.
+
+    `attention` ("full", "prefix") and `logit_shift`: None takes what the adapter or the merged checkpoint was trained
+    for, else "full" and False. `causal=True` is the base's own attention (with the shift it was trained with). Without
+    an adapter the model is the checkpoint as stored. Raises `UserError` for anything that cannot be represented.
+    """
+    if quantization is not None:
+        raise UserError(f"quantization={quantization!r}: quantised bases are not available in this version")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    opened = open_source(str(source), revision)
+    tokenizer = opened.load_tokenizer()
+    loaded = load_adapter(adapter, opened.config) if adapter is not None else None
+    trained_for = _trained_for(opened, loaded)
+    if mask_token is None and trained_for is not None:
+        mask_token = trained_for.get("mask_token")
+    mask_token_id = choose_mask_token(tokenizer, opened.config.vocab_size, mask_token or "")
+    if loaded is not None and loaded.mask_token_id not in (None, mask_token_id):
+        raise UserError(
+            f"{adapter}: the adapter's mask row has id {loaded.mask_token_id}, but the mask token "
+            f"{tokenizer.mask_token!r} has id {mask_token_id}: name the adapter's with mask_token"
+        )
+    if causal:
+        attention, logit_shift = "causal", True if logit_shift is None else logit_shift
+    trained_for = trained_for or {}
+    attention = attention or trained_for.get("attention", "full")
+    if attention not in ATTENTION_RULES:
+        raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION_RULES)}")
+    model = Transformer(
+        config=opened.config,
+        attention=attention,
+        lora=loaded.lora_config if loaded else None,
+        mask_token_id=mask_token_id,
+        dtype=DTYPES[dtype],
+    )
+    return LanguageModel(
+        source=opened,
+        model=model,
+        params=load_params(opened, DTYPES[dtype]),
+        tokenizer=tokenizer,
+        logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
+        lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
+    )
+
+
+def _trained_for(source: Source, adapter: Adapter | None) -> dict[str, Any] | None:
+    if adapter is not None:
+        return adapter.diffusion_config
+    return read_diffusion_config(source.name)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model: Transformer, variables: dict[str, Any], tokens_BL, valid_BL, prompt_lengths_B) -> jax.Array:
+    hidden_BLD = model.apply(variables, tokens_BL, positions_of(valid_BL), valid_BL, prompt_lengths_B)
+    return head_logits(model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BLD)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or many -> a list of prompts: a string, a message list and a token list are each one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    one = prompts and isinstance(prompts[0], (Mapping, int, np.integer))
+    return [prompts] if one else prompts
+
+
+def _pad(rows: list[np.ndarray], width: int, pad: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.full((len(rows), width), pad, np.int32)
+    valid = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, at], valid[i, at] = row, True
+    return tokens, valid
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-max(value, 1) // multiple) * multiple
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
+        raise UserError(f"{name} must be a positive integer, not {value!r}")
+    return int(value)
+
+
+def _temperature(value: float) -> float:
+    if not value >= 0:
+        raise UserError(f"temperature must be at least 0, not {value!r}")
+    return float(value)
+
+
+def _algorithm(name: str) -> str:
+    if name not in CONFIDENCES:
+        raise UserError(f"algorithm={name!r} is not one of {', '.join(CONFIDENCES)}")
+    return name
+
+
+def _model_card(base_model: str, diffusion_config: dict[str, Any]) -> str:
+    facts = "\n".join(f"- `{key}`: `{value}`" for key, value in diffusion_config.items())
+    return (
+        f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [masked-diffusion, difflm_jax]\n---\n\n"
+        f"# A masked-diffusion language model made from {base_model}\n\nAnswers are decoded by filling masks, not from "
+        f"left to right. What a decoder must know (also in `diffusion_config.json`):\n\n{facts}\n"
+    )

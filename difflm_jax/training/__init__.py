@@ -1,0 +1,1 @@
+"""Training: the mesh, the jitted step, the optimiser, the loop over phases, metrics and tracking."""

@@ -1,0 +1,105 @@
+"""The training step and the evaluation step: `jax.jit(jax.shard_map(...))` over the mesh, one for every objective."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
+
+from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums, loss_sums
+from difflm_jax.models.transformer import Transformer
+from difflm_jax.training.mesh import DATA_AXIS
+
+Tree = Any
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes: the adapters (float32 masters) and the optimiser's moments."""
+
+    lora: Tree
+    opt_state: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What is static in a step. `chunk` is the number of positions whose logits exist at once."""
+
+    model: Transformer
+    corruption: Corruption
+    chunk: int
+
+
+def make_train_step(
+    options: StepOptions,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    mesh: Mesh,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Returns `step(params, state, batch, key, index) -> (state, metrics)`.
+
+    `batch` holds arrays [A, B, ...] (A micro-batches, B rows over all devices); `key` is that of the phase and `index`
+    the number of the step in it. `state` is donated. The loss is Σ weight * CE / Σ weight over all micro-batches and
+    devices, so that neither their number nor their split changes it.
+    """
+
+    def step(params: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
+        key = jax.random.fold_in(key, index)
+        num_rows = batch.lengths.shape[0] * batch.lengths.shape[1] * mesh.shape[DATA_AXIS]
+        # The gradient of a replicated input would be summed over devices inside every micro-batch. Cast to varying,
+        # it stays local, and is summed once.
+        lora = jax.lax.pcast(state.lora, DATA_AXIS, to="varying")
+
+        def micro_batch(totals: tuple[LossSums, Tree], rows: CleanBatch):
+            sums_of = functools.partial(_loss_of, options, params, rows, key, num_rows)
+            gradient, sums = jax.grad(sums_of, has_aux=True)(lora)
+            return jax.tree.map(jnp.add, totals, (sums, gradient)), None
+
+        zeros = (_zero_sums(lora), jax.tree.map(jnp.zeros_like, lora))
+        totals, _ = jax.lax.scan(micro_batch, zeros, batch)
+        sums, gradient = jax.lax.psum(totals, DATA_AXIS)
+
+        total_weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+        gradient = jax.tree.map(lambda g: g / total_weight, gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
+        learning_rate = schedule(index)
+        lora = jax.tree.map(lambda leaf, update: leaf - learning_rate * update, state.lora, updates)
+        metrics = {"sums": sums, "grad_norm": optax.global_norm(gradient), "learning_rate": learning_rate}
+        return TrainState(lora, opt_state), metrics
+
+    rows = PartitionSpec(None, DATA_AXIS)
+    whole = PartitionSpec()
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, rows, whole, whole), out_specs=(whole, whole))
+    return jax.jit(sharded, donate_argnums=1)
+
+
+def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
+    """Returns `step(params, lora, batch, key) -> LossSums` without dropout, for arrays [1, B, ...]."""
+
+    def step(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
+        rows = jax.tree.map(lambda x: x[0], batch)
+        num_rows = rows.lengths.shape[0] * mesh.shape[DATA_AXIS]
+        _, sums = loss_sums(
+            options.model, params, lora, rows, key, options.corruption, num_rows, options.chunk, train=False
+        )
+        return jax.lax.psum(sums, DATA_AXIS)
+
+    rows, whole = PartitionSpec(None, DATA_AXIS), PartitionSpec()
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, rows, whole), out_specs=whole))
+
+
+def _loss_of(options, params, rows, key, num_rows, lora):
+    return loss_sums(options.model, params, lora, rows, key, options.corruption, num_rows, options.chunk, train=True)
+
+
+def _zero_sums(like: Tree) -> LossSums:
+    """Zeros of the types that `loss_sums` returns, varying over devices as `like` does."""
+    zero = 0.0 * jax.tree.leaves(like)[0].reshape(-1)[0]
+    bucket = jnp.broadcast_to(zero, (RATE_BUCKETS,))
+    return LossSums(zero, zero, bucket, bucket, bucket, zero)

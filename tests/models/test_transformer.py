@@ -1,0 +1,157 @@
+"""Properties of the model that hold for any weights: who sees whom, remat, the cache, the mask row, LoRA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difflm_jax.lora import LoraConfig, init_lora, merge_lora
+from difflm_jax.models.attention import positions_of
+from difflm_jax.models.transformer import Transformer, head_logits
+from tests.tiny import tiny_config, tiny_params
+
+CONFIG = tiny_config()
+PARAMS = tiny_params(CONFIG)
+MASK = 96
+VALID = np.ones((2, 12), bool)
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12))
+PROMPTS = np.array([5, 3])
+
+
+def hidden(rule="full", tokens=TOKENS, valid=VALID, prompts=PROMPTS, lora=None, lora_config=None, **options):
+    model = Transformer(CONFIG, attention=rule, lora=lora_config, mask_token_id=MASK, **options)
+    variables = {"params": PARAMS} if lora is None else {"params": PARAMS, "lora": lora}
+    return np.asarray(model.apply(variables, tokens, positions_of(valid), valid, prompts))
+
+
+def random_lora(config, seed=1):
+    lora = init_lora(jax.random.key(seed), PARAMS, config, jnp.full(32, 0.3))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), lora)
+
+
+def influences(rule: str) -> np.ndarray:
+    """[query, key] bool for row 0: does changing the token at `key` change the state at `query`?"""
+    before = hidden(rule)[0]
+    seen = np.zeros((12, 12), bool)
+    for key in range(12):
+        changed = TOKENS.copy()
+        changed[0, key] = (changed[0, key] + 1) % 96
+        seen[:, key] = np.abs(hidden(rule, changed)[0] - before).max(axis=-1) > 1e-6
+    return seen
+
+
+def test_full_attention_lets_every_token_see_every_token():
+    assert influences("full").all()
+
+
+def test_causal_attention_sees_no_later_token():
+    assert (influences("causal") == np.tril(np.ones((12, 12), bool))).all()
+
+
+def test_prefix_prompt_is_causal_and_answer_sees_everything():
+    expected = np.tril(np.ones((12, 12), bool))
+    expected[5:] = True
+    assert (influences("prefix") == expected).all()
+
+
+def test_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="attention rule 'window'"):
+        hidden("window")
+
+
+@pytest.mark.parametrize("rule", ["full", "prefix", "causal"])
+def test_padding_changes_nothing_on_either_side(rule):
+    alone = hidden(rule)
+    for before, after in ((4, 0), (0, 4), (3, 2)):
+        tokens = np.pad(TOKENS, ((0, 0), (before, after)), constant_values=11)
+        valid = np.pad(VALID, ((0, 0), (before, after)), constant_values=False)
+        padded = hidden(rule, tokens, valid)
+        np.testing.assert_allclose(padded[:, before : before + 12], alone, atol=2e-6, rtol=2e-5)
+
+
+def test_a_row_of_padding_alone_is_finite():
+    assert np.isfinite(hidden(valid=np.array([[True] * 12, [False] * 12]))).all()
+
+
+def test_remat_changes_neither_value_nor_gradient():
+    config = LoraConfig(r=4)
+    lora = random_lora(config)
+
+    def loss(lora, remat):
+        model = Transformer(CONFIG, lora=config, mask_token_id=MASK, remat=remat)
+        out = model.apply({"params": PARAMS, "lora": lora}, TOKENS, positions_of(VALID), VALID, PROMPTS)
+        return (out * out[::-1]).sum()
+
+    value, gradient = jax.value_and_grad(loss)(lora, "none")
+    value_remat, gradient_remat = jax.value_and_grad(loss)(lora, "full")
+    np.testing.assert_allclose(value, value_remat, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, gradient_remat)
+
+
+@pytest.mark.parametrize("rule", ["prefix", "causal"])
+def test_prompt_cache_equals_the_whole_forward(rule):
+    prompts = np.array([5, 5])
+    model = Transformer(CONFIG, attention=rule)
+    positions = positions_of(VALID)
+    _, cache = model.apply(
+        {"params": PARAMS}, TOKENS[:, :5], positions[:, :5], VALID[:, :5], prompts, mutable=["cache"]
+    )
+    cached = model.apply(
+        {"params": PARAMS, **cache},
+        TOKENS[:, 5:],
+        positions[:, 5:],
+        VALID[:, 5:],
+        prompts,
+        cached_positions_BP=positions[:, :5],
+        cached_valid_BP=VALID[:, :5],
+    )
+    np.testing.assert_allclose(cached, hidden(rule, prompts=prompts)[:, 5:], atol=2e-6, rtol=2e-5)
+
+
+def test_fresh_lora_is_the_base_except_for_the_mask_row():
+    config = LoraConfig(r=4)
+    lora = init_lora(jax.random.key(1), PARAMS, config, jnp.full(32, 0.3))
+    np.testing.assert_array_equal(hidden(lora=lora, lora_config=config), hidden())
+    masked = TOKENS.copy()
+    masked[0, 2] = MASK
+    assert np.abs(hidden(lora=lora, lora_config=config, tokens=masked) - hidden(tokens=masked)).max() > 1e-3
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("v_proj", "down_proj"), LoraConfig().target_modules])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_weights_give_the_same_states(targets, rslora):
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora)
+    lora = random_lora(config)
+    tokens = TOKENS.copy()
+    tokens[:, 4] = MASK
+    merged = merge_lora(PARAMS, lora, config, MASK)
+    model = Transformer(CONFIG, mask_token_id=MASK)
+    expected = hidden(lora=lora, lora_config=config, tokens=tokens)
+    got = model.apply({"params": merged}, tokens, positions_of(VALID), VALID, PROMPTS)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+    logits = head_logits(CONFIG, PARAMS, lora, MASK, expected)
+    np.testing.assert_allclose(head_logits(CONFIG, merged, None, MASK, got), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_lora_of_a_module_that_the_model_lacks_is_refused():
+    with pytest.raises(ValueError, match="the model has no w_proj"):
+        init_lora(jax.random.key(0), PARAMS, LoraConfig(target_modules=("q_proj", "w_proj")), jnp.zeros(32))
+
+
+def test_dropout_of_a_row_depends_on_its_key_alone():
+    config = LoraConfig(r=4, lora_dropout=0.5)
+    lora = random_lora(config)
+    model = Transformer(CONFIG, lora=config, mask_token_id=MASK)
+
+    def states(rows, width):
+        tokens = np.pad(TOKENS[rows], ((0, 0), (0, width - 12)))
+        valid = np.pad(VALID[rows], ((0, 0), (0, width - 12)))
+        keys = jax.vmap(jax.random.key)(jnp.array(rows))
+        variables = {"params": PARAMS, "lora": lora}
+        out = model.apply(variables, tokens, positions_of(valid), valid, PROMPTS[rows], keys)
+        return np.asarray(out[:, :12])
+
+    both = states([0, 1], 12)
+    np.testing.assert_allclose(both[1:], states([1], 12), atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(both, states([0, 1], 16), atol=1e-5, rtol=1e-4)
+    assert np.abs(both - hidden(lora=lora, lora_config=config)).max() > 1e-2
