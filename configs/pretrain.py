@@ -1,12 +1,12 @@
 """The first phase: Qwen3-4B-Instruct-2507 learns to fill masks anywhere in a conversation of tulu-3.
 
 Command:   python -m difflm_jax.train --config=configs/pretrain.py
-Hardware:  one GPU or TPU chip of at least 16 GiB, or several: bf16 weights are 8 GB, and compiled for an H100 this step
-           (16 rows of 768 tokens, remat) takes 13.9 GiB, for a v5e 2x2 4.6 GiB a chip. Without an accelerator use
-           configs/quickstart.py. Weights and data come from the Hugging Face hub.
-Expect:    loss and masked NLL fall from the first hundred steps on. Speed, wall time and final figures on these
-           weights have not been measured.
-Leaves:    /tmp/output/pretrain_model, a PEFT adapter from which configs/sft.py goes on.
+Hardware:  an accelerator, or several: the frozen weights alone take 8 GB in bfloat16. If memory runs out, lower
+           --config.batch_size and raise --config.gradient_accumulation_steps by as much: the result is the same.
+           Without an accelerator use configs/quickstart.py. Weights and data come from the Hugging Face hub.
+Expect:    a line every 10 steps, four evaluations, and the adapter of the best one in /tmp/output/pretrain_model, from
+           which configs/sft.py goes on. Memory, speed, wall time and the loss that these weights reach have not been
+           measured.
 
 The hyper-parameters are the original system's; any key can be changed with --config.key=value.
 """

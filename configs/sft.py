@@ -2,10 +2,10 @@
 
 Command:   python -m difflm_jax.train --config=configs/sft.py
            Another adapter: --config.adapter=DIRECTORY; a fresh one: --config.adapter=
-Hardware:  as configs/pretrain.py: one GPU or TPU chip of at least 16 GiB, or several.
-Expect:    only tokens of the last assistant turn are hidden and scored. Speed, wall time and final figures on these
-           weights have not been measured. Adam's moments start anew here; configs/two_phase.py keeps them.
-Leaves:    /tmp/output/sft/sft_model, a PEFT adapter.
+Hardware:  as configs/pretrain.py.
+Expect:    only tokens of the last assistant turn are hidden and scored; the best adapter is left in
+           /tmp/output/sft/sft_model. Adam's moments start anew here; configs/two_phase.py keeps them. Memory, speed,
+           wall time and the loss that these weights reach have not been measured.
 
 The hyper-parameters are the original system's; any key can be changed with --config.key=value.
 """

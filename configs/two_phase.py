@@ -2,10 +2,10 @@
 
 Command:   python -m difflm_jax.train --config=configs/two_phase.py
            Shorter: --config.pretrain.max_steps=1000 --config.sft.max_steps=1000
-Hardware:  as configs/pretrain.py: one GPU or TPU chip of at least 16 GiB, or several.
-Expect:    the second phase goes on with the same adapters and Adam moments and starts the schedule again. Speed, wall
-           time and final figures on these weights have not been measured.
-Leaves:    /tmp/output/two_phase/pretrain_model and /tmp/output/two_phase/sft_model, PEFT adapters.
+Hardware:  as configs/pretrain.py.
+Expect:    the second phase goes on with the adapters and Adam moments of the first and starts the schedule again;
+           pretrain_model and sft_model are left in /tmp/output/two_phase. Memory, speed, wall time and the loss that
+           these weights reach have not been measured.
 
 The hyper-parameters are the original system's; any key can be changed with --config.key=value.
 """

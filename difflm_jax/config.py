@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import reprlib
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,12 +101,13 @@ def default_config() -> ConfigDict:
             "diffusion_steps": 10,
             "sample_prompts": 8,  # of the test split, answered at each evaluation; 0: none
             "sample_tokens": 128,
+            # Questions answered at the end of the run, beside the causal base; empty data: none, rows 0: all.
             "report": {"data": "", "max_new_tokens": 32, "tokens_per_pass": (1, 2, 4), "rows": 0},
             "wandb_config": {
                 "project": "llm-diffusion",  # empty: off
                 "entity": "",  # empty: the account's own
                 "wandb_log_path": "/tmp/wandb",
-                "mode": "auto",
+                "mode": "auto",  # online with an account, offline without
             },
         }
     )
@@ -180,8 +182,19 @@ def notes(config: ConfigDict) -> list[str]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The configuration as JSON, sorted and stable; `load_config` reads it back from a `.json` file."""
+    """The configuration as JSON, sorted and stable; `from_json` reads it back."""
     return json.dumps(config.to_dict(), sort_keys=True, indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json: ") -> ConfigDict:
+    """The validated, locked configuration that `to_json` wrote; keys that it lacks have their defaults.
+
+    Raises `UserError` that begins with `where`.
+    """
+    config = default_config()
+    _update(config, _parse_json(text, where), where)
+    validate(config)
+    return config.lock()
 
 
 def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -208,7 +221,7 @@ class _Kind:
         return names[self.type] + elements + (" or none" if self.optional else "")
 
 
-_WORDS = {"true": True, "1": True, "false": False, "0": False}
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @functools.cache
@@ -240,16 +253,17 @@ def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
         raise UserError(f"{where}{key}: unknown key (did you mean {_nearest(key)}?)")
     try:
         converted = _convert(kind, value)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}{key} must be {kind}, not {value!r}") from error
-    *sections, leaf = key.split(".")
-    for section in sections:
-        config = config[section]
-    config[leaf] = converted
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{where}{key} must be {kind}, not {reprlib.repr(value)}") from error
+    section, _, leaf = key.rpartition(".")
+    (config[section] if section else config)[leaf] = converted
 
 
 def _convert(kind: _Kind, value: Any) -> Any:
-    """`value` as `kind`; text is read as on the command line, wherever it comes from. Raises ValueError or TypeError."""
+    """`value` as `kind`; text is read as on the command line, wherever it comes from.
+
+    Raises ValueError, TypeError or OverflowError where it is none.
+    """
     if kind.optional and (value is None or value == "none"):
         return None
     if kind.type is tuple:
@@ -275,10 +289,14 @@ def _convert(kind: _Kind, value: Any) -> Any:
 
 
 def _nearest(key: str) -> str:
-    """The known key most like `key`; one whose last part is `key` exactly comes first."""
-    known = list(_kinds())
-    same_leaf = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    return difflib.get_close_matches(key, same_leaf or known, n=1, cutoff=0.0)[0]
+    """The known key most like `key`, by its whole name and by its last part."""
+
+    def likeness(known: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, known, key).ratio()
+        last = difflib.SequenceMatcher(None, known.split(".")[-1], key.split(".")[-1]).ratio()
+        return max(whole, last), whole
+
+    return max(_kinds(), key=likeness)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -31,7 +31,7 @@ _RANGES = (
         lambda x: x > 0,
         (
             "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps", "log_interval",
-            "log_frequency_per_epoch", "max_length", "diffusion_steps", "length_multiple", "loss_chunk",
+            "log_frequency_per_epoch", "diffusion_steps", "length_multiple", "loss_chunk",
             "keep_checkpoints", "adam_eps", "lora_config.r", "lora_config.lora_alpha", "sample_tokens",
             "report.max_new_tokens",
         ),
@@ -44,6 +44,7 @@ _RANGES = (
             "sample_prompts", "answer_padding", "report.rows",
         ),
     ),
+    ("2 or more", lambda x: x >= 2, ("max_length",)),
     ("in [0, 2^31)", lambda x: 0 <= x < 2**31, ("seed",)),
     ("in [0, 1)", lambda x: 0 <= x < 1, ("test_size", "lora_config.lora_dropout", "adam_b1", "adam_b2")),
     ("in [0, 1]", lambda x: 0 <= x <= 1, ("bad_row_budget",)),
@@ -112,12 +113,8 @@ def _check_together(config: ConfigDict) -> None:
 
 def _values(config: ConfigDict, key: str) -> list[tuple[str, Any]]:
     """(name, value) of a key, and of the same key of the phases that set it for themselves."""
-    *sections, leaf = key.split(".")
-    section = config
-    for name in sections:
-        section = section[name]
     own = [(f"{phase}.{key}", config[phase][key]) for phase in PHASES if key in config[phase]]
-    return [(key, section[leaf]), *((name, value) for name, value in own if value is not None)]
+    return [(key, config[key]), *((name, value) for name, value in own if value is not None)]
 
 
 def _either(allowed: tuple[str, ...]) -> str:

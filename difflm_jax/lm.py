@@ -12,7 +12,6 @@ import numpy as np
 
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.peft import (
-    Adapter,
     load_adapter,
     read_diffusion_config,
     save_adapter,
@@ -80,6 +79,20 @@ class LanguageModel:
         named = self.source.hf_config.get("eos_token_id")
         ids = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
         return tuple(sorted(token for token in ids if token is not None and token != self.mask_token_id))
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows up: the tokenizer's padding token, or its end of sequence; it is never attended to."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def with_weights(self) -> "LanguageModel":
+        """This model with its frozen weights read from the source."""
+        return dataclasses.replace(self, params=load_params(self.source, self.model.dtype))
+
+    def with_model(self, model: Transformer) -> "LanguageModel":
+        """The same arrays under another form of the model (remat, say)."""
+        return dataclasses.replace(self, model=model)
 
     def with_adapter(self, lora: dict[str, Any], lora_config: LoraConfig) -> "LanguageModel":
         """The same base with another adapter on it (arrays, nothing is copied)."""
@@ -267,12 +280,11 @@ class LanguageModel:
             return [], np.zeros(0, np.int32)
         keys = denoiser.row_sampling_keys(seed, [tuple(row.tolist()) for row in rows])
         batch_size = min(_positive("batch_size", batch_size), len(rows))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_ids[0]
         filled, passes = [], []
         for first in range(0, len(rows), batch_size):
             index = np.arange(first, min(first + batch_size, len(rows)))
             padded = np.concatenate([index, np.full(batch_size - len(index), first)])
-            tokens, valid = _pad([rows[i] for i in padded], width, pad, left)
+            tokens, valid = _pad([rows[i] for i in padded], width, self.pad_token_id, left)
             carry = denoiser.generate(
                 self.model,
                 self.variables,
@@ -317,23 +329,35 @@ def load(
     """
     if quantization is not None:
         raise UserError(f"quantization={quantization!r}: quantised bases are not available in this version")
+    if causal:
+        attention, logit_shift = "causal", True if logit_shift is None else logit_shift
+    return open_model(source, attention, logit_shift, dtype, adapter, mask_token, revision).with_weights()
+
+
+def open_model(
+    source: str | Path,
+    attention: str | None = None,
+    logit_shift: bool | None = None,
+    dtype: str = "bfloat16",
+    adapter: str | Path | None = None,
+    mask_token: str | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """As `load`, but without the weights: tokenizer, mask token, adapter and shapes, all checked."""
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     opened = open_source(str(source), revision)
     tokenizer = opened.load_tokenizer()
     loaded = load_adapter(adapter, opened.config) if adapter is not None else None
-    trained_for = _trained_for(opened, loaded)
-    if mask_token is None and trained_for is not None:
-        mask_token = trained_for.get("mask_token")
-    mask_token_id = choose_mask_token(tokenizer, opened.config.vocab_size, mask_token or "")
+    trained_for = (loaded.diffusion_config if loaded else read_diffusion_config(opened.name)) or {}
+    mask_token_id = choose_mask_token(
+        tokenizer, opened.config.vocab_size, mask_token or trained_for.get("mask_token") or ""
+    )
     if loaded is not None and loaded.mask_token_id not in (None, mask_token_id):
         raise UserError(
             f"{adapter}: the adapter's mask row has id {loaded.mask_token_id}, but the mask token "
             f"{tokenizer.mask_token!r} has id {mask_token_id}: name the adapter's with mask_token"
         )
-    if causal:
-        attention, logit_shift = "causal", True if logit_shift is None else logit_shift
-    trained_for = trained_for or {}
     attention = attention or trained_for.get("attention", "full")
     if attention not in ATTENTION_RULES:
         raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION_RULES)}")
@@ -347,17 +371,11 @@ def load(
     return LanguageModel(
         source=opened,
         model=model,
-        params=load_params(opened, DTYPES[dtype]),
+        params={},
         tokenizer=tokenizer,
         logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
         lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
     )
-
-
-def _trained_for(source: Source, adapter: Adapter | None) -> dict[str, Any] | None:
-    if adapter is not None:
-        return adapter.diffusion_config
-    return read_diffusion_config(source.name)
 
 
 @functools.partial(jax.jit, static_argnames="model")

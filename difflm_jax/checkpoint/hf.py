@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.directory import new_directory
 from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, get_path, set_path, table
-from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults
 from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
 
-_LISTED = 8  # names that one error spells out of each kind of fault
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -56,13 +55,13 @@ def check_tensors(source: Source) -> None:
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    faults = [
-        ("unknown", [name for name in found if name not in expected]),
-        ("missing", [name for name in expected if name not in found]),
-        ("misshapen", misshapen),
-        ("defective", source.defects),
-    ]
-    if text := "; ".join(_listing(kind, names) for kind, names in faults if names):
+    faults = {
+        "unknown": [name for name in found if name not in expected],
+        "missing": [name for name in expected if name not in found],
+        "misshapen": misshapen,
+        "defective": source.defects,
+    }
+    if text := describe_faults(faults):
         raise UserError(f"{source.name}: tensors do not fit its config: {text}")
     if tied_copy and not _equal(source.read(_HEAD), source.read(_EMBEDDING)):
         raise UserError(
@@ -141,9 +140,3 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     if a.shape != b.shape:
         return False
     return all(np.array_equal(x.astype(np.float32), y.astype(np.float32)) for x, y in zip(a, b, strict=True))
-
-
-def _listing(kind: str, names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{more})"

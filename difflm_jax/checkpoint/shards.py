@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from difflm_jax.errors import UserError, one_line
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
+_LISTED = 8  # names that one error spells out of each kind of fault
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
 
@@ -77,6 +78,17 @@ def open_files(paths: list[Path], weight_map: Mapping[str, str] | None = None) -
         if name not in home:
             defects.append(f"{name} is not in {file}, though {INDEX_FILE} says so")
     return TensorFiles(shapes, lambda name: handles[home[name]].get_tensor(name), tuple(defects))
+
+
+def describe_faults(faults: Mapping[str, Iterable[str]]) -> str:
+    """One line for all faults by kind, or "" if there are none: "2 missing (a, b); 1 unknown (c)"."""
+    parts = []
+    for kind, names in faults.items():
+        names = list(names)
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        if names:
+            parts.append(f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{more})")
+    return "; ".join(parts)
 
 
 def read_json(path: Path) -> dict:

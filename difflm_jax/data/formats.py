@@ -74,7 +74,9 @@ def _conversation(messages: Any, row: Mapping[str, Any]) -> Conversation:
     conversation = parse_messages(messages, row.get("tools"))
     system = row.get("system")
     if system and conversation.messages[0]["role"] != "system":
-        return dataclasses.replace(conversation, messages=[_say("system", _text(system, "system"))] + conversation.messages)
+        return dataclasses.replace(
+            conversation, messages=[_say("system", _text(system, "system"))] + conversation.messages
+        )
     return conversation
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from difflm_jax.checkpoint.state import Checkpoints
@@ -21,6 +20,7 @@ from difflm_jax.training.mesh import DATA_AXIS, batch_sharding, replicated
 from difflm_jax.training.metrics import MetricsLog, progress_line
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
+from difflm_jax.training.tracking import Tracker
 
 PHASE_SCOPE = {"pretrain": "all", "sft": "answer"}
 
@@ -44,11 +44,16 @@ class Phase:
     eos_id: int
 
 
-Sampled = Callable[[dict[str, Any], int], None]  # (lora, step): logs sample generations
+OnEvaluation = Callable[[dict[str, Any], int], None]  # (lora, step): logs sample generations
 
 
 def run_phase(
-    phase: Phase, initial: TrainState, checkpoints: Checkpoints, log: MetricsLog, on_evaluation: Sampled
+    phase: Phase,
+    initial: TrainState,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    tracker: Tracker,
+    on_evaluation: OnEvaluation,
 ) -> TrainState:
     """Trains to the end of the phase, from its latest checkpoint if it has one; returns the best state.
 
@@ -71,7 +76,7 @@ def run_phase(
         tokens = checkpoints.metrics(done)["tokens"]
     # The initial arrays may be kept elsewhere (the best state of the phase before), and a step donates its state.
     state = jax.tree.map(lambda x: x.copy(), state)
-    meter = Meter(phase, log, total, tokens)
+    meter = Meter(phase, log, tracker, total, tokens)
     iterator = prefetch(data, done, config.dataloader_num_workers)
     sharding = batch_sharding(phase.mesh)
 
@@ -89,6 +94,7 @@ def run_phase(
             record = evaluation_record(evaluate, phase, state.lora)
             if record:
                 log.append({"phase": phase.name, "step": step + 1, **record})
+                tracker.log({f"{phase.name}/{name}": value for name, value in record.items()}, step + 1)
             on_evaluation(state.lora, step + 1)
             checkpoints.save(step + 1, state, {"tokens": meter.tokens, **record})
             meter.restart_clock()
@@ -154,13 +160,11 @@ def evaluation_record(evaluate: Evaluator | None, phase: Phase, lora: dict[str, 
 class Meter:
     """Adds up the metrics of steps between two lines of the log, and their time."""
 
-    def __init__(self, phase: Phase, log: MetricsLog, total: int, tokens: int):
+    def __init__(self, phase: Phase, log: MetricsLog, tracker: Tracker, total: int, tokens: int):
         self.tokens = tokens  # real tokens since the phase began
-        self._phase, self._log, self._total = phase, log, total
+        self._phase, self._log, self._tracker, self._total = phase, log, tracker, total
         self._sums: LossSums | None = None
         self._last: dict[str, Any] = {}
-        self._padded_length = phase.config.max_length
-        self._seconds = 0.0
         self._clock = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
@@ -177,7 +181,7 @@ class Meter:
         if self._sums is None:
             return
         now = time.perf_counter()
-        seconds = max(self._seconds + now - self._clock, 1e-9)
+        seconds = max(now - self._clock, 1e-9)
         speed = float(self._sums.tokens) / seconds
         config, model = self._phase.config, self._phase.model
         flops = train_flops_per_token(model.config, config.max_length, model.lora, model.remat)
@@ -191,8 +195,9 @@ class Meter:
             "mfu": mfu(speed * flops, jax.devices()[0].device_kind, self._phase.mesh.size),
         }
         self._log.append(record)
+        self._tracker.log({f"{self._phase.name}/{name}": record[name] for name in record if name != "phase"}, step)
         print(progress_line(record, self._total), flush=True)
-        self._sums, self._seconds, self._clock = None, 0.0, now
+        self._sums, self._clock = None, now
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last line (an evaluation, a save) out of the next line's speed."""
@@ -202,8 +207,3 @@ class Meter:
 def initial_state(config: Any, lora: dict[str, Any], mesh: Mesh) -> TrainState:
     """Adapters with fresh moments, on the mesh."""
     return jax.device_put(TrainState(lora, make_optimizer(config).init(lora)), replicated(mesh))
-
-
-def as_numpy(tree: Any) -> Any:
-    """The tree on the host."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))

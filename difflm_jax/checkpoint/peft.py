@@ -1,0 +1,326 @@
+"""LoRA adapters as directories that the `peft` library reads and writes.
+
+Keys and layout are those of peft 0.21: `adapter_config.json`, `adapter_model.safetensors`, and the trained mask row as
+`trainable_token_indices`. Beside them lies `diffusion_config.json`: what the adapter was trained for.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
+
+from difflm_jax.checkpoint.directory import new_directory
+from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS, get_path, peft_lora_name, set_path, table
+from difflm_jax.checkpoint.shards import TensorFiles, describe_faults, open_files, read_json
+from difflm_jax.errors import UserError
+from difflm_jax.lora import LoraConfig
+from difflm_jax.models.config import ModelConfig
+
+PEFT_VERSION = "0.21.2"  # the version whose format is written
+CONFIG_FILE, WEIGHTS_FILE, DIFFUSION_FILE = "adapter_config.json", "adapter_model.safetensors", "diffusion_config.json"
+
+# Keys of adapter_config.json that change the result in ways not represented here, unless they hold one of these.
+_ONLY = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change the base as well
+}
+_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "trainable_token_indices"}
+_NEUTRAL = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "exclude_modules", "layers_pattern", "megatron_core", "eva_config", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter as read: the `lora` tree (float32, stacked over layers), and what its files say of it.
+
+    `lora` has no `mask_row` if none was trained. `mask_token_id` and `diffusion_config` are None where no file tells.
+    """
+
+    lora: dict[str, Any]
+    lora_config: LoraConfig
+    mask_token_id: int | None
+    diffusion_config: dict[str, Any] | None
+    base_model_name: str | None
+
+
+def save_adapter(
+    directory: str | Path,
+    lora: Mapping[str, Any],
+    lora_config: LoraConfig,
+    *,
+    base_model_name: str,
+    revision: str | None,
+    mask_token_id: int | None,
+    diffusion_config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    notes: str = "",
+) -> None:
+    """Writes `lora` (see `lora.init_lora`) as an adapter directory, all or nothing.
+
+    An existing adapter directory is replaced; any other non-empty directory is a `UserError`. `notes` goes into the
+    model card.
+    """
+    tensors = {}
+    for projection, path in PROJECTIONS.items():
+        if projection in lora_config.target_modules:
+            factors = get_path(lora["layers"], path)
+            for factor in ("lora_A", "lora_B"):
+                for layer, tensor in enumerate(np.asarray(factors[factor], np.float32)):
+                    tensors[peft_lora_name(projection, factor, layer)] = np.ascontiguousarray(tensor)
+    trained_tokens = None
+    if "mask_row" in lora:
+        if mask_token_id is None:
+            raise ValueError("a trained mask row needs its mask_token_id")
+        tensors[PEFT_MASK_ROW] = np.asarray(lora["mask_row"], np.float32)[None]
+        trained_tokens = {"embed_tokens": [mask_token_id]}
+    config = _adapter_config(lora_config, base_model_name, revision, trained_tokens)
+    with new_directory(directory, may_replace=_is_adapter_directory) as fresh:
+        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_json(fresh / CONFIG_FILE, config)
+        write_diffusion_config(fresh, diffusion_config)
+        (fresh / "README.md").write_text(_model_card(base_model_name, diffusion_config, notes), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+
+
+def load_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
+    """Reads an adapter directory, ours or one that `peft` wrote, for a base of shape `config`.
+
+    Which projections are adapted is told by the tensors. Raises one `UserError` with all that cannot be represented
+    and all tensors that are unknown, missing or misshapen.
+    """
+    directory = Path(directory).expanduser()
+    if not (directory / CONFIG_FILE).is_file():
+        raise UserError(f"{directory}: has no {CONFIG_FILE}; give the directory of a PEFT adapter")
+    if not (directory / WEIGHTS_FILE).is_file():
+        pickled = (
+            " (adapter_model.bin is pickled and not opened)" if (directory / "adapter_model.bin").is_file() else ""
+        )
+        raise UserError(f"{directory}: has no {WEIGHTS_FILE}{pickled}; save the adapter again with peft")
+    values = read_json(directory / CONFIG_FILE)
+    problems = _config_problems(values, config)
+    if problems:
+        raise UserError(f"{directory / CONFIG_FILE}: {'; '.join(problems)}")
+    files = open_files([directory / WEIGHTS_FILE])
+    mask_token_id = _trained_token(values)
+    targets, faults = _check_tensors(files, values, config, mask_token_id is not None)
+    if text := describe_faults(faults):
+        raise UserError(f"{directory / WEIGHTS_FILE}: tensors do not fit the base model and {CONFIG_FILE}: {text}")
+
+    diffusion_config = read_diffusion_config(directory)
+    stated = (diffusion_config or {}).get("mask_token_id")
+    if None not in (stated, mask_token_id) and stated != mask_token_id:
+        raise UserError(
+            f"{directory}: {DIFFUSION_FILE} has mask_token_id={stated}, but {CONFIG_FILE} trains token {mask_token_id}"
+        )
+    return Adapter(
+        lora=_read_tree(files, targets, config.num_layers),
+        lora_config=LoraConfig(
+            r=values["r"],
+            lora_alpha=values["lora_alpha"],
+            lora_dropout=float(values.get("lora_dropout") or 0.0),
+            target_modules=targets,
+            use_rslora=bool(values.get("use_rslora", False)),
+        ),
+        mask_token_id=stated if mask_token_id is None else mask_token_id,
+        diffusion_config=diffusion_config,
+        base_model_name=values.get("base_model_name_or_path"),
+    )
+
+
+def write_diffusion_config(directory: str | Path, diffusion_config: Mapping[str, Any]) -> None:
+    """Puts `diffusion_config.json` into a directory of weights: mask token, attention rule, logit shift."""
+    _write_json(Path(directory).expanduser() / DIFFUSION_FILE, diffusion_config)
+
+
+def read_diffusion_config(directory: str | Path) -> dict[str, Any] | None:
+    """The `diffusion_config.json` of a directory, or None if it has none."""
+    path = Path(directory).expanduser() / DIFFUSION_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def _adapter_config(
+    config: LoraConfig, base_model_name: str, revision: str | None, trained_tokens: dict[str, list[int]] | None
+) -> dict[str, Any]:
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": config.r,
+        "rank_pattern": {},
+        "revision": revision,
+        "target_modules": sorted(config.target_modules),
+        "task_type": "CAUSAL_LM",
+        "trainable_token_indices": trained_tokens,
+        "use_dora": False,
+        "use_rslora": config.use_rslora,
+    }
+
+
+def _config_problems(values: Mapping[str, Any], config: ModelConfig) -> list[str]:
+    """What an `adapter_config.json` asks for that is not represented here, key by key."""
+    problems = [
+        f"{key}={_short(values[key])} is not supported"
+        for key, allowed in _ONLY.items()
+        if key in values and values[key] not in allowed
+    ]
+    # An option that is off is off under any name, also one that a later peft brings.
+    known = {*_ONLY, *_READ, *_NEUTRAL}
+    problems += [
+        f"{key}={_short(value)} is not supported" for key, value in values.items() if key not in known and value
+    ]
+    if "peft_type" not in values:
+        problems.append("peft_type is missing")
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        problems.append(f"r must be a positive integer, not {_short(rank)}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        problems.append(f"lora_alpha must be a number, not {_short(alpha)}")
+    targets = values.get("target_modules")
+    if isinstance(targets, list):
+        outside = [str(name) for name in targets if str(name).split(".")[-1] not in PROJECTIONS]
+        if outside:
+            problems.append(f"target_modules {', '.join(outside)} are none of {', '.join(PROJECTIONS)}")
+    return problems + _trained_token_problems(values.get("trainable_token_indices"), config.vocab_size)
+
+
+def _trained_token_problems(indices: Any, vocab_size: int) -> list[str]:
+    if not indices:
+        return []
+    if isinstance(indices, dict):
+        if other := [name for name in indices if name.split(".")[-1] != "embed_tokens"]:
+            return [f"trainable_token_indices of {', '.join(other)} are not supported (embed_tokens only)"]
+        indices = next(iter(indices.values()))
+    if not isinstance(indices, list) or len(indices) != 1 or not isinstance(indices[0], int):
+        return [f"trainable_token_indices={_short(indices)} must be the mask token alone"]
+    if not 0 <= indices[0] < vocab_size:
+        return [f"trainable_token_indices={indices} is outside the base model's {vocab_size} tokens"]
+    return []
+
+
+def _trained_token(values: Mapping[str, Any]) -> int | None:
+    indices = values.get("trainable_token_indices") or None
+    if isinstance(indices, dict):
+        (indices,) = indices.values()
+    return indices[0] if indices else None
+
+
+def _check_tensors(
+    files: TensorFiles, values: Mapping[str, Any], config: ModelConfig, has_mask_row: bool
+) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """The projections that the tensors adapt, and the faults of the tensors by kind."""
+    weights = {row.path[2]: row.shape for row in table(config) if row.stacked and row.path[-1] == "weight"}
+    possible: dict[str, dict[str, tuple[int, ...]]] = {}
+    for projection in PROJECTIONS:
+        out_dim, in_dim = weights[projection]
+        shapes = {"lora_A": (values["r"], in_dim), "lora_B": (out_dim, values["r"])}
+        possible[projection] = {
+            peft_lora_name(projection, factor, layer): shape
+            for layer in range(config.num_layers)
+            for factor, shape in shapes.items()
+        }
+    listed = values.get("target_modules")
+    targets = tuple(
+        projection
+        for projection, shapes in possible.items()
+        if not files.shapes.keys().isdisjoint(shapes) or (isinstance(listed, list) and projection in listed)
+    )
+    expected = {name: shape for projection in targets for name, shape in possible[projection].items()}
+    if has_mask_row:
+        expected[PEFT_MASK_ROW] = (1, config.hidden_size)
+    missing = [name for name in expected if name not in files.shapes]
+    return targets, {
+        "unknown": [name for name in files.shapes if name not in expected],
+        "missing": missing if expected else ["every lora_A and lora_B"],
+        "misshapen": [
+            f"{name} {list(files.shapes[name])} for {list(shape)}"
+            for name, shape in expected.items()
+            if name in files.shapes and files.shapes[name] != shape
+        ],
+        "defective": list(files.defects),
+    }
+
+
+def _read_tree(files: TensorFiles, targets: tuple[str, ...], num_layers: int) -> dict[str, Any]:
+    lora: dict[str, Any] = {}
+    for projection in targets:
+        for factor in ("lora_A", "lora_B"):
+            names = [peft_lora_name(projection, factor, layer) for layer in range(num_layers)]
+            stacked = np.stack([files.read(name).astype(np.float32) for name in names])
+            set_path(lora, ("layers", *PROJECTIONS[projection], factor), jnp.asarray(stacked))
+    if PEFT_MASK_ROW in files.shapes:
+        lora["mask_row"] = jnp.asarray(files.read(PEFT_MASK_ROW)[0].astype(np.float32))
+    return lora
+
+
+def _is_adapter_directory(path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file() and not any(entry.is_dir() for entry in path.iterdir())
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _model_card(base_model_name: str, diffusion_config: Mapping[str, Any], notes: str) -> str:
+    settings = "\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in sorted(diffusion_config.items()))
+    return f"""---
+base_model: {json.dumps(base_model_name)}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- masked-diffusion
+- difflm_jax
+---
+
+# Masked-diffusion adapter for {base_model_name}
+
+LoRA factors and the mask token's embedding row that turn a causal language model into a masked-diffusion one. It was
+trained for the settings below, which `diffusion_config.json` repeats:
+
+{settings}
+
+```python
+import difflm_jax
+lm = difflm_jax.load({json.dumps(base_model_name)}, adapter="this directory")
+print(lm.generate("What is the capital of France?").texts[0])
+```
+
+`peft.PeftModel.from_pretrained(base, "this directory")` loads the same weights; attention and decoding are then the
+caller's to provide.
+{notes and chr(10) + notes.strip() + chr(10)}
+### Framework versions
+
+- PEFT {PEFT_VERSION}
+- JAX {jax.__version__}
+- difflm_jax {version("difflm_jax")}
+"""

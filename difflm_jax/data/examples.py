@@ -1,0 +1,204 @@
+"""From rows to examples: which rows are used, which are bad and why, and what each becomes within `max_length`."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from difflm_jax.data.chat import (
+    ANSWERS,
+    OVERLONG,
+    Encoded,
+    Rendered,
+    cut,
+    encode_rendered,
+    encode_texts,
+    render_answers,
+    render_whole,
+    windows,
+)
+from difflm_jax.data.formats import Conversation, parse_row
+from difflm_jax.data.sources import Row, RowError, Source
+from difflm_jax.errors import UserError
+
+PHASES = ("pretrain", "sft")
+DEBUG_EXAMPLES = 100
+
+_CHUNK_ROWS = 512
+_SHOWN_BAD_ROWS = 5
+_PROGRESS_ROWS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What, beside the rows and the tokenizer, decides the examples; `difflm_jax.data.tokenised.tokenize` explains."""
+
+    phase: str
+    max_length: int
+    answers: str
+    overlong: str
+    bad_row_budget: float
+    mask_token_id: int | None
+    debug: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        for key, known in (("phase", PHASES), ("answers", ANSWERS), ("overlong", OVERLONG)):
+            if getattr(self, key) not in known:
+                raise UserError(f"{key}={getattr(self, key)!r}: must be one of {', '.join(known)}")
+        if self.max_length < 2:
+            raise UserError(f"max_length={self.max_length}: must be at least 2")
+        if not 0 <= self.bad_row_budget <= 1:
+            raise UserError(f"bad_row_budget={self.bad_row_budget}: is a share of the rows, between 0 and 1")
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the rows of `name`, counted as they pass."""
+
+    name: str
+    rows: int = 0
+    examples: int = 0
+    formats: Counter[str] = dataclasses.field(default_factory=Counter)
+    cut: int = 0
+    dropped: int = 0
+    bad: int = 0
+    first_bad: list[str] = dataclasses.field(default_factory=list)
+
+    def add_bad(self, row: Row, error: RowError) -> None:
+        self.bad += 1
+        if len(self.first_bad) < _SHOWN_BAD_ROWS:
+            self.first_bad.append(f"{row.origin}: {error}")
+
+    def summary(self) -> str:
+        formats = ", ".join(f"{count} {name}" for name, count in self.formats.most_common())
+        counts = (
+            (self.cut, f"{self.cut} cut to max_length"),
+            (self.dropped, f"{self.dropped} dropped as longer than max_length"),
+            (self.bad, f"{self.bad} bad rows left out: {self._listed_bad()}"),
+        )
+        said = [text for count, text in counts if count]
+        return "; ".join([f"data: {self.name}: {self.examples} examples from {self.rows} rows ({formats})", *said])
+
+    def check(self, bad_row_budget: float) -> None:
+        """Raises `UserError` if more rows are bad than the budget allows, or no example is left."""
+        if not self.rows:
+            raise UserError(f"{self.name}: holds no rows")
+        if self.bad > bad_row_budget * self.rows:
+            raise UserError(
+                f"{self.name}: {self.bad} of {self.rows} rows are bad, more than bad_row_budget={bad_row_budget:g} "
+                f"allows: {self._listed_bad()}"
+            )
+        if not self.examples:
+            why = f"{self.dropped} are longer than max_length" if self.dropped else self._listed_bad()
+            raise UserError(f"{self.name}: none of its {self.rows} rows is left: {why}")
+
+    def _listed_bad(self) -> str:
+        more = self.bad - len(self.first_bad)
+        return "; ".join(self.first_bad) + (f"; and {more} more" if more else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A row of the stored data set. `content_hash` is of the messages or the text that it was made from."""
+
+    encoded: Encoded
+    content_hash: int
+    origin: str
+
+
+def examples(
+    source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, report: Report
+) -> Iterator[list[Example]]:
+    """The examples of `source`, some hundred rows at a time; `report` counts along.
+
+    Bad rows are left out and counted: whether there are too many is known at the end only (`Report.check`). A row that
+    holds the mask token raises `UserError` at once.
+    """
+    rows = source.rows()
+    if options.debug:
+        rows = iter(_choose(rows, DEBUG_EXAMPLES, options.seed))
+    while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+        made = [
+            e
+            for row, content, whole in _encode(chunk, tokenizer, options, report)
+            for e in _fit(row, content, whole, options, report)
+        ]
+        if options.debug:  # a long text is many examples
+            made = made[: DEBUG_EXAMPLES - report.examples]
+        report.examples += len(made)
+        yield made
+        if report.rows // _PROGRESS_ROWS > (report.rows - len(chunk)) // _PROGRESS_ROWS:
+            print(f"data: {report.name}: {report.rows} rows read", flush=True)
+
+
+def _choose(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
+    """`count` rows in random order, each row as likely as any other; rows are not parsed for it (reservoir sampling)."""
+    generator = random.Random(seed)
+    chosen: list[Row] = []
+    for i, row in enumerate(rows):
+        if i < count:
+            chosen.append(row)
+        elif (place := generator.randrange(i + 1)) < count:
+            chosen[place] = row
+    generator.shuffle(chosen)
+    return chosen
+
+
+def _encode(
+    chunk: list[Row], tokenizer: PreTrainedTokenizerBase, options: Options, report: Report
+) -> Iterator[tuple[Row, int, Encoded]]:
+    """(row, content hash, whole example) of the good rows of a chunk, in order; tokenises all of a kind in one call."""
+    read = []
+    for row in chunk:
+        report.rows += 1
+        try:
+            name, content = parse_row(row.load())
+            read.append((row, _content_hash(content), _render(content, tokenizer, options)))
+        except RowError as error:
+            report.add_bad(row, error)
+        else:
+            report.formats[name] += 1
+    texts = [(content, not row.continues) for row, _, content in read if isinstance(content, str)]
+    encoded_texts = iter(encode_texts(tokenizer, [text for text, _ in texts], [ends for _, ends in texts]))
+    encoded_chats = iter(encode_rendered(tokenizer, [content for *_, content in read if isinstance(content, Rendered)]))
+    for row, content_hash, content in read:
+        yield row, content_hash, next(encoded_texts if isinstance(content, str) else encoded_chats)
+
+
+def _render(content: Conversation | str, tokenizer: PreTrainedTokenizerBase, options: Options) -> Rendered | str:
+    if isinstance(content, str):
+        if options.phase == "sft":
+            raise RowError("plain text has no answer, which the sft phase needs; use it for pretraining")
+        return content
+    if options.phase == "pretrain" and all(message["role"] != "assistant" for message in content.messages):
+        return render_whole(tokenizer, content)
+    return render_answers(tokenizer, content, options.answers)
+
+
+def _content_hash(content: Conversation | str) -> int:
+    plain = content if isinstance(content, str) else [content.messages, content.tools]
+    text = json.dumps(plain, sort_keys=True, ensure_ascii=False, default=str)
+    try:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    except UnicodeEncodeError as error:
+        raise RowError("its text is not Unicode (it holds half of a surrogate pair)") from error
+    return int.from_bytes(digest, signed=True)
+
+
+def _fit(row: Row, content_hash: int, whole: Encoded, options: Options, report: Report) -> list[Example]:
+    """The examples that a row gives within `max_length`: one, none, or for a text as many as it takes."""
+    if not len(whole.tokens):
+        report.add_bad(row, RowError("gives no tokens"))
+        return []
+    if options.mask_token_id is not None and (whole.tokens == options.mask_token_id).any():
+        raise UserError(
+            f"{row.origin}: holds the mask token (id {options.mask_token_id}), which no data may hold; remove the row "
+            "or set mask_token to another token"
+        )
+    ...

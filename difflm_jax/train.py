@@ -1,0 +1,44 @@
+"""Trains a masked-diffusion model out of a causal one.
+
+    python -m difflm_jax.train --config=configs/pretrain.py [--config.learning_rate=1e-4 ...]
+                               [--hyper_parameters_json='{"epochs": 2}']
+
+The same command again resumes an unfinished run.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from difflm_jax.cli import run_command
+from difflm_jax.config import load_config, take_overrides
+from difflm_jax.errors import exit_with_errors
+from difflm_jax.report import print_report
+from difflm_jax.training.run import train
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("config", "", "A .py, .yaml or .json file; without it the defaults.", flag_values=FLAGS)
+flags.DEFINE_string("hyper_parameters_json", "", "Keys as JSON, as the original system takes them.", flag_values=FLAGS)
+
+
+def command(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` and returns the exit status."""
+    overrides: list[str] = []
+
+    def main(flag_values: flags.FlagValues) -> None:
+        config = load_config(flag_values.config, overrides, flag_values.hyper_parameters_json)
+        lm = train(config)
+        if lm is not None and config.report.data:
+            print_report(lm, config.report.data, config.report.tokens_per_pass, config.report.max_new_tokens)
+
+    def split_and_run() -> int:
+        nonlocal overrides
+        overrides, others = take_overrides(argv)
+        return run_command(main, FLAGS, __doc__, others)
+
+    return exit_with_errors(split_and_run)
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv))

@@ -1,0 +1,119 @@
+"""The metrics of a run: `metrics.jsonl`, one record a line, and the line that a terminal shows."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difflm_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends records to `output_dir/metrics.jsonl`; the directory is made by the first.
+
+    Every line is strict JSON: NaN and infinities, which JSON lacks, are written as null.
+    """
+
+    def __init__(self, output_dir: str | Path):
+        self.path = Path(output_dir) / METRICS_FILE
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes `record` as one line and flushes it. Scalars of NumPy and JAX are written as numbers."""
+        line = json.dumps(_plain(record), allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def cut_back(self, phase_order: Sequence[str], phase: str, step: int) -> None:
+        """Drops what a run that resumes at `step` of `phase` will write again.
+
+        Kept are the records of earlier phases and those of `phase` up to `step`; a record without a phase of
+        `phase_order` (a report at the end) is dropped, and so is a line that a kill has torn. A file in which
+        everything is kept is not touched.
+        """
+        if not self.path.exists():
+            return
+        place = {name: index for index, name in enumerate(phase_order)}
+        end = (place[phase], step)
+
+        def kept(record: Mapping[str, Any]) -> bool:
+            return record.get("phase") in place and (place[record["phase"]], record["step"]) <= end
+
+        text = self.path.read_text(encoding="utf-8")
+        lines = [line for line, record in _parse(self.path, text) if kept(record)]
+        shortened = "".join(line + "\n" for line in lines)
+        if shortened != text:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(shortened, encoding="utf-8")
+            os.replace(temporary, self.path)
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of a run in order, without a torn last line. Raises `UserError` for a file that is no such log."""
+    path = Path(output_dir) / METRICS_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    return [record for _, record in _parse(path, text)]
+
+
+def progress_line(record: Mapping[str, Any], total_steps: int) -> str:
+    """Phase, step of total, loss, masked NLL, tokens a second and time to go.
+
+    The time comes from the record alone: the steps left, at the mean tokens a step so far and the present speed.
+    """
+    step, speed = record["step"], record.get("tokens_per_second")
+    seconds = (total_steps - step) * record["tokens"] / step / speed if speed and step else None
+    return (
+        f"{record['phase']} {step}/{total_steps}"
+        f"  loss {_number(record.get('loss'), '.4f')}"
+        f"  masked_nll {_number(record.get('masked_nll'), '.4f')}"
+        f"  {_number(speed, ',.0f')} tokens/s"
+        f"  ETA {_duration(seconds)}"
+    )
+
+
+def _parse(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
+    """[(line, record)]; what follows the last newline is a line that was never finished."""
+    pairs = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error.msg}); move the file away to start anew") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: not a metrics record; move the file away to start anew")
+        pairs.append((line, record))
+    return pairs
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types, non-finite numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "__array__"):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

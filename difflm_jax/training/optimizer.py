@@ -1,0 +1,55 @@
+"""AdamW in two halves: a transformation that knows no learning rate, and the schedule as a function of the step.
+
+The step applies `parameter - learning_rate(step) * update`. Apart from each other, a second phase keeps Adam's
+moments and starts the schedule again.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from difflm_jax.errors import UserError
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """Clipping by the global norm, Adam's direction, decoupled weight decay (arXiv:1711.05101); no learning rate.
+
+    Its `update(gradient, state, parameters)` needs the parameters. The moments have the dtype of the parameters.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+
+
+def learning_rate_schedule(config: Any, total_steps: int) -> Callable[[jax.Array | int], jax.Array]:
+    """Returns `learning_rate(step)`, float32 and jittable, for steps 0 to total_steps - 1.
+
+    Linear from 0 over `warmup_steps`, then by `lr_schedule`: "linear" to 0 at `total_steps`, half a "cosine" to 0, or
+    "constant". The same as `transformers.get_scheduler`. Raises `UserError` for a warm-up longer than the run.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if warmup > total_steps:
+        raise UserError(f"warmup_steps={warmup}: the phase has only {total_steps} steps")
+
+    def learning_rate(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = step / max(1, warmup)
+        progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
+        falling = _DECAY[config.lr_schedule](progress)
+        return peak * jnp.where(step < warmup, rising, falling)
+
+    return learning_rate
+
+
+# Share of the peak after a share `progress` of the steps that follow the warm-up.
+_DECAY = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(math.pi * progress)),
+    "constant": jnp.ones_like,
+}

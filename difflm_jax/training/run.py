@@ -1,0 +1,179 @@
+"""A training run: one directory, one or two phases on the same adapters, resumed by starting it again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from difflm_jax.checkpoint.state import Checkpoints
+from difflm_jax.config import difference, from_json, notes, phase_config, to_json
+from difflm_jax.data.pipeline import describe
+from difflm_jax.data.tokenised import split, tokenize
+from difflm_jax.errors import UserError
+from difflm_jax.lm import LanguageModel, open_model
+from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.training.loop import Phase, initial_state, run_phase
+from difflm_jax.training.mesh import make_mesh, replicated
+from difflm_jax.training.metrics import MetricsLog
+from difflm_jax.training.samples import Sampler
+from difflm_jax.training.step import TrainState
+from difflm_jax.training.tracking import Tracker
+
+
+def train(config: ConfigDict) -> LanguageModel | None:
+    """Runs every phase of `config` that is not finished; returns the trained model, None if nothing was left to do.
+
+    Nothing is written to `output_dir` before the model, the adapter and all data have been read and found good.
+    """
+    directory = Path(config.output_dir)
+    _check_directory(directory, config)
+    if all((directory / f"{phase}_model").is_dir() for phase in config.phases):
+        print(f"{directory}: this run is finished (remove the directory, or change output_dir, to train again)")
+        return None
+    for note in notes(config):
+        print(note)
+
+    lm = open_model(
+        config.model,
+        attention=config.attention,
+        logit_shift=config.logit_shift,
+        dtype=config.dtype,
+        adapter=config.adapter or None,
+        mask_token=config.mask_token or None,
+        revision=config.revision or None,
+    )
+    print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
+    rows = {phase: _read_rows(config, phase, lm) for phase in config.phases}
+    mesh = make_mesh(config.mesh.data)
+    lm = start_adapter(lm.with_weights(), config)
+    params = jax.device_put(lm.params, replicated(mesh))
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(to_json(config), encoding="utf-8")
+    log = MetricsLog(directory)
+    tracker = Tracker(config)
+    state = initial_state(phase_config(config, config.phases[0]), lm.lora, mesh)
+    try:
+        for name in config.phases:
+            state = _run(name, config, lm, params, mesh, rows[name], state, log, tracker, directory)
+    finally:
+        tracker.finish()
+    return lm.with_adapter(state.lora, lm.model.lora)
+
+
+def start_adapter(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
+    """The model with the adapter that training starts from: the one loaded, or a fresh one; remat as configured.
+
+    The mask row starts at the mean of the embeddings of the tokenizer's tokens: unused rows of a pretrained table are
+    near zero, a known cause of spikes at high mask rates.
+    """
+    settings = config.lora_config
+    lora_config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=tuple(settings.target_modules),
+        use_rslora=settings.use_rslora,
+    )
+    rows = min(len(lm.tokenizer), lm.config.vocab_size)
+    mask_row_D = jnp.mean(lm.params["embed_tokens"]["weight"][:rows].astype(jnp.float32), axis=0)
+    if lm.lora is None:
+        lora = init_lora(jax.random.key(config.seed), lm.params, lora_config, mask_row_D)
+    else:
+        _check_same_shape(lm.model.lora, lora_config, config.adapter)
+        lora = {"mask_row": mask_row_D, **lm.lora}
+    lm = lm.with_adapter(lora, lora_config)
+    return lm.with_model(lm.model.clone(remat=config.remat))
+
+
+def _run(
+    name: str,
+    config: ConfigDict,
+    lm: LanguageModel,
+    params: dict[str, Any],
+    mesh: Any,
+    rows: tuple[Any, Any],
+    state: TrainState,
+    log: MetricsLog,
+    tracker: Tracker,
+    directory: Path,
+) -> TrainState:
+    """One phase, from wherever it stands, to its adapter directory; returns its best state."""
+    target = directory / f"{name}_model"
+    checkpoints = Checkpoints(directory / "checkpoints" / name, keep=config.keep_checkpoints)
+    try:
+        if target.is_dir():
+            print(f"{name}: finished already")
+            return checkpoints.restore(checkpoints.best() or checkpoints.latest(), state)
+        step = checkpoints.latest() or 0
+        log.cut_back(config.phases, name, step)
+        print(f"{name}: {'from step ' + str(step) if step else 'from the start'}; {describe(rows[0])}")
+        resolved = phase_config(config, name)
+        phase = Phase(
+            name=name,
+            config=resolved,
+            model=lm.model,
+            params=params,
+            mesh=mesh,
+            train_rows=rows[0],
+            test_rows=rows[1],
+            pad_id=lm.pad_token_id,
+            eos_id=lm.tokenizer.eos_token_id,
+        )
+        sampler = Sampler(lm, resolved, name, rows[1], directory, tracker)
+        best = run_phase(phase, state, checkpoints, log, tracker, sampler)
+        trained = lm.with_adapter(best.lora, lm.model.lora)
+        trained.save_adapter(target, notes=f"Trained by difflm_jax, phase `{name}`; settings in `config.json`.")
+        (target / "training_config.json").write_text(to_json(config), encoding="utf-8")
+        print(f"{name}: wrote {target}")
+        return best
+    finally:
+        checkpoints.close()
+
+
+def _read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, Any]:
+    """(training rows, test rows) of a phase."""
+    settings = phase_config(config, name)
+    rows = tokenize(
+        settings.dataset,
+        lm.tokenizer,
+        phase=name,
+        max_length=settings.max_length,
+        answers=settings.answers,
+        overlong=settings.overlong,
+        bad_row_budget=settings.bad_row_budget,
+        mask_token_id=lm.mask_token_id,
+        debug=settings.debug,
+        seed=settings.seed,
+        cache_dir=settings.cache_dir or None,
+    )
+    return split(rows, settings.test_size, settings.seed)
+
+
+def _check_directory(directory: Path, config: ConfigDict) -> None:
+    """Refuses to continue a run with another configuration, or to write into a directory that is no run."""
+    path = directory / "config.json"
+    if path.is_file():
+        try:
+            before = from_json(path.read_text(encoding="utf-8"))
+        except (UserError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); choose another output_dir") from error
+        if changed := difference(before, config):
+            raise UserError(
+                f"{directory} holds a run with another configuration ({'; '.join(changed)}): "
+                "choose another output_dir, or the same settings to resume it"
+            )
+    elif directory.exists() and not directory.is_dir():
+        raise UserError(f"output_dir={directory} is not a directory")
+    elif (directory / "metrics.jsonl").exists() or (directory / "checkpoints").exists():
+        raise UserError(f"{directory}: holds results but no config.json; choose another output_dir")
+
+
+def _check_same_shape(loaded: LoraConfig, wanted: LoraConfig, adapter: str) -> None:
+    for key in ("r", "lora_alpha", "target_modules", "use_rslora"):
+        have, want = getattr(loaded, key), getattr(wanted, key)
+        if (set(have) != set(want)) if key == "target_modules" else (have != want):
+            raise UserError(f"adapter={adapter} has {key}={have}, but lora_config.{key}={want}: make them equal")

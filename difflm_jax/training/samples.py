@@ -1,0 +1,60 @@
+"""Sample generations during training: a few prompts of the test split, answered at each evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difflm_jax.lm import LanguageModel
+
+
+class Sampler:
+    """Answers the same prompts at every evaluation; writes `samples.jsonl`, a W&B table and a line to the terminal."""
+
+    def __init__(self, lm: LanguageModel, config: Any, phase: str, test_rows: Any, directory: Path, tracker: Any):
+        self._lm, self._config, self._phase, self._tracker = lm, config, phase, tracker
+        self._path = directory / "samples.jsonl"
+        self._prompts, self._references = _prompts_and_answers(lm, test_rows, config.sample_prompts)
+
+    def __call__(self, lora: dict[str, Any], step: int) -> None:
+        """Generates with the adapter as it is at `step` and logs (prompt, reference, answer)."""
+        if not self._prompts:
+            return
+        lm = self._lm.with_adapter(lora, self._lm.model.lora)
+        answers = lm.generate(self._prompts, self._config.sample_tokens, self._config.diffusion_steps).texts
+        texts = [lm.tokenizer.decode(prompt.tolist()) for prompt in self._prompts]
+        rows = list(zip(texts, self._references, answers, strict=True))
+        with self._path.open("a", encoding="utf-8") as file:
+            for prompt, reference, answer in rows:
+                record = {
+                    "phase": self._phase,
+                    "step": step,
+                    "prompt": prompt,
+                    "reference": reference,
+                    "answer": answer,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._tracker.table(f"{self._phase}/samples", ["prompt", "reference", "answer"], rows, step)
+        print(
+            f"{self._phase} step {step} sample: {_short(self._references[0])!r} -> {_short(answers[0])!r}", flush=True
+        )
+
+
+def _prompts_and_answers(lm: LanguageModel, rows: Any, count: int) -> tuple[list[np.ndarray], list[str]]:
+    """The first `count` rows that have an answer, as (prompt tokens, text of the answer)."""
+    prompts, answers = [], []
+    for row in rows:
+        if len(prompts) == count:
+            break
+        answer = np.flatnonzero(row["answer_mask"])
+        if len(answer) and answer[0] > 0:
+            tokens = np.asarray(row["tokens"], np.int32)
+            prompts.append(tokens[: answer[0]])
+            answers.append(lm.tokenizer.decode(tokens[answer[0] :].tolist(), skip_special_tokens=True))
+    return prompts, answers
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else text[:77] + "..."
