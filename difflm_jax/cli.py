@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from difflm_jax.config import from_json
+from difflm_jax.config import load_config
 from difflm_jax.errors import UserError, exit_with_errors, one_line
 from difflm_jax.lm import LanguageModel, load
 
@@ -91,4 +91,4 @@ def read_run_config(run: Path) -> ConfigDict:
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run}: not a training run (no config.json)")
-    return from_json(path.read_text(encoding="utf-8"))
+    return load_config(str(path))

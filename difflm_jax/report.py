@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from difflm_jax.data.formats import Conversation, parse_row
-from difflm_jax.data.sources import open_source
+from difflm_jax.data.sources import RowError, open_source
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 
@@ -32,7 +32,10 @@ def read_questions(dataset: str, rows: int = 0) -> list[Question]:
     """The first `rows` (0: all) question rows of a data set, in any format that training takes."""
     questions = []
     for row in open_source(dataset).rows():
-        parsed = parse_row(row.value)[1]
+        try:
+            _, parsed = parse_row(row.load())
+        except RowError as error:
+            raise UserError(f"{row.origin}: {error}") from error
         if not isinstance(parsed, Conversation) or parsed.messages[-1]["role"] != "assistant":
             raise UserError(f"{row.origin}: the row has no answer to compare with")
         questions.append(Question(list(parsed.messages[:-1]), parsed.messages[-1]["content"]))

@@ -124,21 +124,17 @@ def examples(
     if options.debug:
         rows = iter(_choose(rows, DEBUG_EXAMPLES, options.seed))
     while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
-        made = [
-            e
-            for row, content, whole in _encode(chunk, tokenizer, options, report)
-            for e in _fit(row, content, whole, options, report)
-        ]
+        made = _examples_of_chunk(chunk, tokenizer, options, report)
         if options.debug:  # a long text is many examples
             made = made[: DEBUG_EXAMPLES - report.examples]
         report.examples += len(made)
         yield made
-        if report.rows // _PROGRESS_ROWS > (report.rows - len(chunk)) // _PROGRESS_ROWS:
+        if report.rows % _PROGRESS_ROWS < len(chunk) <= report.rows - len(chunk):
             print(f"data: {report.name}: {report.rows} rows read", flush=True)
 
 
 def _choose(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
-    """`count` rows in random order, each row as likely as any other; rows are not parsed for it (reservoir sampling)."""
+    """`count` rows in random order, any as likely as another (reservoir sampling: no row is parsed for it)."""
     generator = random.Random(seed)
     chosen: list[Row] = []
     for i, row in enumerate(rows):
@@ -150,25 +146,33 @@ def _choose(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
     return chosen
 
 
-def _encode(
+def _examples_of_chunk(
     chunk: list[Row], tokenizer: PreTrainedTokenizerBase, options: Options, report: Report
-) -> Iterator[tuple[Row, int, Encoded]]:
-    """(row, content hash, whole example) of the good rows of a chunk, in order; tokenises all of a kind in one call."""
-    read = []
+) -> list[Example]:
+    """Parses each row by itself, tokenises all of a kind in one call, and fits each to `max_length`."""
+    read: list[tuple[Row, str, int, Rendered | str]] = []
     for row in chunk:
         report.rows += 1
         try:
             name, content = parse_row(row.load())
-            read.append((row, _content_hash(content), _render(content, tokenizer, options)))
+            read.append((row, name, _content_hash(content), _render(content, tokenizer, options)))
         except RowError as error:
             report.add_bad(row, error)
-        else:
-            report.formats[name] += 1
-    texts = [(content, not row.continues) for row, _, content in read if isinstance(content, str)]
+    texts = [(content, not row.continues) for row, *_, content in read if isinstance(content, str)]
     encoded_texts = iter(encode_texts(tokenizer, [text for text, _ in texts], [ends for _, ends in texts]))
     encoded_chats = iter(encode_rendered(tokenizer, [content for *_, content in read if isinstance(content, Rendered)]))
-    for row, content_hash, content in read:
-        yield row, content_hash, next(encoded_texts if isinstance(content, str) else encoded_chats)
+    made = []
+    for row, name, content_hash, content in read:
+        is_text = isinstance(content, str)
+        encoded = next(encoded_texts if is_text else encoded_chats)
+        if not len(encoded.tokens):
+            report.add_bad(row, RowError("gives no tokens"))
+            continue
+        _refuse_mask_token(row, encoded, options.mask_token_id)
+        report.formats[name] += 1
+        parts = windows(encoded, options.max_length) if is_text else _fit(encoded, options, report)
+        made += [Example(part, content_hash, row.origin) for part in parts]
+    return made
 
 
 def _render(content: Conversation | str, tokenizer: PreTrainedTokenizerBase, options: Options) -> Rendered | str:
@@ -191,14 +195,19 @@ def _content_hash(content: Conversation | str) -> int:
     return int.from_bytes(digest, signed=True)
 
 
-def _fit(row: Row, content_hash: int, whole: Encoded, options: Options, report: Report) -> list[Example]:
-    """The examples that a row gives within `max_length`: one, none, or for a text as many as it takes."""
-    if not len(whole.tokens):
-        report.add_bad(row, RowError("gives no tokens"))
-        return []
-    if options.mask_token_id is not None and (whole.tokens == options.mask_token_id).any():
+def _refuse_mask_token(row: Row, encoded: Encoded, mask_token_id: int | None) -> None:
+    if mask_token_id is not None and (encoded.tokens == mask_token_id).any():
         raise UserError(
-            f"{row.origin}: holds the mask token (id {options.mask_token_id}), which no data may hold; remove the row "
-            "or set mask_token to another token"
+            f"{row.origin}: holds the mask token (id {mask_token_id}), which no data may hold; remove the row or set "
+            "mask_token to another token"
         )
-    ...
+
+
+def _fit(encoded: Encoded, options: Options, report: Report) -> list[Encoded]:
+    """A conversation within `max_length`, or nothing if it is too long and to be dropped."""
+    fitted = cut(encoded, options.max_length, options.overlong)
+    if fitted is None:
+        report.dropped += 1
+        return []
+    report.cut += fitted is not encoded
+    return [fitted]

@@ -1,6 +1,5 @@
 """A training run: one directory, one or two phases on the same adapters, resumed by starting it again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.state import Checkpoints
-from difflm_jax.config import difference, from_json, notes, phase_config, to_json
-from difflm_jax.data.pipeline import describe
-from difflm_jax.data.tokenised import split, tokenize
+from difflm_jax.config import difference, load_config, notes, phase_config, to_json
+from difflm_jax.data.pipeline import describe, split, tokenize
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel, open_model
 from difflm_jax.lora import LoraConfig, init_lora
@@ -157,10 +155,7 @@ def _check_directory(directory: Path, config: ConfigDict) -> None:
     """Refuses to continue a run with another configuration, or to write into a directory that is no run."""
     path = directory / "config.json"
     if path.is_file():
-        try:
-            before = from_json(path.read_text(encoding="utf-8"))
-        except (UserError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); choose another output_dir") from error
+        before = load_config(str(path))
         if changed := difference(before, config):
             raise UserError(
                 f"{directory} holds a run with another configuration ({'; '.join(changed)}): "

@@ -1,0 +1,38 @@
+"""Quickstart."""
+
+from ml_collections import ConfigDict
+
+from difflm_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.model = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.dataset = "builtin:quickstart"
+    config.output_dir = "runs/quickstart"
+    config.dtype = "float32"
+    config.remat = "none"
+    config.attention = "prefix"
+    config.logit_shift = True
+    config.mask_rate = "row"
+    config.loss_tokens = "masked"
+    config.batch_size = 8
+    config.gradient_accumulation_steps = 1
+    config.learning_rate = 1e-3
+    config.lora_config.lora_dropout = 0.0
+    config.pretrain.max_steps = 10
+    config.sft.max_steps = 40
+    config.epochs = 2
+    config.test_size = 0.05
+    config.max_length = 96
+    config.length_multiple = 32
+    config.answer_padding = 16
+    config.log_interval = 5
+    config.log_frequency_per_epoch = 1
+    config.sample_prompts = 4
+    config.sample_tokens = 16
+    config.diffusion_steps = 8
+    config.wandb_config.project = ""
+    config.report.data = "builtin:quickstart_heldout"
+    config.report.max_new_tokens = 16
+    return config
