@@ -1,204 +1,246 @@
-"""Messages -> tokens and answer mask, from what the tokenizer's own chat template renders.
+"""From messages and texts to tokens, with the answers marked, by the tokenizer's own chat template.
 
-A template says by its structure where an answer begins and ends: the conversation before it, rendered with the
-generation prompt, is a prefix of the conversation with it; the rest is the answer, with the token that ends it.
-Prompt and answer are tokenised apart at that boundary, so that training sees the very prompt tokens that generation
-will. In a row of several answers the history behind the first is tokenised piece by piece likewise.
+Where an answer begins is read off the template itself: the conversation before it, rendered with the generation
+prompt, must be the beginning of the conversation with it. What follows is the answer, up to and including its
+end-of-turn token. The prompt is tokenised alone, as generation does it, so training sees exactly its tokens.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from difflm_jax.data.rows import Conversation, clean_messages
+from difflm_jax.data.formats import Conversation, Message, parse_messages
 from difflm_jax.data.sources import RowError
 from difflm_jax.errors import UserError, one_line
 
 ANSWERS = ("last", "all")
-_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+OVERLONG = ("cut", "drop")
+
+# Characters before an answer that decide how its first token is cut; pre-tokenisers look no further back.
+_CONTEXT_CHARS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """`tokens` int32 [L] and `answer_mask` bool [L], True on the tokens of answers, the token that ends one included."""
+    """One row: `tokens` [L] int32, and `answer_mask` [L] bool, true on the tokens of answers and their ends."""
 
     tokens: np.ndarray
     answer_mask: np.ndarray
 
+    @property
+    def prompt_length(self) -> int:
+        """Index of the first token of an answer; the length where there is no answer."""
+        return int(self.answer_mask.argmax()) if self.answer_mask.any() else len(self.tokens)
 
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """Texts to be tokenised apart, each with whether it is an answer, and remarks on what the template did."""
-
-    segments: tuple[tuple[str, bool], ...]
-    special_tokens: bool = False  # whether the tokenizer adds its own (a template writes them itself)
-    notes: tuple[str, ...] = ()
+    def __getitem__(self, part: slice) -> "Encoded":
+        return Encoded(self.tokens[part], self.answer_mask[part])
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], answers: str = "last", tools: list[Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answers: str = "last", tools: Any = None
 ) -> Encoded:
-    """Renders and tokenises a conversation; the row ends with the end-of-sequence token of its last answer.
+    """Tokens of a conversation with its last answer marked, or with `answers="all"` every one.
 
-    `answers`: `last` trains the last assistant turn, `all` every one that answers something; what follows the last
-    answer is cut off. Raises `RowError` for a conversation that has no answer or that the template cannot render
-    faithfully, `UserError` for a tokenizer without a chat template.
+    What follows the last answer is left out. Raises `RowError` for a conversation without an answer, with an empty
+    one, or which the template refuses, shows only in part, or changes as it goes on; `UserError` for a tokenizer
+    without a chat template or EOS token.
     """
-    conversation = Conversation(clean_messages(messages), tools)
-    return encode(tokenizer, [render_chat(tokenizer, conversation, answers)])[0]
+    return encode_rendered(tokenizer, [render_answers(tokenizer, parse_messages(messages, tools), answers)])[0]
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> np.ndarray:
-    """The tokens int32 [P] that generation answers: the conversation with the template's generation prompt."""
-    prompt = _render(tokenizer, Conversation(clean_messages(messages), tools), None, generation_prompt=True)
-    return encode(tokenizer, [Rendered(((prompt, False),))])[0].tokens
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None) -> np.ndarray:
+    """[P] int32 tokens of a conversation that waits for an answer: what `encode_chat` has before the last answer."""
+    conversation = parse_messages(messages, tools)
+    text = _render(tokenizer, conversation, len(conversation.messages), add_generation_prompt=True)
+    _check_complete(conversation, len(conversation.messages), text)
+    return np.asarray(_tokenize(tokenizer, [text])[0], np.int32)
 
 
-def encode_text(tokenizer: Any, text: str) -> Encoded:
-    """A plain text as the tokenizer itself would encode it (with BOS where it adds one), without answers."""
-    return encode(tokenizer, [render_text(text)])[0]
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, ends: bool = True) -> Encoded:
+    """Tokens of a plain text as the tokenizer makes them, with its BOS if it adds one; EOS follows if the text `ends`.
 
-
-def render_text(text: str) -> Rendered:
-    """A plain text; raises `RowError` for an empty one."""
-    if not text.strip():
-        raise RowError("the text is empty")
-    return Rendered(((_unicode(text), False),), special_tokens=True)
-
-
-def render_chat(tokenizer: Any, conversation: Conversation, answers: str = "last", required: bool = True) -> Rendered:
-    """The pieces of a conversation, prompts and answers in turn; see `encode_chat`.
-
-    Without `required` a conversation that has no answer is rendered whole.
+    Nothing of it is an answer.
     """
-    messages = conversation.messages
-    answered = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-    if not answered and required:
-        raise RowError(f"no assistant turn {'answers something' if messages[0]['role'] == 'assistant' else ''}".rstrip())
-    if not answered:
-        return Rendered(((_render(tokenizer, conversation, None), False),))
-    if answers == "last":
-        answered = answered[-1:]
-    segments, done, notes = [], "", []
-    for index in answered:
-        prompt, answer, remarks = _answer(tokenizer, conversation, index)
-        if not prompt.startswith(done):
-            raise RowError("the chat template changes earlier answers as a conversation goes on; use answers='last'")
-        segments += [(prompt[len(done) :], False), (answer, True)]
-        done = prompt + answer
-        notes += remarks
-    _refuse_what_is_left_out(tokenizer, conversation, answered[-1] + 1, done)
-    if not done.endswith(tokenizer.eos_token):
-        segments.append((tokenizer.eos_token, True))
-        notes.append(f"the end-of-sequence token {tokenizer.eos_token} is added: the chat template has another, or none")
-    return Rendered(tuple(segments), notes=tuple(sorted(set(notes))))
+    return encode_texts(tokenizer, [text], [ends])[0]
 
 
-def encode(tokenizer: Any, rows: Sequence[Rendered]) -> list[Encoded]:
-    """Tokenises all pieces of `rows` at once. Raises nothing of its own: an empty row has no tokens."""
-    ids: dict[bool, list[list[int]]] = {}
-    for special in {row.special_tokens for row in rows}:
-        texts = [text for row in rows if row.special_tokens == special for text, _ in row.segments]
-        encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        ids[special] = iter(encoded["input_ids"])
-    return [_join([(next(ids[row.special_tokens]), answer) for _, answer in row.segments]) for row in rows]
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[bool]) -> list[Encoded]:
+    """`encode_text` of many texts at once."""
+    eos_id = tokenizer.eos_token_id
+    encoded = []
+    for ids, is_end in zip(_tokenize(tokenizer, texts, add_special_tokens=True), ends, strict=True):
+        if eos_id is not None:
+            # A tokenizer may add EOS of its own accord; a text that goes on has none, one that ends has one.
+            ids = (ids[:-1] if ids[-1:] == [eos_id] else ids) + [eos_id] * is_end
+        encoded.append(Encoded(np.asarray(ids, np.int32), np.zeros(len(ids), bool)))
+    return encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, cut into prompt, answer, what lies between, answer, …: every second piece is an answer."""
+
+    pieces: tuple[str, ...]
+
+
+def render_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, answers: str) -> Rendered:
+    """The text of `conversation` up to its last answer, cut at its last answer or at all of them; see `encode_chat`.
+
+    An assistant turn that nothing precedes answers nothing and is context.
+    """
+    if answers not in ANSWERS:
+        raise UserError(f"answers={answers!r}: must be one of {', '.join(ANSWERS)}")
+    turns = [i for i, message in enumerate(conversation.messages) if i and message["role"] == "assistant"]
+    if not turns:
+        raise RowError("no assistant turn answers anything")
+    text = _render(tokenizer, conversation, turns[-1] + 1, add_generation_prompt=False)
+    _check_complete(conversation, turns[-1] + 1, text)
+    pieces, position = [], 0
+    for i in turns[-1:] if answers == "last" else turns:
+        prompt = _render(tokenizer, conversation, i, add_generation_prompt=True)
+        upto = text if i == turns[-1] else _render(tokenizer, conversation, i + 1, add_generation_prompt=False)
+        upto = upto.rstrip()
+        if not (upto.startswith(prompt) and text.startswith(upto)):
+            raise RowError(
+                "the chat template changes earlier turns, or the prompt, once there is an answer"
+                + ("; answers='last' may do" if answers == "all" and len(turns) > 1 else "")
+            )
+        _check_answer(conversation.messages[i], i, upto[len(prompt) :], tokenizer.eos_token)
+        pieces += [text[position : len(prompt)], upto[len(prompt) :]]
+        position = len(upto)
+    return Rendered(tuple(pieces))
+
+
+def render_whole(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Rendered:
+    """The text of all of `conversation`, nothing of it an answer."""
+    text = _render(tokenizer, conversation, len(conversation.messages), add_generation_prompt=False)
+    _check_complete(conversation, len(conversation.messages), text)
+    return Rendered((text.rstrip(),))
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> list[Encoded]:
+    """Tokens of many conversations at once. A row that ends in an answer ends in EOS.
+
+    Templates of Qwen, SmolLM2, Llama 3 and Mistral end an answer with the tokenizer's EOS (`<|im_end|>`,
+    `<|eot_id|>`, `</s>`). Where one does not (ChatML on a base model whose EOS is `<|endoftext|>`), EOS is put behind
+    the last answer, since it is where generation stops.
+    """
+    texts: list[str] = []
+    for row in rendered:
+        texts.append(row.pieces[0])
+        for before, piece in zip(row.pieces, row.pieces[1:], strict=False):
+            texts += [before[-_CONTEXT_CHARS:], before[-_CONTEXT_CHARS:] + piece]
+    ids = iter(_tokenize(tokenizer, texts))
+    return [_assemble(tokenizer, row, ids) for row in rendered]
+
+
+def _assemble(tokenizer: PreTrainedTokenizerBase, row: Rendered, ids: Iterator[list[int]]) -> Encoded:
+    """One row from the ids of its first piece and, for each later one, of its context without and with it.
+
+    The tokens of a piece are those it has behind its context (a tokenizer that marks the beginning of a text would
+    mark a piece that stands alone); where a token would span the seam, it is tokenised alone.
+    """
+    parts = [next(ids)]
+    for piece in row.pieces[1:]:
+        context, together = next(ids), next(ids)
+        seam = len(context)
+        parts.append(together[seam:] if together[:seam] == context else _tokenize(tokenizer, [piece])[0])
+    if len(parts) % 2 == 0 and parts[-1][-1:] != [_eos_id(tokenizer)]:
+        parts[-1] = [*parts[-1], _eos_id(tokenizer)]
+    is_answer = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])
+    return Encoded(np.asarray([i for part in parts for i in part], np.int32), is_answer)
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, so no answer could end; set eos_token in its config")
+    return tokenizer.eos_token_id
+
+
+def windows(encoded: Encoded, max_length: int) -> list[Encoded]:
+    """A long text as consecutive rows of at most `max_length` tokens."""
+    return [encoded[start : start + max_length] for start in range(0, len(encoded.tokens), max_length)]
 
 
 def cut(encoded: Encoded, max_length: int, overlong: str = "cut") -> Encoded | None:
-    """The row with at most `max_length` tokens, of which some are an answer if any was; None to drop it.
+    """`encoded` within `max_length` tokens, always with some of an answer if it has any; None if it is dropped.
 
-    With P tokens before the first answer and A from there on: the prompt stays whole if half of `max_length`, or all
-    A, are left behind it, and the tail is cut; otherwise the prompt loses its beginning until that much is left.
-    Tokens behind the last answer that is left are cut as well.
+    The prompt is kept whole and the tail cut if that leaves the answer half of `max_length`; otherwise the prompt is
+    cut from the left until the answer has that half, or all it needs. A row with several answers is treated as if
+    all from the first on were one. `overlong="drop"` gives None for whatever is too long.
     """
     length = len(encoded.tokens)
     if length <= max_length:
         return encoded
     if overlong == "drop":
         return None
-    if not encoded.answer_mask.any():
-        return Encoded(encoded.tokens[:max_length], encoded.answer_mask[:max_length])
-    prompt = int(np.argmax(encoded.answer_mask))
-    wanted = min(length - prompt, -(-max_length // 2))
-    start = prompt - min(prompt, max_length - wanted)
-    end = start + 1 + int(np.flatnonzero(encoded.answer_mask[start : start + max_length])[-1])
-    return Encoded(encoded.tokens[start:end], encoded.answer_mask[start:end])
+    if overlong != "cut":
+        raise UserError(f"overlong={overlong!r}: must be one of {', '.join(OVERLONG)}")
+    prompt = encoded.prompt_length
+    if prompt == length:
+        return encoded[:max_length]
+    answer_kept = min(length - prompt, max(max_length - prompt, (max_length + 1) // 2))
+    kept = encoded[prompt + answer_kept - max_length : prompt + answer_kept]
+    return kept[: int(np.flatnonzero(kept.answer_mask)[-1]) + 1]  # no row ends in half a question
 
 
-def windows(encoded: Encoded, max_length: int) -> list[Encoded]:
-    """A row without answers, in consecutive windows of `max_length` tokens (the last may be shorter)."""
-    starts = range(0, len(encoded.tokens), max_length)
-    return [Encoded(encoded.tokens[i : i + max_length], encoded.answer_mask[i : i + max_length]) for i in starts]
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = False
+) -> list[list[int]]:
+    """Token ids of each text. Templates write special tokens out, so by default none is added."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
 
 
-def _answer(tokenizer: Any, conversation: Conversation, index: int) -> tuple[str, str, list[str]]:
-    """The text before the answer at `index`, the answer with the token that ends it, and remarks."""
-    message = conversation.messages[index]
-    if not message["content"].strip() and not message.get("tool_calls"):
-        raise RowError(f"message {index}: the answer is empty")
-    prompt = _render(tokenizer, conversation, index, generation_prompt=True)
-    whole = _render(tokenizer, conversation, index + 1)
-    if not whole.startswith(prompt):
-        raise RowError(
-            f"message {index}: the chat template does not continue its own prompt with the answer (it changes earlier "
-            "turns, or its generation prompt begins an answer differently)"
-        )
-    answer = whole[len(prompt) :].rstrip()
-    body = answer.removesuffix(tokenizer.eos_token)
-    if not body.strip():
-        raise RowError(f"message {index}: the chat template renders nothing of the answer")
-    if tokenizer.eos_token in body:
-        raise RowError(f"message {index}: the answer holds the end-of-sequence token {tokenizer.eos_token}")
-    dropped = message.get("reasoning_content", "").strip() not in answer
-    return prompt, answer, ["the chat template leaves out reasoning"] if dropped else []
-
-
-def _refuse_what_is_left_out(tokenizer: Any, conversation: Conversation, stop: int, rendered: str) -> None:
-    """Raises `RowError` where the template silently skips a tool call, or turns of a role that it does not know."""
-    messages = conversation.messages[:stop]
-    for index, message in enumerate(messages):
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in rendered:
-                raise RowError(f"message {index}: the chat template leaves out tool calls")
-    roles = {message["role"]: index for index, message in enumerate(messages) if message["content"]}
-    whole = _render(tokenizer, conversation, stop) if roles.keys() & {"tool", "developer", "function"} else ""
-    for role in sorted(roles.keys() & {"tool", "developer", "function"}):
-        changed = list(messages)
-        changed[roles[role]] = {**messages[roles[role]], "content": "?"}
-        if _render(tokenizer, Conversation(changed, conversation.tools), None) == whole:
-            raise RowError(f"message {roles[role]}: the chat template leaves out the role {role}")
-
-
-def _render(tokenizer: Any, conversation: Conversation, stop: int | None, generation_prompt: bool = False) -> str:
-    """The first `stop` messages as text, by the sandboxed template."""
+def _render(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, count: int, add_generation_prompt: bool
+) -> str:
+    """The text of the first `count` messages."""
     if not tokenizer.chat_template:
         raise UserError(
-            "the tokenizer has no chat template, so that conversations cannot be rendered; use rows of plain `text`, "
-            "or a tokenizer with a chat_template"
+            "the tokenizer has no chat template, which conversations need; use a chat model, or rows of plain text"
         )
     try:
-        text = tokenizer.apply_chat_template(
-            conversation.messages[:stop],
+        return tokenizer.apply_chat_template(
+            conversation.messages[:count],
             tools=conversation.tools,
             tokenize=False,
-            add_generation_prompt=generation_prompt,
+            add_generation_prompt=add_generation_prompt,
         )
-    except _TEMPLATE_ERRORS as error:
-        raise RowError(f"the chat template fails ({one_line(error)})") from error
-    return _unicode(text)
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RowError(f"the chat template refuses it ({one_line(error)})") from error
 
 
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("invalid Unicode (a lone surrogate, as in \"\\ud800\")") from error
-    return text
+def _check_answer(message: Message, i: int, answer: str, eos_token: str | None) -> None:
+    if not message["content"].strip() and not message.get("tool_calls"):
+        raise RowError(f"the answer (message {i}) is empty")
+    if not answer.removesuffix(eos_token or "").strip():
+        raise RowError(f"the chat template shows nothing of the answer (message {i})")
 
 
-def _join(pieces: list[tuple[list[int], bool]]) -> Encoded:
-    tokens = np.concatenate([np.asarray(ids, np.int32) for ids, _ in pieces])
-    return Encoded(tokens, np.repeat([answer for _, answer in pieces], [len(ids) for ids, _ in pieces]))
+def _check_complete(conversation: Conversation, count: int, text: str) -> None:
+    """Raises `RowError` if the template has silently left out a message, a tool call or a tool."""
+    for i, message in enumerate(conversation.messages[:count]):
+        content = message["content"].strip()
+        if message["role"] not in ("user", "assistant") and not _shows(text, content):
+            raise RowError(f"the chat template leaves out message {i} of role {message['role']!r}")
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                raise RowError(f"the chat template leaves out the tool call of message {i}")
+    for tool in conversation.tools or ():
+        name = tool["function"].get("name") if isinstance(tool["function"], dict) else None
+        if isinstance(name, str) and name not in text:
+            raise RowError("the chat template leaves out the tools")
+
+
+def _shows(text: str, content: str) -> bool:
+    """Templates write a content as it is, or as JSON."""
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text or json.dumps(content)[1:-1] in text
