@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     config.learning_rate = 1e-3
     config.lora_config.lora_dropout = 0.0
     config.pretrain.max_steps = 10
-    config.sft.max_steps = 40
-    config.epochs = 2
+    config.sft.max_steps = 80
+    config.epochs = 4
     config.test_size = 0.05
     config.max_length = 96
     config.length_multiple = 32
@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.sample_prompts = 4
     config.sample_tokens = 16
     config.diffusion_steps = 8
+    config.algorithm = "probability"
     config.wandb_config.project = ""
     config.report.data = "builtin:quickstart_heldout"
     config.report.max_new_tokens = 16

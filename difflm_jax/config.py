@@ -99,6 +99,7 @@ def default_config() -> ConfigDict:
             "eval_batches": 0,  # of the test split; 0: all
             "keep_checkpoints": 2,
             "diffusion_steps": 10,
+            "algorithm": "confidence",  # which masks are committed first when sampling
             "sample_prompts": 8,  # of the test split, answered at each evaluation; 0: none
             "sample_tokens": 128,
             # Questions answered at the end of the run, beside the causal base; empty data: none, rows 0: all.

@@ -17,6 +17,7 @@ _CHOICES = {
     "mask_rate": ("batch", "row"),
     "loss_tokens": ("all", "masked"),
     "loss_weight": ("uniform", "inverse_rate"),
+    "algorithm": ("confidence", "probability"),
     "answers": ("last", "all"),
     "overlong": ("cut", "drop"),
     "lr_schedule": ("linear", "cosine", "constant"),

@@ -24,7 +24,7 @@ flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", fl
 flags.DEFINE_integer("steps", 128, "Forward passes, all blocks together.", flag_values=FLAGS)
 flags.DEFINE_integer("block_length", 0, "Fill the answer in blocks of this length (0: one block).", flag_values=FLAGS)
 flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", flag_values=FLAGS)
-flags.DEFINE_string("algorithm", "confidence", "What is committed first: confidence, probability.", flag_values=FLAGS)
+flags.DEFINE_string("algorithm", None, "confidence or probability; default: the adapter's.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Seed of the draws at temperature > 0.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", flag_values=FLAGS)
 

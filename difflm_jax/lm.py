@@ -54,6 +54,7 @@ class LanguageModel:
     params: dict[str, Any]
     tokenizer: Any
     logit_shift: bool
+    algorithm: str = "confidence"
     lora: dict[str, Any] | None = None
 
     @property
@@ -129,7 +130,7 @@ class LanguageModel:
         steps: int = 128,
         block_length: int | None = None,
         temperature: float = 0.0,
-        algorithm: str = "confidence",
+        algorithm: str | None = None,
         seed: int = 0,
         batch_size: int = 16,
     ) -> Generation:
@@ -137,7 +138,7 @@ class LanguageModel:
 
         An answer starts as `max_new_tokens` masks; `steps` forward passes, over all blocks together, commit the most
         confident ones. `block_length` fills the answer in blocks from left to right (None: one block). `algorithm`:
-        "confidence" (largest logit) or "probability". `tokens` are the answer up to and including one end-of-sequence
+        "confidence" (largest logit), "probability", or None for what `diffusion_config.json` names. `tokens` are the answer up to and including one end-of-sequence
         token; `texts` end before it. With causal attention decoding is left to right, one token a pass.
         """
         rows = [self._prompt_tokens(prompt) for prompt in _as_list(prompts)]
@@ -157,7 +158,7 @@ class LanguageModel:
         canvas: str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray,
         steps: int = 128,
         temperature: float = 0.0,
-        algorithm: str = "confidence",
+        algorithm: str | None = None,
         seed: int = 0,
         batch_size: int = 16,
     ) -> Generation:
@@ -172,7 +173,7 @@ class LanguageModel:
         width = _round_up(max((len(row) for row in rows), default=1), COLUMN_MULTIPLE)
         self._check_length(max((len(row) for row in rows), default=0))
         passes = min(_positive("steps", steps), max((len(at) for at in masks), default=0)) or 1
-        plan = Plan(0, 1, width, passes, _temperature(temperature), _algorithm(algorithm), stop_at_eos=False)
+        plan = Plan(0, 1, width, passes, _temperature(temperature), _algorithm(algorithm or self.algorithm), stop_at_eos=False)
         prompt_lengths = [int(at[0]) if len(at) else len(row) for row, at in zip(rows, masks, strict=True)]
         filled, passes_B = self._fill(rows, prompt_lengths, plan, seed, batch_size, width, left=False)
         return Generation([self._decode(row) for row in filled], filled, passes_B)
@@ -215,6 +216,7 @@ class LanguageModel:
             "mask_token_id": self.mask_token_id,
             "attention": self.attention,
             "logit_shift": self.logit_shift,
+            "algorithm": self.algorithm,
         }
 
     def _prompt_tokens(self, prompt: Prompt) -> np.ndarray:
@@ -242,7 +244,7 @@ class LanguageModel:
         return tokens
 
     def _answer_plan(
-        self, max_new_tokens: int, steps: int, block_length: int | None, temperature: float, algorithm: str
+        self, max_new_tokens: int, steps: int, block_length: int | None, temperature: float, algorithm: str | None
     ) -> Plan:
         _positive("max_new_tokens", max_new_tokens)
         steps = min(_positive("steps", steps), max_new_tokens)  # a pass beyond one a token has nothing to commit
@@ -256,7 +258,7 @@ class LanguageModel:
         blocks = max_new_tokens // block_length
         if steps % blocks:
             raise UserError(f"steps={steps} must be a multiple of the number of blocks ({blocks})")
-        return Plan(0, blocks, block_length, steps // blocks, _temperature(temperature), _algorithm(algorithm))
+        return Plan(0, blocks, block_length, steps // blocks, _temperature(temperature), _algorithm(algorithm or self.algorithm))
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:
@@ -342,6 +344,7 @@ def open_model(
     adapter: str | Path | None = None,
     mask_token: str | None = None,
     revision: str | None = None,
+    algorithm: str | None = None,
 ) -> LanguageModel:
     """As `load`, but without the weights: tokenizer, mask token, adapter and shapes, all checked."""
     if dtype not in DTYPES:
@@ -374,6 +377,7 @@ def open_model(
         params={},
         tokenizer=tokenizer,
         logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
+        algorithm=_algorithm(algorithm or trained_for.get("algorithm", "confidence")),
         lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
     )
 

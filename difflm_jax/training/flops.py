@@ -12,8 +12,11 @@ _PEAK = {
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,  # v5p
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
     "NVIDIA A10G": 70e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L4": 121e12,
@@ -41,8 +44,10 @@ def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig, re
 
     This is the count of Kaplan et al. (arXiv:2001.08361, section 2.1: 2 FLOPs a weight and token forward, 4 backward)
     with the weight gradients of what is frozen left out, and with attention between all pairs of positions. The mask
-    row is trained, so the backward pass reaches the first layer whatever the target modules. Element-wise work is not
-    counted. Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B) are those of remat "none".
+    row is trained, so the backward pass reaches the first layer whatever the target modules. The head is counted at
+    every token, as in an objective that scores them all: with one that scores only masked tokens this is an upper
+    bound. Element-wise work is not counted. Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B) are those
+    of remat "none".
     """
     base = adapted = 0
     for row in table(config):

@@ -184,7 +184,7 @@ class Meter:
         seconds = max(now - self._clock, 1e-9)
         speed = float(self._sums.tokens) / seconds
         config, model = self._phase.config, self._phase.model
-        flops = train_flops_per_token(model.config, config.max_length, model.lora, model.remat)
+        flops = train_flops_per_token(model.config, config.max_length, model.lora, remat="none")
         record = {
             "phase": self._phase.name,
             "step": step,

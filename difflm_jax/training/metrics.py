@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends records to `output_dir/metrics.jsonl`; the directory is made by the first.
 
-    Every line is strict JSON: NaN and infinities, which JSON lacks, are written as null.
+    Every line is strict JSON. NaN and infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and
+    "-Infinity", which `float` reads back: a run that has diverged must be seen in its log. null is a value that there
+    is none of, such as the accuracy of no masked token.
     """
 
     def __init__(self, output_dir: str | Path):
@@ -43,7 +44,7 @@ class MetricsLog:
         end = (place[phase], step)
 
         def kept(record: Mapping[str, Any]) -> bool:
-            return record.get("phase") in place and (place[record["phase"]], record["step"]) <= end
+            return record.get("phase") in place and (place[record["phase"]], record.get("step", math.inf)) <= end
 
         text = self.path.read_text(encoding="utf-8")
         lines = [line for line, record in _parse(self.path, text) if kept(record)]
@@ -51,17 +52,20 @@ class MetricsLog:
         if shortened != text:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(shortened, encoding="utf-8")
-            os.replace(temporary, self.path)
+            temporary.replace(self.path)
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run in order, without a torn last line. Raises `UserError` for a file that is no such log."""
+    """The records of a run in order, without a torn last line; NaN and infinities are numbers again.
+
+    Raises `UserError` for a file that is no such log.
+    """
     path = Path(output_dir) / METRICS_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    return [record for _, record in _parse(path, text)]
+    return [_restored(record) for _, record in _parse(path, text)]
 
 
 def progress_line(record: Mapping[str, Any], total_steps: int) -> str:
@@ -95,7 +99,7 @@ def _parse(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON's own types, non-finite numbers as None."""
+    """`value` in JSON's own types, non-finite numbers as strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -103,8 +107,17 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "__array__"):
         return _plain(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _restored(value: Any) -> Any:
+    """What `_plain` wrote, with the numbers that it had to write as strings."""
+    if isinstance(value, dict):
+        return {key: _restored(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_restored(inner) for inner in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _number(value: float | None, form: str) -> str:

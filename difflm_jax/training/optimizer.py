@@ -16,9 +16,10 @@ from difflm_jax.errors import UserError
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """Clipping by the global norm (`max_grad_norm` 0: none), Adam's direction, decoupled weight decay (arXiv:1711.05101); no learning rate.
+    """Clipping by the global norm, Adam's direction and decoupled weight decay (arXiv:1711.05101); no learning rate.
 
-    Its `update(gradient, state, parameters)` needs the parameters. The moments have the dtype of the parameters.
+    `max_grad_norm` 0 means no clipping. Its `update(gradient, state, parameters)` needs the parameters. The moments
+    have the dtype of the parameters.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),

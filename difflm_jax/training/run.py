@@ -42,6 +42,7 @@ def train(config: ConfigDict) -> LanguageModel | None:
         adapter=config.adapter or None,
         mask_token=config.mask_token or None,
         revision=config.revision or None,
+        algorithm=config.algorithm,
     )
     print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
     rows = {phase: _read_rows(config, phase, lm) for phase in config.phases}

@@ -3,22 +3,22 @@
 import datetime
 import netrc
 import os
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from difflm_jax.errors import one_line
 
-_HOST = "api.wandb.ai"
+_TIMEOUT = 20  # seconds to wait for the service at the start and at the end of a run
 
 
 class Tracker:
     """One W&B run, or nothing: with an empty project, or after the first failure, every call does nothing.
 
     `wandb_config.mode`: "online", "offline", "disabled", or "auto", which is offline where no API key is found, so that
-    a run never waits for a login. What is chosen, and a failure, is said once.
+    a run never waits for a login. A run that cannot begin online goes on offline. What is chosen, and a failure, is
+    said once.
     """
 
     def __init__(self, config: Any):
@@ -27,35 +27,26 @@ class Tracker:
         self._run = None
         if not settings.project or mode == "disabled":
             return
-        prefix = "debug-" if config.debug else ""
-        if mode == "offline":
-            print(f"wandb: offline, into {settings.wandb_log_path} (upload with `wandb sync`)", flush=True)
-
-        def start() -> Any:
-            Path(settings.wandb_log_path).mkdir(parents=True, exist_ok=True)
-            return wandb.init(
-                project=prefix + settings.project,
-                entity=settings.entity or None,
-                name=f"{prefix}{settings.project}-{datetime.datetime.now():%Y-%m-%d-%H-%M-%S}",
-                config=config.to_dict(),
-                dir=settings.wandb_log_path,
-                mode=mode,
-                settings=wandb.Settings(silent=True, init_timeout=60),
-            )
-
-        self._run = self._guarded(start)
+        for attempt in ("online", "offline") if mode == "online" else (mode,):
+            try:
+                self._run = _start(config, attempt)
+                return
+            except Exception as error:  # here and below: not installed, no network, full disk, a defect of its own
+                _say(f"cannot start in mode {attempt}", error)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Logs numbers under the step of their phase, which is in `values` too: W&B's own step counts calls."""
+        """Logs numbers. `step` is that of their phase; W&B's own step counts calls."""
         self._call(lambda run: run.log({**values, "phase_step": step}))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Logs a table."""
-        self._call(
-            lambda run: run.log(
-                {name: wandb.Table(columns=list(columns), data=[list(row) for row in rows]), "phase_step": step}
-            )
-        )
+        """Logs a table under `name`."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows]), "phase_step": step})
+
+        self._call(send)
 
     def finish(self) -> None:
         """Ends the run."""
@@ -63,17 +54,39 @@ class Tracker:
         self._run = None
 
     def _call(self, action: Callable[[Any], Any]) -> None:
-        if self._run is not None:
-            self._guarded(lambda: action(self._run))
-
-    def _guarded(self, action: Callable[[], Any]) -> Any:
-        """Runs `action`; whatever it raises is said once and ends tracking, never the training."""
+        if self._run is None:
+            return
         try:
-            return action()
-        except Exception as error:  # a tracker may fail in any way: network, disk, quota, its own defects
-            print(f"wandb: off from here on ({one_line(error)}); metrics.jsonl goes on", flush=True)
+            action(self._run)
+        except Exception as error:
+            _say("off from here on, metrics.jsonl goes on", error)
             self._run = None
-            return None
+
+
+def _say(what: str, error: Exception) -> None:
+    print(f"wandb: {what} ({one_line(error)[:200]})", flush=True)
+
+
+def _start(config: Any, mode: str) -> Any:
+    """Begins a W&B run; imported here, so that a run without tracking needs neither the package nor its second."""
+    import wandb
+
+    settings = config.wandb_config
+    prefix = "debug-" if config.debug else ""
+    Path(settings.wandb_log_path).mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=prefix + settings.project,
+        entity=settings.entity or None,
+        name=f"{prefix}{settings.project}-{datetime.datetime.now():%Y-%m-%d-%H-%M-%S}",
+        config=config.to_dict(),
+        dir=settings.wandb_log_path,
+        mode=mode,
+        settings=wandb.Settings(silent=True, init_timeout=_TIMEOUT, finish_timeout=_TIMEOUT),
+    )
+    run.define_metric("*", step_metric="phase_step")
+    where = run.url if mode == "online" else f"offline (upload with: wandb sync {Path(run.dir).parent})"
+    print(f"wandb: {where}", flush=True)
+    return run
 
 
 def _mode(wanted: str) -> str:
@@ -86,7 +99,9 @@ def _mode(wanted: str) -> str:
 
 
 def _in_netrc() -> bool:
+    """Whether `wandb login` has left a key in ~/.netrc."""
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(_HOST) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False  # no such file, or one that wandb could not read either

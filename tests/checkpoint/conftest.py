@@ -126,11 +126,11 @@ def _leaves(tree: Any) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a character, with a chat template."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz .?!"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    core.decoder = decoders.Fuse()
+    """One token a character, with a chat template. Byte-level, as transformers takes every tokenizer of a Qwen2 to be."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyzĠ.?!"]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",

@@ -1,0 +1,137 @@
+"""Writes small GGUF files the way llama.cpp's converter does, with the writer of the `gguf` package."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+
+from difflm_jax.checkpoint.gguf_tokenizer import CONTROL, NORMAL
+
+F32 = GGMLQuantizationType.F32
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+
+def gguf_name(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`, spelled out here a second time on purpose."""
+    module, leaf = name.rsplit(".", 1)
+    if module.startswith("model.layers."):
+        _, _, layer, module = module.split(".", 3)
+        return f"blk.{layer}.{_NAMES[module]}.{leaf}"
+    return f"{_NAMES[module]}.{leaf}"
+
+
+def permute(array: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's `convert_hf_to_gguf.py`, `LlamaModel.permute`."""
+    split = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return split.swapaxes(1, 2).reshape(array.shape)
+
+
+def write_gguf(
+    path: Path,
+    model: torch.nn.Module,
+    kind: GGMLQuantizationType = F32,
+    metadata: Callable[[GGUFWriter], None] = lambda writer: None,
+    tensors: dict[str, np.ndarray | None] | None = None,
+    leave_out: Iterable[str] = (),
+) -> Path:
+    """A GGUF file of a small transformers model: matrices in `kind`, everything else in float32.
+
+    `metadata` adds keys, `tensors` adds tensors under GGUF names, and both names of tensors and keys can be left out.
+    """
+    config = model.config
+    writer = _Writer(path, _ARCHITECTURES[config.model_type], frozenset(leave_out))
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type == "qwen3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    add_tokenizer(writer, [f"t{i}" for i in range(config.vocab_size)])
+    metadata(writer)
+    for name, array in _arrays(model).items():
+        if gguf_name(name) in writer.left_out:
+            continue
+        if array.ndim == 2 and kind is not F32:
+            writer.add_tensor(gguf_name(name), quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(gguf_name(name), array)
+    for name, array in (tensors or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_tokenizer(
+    writer: GGUFWriter,
+    tokens: list[str],
+    types: list[int] | None = None,
+    merges: list[str] | None = None,
+    **values: Any,
+) -> None:
+    """The keys `tokenizer.ggml.*`; `values` overrides and extends them (None leaves one out)."""
+    values = {"model": "gpt2", "pre": "smollm", "bos_token_id": 1, "eos_token_id": 2, **values}
+    types = types or [CONTROL if i < 3 else NORMAL for i in range(len(tokens))]
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if merges is not None:
+        writer.add_token_merges(merges)
+    for key, value in values.items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}.get(type(value))
+        if add is not None:
+            add(f"tokenizer.ggml.{key}", value)
+
+
+class _Writer(GGUFWriter):
+    """A writer that leaves out the keys it is told to, and takes the last value of a key that is written twice."""
+
+    def __init__(self, path: Path, architecture: str, left_out: frozenset[str]):
+        self.left_out = left_out
+        super().__init__(path, architecture)
+
+    def add_key_value(self, key: str, *args: Any, **kwargs: Any) -> None:
+        self.kv_data[0].pop(key, None)
+        if key not in self.left_out:
+            super().add_key_value(key, *args, **kwargs)
+
+
+def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    config, arrays = model.config, {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.float().numpy()
+        if _ARCHITECTURES[config.model_type] == "llama" and ".q_proj." in name:
+            array = permute(array, config.num_attention_heads)
+        if _ARCHITECTURES[config.model_type] == "llama" and ".k_proj." in name:
+            array = permute(array, config.num_key_value_heads)
+        arrays[name] = np.ascontiguousarray(array)
+    return arrays
