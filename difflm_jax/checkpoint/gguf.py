@@ -53,7 +53,10 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
     metadata = _Metadata(path, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     hf_config = _hf_config(metadata, tensors)
-    config = ModelConfig.from_hf(hf_config)
+    try:
+        config = ModelConfig.from_hf(hf_config)
+    except UserError as error:
+        raise UserError(f"{path}: metadata: {str(error).removeprefix('config.json: ')}") from error
     hf_names = {
         gguf: hf
         for row in table(config)
@@ -122,7 +125,7 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
     for key, name in _IDS.items():
         hf_config[name] = metadata.get(f"tokenizer.ggml.{key}")
     hf_config["num_key_value_heads"] = values.pop("attention.head_count_kv", hf_config["num_attention_heads"])
-    head_dim = values.pop("attention.key_length", hf_config["hidden_size"] // hf_config["num_attention_heads"])
+    head_dim = values.pop("attention.key_length", None) or _head_dim(path, hf_config)
     hf_config["head_dim"] = head_dim
     for key in ("attention.value_length", "rope.dimension_count"):
         if (other := values.pop(key, head_dim)) != head_dim:
@@ -135,11 +138,19 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
     return hf_config
 
 
+def _head_dim(path: Path, hf_config: dict[str, Any]) -> int:
+    hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
+    if not isinstance(heads, int) or heads <= 0:  # llama.cpp also allows one number a layer
+        raise UserError(f"{path}: attention.head_count must be one positive number, not {heads}")
+    return hidden // heads
+
+
 def _rope_scaling(
     path: Path, values: dict[str, Any], hf_config: dict[str, Any], rope_freqs: ReaderTensor | None
 ) -> dict[str, Any] | None:
     """`rope_scaling`, from the metadata (its keys are taken out of `values`) or the tensor of frequency factors."""
-    rope_type = values.pop("rope.scaling.type", "none")
+    # llama.cpp takes a factor without a type for linear scaling
+    rope_type = values.pop("rope.scaling.type", "linear" if values.get("rope.scaling.factor") else "none")
     options = {name: values.pop(f"rope.scaling.{key}", None) for key, name in _ROPE_SCALING.items()}
     options = {name: value for name, value in options.items() if value is not None}
     if rope_type not in ("none", "linear", "yarn"):

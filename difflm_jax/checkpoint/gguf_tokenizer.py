@@ -6,13 +6,11 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from difflm_jax.errors import UserError
-
-# tokenizer.ggml.token_type, as llama.cpp numbers them
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -43,16 +41,22 @@ def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
     tokens, types = _tokens(metadata)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges") or ()]
-    if bad := [merge for merge in merges if len(merge) != 2 or not all(part in vocabulary for part in merge)]:
-        raise UserError(f"{path}: tokenizer.ggml.merges has {' '.join(bad[0])!r}, which joins no two tokens")
+    if bad := [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys()]:
+        raise UserError(f"{path}: tokenizer.ggml.merges has {' '.join(bad[0])!r}, which joins no two tokens to a third")
 
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre]())
     tokenizer.decoder = decoders.ByteLevel()
-    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in added])
+    added = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in added
+        ]
+    )
 
     special = {name: _named_token(metadata, key, tokens) for name, key in _SPECIAL_TOKENS.items()}
     special = {name: token for name, token in special.items() if token is not None}
@@ -99,7 +103,7 @@ def _tokens(metadata: Metadata) -> tuple[list[str], list[int]]:
     if len(set(tokens)) != len(tokens):
         raise UserError(f"{metadata.path}: tokenizer.ggml.tokens holds a token twice")
     end = len(tokens)
-    while end and types[end - 1] == _UNUSED:
+    while end and types[end - 1] == TokenType.UNUSED:
         end -= 1
     return tokens[:end], types[:end]
 

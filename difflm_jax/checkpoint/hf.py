@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.directory import new_directory
 from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, get_path, set_path, table
-from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults
+from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
 from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
@@ -84,7 +83,7 @@ def save_pretrained(
     `UserError` if `directory` exists and is not empty, or cannot be written.
     """
     dtype = jnp.dtype(params["embed_tokens"]["weight"].dtype).name
-    stored = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    stored = {**hf_config, "dtype": dtype, "torch_dtype": dtype}  # the second is what transformers 4 reads
     with new_directory(directory) as fresh:
         _write_tensors(fresh, params, config)
         (fresh / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -95,12 +94,12 @@ def save_pretrained(
 def _write_tensors(directory: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
     shards = _shards(params, config)
     if len(shards) == 1:
-        save_file(dict(_tensors(params, config, shards[0])), directory / SINGLE_FILE, metadata={"format": "pt"})
+        write_file(directory / SINGLE_FILE, dict(_tensors(params, config, shards[0])))
         return
     weight_map = {}
     for index, names in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        save_file(dict(_tensors(params, config, names)), directory / file, metadata={"format": "pt"})
+        write_file(directory / file, dict(_tensors(params, config, names)))
         weight_map.update(dict.fromkeys(names, file))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

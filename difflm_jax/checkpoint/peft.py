@@ -8,19 +8,17 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.directory import new_directory
 from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS, get_path, peft_lora_name, set_path, table
-from difflm_jax.checkpoint.shards import TensorFiles, describe_faults, open_files, read_json
+from difflm_jax.checkpoint.shards import TensorFiles, describe_faults, open_files, read_json, write_file
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig
 from difflm_jax.models.config import ModelConfig
@@ -87,7 +85,7 @@ def save_adapter(
         trained_tokens = {"embed_tokens": [mask_token_id]}
     config = _adapter_config(lora_config, base_model_name, revision, trained_tokens)
     with new_directory(directory, may_replace=_is_adapter_directory) as fresh:
-        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_file(fresh / WEIGHTS_FILE, tensors)
         _write_json(fresh / CONFIG_FILE, config)
         write_diffusion_config(fresh, diffusion_config)
         (fresh / "README.md").write_text(_model_card(base_model_name, diffusion_config, notes), encoding="utf-8")
@@ -130,7 +128,7 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
         lora_config=LoraConfig(
             r=values["r"],
             lora_alpha=values["lora_alpha"],
-            lora_dropout=float(values.get("lora_dropout") or 0.0),
+            lora_dropout=float(values.get("lora_dropout") or 0),
             target_modules=targets,
             use_rslora=bool(values.get("use_rslora", False)),
         ),
@@ -195,17 +193,25 @@ def _config_problems(values: Mapping[str, Any], config: ModelConfig) -> list[str
     ]
     if "peft_type" not in values:
         problems.append("peft_type is missing")
-    rank, alpha = values.get("r"), values.get("lora_alpha")
+    rank, dropout, rslora = values.get("r"), values.get("lora_dropout"), values.get("use_rslora")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
         problems.append(f"r must be a positive integer, not {_short(rank)}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        problems.append(f"lora_alpha must be a number, not {_short(alpha)}")
+    if not _is_number(values.get("lora_alpha")):
+        problems.append(f"lora_alpha must be a number, not {_short(values.get('lora_alpha'))}")
+    if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
+        problems.append(f"lora_dropout must be at least 0 and below 1, not {_short(dropout)}")
+    if rslora not in (None, False, True):
+        problems.append(f"use_rslora must be true or false, not {_short(rslora)}")
     targets = values.get("target_modules")
     if isinstance(targets, list):
         outside = [str(name) for name in targets if str(name).split(".")[-1] not in PROJECTIONS]
         if outside:
             problems.append(f"target_modules {', '.join(outside)} are none of {', '.join(PROJECTIONS)}")
     return problems + _trained_token_problems(values.get("trainable_token_indices"), config.vocab_size)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _trained_token_problems(indices: Any, vocab_size: int) -> list[str]:
@@ -243,11 +249,15 @@ def _check_tensors(
             for layer in range(config.num_layers)
             for factor, shape in shapes.items()
         }
+    # a regular expression is not evaluated, nor a list from which others are taken away: there the tensors alone tell
     listed = values.get("target_modules")
+    named = [str(name).split(".")[-1] for name in listed] if isinstance(listed, list) else []
+    if values.get("exclude_modules"):
+        named = []
     targets = tuple(
         projection
         for projection, shapes in possible.items()
-        if not files.shapes.keys().isdisjoint(shapes) or (isinstance(listed, list) and projection in listed)
+        if projection in named or not files.shapes.keys().isdisjoint(shapes)
     )
     expected = {name: shape for projection in targets for name, shape in possible[projection].items()}
     if has_mask_row:
@@ -255,7 +265,7 @@ def _check_tensors(
     missing = [name for name in expected if name not in files.shapes]
     return targets, {
         "unknown": [name for name in files.shapes if name not in expected],
-        "missing": missing if expected else ["every lora_A and lora_B"],
+        "missing": missing if targets else [*missing, "every lora_A and lora_B"],
         "misshapen": [
             f"{name} {list(files.shapes[name])} for {list(shape)}"
             for name, shape in expected.items()
@@ -322,5 +332,4 @@ caller's to provide.
 
 - PEFT {PEFT_VERSION}
 - JAX {jax.__version__}
-- difflm_jax {version("difflm_jax")}
 """

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory: one safetensors file, or several with an index."""
+"""Safetensors files: those of a Hugging Face directory (one, or several with an index), and single ones."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from difflm_jax.errors import UserError, one_line
 
@@ -78,6 +79,15 @@ def open_files(paths: list[Path], weight_map: Mapping[str, str] | None = None) -
         if name not in home:
             defects.append(f"{name} is not in {file}, though {INDEX_FILE} says so")
     return TensorFiles(shapes, lambda name: handles[home[name]].get_tensor(name), tuple(defects))
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file as transformers and peft do. Raises `OSError` when the disk refuses."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(one_line(error)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library leaves the file readable by its owner alone
 
 
 def describe_faults(faults: Mapping[str, Iterable[str]]) -> str:

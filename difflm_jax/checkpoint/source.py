@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.gguf import open_gguf
@@ -24,13 +24,15 @@ _UNWANTED = ("*/*", "consolidated*.safetensors")  # copies of the weights in oth
 class Source:
     """A model that has been found and whose tensors are listed, but not read.
 
-    `hf_config` is `config.json` as it stands, or the same in Hugging Face's spelling made from GGUF metadata;
-    `shapes` maps Hugging Face tensor names to shapes; `read(name)` gives one tensor, [out, in], in its stored dtype
-    (float32 for quantised GGUF types); `defects` are faults of the files that `load_params` reports with its own.
+    `path` is the local directory or file (a hub id's snapshot); `hf_config` is `config.json` as it stands, or the same
+    in Hugging Face's spelling made from GGUF metadata; `shapes` maps Hugging Face tensor names to shapes; `read(name)`
+    gives one tensor, [out, in], in its stored dtype (float32 for quantised GGUF types); `defects` are faults of the
+    files that `load_params` reports with its own.
     """
 
     name: str
     revision: str | None
+    path: Path
     hf_config: dict[str, Any]
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
@@ -46,12 +48,12 @@ def open_source(source: str, revision: str | None = None) -> Source:
     """
     if not source.strip():
         raise UserError("model: is empty; give a directory, a .gguf file or a hub id")
-    path = Path(source).expanduser()
+    path = _expanded(source)
     is_local = path.exists() or _looks_like_path(source)
     if is_local and revision is not None:
         raise UserError(f"revision={revision!r} goes with a hub id, but {source} is a local path")
     if path.suffix == ".gguf" and path.is_file():
-        return _open(source, None, *open_gguf(path))
+        return _open(source, None, path, *open_gguf(path))
     if path.is_dir():
         return _open_directory(source, None, path)
     if path.is_file():
@@ -72,18 +74,29 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
         logging.getLogger(__name__).warning(
             "%s: config.json has keys that are not read here: %s", name, ", ".join(unknown)
         )
-    return _open(name, revision, hf_config, files, lambda: _load_tokenizer(directory))
+    return _open(name, revision, directory, hf_config, files, lambda: _load_tokenizer(directory))
 
 
 def _open(
     name: str,
     revision: str | None,
+    path: Path,
     hf_config: dict[str, Any],
     files: TensorFiles,
     load_tokenizer: Callable[[], PreTrainedTokenizerBase],
 ) -> Source:
-    config = ModelConfig.from_hf(hf_config)
-    return Source(name, revision, hf_config, config, files.shapes, files.read, files.defects, load_tokenizer)
+    try:
+        config = ModelConfig.from_hf(hf_config)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return Source(name, revision, path, hf_config, config, files.shapes, files.read, files.defects, load_tokenizer)
+
+
+def _expanded(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise UserError(f"{source}: no such directory or file") from error
 
 
 def _looks_like_path(source: str) -> bool:
@@ -94,7 +107,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     """The local snapshot of a hub model, fetched or already in the cache."""
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
             f"{repo_id}{at}: not in the local cache and cannot be fetched from the hub ({one_line(error)[:200]}); give "

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
@@ -23,7 +24,8 @@ class Checkpoints:
     """The checkpoints of one phase, in `directory`/<step>.
 
     The `keep` latest stay, and so does the best (lowest `eval_loss` in the metrics; of equals the latest). A directory
-    appears under its step only when it is complete, so that one whose writing was cut off is never found.
+    takes the name of its step only when it is complete, so that one whose writing was cut off is never found; and a
+    checksum is stored with the arrays, so that a damaged one is never taken for whole.
     """
 
     def __init__(self, directory: str | Path, keep: int):
@@ -44,22 +46,30 @@ class Checkpoints:
         """Begins to write `state` (a pytree of arrays) and `metrics` (what JSON can hold) as checkpoint `step`.
 
         Returns once the arrays are copied, so that they may be donated. An error of the writing itself is raised as
-        `UserError` by the next call of `save`, `wait` or `close`.
+        `UserError` by the next call that has to wait for it.
         """
-        with self._errors("a checkpoint could not be written"):
-            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics or {}), force=True)
+        self.wait()
+        about = {"checksum": int(jax.jit(_checksum)(state)), "leaves": _leaves(state)}
+        with self._errors(f"checkpoint {step} could not be written"):
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(state),
+                metrics=dict(metrics or {}),
+                custom_metadata=about,
+                force=True,
+            )
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending."""
+        """The steps that have a complete checkpoint, ascending."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The last step that has a checkpoint."""
+        """The last step that has a complete checkpoint."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
         """The kept step with the lowest `eval_loss`; None if no checkpoint has one."""
-        self.wait()
         return _best({step: self.metrics(step) for step in self.steps()})
 
     def metrics(self, step: int) -> dict[str, Any]:
@@ -69,21 +79,24 @@ class Checkpoints:
             return dict(self._manager.metrics(step) or {})
 
     def restore(self, step: int, abstract_state: Tree) -> Tree:
-        """The state of `step`, in the structure, dtypes and shardings of `abstract_state`; it may be donated.
+        """The state of `step` in the structure and shardings of `abstract_state`; it may be donated.
 
-        The leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s; without a sharding they go to the first
-        device. Raises `UserError` that names the directory for a checkpoint that is damaged or of another shape.
+        The leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s of the shapes and dtypes that were saved;
+        without a sharding they go to the first device. Raises `UserError` that names the directory for a checkpoint
+        that is damaged or of another shape.
         """
         self.wait()
         abstract_state = jax.tree.map(_abstract, abstract_state)
-        advice = "delete that directory to go on from the checkpoint before it"
-        with self._errors(
-            f"checkpoint {step} cannot be restored; if it is damaged, {advice}", self._directory / str(step)
-        ):
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        try:
+            state, checksum = self._read(step, abstract_state)
+        except Exception as error:  # orbax raises bare `Exception` for arrays that cannot be read
+            raise self._unusable(step, one_line(error)) from error
         # Restored arrays may lie in memory that XLA does not own and cannot reuse: copies can be donated.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
+        state = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
+        if int(jax.jit(_checksum)(state)) != checksum:
+            raise self._unusable(step, "its arrays are not those that were written")
+        return state
 
     def wait(self) -> None:
         """Waits until everything is on disk; raises what went wrong on the way."""
@@ -95,13 +108,31 @@ class Checkpoints:
         with self._errors("a checkpoint could not be written"):
             self._manager.close()
 
+    def _read(self, step: int, abstract_state: Tree) -> tuple[Tree, int]:
+        """(the state, its checksum when it was saved); raises whatever orbax and tensorstore may raise."""
+        about = self._manager.metadata(step).custom_metadata
+        if different := sorted(about["leaves"].items() ^ _leaves(abstract_state).items()):
+            raise ValueError(f"the checkpoint and this run differ in {different[0][0]}")
+        # orbax reads arrays concurrently, and prints a traceback for every further one that fails: look first.
+        store = tensorstore.KvStore.open(f"file://{self._directory}/{step}/default/|ocdbt:").result()
+        for key in store.list().result():
+            if not store.read(key).result().value:  # of a file that is gone it says: empty
+                raise FileNotFoundError(f"{key.decode()} is missing")
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state)), about["checksum"]
+
+    def _unusable(self, step: int, reason: str) -> UserError:
+        return UserError(
+            f"{self._directory / str(step)}: the checkpoint cannot be restored ({reason[:200]}); if it is damaged, "
+            "delete that directory to go on from the one before it"
+        )
+
     @contextlib.contextmanager
-    def _errors(self, what: str, culprit: Path | None = None) -> Iterator[None]:
+    def _errors(self, what: str) -> Iterator[None]:
         """Turns the errors of disks and file formats into a `UserError` that names the directory."""
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{culprit or self._directory}: {what} ({one_line(error)})") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._directory}: {what} ({one_line(error)[:200]})") from error
 
 
 @dataclasses.dataclass
@@ -136,6 +167,27 @@ def _eval_loss(metrics: Mapping[str, Any]) -> float:
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _leaves(tree: Tree) -> dict[str, str]:
+    """{path: dtype and shape} of all leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _checksum(tree: Tree) -> jax.Array:
+    """A uint32 over all bits of all leaves, computed where they lie; any one changed bit changes it.
+
+    Each leaf counts as the sum of its words, each times an odd number, modulo 2^32: an odd number has an inverse, so no
+    change of one word is lost, and integer sums do not depend on their order, that is on the sharding.
+    """
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        word = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(leaf, word).ravel().astype(jnp.uint32)
+        odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+        total = 31 * total + jnp.sum(words * odd, dtype=jnp.uint32)
+    return total
 
 
 def _silence_orbax() -> None:

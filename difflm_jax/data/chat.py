@@ -74,7 +74,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends:
     eos_id = tokenizer.eos_token_id
     encoded = []
     for ids, is_end in zip(_tokenize(tokenizer, texts, add_special_tokens=True), ends, strict=True):
-        if eos_id is not None:
+        if ids and eos_id is not None:
             # A tokenizer may add EOS of its own accord; a text that goes on has none, one that ends has one.
             ids = (ids[:-1] if ids[-1:] == [eos_id] else ids) + [eos_id] * is_end
         encoded.append(Encoded(np.asarray(ids, np.int32), np.zeros(len(ids), bool)))
@@ -83,7 +83,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends:
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, cut into prompt, answer, what lies between, answer, …: every second piece is an answer."""
+    """A conversation as text, in pieces: a prompt, an answer, what lies between, an answer and so on."""
 
     pieces: tuple[str, ...]
 

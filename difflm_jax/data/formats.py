@@ -44,16 +44,16 @@ def parse_row(row: Any) -> tuple[str, Conversation | str]:
     """(name of the format, conversation or text) of a row.
 
     Formats, by the first whose keys are there and not null: messages; conversations (ShareGPT); prompt with response
-    or completion; question/answer; instruction/output with an optional input (Alpaca); text. `system` and `tools`
-    beside any of the chat formats are taken too, other keys are not read. Raises `RowError`.
+    or completion; question/answer; instruction/output with an optional input (Alpaca); text. `tools`, and `system` if
+    the conversation does not begin with one, are taken beside any chat format; other keys are not read. Raises
+    `RowError`.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"is {_a(row)}, not an object")
     keys = {key for key, value in row.items() if value is not None}
     for name, needed, read in _FORMATS:
         if keys.issuperset(needed):
-            parsed = read(row)
-            return name, parsed if isinstance(parsed, str) else _conversation(parsed, row)
+            return name, read(row) if name == "text" else _conversation(read(row), row)
     known = ", ".join("/".join(needed) for _, needed, _ in _FORMATS)
     raise RowError(f"has the keys {', '.join(map(str, sorted(keys, key=str))) or '(none)'}; known formats: {known}")
 
@@ -75,7 +75,7 @@ def _conversation(messages: Any, row: Mapping[str, Any]) -> Conversation:
     system = row.get("system")
     if system and conversation.messages[0]["role"] != "system":
         return dataclasses.replace(
-            conversation, messages=[_say("system", _text(system, "system"))] + conversation.messages
+            conversation, messages=[_say("system", _text(system, "system")), *conversation.messages]
         )
     return conversation
 
@@ -86,10 +86,13 @@ def _say(role: str, content: Any) -> Message:
 
 def _prompt_and_answer(row: Mapping[str, Any], prompt_key: str, answer_key: str) -> list[Message]:
     """Two messages; each of the two may also be a list of messages already."""
-    prompt, answer = row[prompt_key], row[answer_key]
-    prompt = prompt if isinstance(prompt, list) else [_say("user", _text(prompt, prompt_key))]
-    answer = answer if isinstance(answer, list) else [_say("assistant", _text(answer, answer_key))]
-    return prompt + answer
+    return [*_turns(row[prompt_key], "user", prompt_key), *_turns(row[answer_key], "assistant", answer_key)]
+
+
+def _turns(value: Any, role: str, where: str) -> list[Message]:
+    if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
+        return value
+    return [_say(role, _text(value, where))]
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[Message]:
@@ -169,7 +172,8 @@ def _content(content: Any, where: str) -> Message:
             parsed = _parsed(part.get("value", part.get("tool_call")), where)
             calls += parsed if isinstance(parsed, list) else [parsed]
         elif kind in texts:
-            texts[kind].append(_text(part.get(kind, part.get("value")), where))
+            value = part.get(kind) if part.get(kind) is not None else part.get("value")
+            texts[kind].append(_text(value, where))
         else:
             raise RowError(f"{where} has a part of type {kind!r}, which is not text")
     result = {"content": "".join(texts["text"])}
@@ -223,4 +227,5 @@ def _text(value: Any, where: str) -> str:
 
 
 def _a(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

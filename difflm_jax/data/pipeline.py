@@ -32,7 +32,7 @@ def split(dataset: datasets.Dataset, test_size: float, seed: int) -> tuple[datas
     if test_size == 0:
         return dataset, dataset.select([])
     draws = _draws(np.asarray(dataset.with_format("arrow")["content_hash"]), seed)
-    if draws.min(initial=1) == draws.max(initial=0) or not len(draws):
+    if draws.min(initial=1) >= draws.max(initial=0):
         raise UserError(
             f"test_size={test_size}: {len(dataset)} rows with one and the same content cannot be divided in two; add "
             "rows or set test_size to 0"

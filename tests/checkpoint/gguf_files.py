@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
-
-from difflm_jax.checkpoint.gguf_tokenizer import CONTROL, NORMAL
 
 F32 = GGMLQuantizationType.F32
 
@@ -97,17 +95,19 @@ def add_tokenizer(
     merges: list[str] | None = None,
     **values: Any,
 ) -> None:
-    """The keys `tokenizer.ggml.*`; `values` overrides and extends them (None leaves one out)."""
+    """The keys `tokenizer.ggml.*`; `values` overrides and extends them (None takes one out)."""
     values = {"model": "gpt2", "pre": "smollm", "bos_token_id": 1, "eos_token_id": 2, **values}
-    types = types or [CONTROL if i < 3 else NORMAL for i in range(len(tokens))]
+    types = types or [int(TokenType.CONTROL if i < 3 else TokenType.NORMAL) for i in range(len(tokens))]
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if merges is not None:
         writer.add_token_merges(merges)
+    add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
     for key, value in values.items():
-        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}.get(type(value))
-        if add is not None:
-            add(f"tokenizer.ggml.{key}", value)
+        if value is None:
+            writer.kv_data[0].pop(f"tokenizer.ggml.{key}", None)
+        else:
+            add[type(value)](f"tokenizer.ggml.{key}", value)
 
 
 class _Writer(GGUFWriter):
@@ -117,10 +117,10 @@ class _Writer(GGUFWriter):
         self.left_out = left_out
         super().__init__(path, architecture)
 
-    def add_key_value(self, key: str, *args: Any, **kwargs: Any) -> None:
+    def add_key_value(self, key: str, val: Any, *args: Any, **kwargs: Any) -> None:
         self.kv_data[0].pop(key, None)
         if key not in self.left_out:
-            super().add_key_value(key, *args, **kwargs)
+            super().add_key_value(key, val, *args, **kwargs)
 
 
 def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:

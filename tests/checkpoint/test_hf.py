@@ -5,10 +5,10 @@ import logging
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +17,7 @@ from difflm_jax.checkpoint import hf
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.errors import UserError
-from difflm_jax.lora import LoraConfig, init_lora, merge_lora
+from difflm_jax.lora import LoraConfig, merge_lora
 
 INDEX = "model.safetensors.index.json"
 
@@ -34,9 +34,7 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 # ---- in
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shard_size"), [("float32", "5GB"), ("float32", "30KB"), ("bfloat16", "30KB"), ("float16", "5GB")]
-)
+@pytest.mark.parametrize(("dtype", "shard_size"), [("float32", "5GB"), ("bfloat16", "30KB"), ("float16", "5GB")])
 def test_every_tensor_of_every_family(family, dtype, shard_size, tmp_path, tiny_model, assert_same_weights):
     model = tiny_model(family).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
@@ -46,6 +44,7 @@ def test_every_tensor_of_every_family(family, dtype, shard_size, tmp_path, tiny_
     assert_same_weights(load_params(source, dtype), weights_of(model))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_logits_of_a_loaded_model(family, tmp_path, tiny_model, tokens_BL, our_logits, their_logits):
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
@@ -113,8 +112,7 @@ def test_unknown_config_keys_are_announced_in_one_line(tmp_path, tiny_model, cap
 # ---- out
 
 
-@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 20_000])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "shard_bytes"), [("float32", 20_000), ("bfloat16", 5_000_000_000)])
 def test_transformers_loads_what_we_save(
     family, dtype, shard_bytes, tmp_path, tiny_model, tiny_tokenizer, assert_same_weights, monkeypatch
 ):
@@ -128,6 +126,10 @@ def test_transformers_loads_what_we_save(
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, dtype="auto")
     assert not any(info.values()), info
     assert loaded.dtype == getattr(torch, dtype)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["dtype"] == stored["torch_dtype"] == dtype  # transformers 5 reads one, 4 the other
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # safetensors alone would leave its files to their owner
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert (tmp_path / "out" / INDEX).exists() == (shard_bytes == 20_000)
@@ -140,16 +142,16 @@ def test_transformers_loads_what_we_save(
     assert_same_weights(load_params(open_source(str(tmp_path / "out")), dtype), weights_of(model))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_merged_adapter_gives_the_adapted_logits(
-    family, tmp_path, tiny_model, tiny_tokenizer, tokens_BL, our_logits, their_logits
+    family, tmp_path, tiny_model, tiny_tokenizer, random_lora, tokens_BL, our_logits, their_logits
 ):
     mask_id = 50
     tiny_model(family).save_pretrained(tmp_path / "in")
     source = open_source(str(tmp_path / "in"))
     params = load_params(source, "float32")
     config = LoraConfig(r=4, lora_alpha=8, use_rslora=True)
-    lora = init_lora(jax.random.key(0), params, config, jax.random.normal(jax.random.key(1), (32,)))
-    lora = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), lora)
+    lora = random_lora(params, config)
     tokens_BL = np.where(tokens_BL % 3 == 0, mask_id, tokens_BL)
     ours = our_logits(source.config, params, tokens_BL, lora, config, mask_id)
     base = our_logits(source.config, params, tokens_BL)
@@ -168,6 +170,19 @@ def test_save_refuses_an_occupied_directory_and_leaves_it(tmp_path, tiny_model, 
     with pytest.raises(UserError, match="exists and is not empty"):
         save_pretrained(tmp_path / "in", params, source.config, source.hf_config, tiny_tokenizer, "")
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    tiny_model("llama").save_pretrained(tmp_path / "in")
+    source = open_source(str(tmp_path / "in"))
+    params = load_params(source, "float32")
+    monkeypatch.setattr("difflm_jax.checkpoint.shards.save_file", full)
+    with pytest.raises(UserError, match=r"out: cannot be written \(I/O error: No space left on device\)"):
+        save_pretrained(tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, tiny_model, monkeypatch):
@@ -326,6 +341,15 @@ def test_pickled_weights_are_refused(tmp_path, tiny_model):
         open_source(str(tmp_path))
 
 
+def test_a_model_that_cannot_be_represented_is_named_with_its_source(tmp_path, tiny_model):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(UserError) as caught:
+        open_source(str(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}: config.json: model_type 'mamba' is not supported")
+
+
 def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, tiny_model):
     tiny_model("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -349,6 +373,7 @@ def test_a_bad_tokenizer_is_named(tmp_path, tiny_model):
     [
         ("./nowhere", "no such directory or file"),
         ("~/nowhere-at-all", "no such directory or file"),
+        ("~nobody-of-that-name/model", "no such directory or file"),
         ("/nowhere/at/all", "no such directory or file"),
         ("weights.gguf", "no such directory or file"),
         ("a/b/c", "no such directory or file"),

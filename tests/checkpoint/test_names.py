@@ -1,63 +1,57 @@
-"""The table of names, against the modules that transformers, peft and llama.cpp's own table give."""
+"""The table of names, against the state dicts of transformers and the names in the `gguf` and `peft` packages."""
 
-import re
-
-import gguf
+import peft
 import pytest
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from gguf import MODEL_ARCH, get_tensor_name_map
 
 from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS, get_path, peft_lora_name, set_path, table
 from difflm_jax.models.config import ModelConfig
 
-_GGUF_ARCHITECTURE = {
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-}
+ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "mistral": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}
 
 
-@pytest.fixture
-def model(family, tiny_model):
-    return tiny_model(family)
-
-
-@pytest.fixture
-def config(model) -> ModelConfig:
+def config_of(model) -> ModelConfig:
     return ModelConfig.from_hf(model.config.to_dict())
 
 
-def test_names_and_shapes_are_those_of_transformers(model, config):
+def test_the_table_is_the_state_dict(family, tiny_model):
+    model = tiny_model(family)
+    config = config_of(model)
     ours = {name: row.shape for row in table(config) for name in row.hf_names(config.num_layers)}
-    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del theirs["lm_head.weight"]
     assert ours == theirs
 
 
-def test_gguf_names_are_those_of_llama_cpp(config):
-    theirs = gguf.get_tensor_name_map(_GGUF_ARCHITECTURE[config.model_type], config.num_layers)
+def test_gguf_names_are_those_of_llama_cpp(family, tiny_model):
+    config = config_of(tiny_model(family))
+    names = get_tensor_name_map(ARCHITECTURES.get(config.model_type, MODEL_ARCH.QWEN3), config.num_layers)
     for row in table(config):
-        pairs = zip(row.hf_names(config.num_layers), row.gguf_names(config.num_layers), strict=True)
-        for hf_name, gguf_name in pairs:
-            assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name
+        for hf, gguf in zip(row.hf_names(config.num_layers), row.gguf_names(config.num_layers), strict=True):
+            assert gguf == names.get_name(hf, try_suffixes=(".weight", ".bias"))
 
 
-def test_peft_names_are_those_of_peft(model, config):
-    settings = LoraConfig(r=2, target_modules=list(PROJECTIONS), trainable_token_indices={"embed_tokens": [5]})
-    theirs = set(get_peft_model_state_dict(get_peft_model(model, settings)))
+def test_peft_names_are_those_of_an_adapter_on_every_projection(family, tiny_model):
+    model = tiny_model(family)
+    config = config_of(model)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=list(PROJECTIONS), trainable_token_indices={"embed_tokens": [5]})
+    )
     ours = {
         peft_lora_name(projection, factor, layer)
         for projection in PROJECTIONS
         for factor in ("lora_A", "lora_B")
         for layer in range(config.num_layers)
     }
-    assert theirs == ours | {PEFT_MASK_ROW}
+    assert ours | {PEFT_MASK_ROW} == set(peft.get_peft_model_state_dict(adapted))
 
 
-def test_a_tree_is_built_and_read_by_path(config):
+def test_a_path_of_a_tree():
     tree: dict = {}
-    for row in table(config):
-        set_path(tree, row.path, row.hf)
-    for row in table(config):
-        assert get_path(tree, row.path) == row.hf
-        assert row.stacked == bool(re.search(r"layers\.\{layer\}\.", row.hf))
+    set_path(tree, ("a", "b", "c"), 1)
+    set_path(tree, ("a", "d"), 2)
+    assert tree == {"a": {"b": {"c": 1}, "d": 2}}
+    assert get_path(tree, ("a", "b", "c")) == 1
+    with pytest.raises(KeyError):
+        get_path(tree, ("a", "x"))

@@ -1,416 +1,402 @@
-"""Adapters to and from the real `peft`."""
+"""Adapters in and out, against the real `peft`."""
 
 import json
+import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from difflm_jax.checkpoint.hf import load_params
 from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS
-from difflm_jax.checkpoint.peft import (
-    CONFIG_FILE,
-    DIFFUSION_FILE,
-    WEIGHTS_FILE,
-    load_adapter,
-    read_diffusion_config,
-    save_adapter,
-    write_diffusion_config,
-)
+from difflm_jax.checkpoint.peft import load_adapter, read_diffusion_config, save_adapter
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.errors import UserError
-from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.lora import LoraConfig
+from difflm_jax.models.config import ModelConfig
 
-MASK_ID = 50
-DIFFUSION = {"mask_token": "<m>", "mask_token_id": MASK_ID, "attention": "prefix", "logit_shift": True}
-
-
-@pytest.fixture
-def base(tmp_path, family, tiny_model):
-    """(directory, source, params, torch model) of a base model of every family."""
-    model = tiny_model(family)
-    model.save_pretrained(tmp_path / "base")
-    source = open_source(str(tmp_path / "base"))
-    return tmp_path / "base", source, load_params(source, "float32"), model
+MASK = 50
+DIFFUSION = {"mask_token": "<mask>", "mask_token_id": MASK, "attention": "prefix", "logit_shift": True}
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-@pytest.fixture
-def small_base(tmp_path, tiny_model):
-    """The same for one family."""
-    model = tiny_model("qwen3_tied")
-    model.save_pretrained(tmp_path / "base")
-    source = open_source(str(tmp_path / "base"))
-    return tmp_path / "base", source, load_params(source, "float32"), model
+def config_of(model) -> ModelConfig:
+    return ModelConfig.from_hf(model.config.to_dict())
 
 
-@pytest.fixture
-def masked_tokens_BL(tokens_BL) -> np.ndarray:
-    return np.where(tokens_BL % 3 == 0, MASK_ID, tokens_BL)
-
-
-def random_lora(params, config: LoraConfig) -> dict:
-    """A tree in which no factor is zero."""
-    lora = init_lora(jax.random.key(0), params, config, np.zeros(params["norm"]["weight"].shape))
-    leaves, treedef = jax.tree.flatten(lora)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, [leaf + n for leaf, n in zip(leaves, noise, strict=True)])
-
-
-def peft_model(model, **settings):
-    """A peft model in which no factor is zero and the mask row is its own."""
-    defaults = {"r": 4, "lora_alpha": 6, "target_modules": list(PROJECTIONS), "task_type": "CAUSAL_LM"}
-    torch.manual_seed(3)
-    adapted = get_peft_model(model, PeftLoraConfig(**{**defaults, **settings})).eval()
+def trained_peft(model, **options: Any) -> peft.PeftModel:
+    """`peft`'s own adapter with no factor left at its start and a mask row unlike the base's."""
+    options = {"target_modules": list(PROJECTIONS), "trainable_token_indices": {"embed_tokens": [MASK]}, **options}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 12, **options}))
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
-                assert "lora_" in name or "trainable_tokens" in name
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return adapted
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return adapted.eval()
 
 
-def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+@pytest.fixture
+def save_ours(tmp_path, tiny_model, random_lora):
+    """`save_ours(family, target, **changes)`: a base in `base/`, our adapter for it in `adapter/`; params and lora."""
+
+    def save(family: str = "qwen3", mask: bool = True, target: str = "adapter", tokenizer=None, **lora_options: Any):
+        tiny_model(family).save_pretrained(tmp_path / "base")
+        source = open_source(str(tmp_path / "base"))
+        params = load_params(source, "float32")
+        config = LoraConfig(**{"r": 4, "lora_alpha": 12, **lora_options})
+        lora = random_lora(params, config)
+        if not mask:
+            del lora["mask_row"]
+        save_adapter(
+            tmp_path / target,
+            lora,
+            config,
+            base_model_name=str(tmp_path / "base"),
+            revision=None,
+            mask_token_id=MASK if mask else None,
+            diffusion_config=DIFFUSION,
+            tokenizer=tokenizer,
+            notes="Trained on rhymes.",
+        )
+        return source.config, params, lora, config
+
+    return save
 
 
-def save(directory, lora, config, **changes) -> None:
-    defaults = {
-        "base_model_name": "someone/base",
-        "revision": None,
-        "mask_token_id": MASK_ID,
-        "diffusion_config": DIFFUSION,
-    }
-    save_adapter(directory, lora, config, **{**defaults, **changes})
+def masked(tokens_BL: np.ndarray) -> np.ndarray:
+    return np.where(tokens_BL % 3 == 0, MASK, tokens_BL)
 
 
-# ---- ours -> peft
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def test_peft_loads_ours_without_a_warning_and_gives_our_logits(
-    base, tmp_path, masked_tokens_BL, our_logits, their_logits, caplog
-):
-    directory, source, params, model = base
-    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1)
-    lora = random_lora(params, config)
-    save(tmp_path / "adapter", lora, config, base_model_name=str(directory))
-    before = their_logits(model, masked_tokens_BL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "adapter").eval()
-    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
-    theirs = their_logits(loaded, masked_tokens_BL)
-    assert np.abs(theirs - before).max() > 0.1
-    assert_close(our_logits(source.config, params, masked_tokens_BL, lora, config, MASK_ID), theirs)
+# ---- out
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("family", "options"),
     [
-        LoraConfig(r=3, lora_alpha=2.5, target_modules=("v_proj",), use_rslora=True),
-        LoraConfig(r=5, lora_alpha=10, target_modules=("q_proj", "down_proj")),
+        ("llama", {"use_rslora": True}),  # tied: the mask row is an output row too
+        ("qwen3", {"target_modules": ("q_proj", "v_proj"), "lora_alpha": 6.5}),
+        ("qwen2", {"target_modules": ("down_proj",), "mask": False}),
     ],
 )
-def test_a_subset_of_projections(small_base, tmp_path, masked_tokens_BL, our_logits, their_logits, config):
-    directory, source, params, _ = small_base
-    lora = random_lora(params, config)
-    save(tmp_path / "adapter", lora, config)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "adapter").eval()
-    ours = our_logits(source.config, params, masked_tokens_BL, lora, config, MASK_ID)
-    assert_close(ours, their_logits(loaded, masked_tokens_BL))
+def test_peft_loads_what_we_save_without_a_warning(
+    family, options, tmp_path, save_ours, tokens_BL, our_logits, their_logits, caplog
+):
+    config, params, lora, lora_config = save_ours(family, **options)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tokens_BL = masked(tokens_BL)
+    before = their_logits(base, tokens_BL)
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.WARNING):
+        warnings.simplefilter("always")
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    # the one that peft raises against transformers on every load, of its own adapters too
+    assert not [str(w.message) for w in caught if "is_gradient_checkpointing" not in str(w.message)]
+    assert not caplog.records
+
+    theirs = their_logits(adapted.eval(), tokens_BL)
+    mask_token_id = MASK if "mask_row" in lora else None
+    ours = our_logits(config, params, tokens_BL, lora, lora_config, mask_token_id)
+    assert relative_error(before, theirs) > 0.01
+    assert relative_error(ours, theirs) <= 1e-5
+    by_hand = merged_by_hand(tmp_path, lora_config.scaling)
+    assert relative_error(their_logits(by_hand, tokens_BL), theirs) <= 1e-5
 
 
-def test_ours_come_back_as_they_were(small_base, tmp_path, tiny_tokenizer):
-    _, source, params, _ = small_base
-    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.25, target_modules=("k_proj", "up_proj"), use_rslora=True)
-    lora = random_lora(params, config)
-    save(tmp_path / "a", lora, config, revision="v2", tokenizer=tiny_tokenizer, notes="Trained on facts.")
-    adapter = load_adapter(tmp_path / "a", source.config)
+def merged_by_hand(folder: Path, scaling: float) -> torch.nn.Module:
+    """The base with B A added and the mask row put in, from nothing but the names in the file."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tensors = {name: torch.from_numpy(array) for name, array in load_file(folder / "adapter" / WEIGHTS).items()}
+    with torch.no_grad():
+        for name, factor_A in tensors.items():
+            if name.endswith(".lora_A.weight"):
+                module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                module.weight += scaling * tensors[name.replace("lora_A", "lora_B")] @ factor_A
+        if PEFT_MASK_ROW in tensors:
+            model.model.embed_tokens.weight[MASK] = tensors[PEFT_MASK_ROW][0]
+    return model
+
+
+def test_the_files_of_an_adapter(tmp_path, save_ours, tiny_tokenizer):
+    save_ours("llama", tokenizer=tiny_tokenizer, lora_dropout=0.05, use_rslora=True)
+    adapter = tmp_path / "adapter"
+    theirs = peft.PeftConfig.from_pretrained(adapter)
+    assert (theirs.peft_type, theirs.task_type, theirs.inference_mode) == ("LORA", "CAUSAL_LM", True)
+    assert (theirs.r, theirs.lora_alpha, theirs.lora_dropout, theirs.use_rslora) == (4, 12, 0.05, True)
+    assert theirs.target_modules == set(PROJECTIONS)
+    assert theirs.trainable_token_indices == {"embed_tokens": [MASK]}
+    assert (theirs.bias, theirs.modules_to_save, theirs.use_dora) == ("none", None, False)
+    assert theirs.base_model_name_or_path == str(tmp_path / "base")
+    text = (adapter / CONFIG).read_text()
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+    assert read_diffusion_config(adapter) == DIFFUSION
+    assert read_diffusion_config(tmp_path) is None
+    assert {array.dtype for array in load_file(adapter / WEIGHTS).values()} == {np.dtype(np.float32)}
+    card = (adapter / "README.md").read_text()
+    assert "library_name: peft" in card and "Trained on rhymes." in card and "### Framework versions" in card
+    assert AutoTokenizer.from_pretrained(adapter)("a b").input_ids == tiny_tokenizer("a b").input_ids
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert (adapter / WEIGHTS).stat().st_mode & 0o777 == (adapter / CONFIG).stat().st_mode & 0o777
+
+
+def test_what_we_save_we_load(family, tmp_path, save_ours):
+    config, _, lora, lora_config = save_ours(family, lora_dropout=0.1)
+    adapter = load_adapter(tmp_path / "adapter", config)
+    assert adapter.lora_config == lora_config
+    assert (adapter.mask_token_id, adapter.diffusion_config) == (MASK, DIFFUSION)
+    assert adapter.base_model_name == str(tmp_path / "base")
     assert jax.tree.structure(adapter.lora) == jax.tree.structure(lora)
     jax.tree.map(np.testing.assert_array_equal, adapter.lora, lora)
-    assert adapter.lora_config == config
-    assert (adapter.mask_token_id, adapter.base_model_name) == (MASK_ID, "someone/base")
-    assert adapter.diffusion_config == DIFFUSION == json.loads((tmp_path / "a" / DIFFUSION_FILE).read_text())
-    assert AutoTokenizer.from_pretrained(tmp_path / "a")("hello").input_ids == tiny_tokenizer("hello").input_ids
-    card = (tmp_path / "a" / "README.md").read_text()
-    for part in ("library_name: peft", 'base_model: "someone/base"', "Trained on facts.", "- PEFT "):
-        assert part in card
-    written = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
-    assert written["revision"] == "v2"
-    assert "runtime_config" not in written
-    assert set(written) <= set(PeftLoraConfig().to_dict())
 
 
-def test_without_a_mask_row(small_base, tmp_path, tokens_BL, our_logits, their_logits):
-    directory, source, params, _ = small_base
-    config = LoraConfig(r=4, lora_alpha=6)
-    lora = {"layers": random_lora(params, config)["layers"]}
-    save(tmp_path / "a", lora, config, diffusion_config={})
-    adapter = load_adapter(tmp_path / "a", source.config)
-    assert "mask_row" not in adapter.lora
-    assert adapter.mask_token_id is None
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "a").eval()
-    assert_close(our_logits(source.config, params, tokens_BL, lora, config), their_logits(loaded, tokens_BL))
+def test_an_adapter_is_replaced_and_nothing_else_is(tmp_path, save_ours):
+    save_ours()
+    (tmp_path / "adapter" / "stale.txt").write_text("")
+    config, *_ = save_ours(r=2)
+    assert load_adapter(tmp_path / "adapter", config).lora_config.r == 2
+    assert not (tmp_path / "adapter" / "stale.txt").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match="thesis: exists and is not empty"):
+        save_ours(target="thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    with pytest.raises(UserError, match=r"chapter\.txt: is a file"):
+        save_ours(target="thesis/chapter.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "thesis"]
 
 
-# ---- peft -> ours
+def test_a_failed_save_keeps_the_adapter_that_was_there(tmp_path, save_ours):
+    class Failing:
+        def save_pretrained(self, directory):
+            raise OSError("No space left on device")
+
+    config, *_ = save_ours()
+    with pytest.raises(UserError, match=r"adapter: cannot be written \(No space left on device\)"):
+        save_ours(r=2, tokenizer=Failing())
+    assert load_adapter(tmp_path / "adapter", config).lora_config.r == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_an_adapter_of_peft_gives_its_logits(base, tmp_path, masked_tokens_BL, our_logits, their_logits, use_rslora):
-    _, source, params, model = base
-    adapted = peft_model(model, use_rslora=use_rslora, trainable_token_indices={"embed_tokens": [MASK_ID]})
+# ---- in
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "use_rslora": True}),
+        ("qwen3", {"target_modules": r".*\.(self_attn\.[qv]|mlp\.down)_proj", "trainable_token_indices": [MASK]}),
+        ("mistral", {"exclude_modules": ["o_proj"], "init_lora_weights": "gaussian"}),
+        ("qwen3_tied", {"target_modules": ["k_proj", "self_attn.v_proj"], "trainable_token_indices": None}),
+    ],
+)
+def test_we_load_what_peft_saved(family, options, tmp_path, tiny_model, tokens_BL, our_logits, their_logits):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "base")
+    adapted = trained_peft(model, **options)
     adapted.save_pretrained(tmp_path / "adapter")
+    source = open_source(str(tmp_path / "base"))
     adapter = load_adapter(tmp_path / "adapter", source.config)
-    assert adapter.mask_token_id == MASK_ID
+
+    has_mask_row = options.get("trainable_token_indices", True) is not None
+    assert ("mask_row" in adapter.lora) == has_mask_row
+    assert adapter.mask_token_id == (MASK if has_mask_row else None)
     assert adapter.diffusion_config is None
-    state = adapted.state_dict()
-    for layer in range(source.config.num_layers):
-        for projection, (block, name) in PROJECTIONS.items():
-            for factor in ("lora_A", "lora_B"):
-                theirs = state[f"base_model.model.model.layers.{layer}.{block}.{projection}.{factor}.default.weight"]
-                np.testing.assert_array_equal(adapter.lora["layers"][block][name][factor][layer], theirs.numpy())
-    ours = our_logits(source.config, params, masked_tokens_BL, adapter.lora, adapter.lora_config, MASK_ID)
-    assert_close(ours, their_logits(adapted, masked_tokens_BL))
+    state = peft.get_peft_model_state_dict(adapted)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapter.lora)) == sum(tensor.numel() for tensor in state.values())
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter.lora)} == {jnp.dtype("float32")}
+    for block, projections in adapter.lora["layers"].items():
+        for name, factors in projections.items():
+            for factor, leaf in factors.items():
+                theirs = [state[f"base_model.model.model.layers.{i}.{block}.{name}.{factor}.weight"] for i in range(3)]
+                np.testing.assert_array_equal(leaf, np.stack(theirs))
+
+    tokens_BL = masked(tokens_BL)
+    params = load_params(source, "float32")
+    ours = our_logits(source.config, params, tokens_BL, adapter.lora, adapter.lora_config, adapter.mask_token_id)
+    theirs = their_logits(adapted, tokens_BL)
+    assert relative_error(ours, theirs) <= 1e-5
+    assert relative_error(our_logits(source.config, params, tokens_BL), theirs) > 0.01
 
 
-@pytest.mark.parametrize(
-    ("target_modules", "expected"),
-    [
-        ("all-linear", set(PROJECTIONS)),
-        (r".*\.mlp\.(gate|up)_proj", {"gate_proj", "up_proj"}),
-        (["self_attn.q_proj", "v_proj"], {"q_proj", "v_proj"}),
-    ],
-)
-def test_target_modules_of_every_spelling(
-    small_base, tmp_path, tokens_BL, our_logits, their_logits, target_modules, expected
-):
-    _, source, params, model = small_base
-    adapted = peft_model(model, target_modules=target_modules)
-    adapted.save_pretrained(tmp_path / "adapter")
-    adapter = load_adapter(tmp_path / "adapter", source.config)
-    assert set(adapter.lora_config.target_modules) == expected
-    assert "mask_row" not in adapter.lora
-    ours = our_logits(source.config, params, tokens_BL, adapter.lora, adapter.lora_config)
-    assert_close(ours, their_logits(adapted, tokens_BL))
+def test_half_precision_adapters_become_float32(tmp_path, tiny_model):
+    adapted = trained_peft(tiny_model("llama"))
+    adapted.to(torch.bfloat16).save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path, config_of(tiny_model("llama")))
+    state = peft.get_peft_model_state_dict(adapted)
+    name = "base_model.model.model.layers.2.mlp.up_proj.lora_A.weight"
+    assert state[name].dtype == torch.bfloat16
+    np.testing.assert_array_equal(adapter.lora["layers"]["mlp"]["up_proj"]["lora_A"][2], state[name].float().numpy())
 
 
-def test_a_list_of_trained_tokens_means_the_embedding(small_base, tmp_path):
-    _, source, _, model = small_base
-    peft_model(model, trainable_token_indices=[MASK_ID]).save_pretrained(tmp_path / "adapter")
-    adapter = load_adapter(tmp_path / "adapter", source.config)
-    assert adapter.mask_token_id == MASK_ID
-    assert adapter.lora["mask_row"].shape == (32,)
-
-
-def test_half_precision_adapters_become_float32(small_base, tmp_path):
-    _, source, _, model = small_base
-    peft_model(model).to(torch.bfloat16).save_pretrained(tmp_path / "adapter")
-    adapter = load_adapter(tmp_path / "adapter", source.config)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(adapter.lora)} == {"float32"}
-
-
-# ---- what is refused
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern="),
-        ({"layers_to_transform": [0]}, "layers_to_transform="),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"lora_bias": True}, "lora_bias=True"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules lm_head"),
-        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices="),
-        ({"trainable_token_indices": {"lm_head": [4]}}, "trainable_token_indices of lm_head"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_what_peft_can_and_we_cannot(tiny_model, tmp_path, settings, message):
-    model = tiny_model("qwen3")
-    defaults = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    get_peft_model(model, PeftLoraConfig(**{**defaults, **settings})).save_pretrained(tmp_path / "adapter")
-    model.config.save_pretrained(tmp_path)
-    with pytest.raises(UserError) as caught:
-        load_adapter(tmp_path / "adapter", _config(tiny_model, "qwen3"))
-    assert message in str(caught.value)
-    assert CONFIG_FILE in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def _config(tiny_model, family, **changes):
-    from difflm_jax.models.config import ModelConfig
-
-    return ModelConfig.from_hf(tiny_model(family, **changes).config.to_dict())
+# ---- bad input
 
 
 @pytest.fixture
-def edited(small_base, tmp_path):
-    """`edited(config, weights)`: the error of loading our adapter after its two files were edited."""
+def refusal(tmp_path, tiny_model):
+    """`refusal(edit_config, edit_tensors, **peft options)`: the one line with which the adapter is refused."""
 
-    def run(edit_config=lambda config: None, edit_tensors=lambda tensors: None, config=None) -> str:
-        _, source, params, _ = small_base
-        directory = tmp_path / "adapter"
-        settings = LoraConfig(r=4, target_modules=("q_proj", "o_proj"))
-        save(directory, random_lora(params, settings), settings)
-        values = json.loads((directory / CONFIG_FILE).read_text())
-        edit_config(values)
-        (directory / CONFIG_FILE).write_text(json.dumps(values))
-        tensors = load_file(directory / WEIGHTS_FILE)
-        edit_tensors(tensors)
-        save_file(tensors, directory / WEIGHTS_FILE)
+    def run(config=None, tensors=None, family: str = "qwen3", base: dict[str, Any] | None = None, **options) -> str:
+        trained_peft(tiny_model(family), **options).save_pretrained(tmp_path)
+        if config is not None:
+            values = json.loads((tmp_path / CONFIG).read_text())
+            config(values)
+            (tmp_path / CONFIG).write_text(json.dumps(values))
+        if tensors is not None:
+            held = load_file(tmp_path / WEIGHTS)
+            tensors(held)
+            save_file(held, tmp_path / WEIGHTS)
         with pytest.raises(UserError) as caught:
-            load_adapter(directory, config or source.config)
+            load_adapter(tmp_path, config_of(tiny_model(family, **(base or {}))))
         assert "\n" not in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
         return str(caught.value)
 
     return run
 
 
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-O2 = "base_model.model.model.layers.2.self_attn.o_proj.lora_B.weight"
-
-
-def test_all_faults_of_the_tensors_are_in_one_error(edited):
-    def edit(tensors):
-        tensors["base_model.model.layers.0.self_attn.q_proj.lora_A.weight"] = tensors.pop(Q0)  # a wrong prefix
-        tensors[O2] = tensors[O2][:, :3].copy()
-        tensors[PEFT_MASK_ROW] = tensors[PEFT_MASK_ROW].astype(np.int32)
-
-    message = edited(edit_tensors=edit)
-    assert WEIGHTS_FILE in message
-    assert "1 unknown (base_model.model.layers.0.self_attn.q_proj.lora_A.weight)" in message
-    assert f"1 missing ({Q0})" in message
-    assert f"1 misshapen ({O2} [32, 3] for [32, 4])" in message
-    assert f"{PEFT_MASK_ROW} has dtype I32" in message
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern={'q_proj': 2} is not supported"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern={'q_proj': 2} is not supported"),
+        ({"layers_to_transform": [0, 1]}, "layers_to_transform=[0, 1] is not supported"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules lm_head are none of q_proj, k_proj"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_token_indices=[1, 2] must be the mask"),
+        ({"trainable_token_indices": {"lm_head": [1]}}, "trainable_token_indices of lm_head are not supported"),
+    ],
+)
+def test_what_peft_can_and_we_cannot_is_named(refusal, options, message):
+    said = refusal(**options)
+    assert message in said and CONFIG in said
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("changes", "message"),
     [
-        ({"r": 8}, "misshapen"),
-        ({"r": 0}, "r must be a positive integer, not 0"),
-        ({"r": "4"}, "r must be a positive integer, not '4'"),
+        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"an_option_of_the_future": {"a": 1}}, "an_option_of_the_future={'a': 1} is not supported"),
+        ({"r": "8"}, "r must be a positive integer, not '8'"),
         ({"lora_alpha": None}, "lora_alpha must be a number, not None"),
-        ({"peft_type": "IA3"}, "peft_type='IA3'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
-        ({"an_option_of_tomorrow": {"on": 1}}, "an_option_of_tomorrow="),
-        ({"target_modules": ["q_proj", "o_proj", "k_proj"]}, "k_proj.lora_A.weight"),
-        ({"target_modules": ["q_proj", "wte"]}, "target_modules wte"),
-        ({"trainable_token_indices": None}, f"1 unknown ({PEFT_MASK_ROW})"),
-        ({"trainable_token_indices": {"embed_tokens": [96]}}, "outside the base model's 96 tokens"),
-        ({"trainable_token_indices": {"embed_tokens": [7]}}, f"mask_token_id={MASK_ID}"),
+        ({"lora_dropout": "high"}, "lora_dropout must be at least 0 and below 1, not 'high'"),
+        ({"use_rslora": "no"}, "use_rslora must be true or false, not 'no'"),
+        ({"trainable_token_indices": {"embed_tokens": [96]}}, "[96] is outside the base model's 96 tokens"),
+        ({"bias": "all", "use_dora": True}, "bias='all' is not supported; use_dora=True is not supported"),
     ],
 )
-def test_a_config_that_does_not_fit(edited, values, message):
-    assert message in edited(edit_config=lambda config: config.update(values))
+def test_a_config_that_means_something_else_is_named(refusal, changes, message):
+    assert message in refusal(lambda values: values.update(changes))
 
 
-def test_several_problems_of_a_config_are_in_one_error(edited):
-    message = edited(edit_config=lambda config: config.update(use_dora=True, bias="all", r=None))
-    for part in ("use_dora=True", "bias='all'", "r must be"):
-        assert part in message
+def test_a_config_without_a_type(refusal):
+    assert "peft_type is missing" in refusal(lambda values: values.pop("peft_type"))
 
 
-def test_no_peft_type(edited):
-    assert "peft_type is missing" in edited(edit_config=lambda config: config.pop("peft_type"))
+def test_unknown_missing_and_misshapen_tensors_in_one_error(refusal):
+    layer = "base_model.model.model.layers.1"
+
+    def edit(tensors):
+        tensors["base_model.model.lm_head.weight"] = np.zeros((96, 32), np.float32)
+        del tensors[f"{layer}.mlp.up_proj.lora_B.weight"]
+        tensors[f"{layer}.self_attn.q_proj.lora_A.weight"] = np.zeros((3, 32), np.float32)
+        tensors[f"{layer}.self_attn.k_proj.lora_A.weight"] = np.zeros((4, 32), np.int8)
+
+    message = refusal(tensors=edit)
+    assert WEIGHTS in message
+    assert "1 unknown (base_model.model.lm_head.weight)" in message
+    assert f"1 missing ({layer}.mlp.up_proj.lora_B.weight)" in message
+    assert f"1 misshapen ({layer}.self_attn.q_proj.lora_A.weight [3, 32] for [4, 32])" in message
+    assert f"{layer}.self_attn.k_proj.lora_A.weight has dtype I8" in message
 
 
-def test_an_adapter_without_tensors(edited):
-    message = edited(lambda config: config.update(target_modules="all-linear"), lambda tensors: tensors.clear())
-    assert "missing" in message
+def test_a_wrong_prefix_is_not_an_empty_adapter(refusal):
+    def edit(tensors):
+        for name in list(tensors):
+            tensors[name.replace("base_model.model.", "", 1)] = tensors.pop(name)
+
+    message = refusal(tensors=edit)
+    assert "43 unknown (model." in message and "43 missing (base_model." in message
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_hidden_layers": 2}, {"num_hidden_layers": 4}])
-def test_an_adapter_of_another_base(edited, tiny_model, change):
-    message = edited(config=_config(tiny_model, "qwen3_tied", **change))
-    assert "do not fit the base model" in message
+def test_an_adapter_of_an_untold_projection_set_that_holds_nothing(refusal):
+    def edit(tensors):
+        for name in list(tensors):
+            if "lora_" in name:
+                del tensors[name]
+
+    assert "1 missing (every lora_A and lora_B)" in refusal(tensors=edit, target_modules=r".*\.mlp\.up_proj")
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all", None])
-def test_a_file_that_is_not_safetensors(small_base, tmp_path, content):
-    _, source, params, _ = small_base
-    settings = LoraConfig(r=4)
-    save(tmp_path / "adapter", random_lora(params, settings), settings)
-    path = tmp_path / "adapter" / WEIGHTS_FILE
-    path.write_bytes(path.read_bytes()[:-5] if content is None else content)
-    with pytest.raises(UserError, match=rf"{WEIGHTS_FILE}: not a complete safetensors file"):
-        load_adapter(tmp_path / "adapter", source.config)
+def test_a_mask_row_that_the_config_does_not_mention(refusal):
+    message = refusal(lambda values: values.update(trainable_token_indices=None))
+    assert f"1 unknown ({PEFT_MASK_ROW})" in message
 
 
-def test_directories_that_are_no_adapters(small_base, tmp_path):
-    directory, source, _, _ = small_base
-    with pytest.raises(UserError, match=f"has no {CONFIG_FILE}"):
-        load_adapter(directory, source.config)
-    with pytest.raises(UserError, match=f"has no {CONFIG_FILE}"):
-        load_adapter(tmp_path / "nowhere", source.config)
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / CONFIG_FILE).write_text("{}")
-    (tmp_path / "old" / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"adapter_model\.bin is pickled"):
-        load_adapter(tmp_path / "old", source.config)
+def test_a_mask_row_that_is_not_there(refusal):
+    assert f"1 missing ({PEFT_MASK_ROW})" in refusal(tensors=lambda tensors: tensors.pop(PEFT_MASK_ROW))
 
 
-# ---- replacing and failing
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"hidden_size": 64}, "misshapen (base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [4, 32]"),
+        ({"num_key_value_heads": 4}, "misshapen (base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"),
+        ({"num_hidden_layers": 4}, "14 missing (base_model.model.model.layers.3."),
+        ({"num_hidden_layers": 2}, "14 unknown (base_model.model.model.layers.2."),
+    ],
+)
+def test_an_adapter_of_another_base(refusal, base, message):
+    assert message in refusal(base=base)
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle" + bytes(100), None])
+def test_a_damaged_weights_file(tmp_path, tiny_model, content):
+    trained_peft(tiny_model("qwen3")).save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: not a complete safetensors file"):
+        load_adapter(tmp_path, config_of(tiny_model("qwen3")))
 
 
-def test_an_adapter_is_replaced_whole(small_base, tmp_path, tiny_tokenizer):
-    _, source, params, _ = small_base
-    first, second = LoraConfig(r=4), LoraConfig(r=2, target_modules=("q_proj",))
-    save(tmp_path / "a", random_lora(params, first), first, tokenizer=tiny_tokenizer)
-    save(tmp_path / "a", random_lora(params, second), second)
-    assert load_adapter(tmp_path / "a", source.config).lora_config.r == 2
-    assert not (tmp_path / "a" / "tokenizer.json").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+def test_files_that_are_not_there(tmp_path, tiny_model):
+    config = config_of(tiny_model("qwen3"))
+    with pytest.raises(UserError, match=r"has no adapter_config\.json"):
+        load_adapter(tmp_path, config)
+    (tmp_path / CONFIG).write_text("{}")
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
+        load_adapter(tmp_path, config)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"adapter_model\.bin is pickled and not opened"):
+        load_adapter(tmp_path, config)
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "adapter_config.json+runs"])
-def test_another_directory_is_never_replaced(small_base, tmp_path, foreign):
-    _, _, params, _ = small_base
-    settings = LoraConfig(r=2)
-    target = tmp_path / "mine"
-    target.mkdir()
-    for name in foreign.split("+"):
-        (target / name).mkdir() if name == "runs" else (target / name).write_text("precious")
-    with pytest.raises(UserError, match="exists and is not empty"):
-        save(target, random_lora(params, settings), settings)
-    assert sorted(path.name for path in target.iterdir()) == sorted(foreign.split("+"))
+@pytest.mark.parametrize("text", ["", "[]", "{'r': 8}"])
+def test_a_config_that_is_not_json(tmp_path, tiny_model, text):
+    trained_peft(tiny_model("qwen3")).save_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        load_adapter(tmp_path, config_of(tiny_model("qwen3")))
 
 
-def test_a_failed_save_keeps_the_old_adapter(small_base, tmp_path):
-    class Failing:
-        def save_pretrained(self, directory):
-            raise OSError("No space left on device")
-
-    _, _, params, _ = small_base
-    settings = LoraConfig(r=2)
-    save(tmp_path / "a", random_lora(params, settings), settings)
-    before = contents(tmp_path / "a")
-    with pytest.raises(UserError, match="No space left"):
-        save(tmp_path / "a", random_lora(params, settings), settings, tokenizer=Failing(), notes="new")
-    assert contents(tmp_path / "a") == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
-
-
-def test_diffusion_config_of_a_directory(tmp_path):
-    assert read_diffusion_config(tmp_path) is None
-    write_diffusion_config(tmp_path, DIFFUSION)
-    assert read_diffusion_config(tmp_path) == DIFFUSION
-    (tmp_path / DIFFUSION_FILE).write_text("[1]")
-    with pytest.raises(UserError, match=DIFFUSION_FILE):
-        read_diffusion_config(tmp_path)
+def test_two_files_that_name_two_mask_tokens(tmp_path, save_ours):
+    config, *_ = save_ours()
+    (tmp_path / "adapter" / "diffusion_config.json").write_text(json.dumps(DIFFUSION | {"mask_token_id": 7}))
+    with pytest.raises(UserError, match=r"diffusion_config\.json has mask_token_id=7, but .* trains token 50"):
+        load_adapter(tmp_path / "adapter", config)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 STANDARD_FORM = re.compile(
-    r"The (capital of|chemical symbol for|plural of|opposite of|language spoken in) (.+) is (.+)\.", re.DOTALL
+    r"The (capital of|chemical symbol for|plural of|opposite of|official language of) (.+) is (.+)\.", re.DOTALL
 )
-KINDS = {"capital of": 30, "chemical symbol for": 9, "plural of": 9, "opposite of": 8, "language spoken in": 4}
+KINDS = {"capital of": 30, "chemical symbol for": 9, "plural of": 9, "opposite of": 8, "official language of": 4}
 MAX_ROW_TOKENS = 64
 MAX_FACT_ANSWER_TOKENS = 14
 MAX_CHAT_ANSWER_TOKENS = 24

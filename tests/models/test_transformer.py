@@ -1,5 +1,7 @@
 """Properties of the model that hold for any weights: who sees whom, remat, the cache, the mask row, LoRA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,15 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12))
 PROMPTS = np.array([5, 3])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, *arguments):
+    return model.apply(variables, *arguments)
+
+
 def hidden(rule="full", tokens=TOKENS, valid=VALID, prompts=PROMPTS, lora=None, lora_config=None, **options):
     model = Transformer(CONFIG, attention=rule, lora=lora_config, mask_token_id=MASK, **options)
     variables = {"params": PARAMS} if lora is None else {"params": PARAMS, "lora": lora}
-    return np.asarray(model.apply(variables, tokens, positions_of(valid), valid, prompts))
+    return np.asarray(apply(model, variables, tokens, positions_of(valid), valid, prompts))
 
 
 def random_lora(config, seed=1):
@@ -77,6 +84,7 @@ def test_remat_changes_neither_value_nor_gradient():
     config = LoraConfig(r=4)
     lora = random_lora(config)
 
+    @functools.partial(jax.jit, static_argnums=1)
     def loss(lora, remat):
         model = Transformer(CONFIG, lora=config, mask_token_id=MASK, remat=remat)
         out = model.apply({"params": PARAMS, "lora": lora}, TOKENS, positions_of(VALID), VALID, PROMPTS)
@@ -148,7 +156,7 @@ def test_dropout_of_a_row_depends_on_its_key_alone():
         valid = np.pad(VALID[rows], ((0, 0), (0, width - 12)))
         keys = jax.vmap(jax.random.key)(jnp.array(rows))
         variables = {"params": PARAMS, "lora": lora}
-        out = model.apply(variables, tokens, positions_of(valid), valid, PROMPTS[rows], keys)
+        out = apply(model, variables, tokens, positions_of(valid), valid, PROMPTS[rows], keys)
         return np.asarray(out[:, :12])
 
     both = states([0, 1], 12)

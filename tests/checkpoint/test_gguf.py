@@ -1,0 +1,221 @@
+"""GGUF files in, against the weights they were written from and against transformers' own GGUF loading."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+from transformers import AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from difflm_jax.checkpoint.hf import load_params, save_pretrained
+from difflm_jax.checkpoint.source import open_source
+from difflm_jax.errors import UserError
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.rope import RopeConfig, inverse_frequencies
+from tests.checkpoint.gguf_files import write_gguf
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def matrices_of(model) -> dict[str, torch.Tensor]:
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+@pytest.fixture
+def refusal(tmp_path, tiny_model):
+    """`refusal(family, **what to write)`: the one line with which the file is refused."""
+
+    def run(family: str = "llama", **options) -> str:
+        path = write_gguf(tmp_path / "model.gguf", tiny_model(family), **options)
+        with pytest.raises(UserError) as caught:
+            load_params(open_source(str(path)), "float32")
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    return run
+
+
+# ---- weights
+
+
+def test_every_tensor_of_every_family(family, tmp_path, tiny_model, assert_same_weights):
+    model = tiny_model(family)
+    source = open_source(str(write_gguf(tmp_path / "model.gguf", model)))
+    assert dict(source.shapes) == {name: tuple(tensor.shape) for name, tensor in matrices_of(model).items()}
+    assert_same_weights(load_params(source, "float32"), matrices_of(model))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_every_stored_type_as_transformers_reads_it(family, kind, tmp_path, tiny_model, assert_same_weights):
+    head = {"head_dim": 128} if family == "qwen3" else {}  # transformers does not read it from the file
+    model = tiny_model(family, intermediate_size=64, **head)
+    path = write_gguf(tmp_path / "model.gguf", model, GGMLQuantizationType[kind])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    assert not torch.equal(theirs.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    assert_same_weights(load_params(open_source(str(path)), "float32"), matrices_of(theirs))
+
+
+def test_the_checkpoint_made_from_a_file(family, tmp_path, tiny_model, tiny_tokenizer, tokens_BL, their_logits):
+    model = tiny_model(family)
+    source = open_source(str(write_gguf(tmp_path / "model.gguf", model)))
+    params = load_params(source, "float32")
+    theirs = their_logits(model, tokens_BL)
+    save_pretrained(tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    np.testing.assert_allclose(their_logits(again, tokens_BL), theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+# ---- config
+
+
+def test_the_config_is_that_of_the_model(family, tmp_path, tiny_model):
+    model = tiny_model(family, rope_parameters={"rope_type": "default", "rope_theta": 1e5})
+    ours = open_source(str(write_gguf(tmp_path / "model.gguf", model))).config
+    theirs = ModelConfig.from_hf(model.config.to_dict() | ({"model_type": "llama"} if family == "mistral" else {}))
+    assert ours == theirs
+    assert ours.rope == RopeConfig(1e5)
+
+
+def test_one_key_value_head_a_query_head_where_the_file_names_none(tmp_path, tiny_model):
+    model = tiny_model("llama", num_key_value_heads=4)
+    path = write_gguf(tmp_path / "model.gguf", model, leave_out=["llama.attention.head_count_kv"])
+    assert open_source(str(path)).config.num_kv_heads == 4
+
+
+def rope_of(model, path: Path, *scaling, tensors=None) -> RopeConfig:
+    def metadata(writer: GGUFWriter) -> None:
+        for name, *values in scaling:
+            getattr(writer, name)(*values)
+
+    return open_source(str(write_gguf(path, model, metadata=metadata, tensors=tensors))).config.rope
+
+
+def test_rope_scaling_keys(tmp_path, tiny_model):
+    model, path = tiny_model("qwen2"), tmp_path / "model.gguf"
+    linear = ("add_rope_scaling_type", RopeScalingType.LINEAR)
+    yarn = ("add_rope_scaling_type", RopeScalingType.YARN)
+    factor, original = ("add_rope_scaling_factor", 4.0), ("add_rope_scaling_orig_ctx_len", 16)
+    beta = ("add_rope_scaling_yarn_beta_fast", 16.0)
+    expected_yarn = (("factor", 4.0), ("original_max_position_embeddings", 16))
+    assert rope_of(model, path, ("add_rope_scaling_type", RopeScalingType.NONE)) == RopeConfig(1e4)
+    assert rope_of(model, path, linear, factor) == RopeConfig(1e4, "linear", (("factor", 4.0),))
+    assert rope_of(model, path, factor) == RopeConfig(1e4, "linear", (("factor", 4.0),))
+    assert rope_of(model, path, yarn, factor, original) == RopeConfig(1e4, "yarn", expected_yarn)
+    with_beta = rope_of(model, path, yarn, factor, original, beta)
+    assert with_beta == RopeConfig(1e4, "yarn", (("beta_fast", 16.0), *expected_yarn))
+
+
+def test_frequency_factors_of_llama_3(tmp_path, tiny_model):
+    model = tiny_model("llama", head_dim=64, rope_parameters=LLAMA3)
+    plain = 5e5 ** -(np.arange(0, 64, 2) / 64)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")
+    factors = (plain / scaled.numpy()).astype(np.float32)
+    assert 1 in factors.round(3) and 8 in factors.round(3) and len(set(factors.round(3))) > 2
+    head_size = ("add_key_length", 64), ("add_value_length", 64)
+    rope = rope_of(model, tmp_path / "model.gguf", *head_size, tensors={"rope_freqs.weight": factors})
+    np.testing.assert_allclose(inverse_frequencies(rope, 64)[0], scaled, rtol=1e-6)
+    assert rope == ModelConfig.from_hf(model.config.to_dict()).rope
+    with pytest.raises(UserError, match=r"rope_freqs\.weight is not the scaling of Llama 3\.1"):
+        rope_of(model, tmp_path / "b.gguf", *head_size, tensors={"rope_freqs.weight": factors**1.1})
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (lambda w: w.add_rope_scaling_type(RopeScalingType.LONGROPE), "rope.scaling.type 'longrope'"),
+        (lambda w: w.add_rope_scaling_attn_factors(1.2), "llama.rope.scaling.attn_factor"),
+        (lambda w: w.add_sliding_window(16), "llama.attention.sliding_window"),
+        (lambda w: w.add_expert_count(8), "llama.expert_count"),
+        (lambda w: w.add_logit_scale(0.5), "llama.logit_scale"),
+        (lambda w: w.add_rope_dimension_count(4), "llama.rope.dimension_count=4 differs from the head size 8"),
+        (lambda w: w.add_value_length(16), "llama.attention.value_length=16 differs from the head size 8"),
+        (lambda w: w.add_key_length(7) or w.add_value_length(7), "head_dim=7 must be even"),
+        (lambda w: w.add_head_count([4, 4, 2]), "attention.head_count must be one positive number"),
+        (lambda w: w.add_head_count(0), "attention.head_count must be one positive number"),
+        (lambda w: w.add_head_count_kv([2, 2, 1]), "num_key_value_heads must be a positive integer, not [2, 2, 1]"),
+        (lambda w: w.add_uint16("split.count", 3), "one of 3 parts; join them with gguf-split --merge"),
+        (lambda w: w.add_string("general.architecture", "mamba"), "architecture 'mamba' is not supported"),
+    ],
+)
+def test_what_cannot_be_represented_is_named(refusal, add, message):
+    assert message in refusal(metadata=add)
+
+
+def test_a_type_that_numpy_cannot_dequantise_is_named(refusal):
+    message = refusal(leave_out=["blk.1.ffn_norm.weight"], tensors={"blk.1.ffn_norm.weight": np.zeros(32, np.int8)})
+    assert "blk.1.ffn_norm.weight has type I8" in message
+
+
+# ---- damaged files
+
+
+def test_unknown_and_missing_tensors_in_one_error(refusal):
+    message = refusal(
+        leave_out=["blk.1.ffn_up.weight", "blk.2.attn_norm.weight"],
+        tensors={"blk.0.ffn_gate_inp.weight": np.zeros((32, 4), np.float32)},
+    )
+    assert "1 unknown (blk.0.ffn_gate_inp.weight)" in message
+    assert "2 missing (model.layers.2.input_layernorm.weight, model.layers.1.mlp.up_proj.weight)" in message
+
+
+def test_a_misshapen_tensor(refusal):
+    message = refusal(leave_out=["output_norm.weight"], tensors={"output_norm.weight": np.zeros(31, np.float32)})
+    assert "1 misshapen (model.norm.weight [31] for [32])" in message
+
+
+@pytest.mark.parametrize("key", ["llama.block_count", "llama.context_length", "llama.attention.head_count"])
+def test_a_missing_key(refusal, key):
+    assert f"metadata lacks {key}" in refusal(leave_out=[key])
+
+
+def test_no_embedding(refusal):
+    assert "has no token_embd.weight" in refusal(leave_out=["token_embd.weight"])
+
+
+@pytest.mark.parametrize("keep", [0, 4, 30, 0.1, 0.5, 0.999])
+def test_a_truncated_file(keep, tmp_path, tiny_model):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"))
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(UserError, match=r"model\.gguf: not a complete GGUF file"):
+        open_source(str(path))
+
+
+def test_an_alien_file(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04" + bytes(1000))
+    with pytest.raises(UserError, match="not a complete GGUF file"):
+        open_source(str(tmp_path / "model.gguf"))
+
+
+# ---- a real file
+
+
+@pytest.mark.slow
+def test_real_weights_and_logits_are_those_of_transformers(smollm2, assert_same_weights, our_logits, their_logits):
+    """A real llama-architecture file: all 272 dequantised tensors bit for bit, logits to 1e-4, the greedy answer."""
+    source = open_source(str(smollm2))
+    params = load_params(source, "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    assert len(source.shapes) == 272
+    assert_same_weights(params, matrices_of(theirs))
+    tokenizer = source.load_tokenizer()
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    start = len(tokenizer(prompt).input_ids)
+    tokens_BL = np.asarray([tokenizer(prompt + "The capital of France is Paris.<|im_end|>").input_ids])
+    ours, expected = our_logits(source.config, params, tokens_BL), their_logits(theirs.eval(), tokens_BL)
+    assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
+    np.testing.assert_array_equal(ours[0, start - 1 : -1].argmax(-1), tokens_BL[0, start:])

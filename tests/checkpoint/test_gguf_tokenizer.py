@@ -1,0 +1,230 @@
+"""Tokenizers rebuilt from GGUF metadata, token by token against transformers' reading of the file and real ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from difflm_jax.checkpoint.gguf_tokenizer import build_tokenizer
+from difflm_jax.checkpoint.source import open_source
+from difflm_jax.errors import UserError
+from tests.checkpoint.gguf_files import add_tokenizer, write_gguf
+
+TEXTS = [
+    "Hello, world! I'm 42 years old; you'll be 1234567.",
+    "  two  spaces,\ttabs\n\n\nand lines \r\n end  ",
+    "naïve café — élan, Ünïcödé ßharp, ΑΒΓ αβγ",
+    "decomposed: e\u0301 a\u0308; ligature ﬁ; ½ ² ٣ 五百",
+    "日本語のテキスト、한국어 텍스트, текст",
+    "🙂🙃 👩‍👩‍👧 emoji",
+    "def f(x):\n    return x**2  # 3.14159\n",
+    "<s>marked</s> <think>plain</think> x<pad>y",
+    "don't DON'T we'LL it's'",
+    "",
+    " ",
+    "\n",
+]
+SPECIAL = ["<pad>", "<s>", "</s>", "<think>", "</think>"]
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict:
+    """Tokens, types and merges of a byte-level BPE trained on a little text, the special ones in front."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    # without a splitter, merges run across words and digits: a wrong pre-tokenizer shows at once
+    core.train_from_iterator([text for text in TEXTS for _ in range(9)] + ["12 345 6789"] * 9, trainer)
+    model = json.loads(core.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    types = [TokenType.CONTROL] * 3 + [TokenType.USER_DEFINED] * 2 + [TokenType.NORMAL] * (len(tokens) - 5)
+    return {"tokens": tokens, "types": [int(kind) for kind in types], "merges": [" ".join(m) for m in model["merges"]]}
+
+
+@pytest.fixture
+def written(tmp_path, tiny_model, trained):
+    """`written(**keys)`: a GGUF file with the trained tokenizer and these `tokenizer.ggml.*` keys."""
+
+    def write(template: str | None = TEMPLATE, **keys) -> Path:
+        keys = {"padding_token_id": 0, **keys}
+
+        def metadata(writer: GGUFWriter) -> None:
+            add_tokenizer(writer, **{**trained, **keys})
+            if template:
+                writer.add_chat_template(template)
+
+        return write_gguf(tmp_path / "model.gguf", tiny_model("llama", vocab_size=640), metadata=metadata)
+
+    return write
+
+
+def ours_of(path: Path):
+    return open_source(str(path)).load_tokenizer()
+
+
+@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe"])
+def test_ids_are_those_of_transformers(pre, written):
+    path = written(pre=pre, add_bos_token=False)
+    ours, theirs = ours_of(path), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    core = theirs.backend_tokenizer
+    if pre == "smollm":  # transformers drops the digit rule
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), core.pre_tokenizer]
+        )
+    if pre == "llama-bpe":  # and that a whole word needs no merges, which Llama 3's own tokenizer.json says
+        core.model.ignore_merges = True
+    texts = [text.replace("e\u0301", "e").replace("a\u0308", "a") if pre == "qwen2" else text for text in TEXTS]
+    for text in texts:  # (nor does transformers normalise for qwen2; the real tokenizer below does)
+        assert ours(text).input_ids == theirs(text).input_ids, text
+        assert ours.decode(ours(text).input_ids) == text
+
+
+@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe"])
+def test_ids_survive_being_saved(pre, written, tmp_path):
+    ours = ours_of(written(pre=pre))
+    ours.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert [again(text).input_ids for text in TEXTS] == [ours(text).input_ids for text in TEXTS]
+    assert again.chat_template == TEMPLATE
+    assert again.special_tokens_map == ours.special_tokens_map
+
+
+def test_the_three_splitters_differ(written):
+    ids = {pre: [ours_of(written(pre=pre))(text).input_ids for text in TEXTS] for pre in ("smollm", "qwen2")}
+    assert ids["smollm"] != ids["qwen2"]
+
+
+def test_special_tokens_and_template(written):
+    ours = ours_of(written(mask_token_id=4, unknown_token_id=3))
+    assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<s>", "</s>", "<pad>")
+    assert (ours.mask_token, ours.unk_token) == ("</think>", "<think>")
+    assert ours.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<s>hi</s>"
+    ours = ours_of(written(template=None, padding_token_id=None))
+    assert (ours.chat_template, ours.pad_token, ours.mask_token) == (None, None, None)
+    ids = ours("<s>a<think>").input_ids
+    assert ids[0] == 1 and ids[-1] == 3
+    assert ours.decode(ids, skip_special_tokens=True) == "a<think>"  # <think> is user-defined, not special
+
+
+@pytest.mark.parametrize(
+    ("pre", "keys", "before", "after"),
+    [
+        ("smollm", {}, [], []),
+        ("smollm", {"add_bos_token": True}, [1], []),
+        ("smollm", {"add_bos_token": True, "add_eos_token": True}, [1], [2]),
+        ("llama-bpe", {}, [1], []),  # llama.cpp adds it unasked
+        ("llama-bpe", {"add_bos_token": False}, [], []),
+    ],
+)
+def test_bos_and_eos_around_a_text(pre, keys, before, after, written):
+    ours = ours_of(written(pre=pre, **keys))
+    bare = ours("abc", add_special_tokens=False).input_ids
+    assert ours("abc").input_ids == before + bare + after
+
+
+def test_unused_tokens_at_the_end_are_free_rows(written, trained):
+    padded = trained["tokens"] + [f"[PAD{i}]" for i in range(9)]
+    types = trained["types"] + [int(TokenType.UNUSED)] * 9
+    ours = ours_of(written(tokens=padded, types=types))
+    assert len(ours) == len(trained["tokens"])
+    assert len(ours("[PAD3]").input_ids) > 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
+        ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported (known: smollm, qwen2, llama-bpe)"),
+        ({"pre": None}, "tokenizer.ggml.pre None is not supported"),
+        ({"eos_token_id": 9999}, "tokenizer.ggml.eos_token_id=9999 is not one of the"),
+        ({"merges": ["a b c"]}, "tokenizer.ggml.merges has 'a b c'"),
+        ({"merges": ["a zzz"]}, "tokenizer.ggml.merges has 'a zzz'"),
+        ({"merges": ["! ~"]}, "tokenizer.ggml.merges has '! ~'"),
+        ({"types": [1, 1]}, "tokenizer.ggml.tokens and tokenizer.ggml.token_type do not match"),
+        ({"tokens": ["a", "a"], "types": [1, 1], "merges": []}, "tokenizer.ggml.tokens holds a token twice"),
+    ],
+)
+def test_what_cannot_be_built_is_named(keys, message, written):
+    source = open_source(str(written(**keys)))
+    with pytest.raises(UserError) as caught:
+        source.load_tokenizer()
+    assert message in str(caught.value)
+    assert "model.gguf" in str(caught.value)
+
+
+# ---- real tokenizers
+
+
+def real_lines(shared_data: Path, count: int) -> list[str]:
+    files = ["chat/gsm8k_test.jsonl", "pretrain/wikitext2_test.txt", "pretrain/c4_demo.jsonl", "eval/mbpp.jsonl"]
+    files += ["chat/tau_bench_airline_messages.jsonl", "pretrain/tinystories_sample.txt"]
+    lines = []
+    for file in files:
+        text = (shared_data / file).read_text(encoding="utf-8")
+        lines += [line[:2000] for line in text.splitlines() if line.strip()][: count // 3]
+    hard = (shared_data / "qwen_tokenizer/vectors/ggml-vocab-qwen2.gguf.inp").read_text(encoding="utf-8")
+    return lines + hard.split("\n__ggml_vocab_test__\n")
+
+
+class QwenMetadata:
+    """The keys that llama.cpp's converter writes for a real `tokenizer.json` of 151,936 embedding rows."""
+
+    path = Path("qwen.gguf")
+
+    def __init__(self, file: Path):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        tokens = [f"[PAD{i}]" for i in range(151936)]
+        types = [int(TokenType.UNUSED)] * len(tokens)
+        for token, index in content["model"]["vocab"].items():
+            tokens[index], types[index] = token, int(TokenType.NORMAL)
+        for added in content["added_tokens"]:
+            kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+            tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
+        self._values = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "qwen2",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": [" ".join(merge) for merge in content["model"]["merges"]],
+            "tokenizer.ggml.eos_token_id": 151645,
+            "tokenizer.ggml.padding_token_id": 151643,
+        }
+
+    def get(self, key: str):
+        return self._values.get(key)
+
+
+@pytest.mark.slow
+def test_the_real_qwen_tokenizer_id_for_id(shared_data):
+    """1,000 real lines and llama.cpp's hard cases give the ids of Qwen's own tokenizer; row 151669 stays free."""
+    theirs = AutoTokenizer.from_pretrained(shared_data / "qwen_tokenizer")
+    ours = build_tokenizer(QwenMetadata(shared_data / "qwen_tokenizer" / "tokenizer.json"))
+    assert len(ours) == len(theirs) == 151669
+    lines = [*real_lines(shared_data, 1000), *TEXTS, "<|im_start|>user\n<think>\n</think><|im_end|>"]
+    assert len(lines) > 1000
+    for line in lines:
+        assert ours(line).input_ids == theirs(line).input_ids, line
+
+
+@pytest.mark.slow
+def test_the_real_smollm2_tokenizer_id_for_id(shared_data, smollm2):
+    """1,000 real lines give the ids of transformers' reading of the file, once its dropped digit rule is put back."""
+    ours, theirs = ours_of(smollm2), AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    lines = [*real_lines(shared_data, 1000), *TEXTS]
+    without_digits = sum(ours(line).input_ids != theirs(line).input_ids for line in lines)
+    core = theirs.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), core.pre_tokenizer])
+    for line in lines:
+        assert ours(line).input_ids == theirs(line).input_ids, line
+        assert ours.decode(ours(line).input_ids) == line
+    assert without_digits > 0
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 2)
+    messages = [{"role": "user", "content": "7 + 5?"}]
+    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(messages, tokenize=False)

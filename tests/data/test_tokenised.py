@@ -1,0 +1,309 @@
+"""Rows on disk become tokens on disk once; bad ones are named, counted, and too many of them are an error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from tokenizers import normalizers
+
+from difflm_jax.data import tokenised
+from difflm_jax.data.chat import encode_chat
+from difflm_jax.data.examples import examples
+from difflm_jax.data.tokenised import tokenize
+from difflm_jax.errors import UserError
+from tests.data.conftest import CHATML, byte_tokenizer
+
+GOOD = {"question": "Q?", "answer": "An answer."}
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
+    """`tokenize` with a cache of the test's own and usual options."""
+
+    def call(dataset: str, **options: Any) -> Any:
+        options = {"tokenizer": tokenizer, "phase": "sft", "max_length": 128, "cache_dir": tmp_path / "cache"} | options
+        return tokenize(dataset, options.pop("tokenizer"), **options)
+
+    return call
+
+
+def cached(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache" / "difflm_jax").iterdir())
+
+
+def test_rows_of_all_formats_in_one_file(
+    make: Callable[..., Any], jsonl: Callable[..., str], tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "An answer."}]
+    rows = [
+        GOOD,
+        {"messages": messages},
+        {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "An answer."}]},
+        {"prompt": "Q?", "response": "An answer."},
+        {"prompt": "Q?", "completion": "An answer."},
+        {"instruction": "Q?", "input": "", "output": "An answer."},
+        {"text": "Plain."},
+    ]
+    name = jsonl(rows)
+    dataset = make(name, phase="pretrain")
+    expected = encode_chat(tokenizer, messages)
+    for row in dataset.select(range(6)):
+        assert row["tokens"] == expected.tokens.tolist()
+        assert row["answer_mask"] == expected.answer_mask.tolist()
+    assert tokenizer.decode(dataset[6]["tokens"]) == "Plain.<|im_end|>"
+    assert not any(dataset[6]["answer_mask"])
+    assert dataset["origin"][:] == [f"{name}:{i}" for i in range(1, 8)]
+    assert len(set(dataset["content_hash"])) == 2
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert f"data: {name}: 7 examples from 7 rows (1 question/answer, 1 messages, 1 conversations, " in out
+    assert "1 prompt/response, 1 prompt/completion, 1 alpaca, 1 text); kept in" in out
+
+
+BAD_ROWS = {
+    "bad JSON": (b'{"question": "Q"', "not JSON"),
+    "invalid UTF-8": (b'{"question": "\xff"}', "not UTF-8"),
+    "no object": (["Q", "A"], "is a list, not an object"),
+    "unknown keys": ({"query": "Q"}, "has the keys query; known formats"),
+    "empty conversation": ({"messages": []}, "the conversation is empty"),
+    "no assistant turn": ({"messages": [{"role": "user", "content": "Q"}]}, "no assistant turn answers anything"),
+    "unknown role": ({"messages": [{"role": "robot", "content": "Q"}]}, "message 0 has the unknown role 'robot'"),
+    "wrong content": ({"messages": [{"role": "user", "content": 1}]}, "content of message 0 is an int, not a text"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type 'image_url'"),
+    "empty answer": ({"question": "Q", "answer": ""}, "the answer (message 1) is empty"),
+    "null answer": ({"question": "Q", "answer": None}, "has the keys question; known formats"),
+    "wrong answer": ({"question": "Q", "answer": 42}, "answer is an int, not a text"),
+    "text": ({"text": "Plain."}, "plain text has no answer"),
+    "half a surrogate pair": (b'{"question": "\\ud83d", "answer": "A"}', "its text is not Unicode"),
+    "refused by the template": ({"question": "REFUSE", "answer": "A"}, "the chat template refuses it (no)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_named_and_left_out(
+    kind: str, make: Callable[..., Any], jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% if 'REFUSE' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    tokenizer = byte_tokenizer(template=template)
+    bad, reason = BAD_ROWS[kind]
+    name = jsonl([GOOD, GOOD, bad, GOOD])
+    with pytest.raises(UserError) as caught:
+        make(name, tokenizer=tokenizer)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: 1 of 4 rows are bad, more than bad_row_budget=0.01 allows: {name}:3: ")
+    assert reason in message
+    assert "\n" not in message
+    assert cached(tmp_path) == []  # nothing half-written
+    capsys.readouterr()
+    dataset = make(name, tokenizer=tokenizer, bad_row_budget=0.25)
+    assert dataset["origin"][:] == [f"{name}:{line}" for line in (1, 2, 4)]
+    assert f"1 bad rows left out: {name}:3: {reason[:20]}"[:60] in capsys.readouterr().out
+
+
+def test_a_text_without_tokens_is_bad(make: Callable[..., Any], jsonl: Callable[..., str]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    name = jsonl([{"text": "xxx"}, {"text": "y"}])
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: gives no tokens"):
+        make(name, tokenizer=tokenizer, phase="pretrain")
+
+
+def test_the_first_few_of_many_bad_rows_are_listed(make: Callable[..., Any], jsonl: Callable[..., str]) -> None:
+    name = jsonl([GOOD] * 3 + [{}] * 17)
+    with pytest.raises(UserError, match=r"17 of 20 rows are bad.*rows\.jsonl:8: .*; and 12 more$"):
+        make(name, bad_row_budget=0.5)
+
+
+def test_the_budget_is_a_share_of_the_rows(make: Callable[..., Any], jsonl: Callable[..., str]) -> None:
+    assert len(make(jsonl([GOOD] * 99 + [{}]))) == 99
+    with pytest.raises(UserError, match="2 of 100 rows are bad"):
+        make(jsonl([GOOD] * 98 + [{}] * 2))
+
+
+def test_nothing_to_use(make: Callable[..., Any], jsonl: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match="holds no rows"):
+        make(jsonl([]))
+    with pytest.raises(UserError, match=r"none of its 1 rows is left: .*rows\.jsonl:1: has the keys"):
+        make(jsonl([{}]), bad_row_budget=1.0)
+    with pytest.raises(UserError, match="none of its 2 rows is left: 2 are longer than max_length"):
+        make(jsonl([GOOD, GOOD]), max_length=8, overlong="drop")
+
+
+def test_a_row_with_the_mask_token_is_an_error_of_its_own(
+    make: Callable[..., Any], jsonl: Callable[..., str], tokenizer: Any
+) -> None:
+    name = jsonl([GOOD, {"question": "Q", "answer": "a <|mask|> b"}])
+    mask_id = tokenizer.convert_tokens_to_ids("<|mask|>")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: holds the mask token \(id {mask_id}\)"):
+        make(name, mask_token_id=mask_id, bad_row_budget=1.0)
+    assert len(make(name)) == 2
+
+
+def test_long_rows_are_cut_or_dropped_and_counted(
+    make: Callable[..., Any], jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = jsonl([GOOD, {"question": "Q" * 500, "answer": "A"}, {"question": "Q", "answer": "A" * 500}])
+    dataset = make(name, max_length=100)
+    assert [len(row) for row in dataset["tokens"]] == [len(dataset[0]["tokens"]), 100, 100]
+    assert all(any(mask) for mask in dataset["answer_mask"])
+    assert "2 cut to max_length" in capsys.readouterr().out
+    assert len(make(name, max_length=100, overlong="drop")) == 1
+    assert "2 dropped as longer than max_length" in capsys.readouterr().out
+
+
+def test_pretraining_takes_texts_in_windows_and_questions_alone(
+    make: Callable[..., Any], jsonl: Callable[..., str], tokenizer: Any
+) -> None:
+    text = "0123456789" * 10
+    name = jsonl([{"text": text}, {"messages": [{"role": "user", "content": "Q?"}]}])
+    dataset = make(name, phase="pretrain", max_length=30)
+    assert [len(row) for row in dataset["tokens"]][:4] == [30, 30, 30, 11]
+    assert tokenizer.decode([token for row in dataset["tokens"][:4] for token in row]) == text + "<|im_end|>"
+    assert tokenizer.decode(dataset[4]["tokens"]) == "<|im_start|>user\nQ?<|im_end|>"
+    assert len(set(dataset["content_hash"][:4])) == 1  # the windows of a text stay on one side of a split
+    assert not any(any(mask) for mask in dataset["answer_mask"])
+
+
+def test_every_assistant_turn(make: Callable[..., Any], jsonl: Callable[..., str], tokenizer: Any) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    name = jsonl([{"messages": [{"role": role, "content": content} for role, content in turns]}])
+    for answers, spelt in (("last", "d<|im_end|>"), ("all", "b<|im_end|>d<|im_end|>")):
+        row = make(name, answers=answers).with_format("numpy")[0]
+        assert tokenizer.decode(row["tokens"][row["answer_mask"]]) == spelt
+
+
+def test_debug_takes_a_seeded_hundred(make: Callable[..., Any], jsonl: Callable[..., str]) -> None:
+    name = jsonl([{"question": f"{i}?", "answer": "A"} for i in range(300)])
+    first, again, other = make(name, debug=True), make(name, debug=True), make(name, debug=True, seed=7)
+    assert len(set(first["origin"])) == len(first) == len(other) == 100
+    assert first["origin"][:] == again["origin"][:] != other["origin"][:]
+    lines = sorted(int(origin.rpartition(":")[2]) for origin in first["origin"])
+    assert 100 < np.mean(lines) < 200  # not the first hundred
+    text = jsonl([{"text": "x" * 10_000}], "text.jsonl")
+    assert len(make(text, debug=True, phase="pretrain", max_length=8)) == 100
+
+
+def test_the_cache_is_used_again_and_follows_every_change(
+    make: Callable[..., Any],
+    jsonl: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = jsonl([GOOD, GOOD | {"answer": "Another."}])
+    first = make(name, seed=1)
+    assert "kept in" in capsys.readouterr().out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenised, "examples", None)  # would fail if rows were read
+        again = make(name, seed=2)
+    assert again[:] == first[:]
+    assert "2 examples from 2 rows (2 question/answer); reused from" in capsys.readouterr().out
+
+    changes: list[dict[str, Any]] = [
+        {"phase": "pretrain"},
+        {"max_length": 64},
+        {"answers": "all"},
+        {"overlong": "drop"},
+        {"bad_row_budget": 0.5},
+        {"mask_token_id": 3},
+        {"debug": True},
+        {"tokenizer": byte_tokenizer(template="{# other #}" + CHATML)},
+        {"tokenizer": byte_tokenizer((("A", "n"),))},
+        {"tokenizer": byte_tokenizer(eos="<|pad|>")},
+    ]
+    for i, change in enumerate(changes):
+        make(name, **change)
+        assert "kept in" in capsys.readouterr().out, change
+        assert len(cached(tmp_path)) == i + 2
+    jsonl([GOOD])
+    assert len(make(name)) == 1
+
+
+def test_the_cache_forgets_what_a_tokenizer_was_last_used_for(
+    make: Callable[..., Any], jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    name, tokenizer = jsonl([GOOD]), byte_tokenizer()
+    make(name, tokenizer=tokenizer)
+    tokenizer(["a", "bbb"], padding=True, truncation=True, max_length=2)
+    make(name, tokenizer=tokenizer)
+    assert len(cached(tmp_path)) == 1
+
+
+def test_another_process_may_make_the_same_meanwhile(
+    make: Callable[..., Any], jsonl: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = jsonl([GOOD])
+
+    def slow_examples(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenised, "examples", examples)
+            others.append(make(name))
+        return examples(*args)
+
+    others: list[Any] = []
+    monkeypatch.setattr(tokenised, "examples", slow_examples)
+    assert make(name)[:] == others[0][:]
+    assert len(cached(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"phase": "train"}, "phase='train': must be one of pretrain, sft"),
+        ({"answers": "first"}, "answers='first': must be one of last, all"),
+        ({"overlong": "keep"}, "overlong='keep': must be one of cut, drop"),
+        ({"max_length": 1}, "max_length=1: must be at least 2"),
+        ({"bad_row_budget": 3}, "bad_row_budget=3: is a share of the rows"),
+    ],
+)
+def test_wrong_options(
+    make: Callable[..., Any], jsonl: Callable[..., str], option: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(jsonl([GOOD]), **option)
+
+
+def test_an_unwritable_cache(make: Callable[..., Any], jsonl: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="the cache of tokenised data cannot be made there"):
+        make(jsonl([GOOD]), cache_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("file", "rows"),
+    [
+        ("kto_en_demo.json", 300),
+        ("alpaca_en_demo.json", 999),
+        ("glaive_toolcall_en_demo.json", 300),
+        ("reason_tool_use_demo_50.jsonl", 50),
+        ("tau_bench_airline_messages.jsonl", 200),
+    ],
+)
+def test_real_files(file: str, rows: int, make: Callable[..., Any], qwen: Any, shared_data: Path) -> None:
+    dataset = make(str(shared_data / "chat" / file), tokenizer=qwen, max_length=768, mask_token_id=151669)
+    assert len(dataset) == rows
+    assert all(any(mask) for mask in dataset["answer_mask"])
+    assert max(map(len, dataset["tokens"])) <= 768
+
+
+def test_a_real_file_of_no_known_format(make: Callable[..., Any], qwen: Any, shared_data: Path) -> None:
+    with pytest.raises(UserError, match=r"175 of 175 rows are bad.*:1: has the keys id, instances, instruction"):
+        make(str(shared_data / "chat/self_instruct_seed_tasks.jsonl"), tokenizer=qwen)
+
+
+def test_rows_are_json_of_any_kind(make: Callable[..., Any], tmp_path: Path) -> None:
+    """The same rows in three kinds of file are the same examples."""
+    rows = [
+        {"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": f"{i}"}]} for i in range(5)
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    made = [make(str(tmp_path / name)).remove_columns("origin")[:] for name in ("r.json", "r.jsonl", "r.parquet")]
+    assert made[0] == made[1] == made[2]

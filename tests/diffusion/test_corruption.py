@@ -1,0 +1,115 @@
+"""What is hidden and what is scored, rule by rule; and that noise depends on the example alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt, mask_rates
+
+MASK = 99
+KEY = jax.random.key(7)
+
+
+def batch(rows=64, length=40, prompt=10, ids=None):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(prompt + 2, length + 1, rows)
+    position = np.arange(length)
+    return CleanBatch(
+        tokens=jnp.asarray(rng.integers(0, 90, (rows, length)), jnp.int32),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        answer_mask=jnp.asarray((position >= prompt) & (position < lengths[:, None])),
+        prompt_lengths=jnp.full(rows, prompt, jnp.int32),
+        example_ids=jnp.arange(rows, dtype=jnp.int32) if ids is None else jnp.asarray(ids, jnp.int32),
+        row_index=jnp.arange(rows, dtype=jnp.int32),
+    )
+
+
+def test_pretraining_hides_real_tokens_at_one_rate_and_scores_every_real_token():
+    rows = batch()
+    noisy = corrupt(KEY, rows, Corruption(), MASK, 64)
+    valid = np.arange(40) < np.asarray(rows.lengths)[:, None]
+    assert len(set(np.asarray(noisy.rates).tolist())) == 1
+    np.testing.assert_array_equal(noisy.weights, valid)
+    assert not (np.asarray(noisy.masked) & ~valid).any()
+    share = np.asarray(noisy.masked)[valid].mean()
+    assert abs(share - float(noisy.rates[0])) < 4 * np.sqrt(0.25 / valid.sum())
+    np.testing.assert_array_equal(noisy.tokens, np.where(noisy.masked, MASK, rows.tokens))
+
+
+def test_rates_of_many_steps_fill_their_interval():
+    rates = [float(mask_rates(jax.random.key(i), Corruption(), jnp.arange(1), 1)[0]) for i in range(400)]
+    assert 0.1 <= min(rates) < 0.13
+    assert 0.92 < max(rates) <= 0.95
+    assert abs(np.mean(rates) - 0.525) < 0.04
+
+
+def test_sft_hides_and_scores_answers_only():
+    rows = batch()
+    noisy = corrupt(KEY, rows, Corruption(scope="answer"), MASK, 64)
+    assert not np.asarray(noisy.masked)[:, :10].any()
+    np.testing.assert_array_equal(noisy.weights, rows.answer_mask)
+    np.testing.assert_array_equal(noisy.prompt_lengths, rows.prompt_lengths)
+
+
+def test_masked_only_with_inverse_rate_weights():
+    noisy = corrupt(
+        KEY, batch(), Corruption(mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate"), MASK, 64
+    )
+    np.testing.assert_allclose(noisy.weights, np.asarray(noisy.masked) / np.asarray(noisy.rates)[:, None], rtol=1e-6)
+
+
+def test_row_rates_are_stratified():
+    rates = np.sort(
+        np.asarray(mask_rates(KEY, Corruption(mask_rate="row", min_rate=0.0, max_rate=1.0), jnp.arange(16), 16))
+    )
+    np.testing.assert_array_equal(np.floor(rates * 16), np.arange(16))
+
+
+def test_the_inverse_rate_loss_is_an_unbiased_sum_over_tokens():
+    """E[sum of masked 1/p] is the number of tokens, whatever the rates (the diffusion bound's weight)."""
+    rule = Corruption(mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate")
+    rows = batch()
+    totals = [float(corrupt(jax.random.key(i), rows, rule, MASK, 64).weights.sum()) for i in range(60)]
+    expected = float(rows.lengths.sum())
+    assert abs(np.mean(totals) - expected) < 4 * np.std(totals) / np.sqrt(60)
+
+
+def test_prefix_pretraining_keeps_a_random_clean_prompt():
+    rows = batch()
+    noisy = corrupt(KEY, rows, Corruption(attention="prefix"), MASK, 64)
+    prompts = np.asarray(noisy.prompt_lengths)
+    assert (prompts < np.asarray(rows.lengths)).all()
+    assert len(set(prompts.tolist())) > 10
+    before = np.arange(40) < prompts[:, None]
+    assert not np.asarray(noisy.masked)[before].any()
+    assert not np.asarray(noisy.weights)[before].any()
+
+
+@pytest.mark.parametrize("scope", ["all", "answer"])
+def test_with_the_shift_the_first_token_is_neither_hidden_nor_scored(scope):
+    rows = batch(prompt=0)
+    noisy = corrupt(KEY, rows, Corruption(scope=scope, logit_shift=True, min_rate=0.95), MASK, 64)
+    assert not np.asarray(noisy.masked)[:, 0].any()
+    assert not np.asarray(noisy.weights)[:, 0].any()
+
+
+def test_noise_depends_on_the_example_not_on_its_place_or_padding():
+    rows = batch(ids=np.arange(64) + 1000)
+    whole = corrupt(KEY, rows, Corruption(), MASK, 64)
+    some = jnp.array([40, 3, 17])
+    part = corrupt(KEY, jax.tree.map(lambda x: x[some], rows), Corruption(), MASK, 64)
+    np.testing.assert_array_equal(part.tokens, whole.tokens[some])
+    wide = rows.replace(
+        tokens=jnp.pad(rows.tokens, ((0, 0), (0, 24))), answer_mask=jnp.pad(rows.answer_mask, ((0, 0), (0, 24)))
+    )
+    np.testing.assert_array_equal(corrupt(KEY, wide, Corruption(), MASK, 64).tokens[:, :40], whole.tokens)
+    other_step = corrupt(jax.random.key(8), rows, Corruption(), MASK, 64)
+    assert (other_step.tokens != whole.tokens).any()
+
+
+def test_filler_rows_count_for_nothing():
+    rows = batch().replace(lengths=jnp.zeros(64, jnp.int32), example_ids=jnp.full(64, -1, jnp.int32))
+    noisy = corrupt(KEY, rows, Corruption(), MASK, 64)
+    assert not np.asarray(noisy.weights).any()
+    assert not np.asarray(noisy.valid).any()
