@@ -3,3 +3,8 @@
 Shape letters used as suffixes everywhere: B batch, L sequence (T query, S key), D model, H heads, K key-value heads,
 E head dimension, F MLP, V vocabulary, N layers, R LoRA rank, M scored positions, G quantisation group, C chunk.
 """
+
+from difflm_jax.errors import UserError
+from difflm_jax.lm import Generation, LanguageModel, load
+
+__all__ = ["Generation", "LanguageModel", "UserError", "load"]

@@ -20,9 +20,7 @@ from difflm_jax.checkpoint.peft import (
 from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.data.chat import encode_prompt
 from difflm_jax.data.mask_token import choose_mask_token
-from difflm_jax.diffusion import denoiser
-from difflm_jax.diffusion.confidence import CONFIDENCES
-from difflm_jax.diffusion.sampler import Plan
+from difflm_jax.diffusion.canvas import Decoder, answer_plan, check_sampling, fill_answers, fill_masks
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, merge_lora
 from difflm_jax.models.attention import ATTENTION_RULES, positions_of
@@ -30,7 +28,6 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer, head_logits
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-COLUMN_MULTIPLE = 32  # canvases are padded to it, so that few lengths are compiled
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -138,19 +135,17 @@ class LanguageModel:
 
         An answer starts as `max_new_tokens` masks; `steps` forward passes, over all blocks together, commit the most
         confident ones. `block_length` fills the answer in blocks from left to right (None: one block). `algorithm`:
-        "confidence" (largest logit), "probability", or None for what `diffusion_config.json` names. `tokens` are the answer up to and including one end-of-sequence
-        token; `texts` end before it. With causal attention decoding is left to right, one token a pass.
+        "confidence" (largest logit), "probability", or None for what the adapter's `diffusion_config.json` names.
+        `tokens` are the answer up to and including one end-of-sequence token; `texts` end before it. With causal
+        attention decoding is left to right, one token a pass.
         """
         rows = [self._prompt_tokens(prompt) for prompt in _as_list(prompts)]
-        plan = self._answer_plan(max_new_tokens, steps, block_length, temperature, algorithm)
-        width = _round_up(max((len(row) for row in rows), default=1), COLUMN_MULTIPLE)
+        plan = answer_plan(
+            self.attention, max_new_tokens, steps, block_length, temperature, algorithm or self.algorithm
+        )
         self._check_length(max((len(row) for row in rows), default=0) + max_new_tokens)
-        plan = dataclasses.replace(plan, first_column=width)
-        answer = np.full(max_new_tokens, self.mask_token_id, np.int32)
-        canvases = [np.concatenate([row, answer]) for row in rows]
-        prompt_lengths = [len(row) for row in rows]
-        filled, passes = self._fill(canvases, prompt_lengths, plan, seed, batch_size, width + max_new_tokens, left=True)
-        tokens = [self._until_eos(row[-max_new_tokens:]) for row in filled]
+        answers, passes = fill_answers(self._decoder, rows, plan, seed, batch_size)
+        tokens = [self._until_eos(answer) for answer in answers]
         return Generation([self._decode(row) for row in tokens], tokens, passes)
 
     def infill(
@@ -167,16 +162,11 @@ class LanguageModel:
         `tokens` and `texts` are the whole canvas. With attention "prefix" what precedes the first mask is the prompt.
         """
         rows = [self._canvas_tokens(row) for row in _as_list(canvas)]
-        masks = [np.flatnonzero(row == self.mask_token_id) for row in rows]
-        if self.logit_shift and any(len(at) and at[0] == 0 for at in masks):
-            raise UserError("infill: with the logit shift nothing predicts the first token: it must not be a mask")
-        width = _round_up(max((len(row) for row in rows), default=1), COLUMN_MULTIPLE)
         self._check_length(max((len(row) for row in rows), default=0))
-        passes = min(_positive("steps", steps), max((len(at) for at in masks), default=0)) or 1
-        plan = Plan(0, 1, width, passes, _temperature(temperature), _algorithm(algorithm or self.algorithm), stop_at_eos=False)
-        prompt_lengths = [int(at[0]) if len(at) else len(row) for row, at in zip(rows, masks, strict=True)]
-        filled, passes_B = self._fill(rows, prompt_lengths, plan, seed, batch_size, width, left=False)
-        return Generation([self._decode(row) for row in filled], filled, passes_B)
+        filled, passes = fill_masks(
+            self._decoder, rows, steps, temperature, algorithm or self.algorithm, seed, batch_size
+        )
+        return Generation([self._decode(row) for row in filled], filled, passes)
 
     def save_adapter(self, directory: str | Path, notes: str = "") -> None:
         """Writes a PEFT adapter directory with `diffusion_config.json`, tokenizer and model card."""
@@ -243,23 +233,6 @@ class LanguageModel:
             raise UserError(f"{what} holds the mask token {self.tokenizer.mask_token!r}: use infill")
         return tokens
 
-    def _answer_plan(
-        self, max_new_tokens: int, steps: int, block_length: int | None, temperature: float, algorithm: str | None
-    ) -> Plan:
-        _positive("max_new_tokens", max_new_tokens)
-        steps = min(_positive("steps", steps), max_new_tokens)  # a pass beyond one a token has nothing to commit
-        if self.attention == "causal":
-            if steps < max_new_tokens or block_length not in (None, 1):
-                raise UserError("generate: causal attention decodes one token a pass (steps >= max_new_tokens)")
-            block_length = 1
-        block_length = _positive("block_length", block_length or max_new_tokens)
-        if max_new_tokens % block_length:
-            raise UserError(f"max_new_tokens={max_new_tokens} must be a multiple of block_length={block_length}")
-        blocks = max_new_tokens // block_length
-        if steps % blocks:
-            raise UserError(f"steps={steps} must be a multiple of the number of blocks ({blocks})")
-        return Plan(0, blocks, block_length, steps // blocks, _temperature(temperature), _algorithm(algorithm or self.algorithm))
-
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:
             raise UserError(
@@ -267,42 +240,9 @@ class LanguageModel:
                 f"{self.config.max_position_embeddings}"
             )
 
-    def _fill(
-        self,
-        rows: list[np.ndarray],
-        prompt_lengths: list[int],
-        plan: Plan,
-        seed: int,
-        batch_size: int,
-        width: int,
-        left: bool,
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Pads rows to [batch_size, width] (the last batch with copies of its first row) and samples."""
-        if not rows:
-            return [], np.zeros(0, np.int32)
-        keys = denoiser.row_sampling_keys(seed, [tuple(row.tolist()) for row in rows])
-        batch_size = min(_positive("batch_size", batch_size), len(rows))
-        filled, passes = [], []
-        for first in range(0, len(rows), batch_size):
-            index = np.arange(first, min(first + batch_size, len(rows)))
-            padded = np.concatenate([index, np.full(batch_size - len(index), first)])
-            tokens, valid = _pad([rows[i] for i in padded], width, self.pad_token_id, left)
-            carry = denoiser.generate(
-                self.model,
-                self.variables,
-                self.logit_shift,
-                plan,
-                self.eos_token_ids,
-                tokens,
-                valid,
-                valid & (tokens == self.mask_token_id),
-                np.asarray(prompt_lengths, np.int32)[padded],
-                keys[padded],
-            )
-            tokens, used = np.asarray(carry.tokens), np.asarray(carry.passes)
-            filled += [tokens[i][valid[i]] for i in range(len(index))]
-            passes += used[: len(index)].tolist()
-        return filled, np.asarray(passes, np.int32)
+    @property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model, self.variables, self.logit_shift, self.eos_token_ids, self.pad_token_id)
 
     def _until_eos(self, tokens: np.ndarray) -> np.ndarray:
         ends = np.flatnonzero(np.isin(tokens, self.eos_token_ids))
@@ -364,6 +304,8 @@ def open_model(
     attention = attention or trained_for.get("attention", "full")
     if attention not in ATTENTION_RULES:
         raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION_RULES)}")
+    algorithm = algorithm or trained_for.get("algorithm", "confidence")
+    check_sampling(0.0, algorithm)
     model = Transformer(
         config=opened.config,
         attention=attention,
@@ -377,7 +319,7 @@ def open_model(
         params={},
         tokenizer=tokenizer,
         logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
-        algorithm=_algorithm(algorithm or trained_for.get("algorithm", "confidence")),
+        algorithm=algorithm,
         lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
     )
 
@@ -395,37 +337,6 @@ def _as_list(prompts: Any) -> list[Any]:
     prompts = list(prompts)
     one = prompts and isinstance(prompts[0], (Mapping, int, np.integer))
     return [prompts] if one else prompts
-
-
-def _pad(rows: list[np.ndarray], width: int, pad: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.full((len(rows), width), pad, np.int32)
-    valid = np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[i, at], valid[i, at] = row, True
-    return tokens, valid
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-max(value, 1) // multiple) * multiple
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
-        raise UserError(f"{name} must be a positive integer, not {value!r}")
-    return int(value)
-
-
-def _temperature(value: float) -> float:
-    if not value >= 0:
-        raise UserError(f"temperature must be at least 0, not {value!r}")
-    return float(value)
-
-
-def _algorithm(name: str) -> str:
-    if name not in CONFIDENCES:
-        raise UserError(f"algorithm={name!r} is not one of {', '.join(CONFIDENCES)}")
-    return name
 
 
 def _model_card(base_model: str, diffusion_config: dict[str, Any]) -> str:

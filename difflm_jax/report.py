@@ -61,13 +61,18 @@ def compare(
 
 
 def print_report(
-    lm: LanguageModel, dataset: str, tokens_per_pass: Sequence[int], max_new_tokens: int, rows: int = 0, shown: int = 12
+    lm: LanguageModel,
+    dataset: str,
+    questions: Sequence[Question],
+    tokens_per_pass: Sequence[int],
+    max_new_tokens: int,
+    shown: int = 12,
 ) -> list[Column]:
-    """Answers the questions of `dataset`, prints some of them and a table of exact matches; returns the columns."""
-    questions = read_questions(dataset, rows)
+    """Answers `questions` (of `dataset`), prints some of them and a table of exact matches; returns the columns."""
     columns = compare(lm, questions, tokens_per_pass, max_new_tokens)
     print(f"\nHeld-out questions ({len(questions)}, {dataset}), answers of at most {max_new_tokens} tokens")
-    for i, question in enumerate(questions[:shown]):
+    for i in range(0, len(questions), max(1, len(questions) // shown)):
+        question = questions[i]
         print(f"\n  Q: {question.messages[-1]['content']}\n     reference        {question.reference}")
         for column in columns:
             same = normalised(column.answers[i]) == normalised(question.reference)

@@ -14,7 +14,7 @@ from absl import flags
 from difflm_jax.cli import run_command
 from difflm_jax.config import load_config, take_overrides
 from difflm_jax.errors import exit_with_errors
-from difflm_jax.report import print_report
+from difflm_jax.report import print_report, read_questions
 from difflm_jax.training.run import train
 
 FLAGS = flags.FlagValues()
@@ -28,9 +28,11 @@ def command(argv: Sequence[str]) -> int:
 
     def main(flag_values: flags.FlagValues) -> None:
         config = load_config(flag_values.config, overrides, flag_values.hyper_parameters_json)
+        report = config.report
+        questions = read_questions(report.data, report.rows) if report.data else []  # bad rows stop a run at its start
         lm = train(config)
-        if lm is not None and config.report.data:
-            print_report(lm, config.report.data, config.report.tokens_per_pass, config.report.max_new_tokens)
+        if lm is not None and questions:
+            print_report(lm, report.data, questions, report.tokens_per_pass, report.max_new_tokens)
 
     def split_and_run() -> int:
         nonlocal overrides

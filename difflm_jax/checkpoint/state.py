@@ -184,9 +184,11 @@ def _checksum(tree: Tree) -> jax.Array:
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
         word = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(leaf, word).ravel().astype(jnp.uint32)
-        odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-        total = 31 * total + jnp.sum(words * odd, dtype=jnp.uint32)
+        words = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
+        place = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(words.shape):  # the index in the flattened leaf, without moving a sharded one
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        total = 31 * total + jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
     return total
 
 
