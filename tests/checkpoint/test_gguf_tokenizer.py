@@ -101,6 +101,18 @@ def test_the_three_splitters_differ(written):
     assert ids["smollm"] != ids["qwen2"]
 
 
+def test_only_qwen2_composes_characters(written):
+    for pre in ("smollm", "qwen2", "llama-bpe"):
+        ours = ours_of(written(pre=pre))
+        assert (ours("e\u0301").input_ids == ours("é").input_ids) == (pre == "qwen2"), pre
+
+
+def test_a_whole_word_needs_no_merges_in_llama_3(written, trained):
+    tokens, types = [*trained["tokens"], "zqzqz"], [*trained["types"], int(TokenType.NORMAL)]
+    assert ours_of(written(pre="llama-bpe", tokens=tokens, types=types))("zqzqz").input_ids == [1, len(tokens) - 1]
+    assert len(ours_of(written(pre="smollm", tokens=tokens, types=types))("zqzqz").input_ids) > 1
+
+
 def test_special_tokens_and_template(written):
     ours = ours_of(written(mask_token_id=4, unknown_token_id=3))
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<s>", "</s>", "<pad>")

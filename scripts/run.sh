@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A long run in the background, with a log to follow; the same command again resumes it.
+#
+#   bash scripts/run.sh configs/two_phase.py [--config.key=value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ $# -lt 1 ] || [ ! -f "$1" ]; then
+    echo "error: name a config file: bash scripts/run.sh configs/two_phase.py [--config.key=value ...]" >&2
+    exit 2
+fi
+config=$1
+shift
+mkdir -p runs
+log=runs/$(basename "${config%.*}")-$(date +%Y%m%d-%H%M%S).log
+nohup .venv/bin/python -m difflm_jax.train --config="$config" "$@" >"$log" 2>&1 </dev/null &
+echo "process $!; follow it with: tail -f $log"

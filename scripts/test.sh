@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes the test environment and runs everything: lint, import contracts, all tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash scripts/setup.sh --test
+bash scripts/fetch_smollm2.sh
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/lint-imports
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,30 @@
+"""Runs a function in a fresh process with a given number of virtual CPU devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def on_devices():
+    """`on_devices(count, code)` runs `code` with `count` virtual devices and returns what it prints."""
+
+    def run(count: int, code: str) -> str:
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(_PROJECT),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

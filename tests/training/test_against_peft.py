@@ -1,0 +1,148 @@
+"""Thirty steps of training on the same batches, masks and initial factors as torch + peft + AdamW."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from ml_collections import ConfigDict
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3Config, get_linear_schedule_with_warmup
+
+from difflm_jax.checkpoint.names import peft_lora_name
+from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
+from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.transformer import Transformer
+from difflm_jax.training.mesh import make_mesh
+from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from difflm_jax.training.step import StepOptions, TrainState, make_train_step
+from tests.tiny import HF, params_from_state_dict
+
+STEPS, ROWS, LENGTH, MASK = 30, 8, 24, 96
+LORA = LoraConfig(r=4, lora_alpha=8)
+SETTINGS = ConfigDict(
+    {
+        "learning_rate": 5e-3,
+        "lr_schedule": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.01,
+        "adam_b1": 0.9,
+        "adam_b2": 0.999,
+        "adam_eps": 1e-8,
+        "max_grad_norm": 1.0,
+    }
+)
+RULES = {
+    "original-pretrain": Corruption(),
+    "original-sft": Corruption(scope="answer"),
+    "mdlm-prefix-shift": Corruption(
+        scope="answer",
+        mask_rate="row",
+        loss_tokens="masked",
+        loss_weight="inverse_rate",
+        attention="prefix",
+        logit_shift=True,
+    ),
+}
+
+
+def batches():
+    """STEPS batches [1, ROWS, LENGTH] of copies of a few sentences, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    sentences = rng.integers(0, 90, (5, LENGTH))
+    for step in range(STEPS):
+        lengths = rng.integers(14, LENGTH + 1, ROWS).astype(np.int32)
+        prompts = rng.integers(2, 8, ROWS).astype(np.int32)
+        tokens = sentences[rng.integers(0, 5, ROWS)].astype(np.int32)
+        position = np.arange(LENGTH)
+        answer = (position >= prompts[:, None]) & (position < lengths[:, None])
+        ids = np.arange(ROWS, dtype=np.int32) + step * ROWS
+        index = np.arange(ROWS, dtype=np.int32)
+        yield CleanBatch(*(field[None] for field in (tokens, lengths, answer, prompts, ids, index)))
+
+
+def torch_loss(model, batch, noisy, rule):
+    """Σ weight * CE / Σ weight with the mask token shut out of the softmax, straight from the definition."""
+    tokens, valid = np.array(noisy.tokens), np.array(noisy.valid)
+    position = np.arange(LENGTH)
+    allowed = np.broadcast_to(valid[:, None, :], (ROWS, LENGTH, LENGTH)).copy()
+    if rule.attention == "prefix":
+        in_answer = position >= np.asarray(noisy.prompt_lengths)[:, None]
+        allowed &= (position[None, :] <= position[:, None])[None] | in_answer[:, :, None]
+    bias = torch.where(torch.tensor(allowed)[:, None], 0.0, torch.finfo(torch.float32).min)
+    logits = model(torch.tensor(tokens).long(), attention_mask=bias, use_cache=False).logits
+    logits = logits.index_fill(2, torch.tensor([MASK]), -torch.inf)
+    if rule.logit_shift:
+        logits = torch.roll(logits, 1, dims=1)
+    nll = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(np.array(batch.tokens[0])).long().flatten(), reduction="none"
+    )
+    weights = torch.tensor(np.array(noisy.weights)).flatten()
+    return torch.where(weights > 0, weights * nll, 0.0).sum() / weights.sum()
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_thirty_steps_follow_torch_and_peft(rule):
+    torch.manual_seed(0)
+    hf_config = Qwen3Config(**{key: value for key, value in HF.items() if key != "model_type"})
+    base = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    config = ModelConfig.from_hf(hf_config.to_dict())
+    params = params_from_state_dict(config, {k: v.detach().numpy() for k, v in base.state_dict().items()})
+    lora = init_lora(jax.random.key(1), params, LORA, params["embed_tokens"]["weight"].mean(axis=0))
+
+    peft_config = PeftConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=list(LORA.target_modules),
+        trainable_token_indices={"embed_tokens": [MASK]},
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(base, peft_config)
+    named = dict(peft_model.named_parameters())
+    pairs = {}  # torch parameter -> how to find ours
+    with torch.no_grad():
+        for block in ("self_attn", "mlp"):
+            for name in lora["layers"][block]:
+                for factor in ("lora_A", "lora_B"):
+                    for layer in range(config.num_layers):
+                        key = peft_lora_name(name, factor, layer).replace(".weight", ".default.weight")
+                        named[key].copy_(torch.tensor(np.array(lora["layers"][block][name][factor][layer])))
+                        pairs[key] = (block, name, factor, layer)
+        (row_key,) = [key for key in named if "trainable_tokens_delta" in key and "embed_tokens" in key]
+        named[row_key].copy_(torch.tensor(np.array(lora["mask_row"]))[None])
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    torch_optimizer = torch.optim.AdamW(trained, lr=5e-3, weight_decay=0.01)
+    torch_schedule = get_linear_schedule_with_warmup(torch_optimizer, 0, STEPS)
+
+    model = Transformer(config, attention=rule.attention, lora=LORA, mask_token_id=MASK, remat="full")
+    optimizer = make_optimizer(SETTINGS)
+    schedule = learning_rate_schedule(SETTINGS, STEPS)
+    step = make_train_step(StepOptions(model, rule, 16), optimizer, schedule, make_mesh(1))
+    state = TrainState(jax.tree.map(jnp.copy, lora), optimizer.init(lora))
+    key = jax.random.key(3)
+    losses, expected = [], []
+    for index, batch in enumerate(batches()):
+        noisy = corrupt(
+            jax.random.fold_in(key, index), jax.tree.map(lambda x: jnp.asarray(x[0]), batch), rule, MASK, ROWS
+        )
+        loss = torch_loss(peft_model, batch, noisy, rule)
+        torch_optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch_optimizer.step()
+        torch_schedule.step()
+        expected.append(loss.item())
+        state, metrics = step(params, state, batch, key, index)
+        losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
+
+    assert min(expected[-3:]) < expected[0] - 0.3  # it did learn: agreeing on nothing would be no test
+    np.testing.assert_allclose(losses, expected, atol=1e-3)
+    for torch_key, (block, name, factor, layer) in pairs.items():
+        ours = np.asarray(state.lora["layers"][block][name][factor][layer])
+        np.testing.assert_allclose(ours, named[torch_key].detach().numpy(), atol=2e-3)
+    np.testing.assert_allclose(np.asarray(state.lora["mask_row"]), named[row_key].detach().numpy()[0], atol=2e-3)
