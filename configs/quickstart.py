@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.logit_shift = True
     config.mask_rate = "row"
     config.loss_tokens = "masked"
+    config.loss_chunk = 128
     config.batch_size = 8
     config.gradient_accumulation_steps = 1
     config.learning_rate = 1e-3

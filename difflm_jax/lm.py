@@ -10,13 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
-from difflm_jax.checkpoint.peft import (
-    load_adapter,
-    read_diffusion_config,
-    save_adapter,
-    write_diffusion_config,
-)
+from difflm_jax.checkpoint.peft import load_adapter, save_adapter
 from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.data.chat import encode_prompt
 from difflm_jax.data.mask_token import choose_mask_token
@@ -196,8 +192,15 @@ class LanguageModel:
         if self.lora is not None:
             raise UserError("save_pretrained: the adapter is not merged: call merge() first, or save_adapter()")
         card = _model_card(self.source.name, self.diffusion_config())
-        save_pretrained(directory, self.params, self.config, self.source.hf_config, self.tokenizer, card)
-        write_diffusion_config(directory, self.diffusion_config())
+        save_pretrained(
+            directory,
+            self.params,
+            self.config,
+            self.source.hf_config,
+            self.tokenizer,
+            card,
+            self.diffusion_config(),
+        )
 
     def diffusion_config(self) -> dict[str, Any]:
         """What a user of the weights must know to decode with them: `diffusion_config.json`."""
@@ -292,7 +295,7 @@ def open_model(
     opened = open_source(str(source), revision)
     tokenizer = opened.load_tokenizer()
     loaded = load_adapter(adapter, opened.config) if adapter is not None else None
-    trained_for = (loaded.diffusion_config if loaded else read_diffusion_config(opened.name)) or {}
+    trained_for = (loaded.diffusion_config if loaded else read_diffusion_config(opened.path)) or {}
     mask_token_id = choose_mask_token(
         tokenizer, opened.config.vocab_size, mask_token or trained_for.get("mask_token") or ""
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from difflm_jax.checkpoint.diffusion_config import write_diffusion_config
 from difflm_jax.checkpoint.directory import new_directory
 from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, get_path, set_path, table
 from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
@@ -76,8 +77,9 @@ def save_pretrained(
     hf_config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     model_card: str,
+    diffusion_config: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint that transformers loads: safetensors, config.json, tokenizer, README.md, all or nothing.
+    """Writes a checkpoint that transformers loads: safetensors, config, tokenizer, model card, all or nothing.
 
     The dtype is that of `params`. Above `MAX_SHARD_BYTES` the tensors are split over files with an index. Raises
     `UserError` if `directory` exists and is not empty, or cannot be written.
@@ -88,6 +90,7 @@ def save_pretrained(
         _write_tensors(fresh, params, config)
         (fresh / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (fresh / "README.md").write_text(model_card, encoding="utf-8")
+        write_diffusion_config(fresh, diffusion_config)
         tokenizer.save_pretrained(fresh)
 
 

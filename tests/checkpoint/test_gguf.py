@@ -72,7 +72,7 @@ def test_the_checkpoint_made_from_a_file(family, tmp_path, tiny_model, tiny_toke
     source = open_source(str(write_gguf(tmp_path / "model.gguf", model)))
     params = load_params(source, "float32")
     theirs = their_logits(model, tokens_BL)
-    save_pretrained(tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "")
+    save_pretrained(tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "", {})
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     np.testing.assert_allclose(their_logits(again, tokens_BL), theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())

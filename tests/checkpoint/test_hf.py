@@ -120,7 +120,9 @@ def test_transformers_loads_what_we_save(
     model.save_pretrained(tmp_path / "in")
     source = open_source(str(tmp_path / "in"))
     params = load_params(source, dtype)
-    save_pretrained(tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "# A card\n")
+    save_pretrained(
+        tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "# A card\n", {"mask_token_id": 5}
+    )
 
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, dtype="auto")
     assert not any(info.values()), info
@@ -155,7 +157,7 @@ def test_merged_adapter_gives_the_adapted_logits(
     ours = our_logits(source.config, params, tokens_BL, lora, config, mask_id)
     base = our_logits(source.config, params, tokens_BL)
     merged = merge_lora(params, lora, config, mask_id)
-    save_pretrained(tmp_path / "out", merged, source.config, source.hf_config, tiny_tokenizer, "")
+    save_pretrained(tmp_path / "out", merged, source.config, source.hf_config, tiny_tokenizer, "", {})
     theirs = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens_BL)
     assert np.abs(ours - base).max() > 0.1
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
@@ -167,7 +169,7 @@ def test_save_refuses_an_occupied_directory_and_leaves_it(tmp_path, tiny_model, 
     params = load_params(source, "float32")
     before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
     with pytest.raises(UserError, match="exists and is not empty"):
-        save_pretrained(tmp_path / "in", params, source.config, source.hf_config, tiny_tokenizer, "")
+        save_pretrained(tmp_path / "in", params, source.config, source.hf_config, tiny_tokenizer, "", {})
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
@@ -180,7 +182,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, tiny_model, tiny_tokenizer, monkey
     params = load_params(source, "float32")
     monkeypatch.setattr("difflm_jax.checkpoint.shards.save_file", full)
     with pytest.raises(UserError, match=r"out: cannot be written \(I/O error: No space left on device\)"):
-        save_pretrained(tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "")
+        save_pretrained(tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "", {})
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -194,7 +196,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, tiny_model, monkeypatch):
     source = open_source(str(tmp_path / "in"))
     params = load_params(source, "float32")
     with pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\)"):
-        save_pretrained(tmp_path / "out", params, source.config, source.hf_config, Failing(), "")
+        save_pretrained(tmp_path / "out", params, source.config, source.hf_config, Failing(), "", {})
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

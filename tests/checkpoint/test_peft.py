@@ -15,9 +15,10 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import load_params
 from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS
-from difflm_jax.checkpoint.peft import load_adapter, read_diffusion_config, save_adapter
+from difflm_jax.checkpoint.peft import load_adapter, save_adapter
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig

