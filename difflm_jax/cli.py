@@ -1,5 +1,6 @@
 """What the commands share: flags parsed by absl, errors as one line, the model that flags name."""
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ def run_command(
     Bad flags and every `UserError` print one line that begins with `error:`; `--debug_traceback` shows the traceback.
     """
     argv = list(sys.argv if argv is None else argv)
+    flag_values = copy.deepcopy(flag_values)  # a second command in the same process starts from the defaults
     flags.DEFINE_bool("debug_traceback", False, "Show the traceback of an error.", flag_values=flag_values)
     if any(item in ("--help", "-h", "-help") for item in argv[1:]):
         print(usage.strip(), flag_values.main_module_help() or flag_values.get_help(), sep="\n\n")

@@ -39,7 +39,8 @@ class Checkpoints:
                     best_fn=_eval_loss,  # without one orbax stores no metrics
                     best_mode="min",
                     cleanup_tmp_directories=True,
-                    # If that fails in the background, threads that wait for it keep the process alive for minutes.
+                    # Directories made in the background that fail leave threads waiting for them, and the process
+                    # alive for minutes.
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )

@@ -12,11 +12,10 @@ from difflm_jax.checkpoint.state import Checkpoints
 from difflm_jax.data.pipeline import batches, prefetch
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import LossSums
-from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.evaluation import Evaluator, add_sums, by_rate, summarise
 from difflm_jax.training.flops import mfu, train_flops_per_token
-from difflm_jax.training.mesh import DATA_AXIS, batch_sharding, replicated
+from difflm_jax.training.mesh import batch_sharding, replicated
 from difflm_jax.training.metrics import MetricsLog, progress_line
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
@@ -94,7 +93,7 @@ def run_phase(
             record = evaluation_record(evaluate, phase, state.lora)
             if record:
                 log.append({"phase": phase.name, "step": step + 1, **record})
-                tracker.log({f"{phase.name}/{name}": value for name, value in record.items()}, step + 1)
+                tracker.log(phase.name, record, step + 1)
             on_evaluation(state.lora, step + 1)
             checkpoints.save(step + 1, state, {"tokens": meter.tokens, **record})
             meter.restart_clock()
@@ -123,9 +122,6 @@ def make_batches(phase: Phase, rows: Any, train: bool) -> Any:
 def step_options(phase: Phase) -> StepOptions:
     """The static part of a phase's step, from its config keys."""
     config = phase.config
-    devices = phase.mesh.shape[DATA_AXIS]
-    if config.batch_size % devices:
-        raise UserError(f"batch_size={config.batch_size} must be a multiple of the {devices} devices of the mesh")
     corruption = Corruption(
         scope=PHASE_SCOPE[phase.name],
         mask_rate=config.mask_rate,
@@ -195,7 +191,7 @@ class Meter:
             "mfu": mfu(speed * flops, jax.devices()[0].device_kind, self._phase.mesh.size),
         }
         self._log.append(record)
-        self._tracker.log({f"{self._phase.name}/{name}": record[name] for name in record if name != "phase"}, step)
+        self._tracker.log(self._phase.name, {name: record[name] for name in record if name != "phase"}, step)
         print(progress_line(record, self._total), flush=True)
         self._sums, self._clock = None, now
 

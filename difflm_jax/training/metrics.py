@@ -10,23 +10,23 @@ import numpy as np
 
 from difflm_jax.errors import UserError
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
 
 class MetricsLog:
-    """Appends records to `output_dir/metrics.jsonl`; the directory is made by the first.
+    """Appends records to `output_dir/metrics.jsonl` (or another `name`); the directory is made by the first.
 
     Every line is strict JSON. NaN and infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and
     "-Infinity", which `float` reads back: a run that has diverged must be seen in its log. null is a value that there
     is none of, such as the accuracy of no masked token.
     """
 
-    def __init__(self, output_dir: str | Path):
-        self.path = Path(output_dir) / METRICS_FILE
+    def __init__(self, output_dir: str | Path, name: str = METRICS_FILE):
+        self.path = Path(output_dir) / name
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes `record` as one line and flushes it. Scalars of NumPy and JAX are written as numbers."""
-        line = json.dumps(_plain(record), allow_nan=False)
+        line = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

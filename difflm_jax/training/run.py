@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.state import Checkpoints
@@ -14,8 +15,8 @@ from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel, open_model
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.training.loop import Phase, initial_state, run_phase
-from difflm_jax.training.mesh import make_mesh, replicated
-from difflm_jax.training.metrics import MetricsLog
+from difflm_jax.training.mesh import DATA_AXIS, make_mesh, replicated
+from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.samples import Sampler
 from difflm_jax.training.step import TrainState
 from difflm_jax.training.tracking import Tracker
@@ -47,6 +48,7 @@ def train(config: ConfigDict) -> LanguageModel | None:
     print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
     rows = {phase: _read_rows(config, phase, lm) for phase in config.phases}
     mesh = make_mesh(config.mesh.data)
+    _check_sizes(config, lm, mesh)
     lm = start_adapter(lm.with_weights(), config)
     params = jax.device_put(lm.params, replicated(mesh))
 
@@ -108,7 +110,9 @@ def _run(
             print(f"{name}: finished already")
             return checkpoints.restore(checkpoints.best() or checkpoints.latest(), state)
         step = checkpoints.latest() or 0
-        log.cut_back(config.phases, name, step)
+        samples = MetricsLog(directory, SAMPLES_FILE)
+        for records in (log, samples):
+            records.cut_back(config.phases, name, step)
         print(f"{name}: {'from step ' + str(step) if step else 'from the start'}; {describe(rows[0])}")
         resolved = phase_config(config, name)
         phase = Phase(
@@ -122,7 +126,7 @@ def _run(
             pad_id=lm.pad_token_id,
             eos_id=lm.tokenizer.eos_token_id,
         )
-        sampler = Sampler(lm, resolved, name, rows[1], directory, tracker)
+        sampler = Sampler(lm, resolved, name, rows[1], samples, tracker)
         best = run_phase(phase, state, checkpoints, log, tracker, sampler)
         trained = lm.with_adapter(best.lora, lm.model.lora)
         trained.save_adapter(target, notes=f"Trained by difflm_jax, phase `{name}`; settings in `config.json`.")
@@ -166,6 +170,17 @@ def _check_directory(directory: Path, config: ConfigDict) -> None:
         raise UserError(f"output_dir={directory} is not a directory")
     elif (directory / "metrics.jsonl").exists() or (directory / "checkpoints").exists():
         raise UserError(f"{directory}: holds results but no config.json; choose another output_dir")
+
+
+def _check_sizes(config: ConfigDict, lm: LanguageModel, mesh: Mesh) -> None:
+    devices = mesh.shape[DATA_AXIS]
+    for name in config.phases:
+        batch_size = phase_config(config, name).batch_size
+        if batch_size % devices:
+            raise UserError(f"batch_size={batch_size} must be a multiple of the {devices} devices of the mesh")
+    longest = lm.config.max_position_embeddings
+    if config.max_length > longest:
+        raise UserError(f"max_length={config.max_length}: the model's max_position_embeddings are {longest}")
 
 
 def _check_same_shape(loaded: LoraConfig, wanted: LoraConfig, adapter: str) -> None:

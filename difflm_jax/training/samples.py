@@ -1,20 +1,19 @@
 """Sample generations during training: a few prompts of the test split, answered at each evaluation."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from difflm_jax.lm import LanguageModel
+from difflm_jax.training.metrics import MetricsLog
+from difflm_jax.training.tracking import Tracker
 
 
 class Sampler:
     """Answers the same prompts at every evaluation; writes `samples.jsonl`, a W&B table and a line to the terminal."""
 
-    def __init__(self, lm: LanguageModel, config: Any, phase: str, test_rows: Any, directory: Path, tracker: Any):
-        self._lm, self._config, self._phase, self._tracker = lm, config, phase, tracker
-        self._path = directory / "samples.jsonl"
+    def __init__(self, lm: LanguageModel, config: Any, phase: str, test_rows: Any, log: MetricsLog, tracker: Tracker):
+        self._lm, self._config, self._phase, self._log, self._tracker = lm, config, phase, log, tracker
         self._prompts, self._references = _prompts_and_answers(lm, test_rows, config.sample_prompts)
 
     def __call__(self, lora: dict[str, Any], step: int) -> None:
@@ -25,17 +24,11 @@ class Sampler:
         answers = lm.generate(self._prompts, self._config.sample_tokens, self._config.diffusion_steps).texts
         texts = [lm.tokenizer.decode(prompt.tolist()) for prompt in self._prompts]
         rows = list(zip(texts, self._references, answers, strict=True))
-        with self._path.open("a", encoding="utf-8") as file:
-            for prompt, reference, answer in rows:
-                record = {
-                    "phase": self._phase,
-                    "step": step,
-                    "prompt": prompt,
-                    "reference": reference,
-                    "answer": answer,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._tracker.table(f"{self._phase}/samples", ["prompt", "reference", "answer"], rows, step)
+        for prompt, reference, answer in rows:
+            self._log.append(
+                {"phase": self._phase, "step": step, "prompt": prompt, "reference": reference, "answer": answer}
+            )
+        self._tracker.table(self._phase, "samples", ["prompt", "reference", "answer"], rows, step)
         print(
             f"{self._phase} step {step} sample: {_short(self._references[0])!r} -> {_short(answers[0])!r}", flush=True
         )

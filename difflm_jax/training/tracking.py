@@ -10,7 +10,7 @@ from typing import Any
 
 from difflm_jax.errors import one_line
 
-_TIMEOUT = 20  # seconds to wait for the service at the start and at the end of a run
+_START_TIMEOUT, _FINISH_TIMEOUT = 20, 60  # seconds that a run waits for the service
 
 
 class Tracker:
@@ -34,19 +34,20 @@ class Tracker:
             except Exception as error:  # here and below: not installed, no network, full disk, a defect of its own
                 _say(f"cannot start in mode {attempt}", error)
 
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Logs numbers. `step` is that of their phase; W&B's own step counts calls."""
-        self._call(lambda run: run.log({**values, "phase_step": step}))
+    def log(self, phase: str, values: Mapping[str, Any], step: int) -> None:
+        """Logs numbers of a phase, drawn over the steps of that phase."""
+        self._call(lambda run: run.log({f"{phase}/{name}": value for name, value in {**values, "step": step}.items()}))
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Logs a table under `name`."""
+    def table(self, phase: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Logs a table."""
 
-        def send(run: Any) -> None:
+        def action(run: Any) -> None:
             import wandb
 
-            run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows]), "phase_step": step})
+            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            run.log({f"{phase}/{name}": table, f"{phase}/step": step})
 
-        self._call(send)
+        self._call(action)
 
     def finish(self) -> None:
         """Ends the run."""
@@ -81,9 +82,10 @@ def _start(config: Any, mode: str) -> Any:
         config=config.to_dict(),
         dir=settings.wandb_log_path,
         mode=mode,
-        settings=wandb.Settings(silent=True, init_timeout=_TIMEOUT, finish_timeout=_TIMEOUT),
+        settings=wandb.Settings(silent=True, init_timeout=_START_TIMEOUT, finish_timeout=_FINISH_TIMEOUT),
     )
-    run.define_metric("*", step_metric="phase_step")
+    for phase in config.phases:
+        run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
     where = run.url if mode == "online" else f"offline (upload with: wandb sync {Path(run.dir).parent})"
     print(f"wandb: {where}", flush=True)
     return run

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from difflm_jax.data.chat import Encoded, cut, encode_chat, encode_prompt, encode_text, windows
 from difflm_jax.data.sources import RowError, open_source
 from difflm_jax.errors import UserError
-from tests.data.conftest import CHATML, byte_tokenizer
+from tests.byte_tokenizer import CHATML, byte_tokenizer
 
 TWO_TURNS = [
     {"role": "system", "content": "Be brief."},

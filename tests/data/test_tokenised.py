@@ -16,7 +16,7 @@ from difflm_jax.data.chat import encode_chat
 from difflm_jax.data.examples import examples
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.errors import UserError
-from tests.data.conftest import CHATML, byte_tokenizer
+from tests.byte_tokenizer import CHATML, byte_tokenizer
 
 GOOD = {"question": "Q?", "answer": "An answer."}
 

@@ -1,0 +1,265 @@
+"""The commands, from a Hugging Face directory to adapters: two phases, resume, generate, export; and bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import difflm_jax
+from difflm_jax import evaluate, export, generate
+from difflm_jax.cli import run_command
+from difflm_jax.train import command
+from difflm_jax.training.metrics import read_metrics
+from tests.byte_tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"{i + 1}."}) + "\n" for i in range(24)))
+    return path
+
+
+@pytest.fixture
+def arguments(model_dir, rows, tmp_path):
+    return [
+        "train",
+        f"--config.model={model_dir}",
+        f"--config.dataset={rows}",
+        f"--config.output_dir={tmp_path / 'run'}",
+        f"--config.cache_dir={tmp_path / 'cache'}",
+        "--config.dtype=float32",
+        "--config.attention=prefix",
+        "--config.logit_shift=true",
+        "--config.mask_rate=row",
+        "--config.loss_tokens=masked",
+        "--config.batch_size=4",
+        "--config.gradient_accumulation_steps=2",
+        "--config.max_length=64",
+        "--config.lora_config.r=4",
+        "--config.log_interval=1",
+        "--config.log_frequency_per_epoch=3",
+        "--config.test_size=0.2",
+        "--config.sample_tokens=8",
+        "--config.sample_prompts=2",
+        "--config.diffusion_steps=4",
+        "--config.wandb_config.project=",
+        "--config.epochs=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir, rows, tmp_path_factory):
+    """The directory of a finished two-phase run (not to be changed)."""
+    tmp_path = tmp_path_factory.mktemp("finished")
+    assert command(arguments.__wrapped__(model_dir, rows, tmp_path)) == 0
+    return tmp_path / "run"
+
+
+def tree_bytes(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_run_writes_what_the_readme_says(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "pretrain_model", "sft_model",
+    }  # fmt: skip
+    records = read_metrics(finished)
+    training = [r for r in records if "loss" in r]
+    assert {r["phase"] for r in training} == {"pretrain", "sft"}
+    needed = {
+        "phase", "step", "loss", "masked_nll", "masked_accuracy", "perplexity", "learning_rate", "grad_norm", "tokens",
+        "tokens_per_second", "mfu",
+    }  # fmt: skip
+    assert all(needed <= r.keys() for r in training)
+    for phase in ("pretrain", "sft"):
+        steps = [r["step"] for r in training if r["phase"] == phase]
+        assert steps == sorted(set(steps))
+        tokens = [r["tokens"] for r in training if r["phase"] == phase]
+        assert tokens == sorted(set(tokens))
+        rates = [r["learning_rate"] for r in training if r["phase"] == phase]
+        assert rates[0] == pytest.approx(2e-4)  # the schedule starts anew in each phase
+        assert rates == sorted(rates, reverse=True)
+    evaluations = [r for r in records if "eval_loss" in r]
+    assert all("loss" not in r and r["eval_by_mask_rate"] for r in evaluations)
+    assert (finished / "samples.jsonl").read_text().count("\n") == 2 * len(evaluations)
+
+
+def test_the_adapters_load_in_peft_and_change_the_output(finished, model_dir):
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        plain = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, finished / "sft_model")(tokens).logits.numpy()
+    assert np.abs(adapted - plain.numpy()).max() > 1e-4
+    lm = difflm_jax.load(model_dir, causal=True, adapter=finished / "sft_model", dtype="float32")
+    np.testing.assert_allclose(np.asarray(lm(tokens.numpy())), adapted, atol=1e-5)
+    assert difflm_jax.load(model_dir, adapter=finished / "sft_model").attention == "prefix"
+
+
+def test_the_same_command_says_that_the_run_is_finished_and_leaves_every_byte(
+    model_dir, rows, finished, tmp_path, capsys
+):
+    shutil.copytree(finished, tmp_path / "run")
+    again = arguments.__wrapped__(model_dir, rows, tmp_path)
+    stored = (tmp_path / "run" / "config.json").read_text()
+    (tmp_path / "run" / "config.json").write_text(stored.replace(str(finished.parent), str(tmp_path)))
+    before = tree_bytes(tmp_path / "run")
+    assert command(again) == 0
+    assert "finished" in capsys.readouterr().out
+    assert tree_bytes(tmp_path / "run") == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(arguments, finished, tmp_path, monkeypatch):
+    """Stopped by an error in the third evaluation of the first phase; the second start ends with the same adapters."""
+    from difflm_jax.training import samples
+
+    calls = []
+    whole = samples.Sampler.__call__
+
+    def failing(self, lora, step):
+        calls.append(step)
+        if len(calls) == 3:
+            raise RuntimeError("the lights go out")
+        whole(self, lora, step)
+
+    monkeypatch.setattr(samples.Sampler, "__call__", failing)
+    with pytest.raises(RuntimeError, match="lights"):
+        command(arguments)
+    monkeypatch.setattr(samples.Sampler, "__call__", whole)
+    assert command(arguments) == 0
+    run = tmp_path / "run"
+    for phase in ("pretrain", "sft"):
+        name = f"{phase}_model/adapter_model.safetensors"
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+    timeless = [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu")} for r in read_metrics(run)]
+    expected = [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu")} for r in read_metrics(finished)]
+    assert timeless == expected
+    assert (run / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
+
+
+def test_another_configuration_is_refused_with_the_difference(arguments, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    assert command([*arguments, "--config.learning_rate=1e-3"]) == 1
+    assert "learning_rate: 0.0002 -> 0.001" in capsys.readouterr().err
+
+
+def test_sft_goes_on_from_a_pretrained_adapter(arguments, finished, tmp_path):
+    adapter = finished / "pretrain_model"
+    assert command([*arguments, "--config.phases=sft", f"--config.adapter={adapter}", "--config.max_steps=1"]) == 0
+    assert not (tmp_path / "run" / "pretrain_model").exists()
+    assert (tmp_path / "run" / "sft_model" / "adapter_config.json").is_file()
+
+
+def test_generate_answers_a_prompt_a_file_and_a_pipe(finished, tmp_path, capsys, monkeypatch):
+    run = ["generate", f"--run={finished}", "--max_new_tokens=8", "--steps=4"]
+    assert run_command(generate.main, generate.FLAGS, "", [*run, "--prompt=1+1"]) == 0
+    alone = capsys.readouterr().out
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("1+1\n\nwhat is 2+2, and why?\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "difflm_jax.generate", *run[1:], f"--file={prompts}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    piped = subprocess.run(
+        [sys.executable, "-m", "difflm_jax.generate", *run[1:]],
+        input=prompts.read_text(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == piped.stdout
+    assert len(done.stdout.splitlines()) == 2
+    assert done.stdout.splitlines()[0] == alone.rstrip("\n").replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def test_evaluate_prints_both_tables(finished, rows, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    arguments = ["evaluate", f"--run={finished}", f"--data={rows}", "--rows=6", "--max_new_tokens=8", f"--out={out}"]
+    assert run_command(evaluate.main, evaluate.FLAGS, "", [*arguments, "--max_length=64"]) == 0
+    printed = capsys.readouterr().out
+    assert "causal base" in printed
+    assert "mask rate" in printed
+    record = json.loads(out.read_text())
+    assert len(record["questions"]) == 6
+    assert record["generated"][0]["name"] == "causal base"
+    assert record["masked"]["masked_nll"] > 0
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_export_writes_what_the_ecosystem_loads(finished, model_dir, tmp_path, kind):
+    out = tmp_path / "out"
+    arguments = ["export", f"--run={finished}", f"--to={kind}", f"--out={out}"]
+    assert run_command(export.main, export.FLAGS, "", arguments) == 0
+    tokens = np.array([[5, 6, 7, 259, 9, 10]])
+    base = AutoModelForCausalLM.from_pretrained(model_dir if kind == "peft" else out)
+    torch_model = PeftModel.from_pretrained(base, out) if kind == "peft" else base
+    with torch.no_grad():
+        expected = torch_model(torch.tensor(tokens)).logits.numpy()
+    ours = difflm_jax.load(model_dir, causal=True, adapter=finished / "sft_model", dtype="float32")
+    np.testing.assert_allclose(np.asarray(ours(tokens)), expected, atol=1e-5)
+    if kind == "merged":
+        assert AutoTokenizer.from_pretrained(out).mask_token == "<|mask|>"
+        merged = difflm_jax.load(out, dtype="float32")
+        assert (merged.attention, merged.logit_shift, merged.lora) == ("prefix", True, None)
+
+
+BAD = {
+    "unknown key": (["--config.learning_rat=1"], "did you mean learning_rate"),
+    "wrong type": (["--config.batch_size=many"], "batch_size"),
+    "bad choice": (["--config.attention=sideways"], "attention must be"),
+    "4-bit base": (["--config.use_qlora=true"], "use_qlora"),
+    "no such model": (["--config.model=./nowhere"], "nowhere"),
+    "no such data": (["--config.dataset=./nowhere.jsonl"], "nowhere.jsonl"),
+    "no such adapter": (["--config.adapter=./nowhere"], "nowhere"),
+    "no such config": (["--config=./nowhere.py"], "nowhere.py"),
+    "bad JSON": (["--hyper_parameters_json={"], "hyper_parameters_json"),
+    "unknown flag": (["--learning_rate=1"], "learning_rate"),
+    "too long": (["--config.max_length=500"], "max_position_embeddings"),
+    "report data": (["--config.report.data=./nowhere.jsonl"], "nowhere.jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, arguments, tmp_path, capsys):
+    extra, named = BAD[case]
+    assert command([*arguments, *extra]) != 0
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert named in error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_stop_the_run_before_it_begins(arguments, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n{"question": \n{"question": "c", "answer": "d"}\n')
+    assert command([*arguments, f"--config.dataset={path}"]) == 1
+    assert f"{path}:2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
