@@ -11,10 +11,12 @@ def get_config() -> ConfigDict:
     config.dataset = "builtin:quickstart"
     config.output_dir = "runs/quickstart"
     config.dtype = "float32"
-    config.remat = "none"
+    config.remat = "full"
     config.attention = "prefix"
     config.logit_shift = True
     config.mask_rate = "row"
+    config.min_mask_probability = 0.3
+    config.max_mask_probability = 1.0
     config.loss_tokens = "masked"
     config.loss_chunk = 128
     config.batch_size = 8
@@ -22,7 +24,7 @@ def get_config() -> ConfigDict:
     config.learning_rate = 1e-3
     config.lora_config.lora_dropout = 0.0
     config.pretrain.max_steps = 10
-    config.sft.max_steps = 80
+    config.sft.max_steps = 110
     config.epochs = 4
     config.test_size = 0.05
     config.max_length = 96
