@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.epochs = 4
     config.test_size = 0.05
     config.max_length = 96
-    config.length_multiple = 32
+    config.length_multiple = 16
     config.answer_padding = 16
     config.log_interval = 5
     config.log_frequency_per_epoch = 1

@@ -45,8 +45,8 @@ def read_questions(dataset: str, rows: int = 0) -> list[Question]:
 
 
 def normalised(text: str) -> str:
-    """Lower case, single spaces, no final period: what counts in an exact match."""
-    return " ".join(text.lower().split()).rstrip(".").rstrip()
+    """Lower case, single spaces, without one final period: what counts in an exact match."""
+    return " ".join(text.lower().split()).removesuffix(".")
 
 
 def compare(
