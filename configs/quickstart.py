@@ -1,4 +1,16 @@
-"""Quickstart."""
+"""The quickstart: SmolLM2-135M-Instruct becomes a masked-diffusion model on two CPU cores.
+
+Command:   bash scripts/quickstart.sh     (makes the environment, fetches the model, then runs this config)
+           python -m difflm_jax.train --config=configs/quickstart.py
+           The original system's rule: --config.attention=full --config.logit_shift=false
+Hardware:  2 CPU cores without an accelerator, 4.3 GB of memory; about 7 minutes with the environment.
+Expect:    masked NLL of answers from about 3 to below 1; at the end, on 60 held-out questions, the causal base's greedy
+           exact match (0.70) beside the converted model's at 1, 2 and 4 tokens a forward pass. README.md shows it all.
+
+Prefix attention and the logit shift keep the base's knowledge within so few steps; rates of 0.3 to 1 train what a
+sampler meets that starts from masks alone; answers are padded with end-of-sequence tokens to the canvas of 16, so that
+the end of an answer is learnt where it belongs.
+"""
 
 from ml_collections import ConfigDict
 
@@ -10,8 +22,8 @@ def get_config() -> ConfigDict:
     config.model = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.dataset = "builtin:quickstart"
     config.output_dir = "runs/quickstart"
-    config.dtype = "float32"
-    config.remat = "full"
+    config.dtype = "float32"  # on these CPUs XLA multiplies bfloat16 no faster
+
     config.attention = "prefix"
     config.logit_shift = True
     config.mask_rate = "row"
@@ -19,23 +31,26 @@ def get_config() -> ConfigDict:
     config.max_mask_probability = 1.0
     config.loss_tokens = "masked"
     config.loss_chunk = 128
+    config.algorithm = "probability"
+
+    config.max_length = 96
+    config.length_multiple = 16
+    config.answer_padding = 16
+    config.test_size = 0.05
+
+    config.epochs = 4
+    config.pretrain.max_steps = 10
+    config.sft.max_steps = 110
     config.batch_size = 8
     config.gradient_accumulation_steps = 1
     config.learning_rate = 1e-3
     config.lora_config.lora_dropout = 0.0
-    config.pretrain.max_steps = 10
-    config.sft.max_steps = 110
-    config.epochs = 4
-    config.test_size = 0.05
-    config.max_length = 96
-    config.length_multiple = 16
-    config.answer_padding = 16
+
     config.log_interval = 5
     config.log_frequency_per_epoch = 1
     config.sample_prompts = 4
     config.sample_tokens = 16
     config.diffusion_steps = 8
-    config.algorithm = "probability"
     config.wandb_config.project = ""
     config.report.data = "builtin:quickstart_heldout"
     config.report.max_new_tokens = 16

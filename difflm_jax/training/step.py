@@ -70,7 +70,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
         learning_rate = schedule(index)
         lora = jax.tree.map(lambda leaf, update: leaf - learning_rate * update, state.lora, updates)
-        metrics = {"sums": sums, "grad_norm": optax.global_norm(gradient), "learning_rate": learning_rate}
+        metrics = {"sums": sums, "grad_norm": optax.tree.norm(gradient), "learning_rate": learning_rate}
         return TrainState(lora, opt_state), metrics
 
     rows = PartitionSpec(None, DATA_AXIS)

@@ -24,7 +24,7 @@ def numbers(on_devices, devices: int, micro_batches: int) -> dict:
 def test_equal_to_one_device_and_one_micro_batch(on_devices, one_device, devices, micro_batches):
     found = numbers(on_devices, devices, micro_batches)
     # A gradient summed once too often over 8 devices would be 8 times too large, whatever the loss says.
-    np.testing.assert_allclose(found["norms"], one_device["norms"], rtol=1e-5)
+    np.testing.assert_allclose(found["norms"], one_device["norms"], rtol=1e-4)
     np.testing.assert_allclose(found["losses"], one_device["losses"], rtol=1e-6)
     assert found["evaluation"].keys() == one_device["evaluation"].keys()
     for name, value in one_device["evaluation"].items():
