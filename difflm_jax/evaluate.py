@@ -98,7 +98,10 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         max_length=flag_values.max_length,
     )
     evaluate = Evaluator(
-        StepOptions(lm.model, corruption, 256), mesh, (data[i] for i in range(len(data))), flag_values.seed
+        StepOptions(lm.model, corruption, 256),
+        mesh,
+        (data[i] for i in range(len(data))),
+        jax.random.key(flag_values.seed),
     )
     sums = evaluate(jax.device_put(lm.params, replicated(mesh)), jax.device_put(lm.lora or {}, replicated(mesh)))
     return {**summarise(sums), "by_mask_rate": by_rate(sums)}

@@ -49,12 +49,12 @@ def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
 class Evaluator:
     """Runs the evaluation step over a fixed list of batches; row rates are stratified whatever training does."""
 
-    def __init__(self, options: StepOptions, mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], seed: int):
+    def __init__(self, options: StepOptions, mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], key: jax.Array):
         corruption = dataclasses.replace(options.corruption, mask_rate="row")
         self._step = make_eval_step(dataclasses.replace(options, corruption=corruption), mesh)
         self._batches = list(batches)
         self._sharding = batch_sharding(mesh)
-        self._key = jax.random.key(seed)
+        self._key = key
 
     def __call__(self, params: Any, lora: Any) -> LossSums:
         """Sums over all batches, on the host in float64."""

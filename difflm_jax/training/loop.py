@@ -141,8 +141,8 @@ def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
         return None
     data = make_batches(phase, phase.test_rows, train=False)
     count = min(len(data), phase.config.eval_batches) if phase.config.eval_batches else len(data)
-    seed = phase.config.seed + (_EVALUATION_STREAM << 20)
-    return Evaluator(options, phase.mesh, (data[i] for i in range(count)), seed)
+    key = jax.random.fold_in(jax.random.key(phase.config.seed), _EVALUATION_STREAM)
+    return Evaluator(options, phase.mesh, (data[i] for i in range(count)), key)
 
 
 def evaluation_record(evaluate: Evaluator | None, phase: Phase, lora: dict[str, Any]) -> dict[str, Any]:

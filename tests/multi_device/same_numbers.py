@@ -59,7 +59,7 @@ def main(micro_batches: int) -> None:
         state, metrics = step(params, state, batch, jax.random.key(5), index)
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
         norms.append(float(metrics["grad_norm"]))
-    evaluation = summarise(Evaluator(options, mesh, [split(1)], seed=9)(params, state.lora))
+    evaluation = summarise(Evaluator(options, mesh, [split(1)], jax.random.key(9))(params, state.lora))
     adapters = {jax.tree_util.keystr(k): np.abs(v).sum() for k, v in jax.tree_util.tree_leaves_with_path(state.lora)}
     print(
         json.dumps(
