@@ -199,6 +199,23 @@ def test_generate_answers_a_prompt_a_file_and_a_pipe(finished, tmp_path, capsys,
     assert done.stdout.splitlines()[0] == alone.rstrip("\n").replace("\\", "\\\\").replace("\n", "\\n")
 
 
+def test_a_chat_remembers_its_turns_until_it_is_reset(finished, capsys, monkeypatch):
+    asked = []
+    lines = iter(["1+1", "and 2+2?", "/reset", "1+1", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    whole = difflm_jax.LanguageModel.generate
+
+    def recording(self, prompts, *arguments, **options):
+        asked.append([message["role"] for message in prompts[0]])
+        return whole(self, prompts, *arguments, **options)
+
+    monkeypatch.setattr(difflm_jax.LanguageModel, "generate", recording)
+    assert run_command(generate.main, generate.FLAGS, "", ["generate", f"--run={finished}", "--max_new_tokens=4"]) == 0
+    assert asked == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert "an empty line ends" in capsys.readouterr().err
+
+
 def test_evaluate_prints_both_tables(finished, rows, tmp_path, capsys):
     out = tmp_path / "scores.json"
     arguments = ["evaluate", f"--run={finished}", f"--data={rows}", "--rows=6", "--max_new_tokens=8", f"--out={out}"]
