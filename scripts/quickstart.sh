@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ -x .venv/bin/python ] || bash scripts/setup.sh
+[ -f .venv/complete ] || bash scripts/setup.sh
 bash scripts/fetch_smollm2.sh
 .venv/bin/python -m difflm_jax.train --config=configs/quickstart.py "$@"
