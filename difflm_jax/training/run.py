@@ -53,7 +53,9 @@ def train(config: ConfigDict) -> LanguageModel | None:
     params = jax.device_put(lm.params, replicated(mesh))
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(to_json(config), encoding="utf-8")
+    unfinished = directory / "config.json.part"
+    unfinished.write_text(to_json(config), encoding="utf-8")
+    unfinished.replace(directory / "config.json")
     log = MetricsLog(directory)
     tracker = Tracker(config)
     state = initial_state(phase_config(config, config.phases[0]), lm.lora, mesh)
