@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.dataset = "builtin:quickstart"
     config.output_dir = "runs/quickstart"
     config.dtype = "float32"  # on these CPUs XLA multiplies bfloat16 no faster
+    config.qlora_config.bnb_4bit_compute_dtype = "float32"  # for --config.use_qlora=true
 
     config.attention = "prefix"
     config.logit_shift = True

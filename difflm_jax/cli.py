@@ -8,9 +8,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from difflm_jax.config import load_config
+from difflm_jax.config import CONVERTED, load_config, quantization
 from difflm_jax.errors import UserError, exit_with_errors, one_line
-from difflm_jax.lm import LanguageModel, load
+from difflm_jax.lm import LanguageModel, open_model
+from difflm_jax.quant import FORMATS, QuantConfig
 
 
 def run_command(
@@ -53,6 +54,13 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "dtype", None, ["bfloat16", "float32"], "Default: the run's, else bfloat16.", flag_values=flag_values
     )
+    flags.DEFINE_enum(
+        "quantization",
+        None,
+        ["none", *FORMATS],
+        "How the projections are held; default: as in the run.",
+        flag_values=flag_values,
+    )
     flags.DEFINE_string(
         "mask_token", "", "The mask token, where the rule's choice is not wanted.", flag_values=flag_values
     )
@@ -70,22 +78,30 @@ def load_from_flags(flag_values: flags.FlagValues) -> LanguageModel:
     """Loads what `--model`, `--adapter` and `--run` name."""
     model, adapter, dtype = flag_values.model, flag_values.adapter, flag_values.dtype
     mask_token, revision = flag_values.mask_token, flag_values.revision
+    held, converted = None, None
     if flag_values.run:
         if adapter:
             raise UserError("give --adapter or --run, not both")
-        config = read_run_config(Path(flag_values.run))
-        adapter = str(last_adapter(Path(flag_values.run), config.phases))
+        run = Path(flag_values.run)
+        config = read_run_config(run)
+        adapter = str(last_adapter(run, config.phases))
         model, dtype = model or config.model, dtype or config.dtype
         revision = revision or config.revision
+        held = quantization(config)
+        converted = run / CONVERTED if config.convert_cache else None
     if not model:
         raise UserError("name a model with --model, or a training run with --run")
-    return load(
+    if flag_values.quantization:
+        held = None if flag_values.quantization == "none" else QuantConfig(flag_values.quantization)
+    lm = open_model(
         model,
         adapter=adapter or None,
         dtype=dtype or "bfloat16",
         mask_token=mask_token or None,
         revision=revision or None,
+        quantization=held,
     )
+    return lm.with_weights(converted)
 
 
 def read_run_config(run: Path) -> ConfigDict:

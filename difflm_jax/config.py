@@ -21,9 +21,12 @@ from ml_collections import ConfigDict, config_dict
 
 from difflm_jax.config_checks import PHASES, validate
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.quant import QuantConfig
 
 # Keys that a phase may have for itself, under `pretrain` and `sft`; None there means: as the common key.
 PHASE_KEYS = {"dataset": str, "epochs": int, "learning_rate": float, "max_steps": int, "batch_size": int}
+
+CONVERTED = "converted"  # directory of a run where its quantised base is kept
 
 
 def default_config() -> ConfigDict:
@@ -42,7 +45,9 @@ def default_config() -> ConfigDict:
             "seed": 42,
             # Model.
             "dtype": "bfloat16",
-            "quantization": "",
+            "quantization": "",  # of the frozen projections: nf4, int4 or int8; empty: none
+            "quantization_block_size": 64,  # weights along the input that share a scale
+            "convert_cache": True,  # keep a quantised base in output_dir/converted
             "mask_token": "",  # empty: chosen by rule, and announced
             "remat": "full",
             "attention": "full",
@@ -55,12 +60,12 @@ def default_config() -> ConfigDict:
                 "bias": "none",
                 "use_rslora": False,
             },
-            "use_qlora": False,
+            "use_qlora": False,  # the original system's switch: quantization by qlora_config
             "qlora_config": {
                 "load_in_4bit": True,
                 "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_use_double_quant": True,
-                "bnb_4bit_compute_dtype": "bfloat16",
+                "bnb_4bit_use_double_quant": True,  # of nf4, however it was chosen
+                "bnb_4bit_compute_dtype": "bfloat16",  # must be dtype
             },
             # Data.
             "max_length": 768,
@@ -173,6 +178,14 @@ def phase_config(config: ConfigDict, phase: str) -> ConfigDict:
         for section in PHASES:
             del resolved[section]
     return resolved
+
+
+def quantization(config: ConfigDict) -> QuantConfig | None:
+    """How the frozen projections are held; None where they are not quantised."""
+    kind = config.quantization or (config.qlora_config.bnb_4bit_quant_type if config.use_qlora else "")
+    if not kind:
+        return None
+    return QuantConfig(kind, config.quantization_block_size, config.qlora_config.bnb_4bit_use_double_quant)
 
 
 def notes(config: ConfigDict) -> list[str]:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.names import PROJECTIONS
 from difflm_jax.errors import UserError
+from difflm_jax.quant import QuantConfig
 
 PHASES = ("pretrain", "sft")
 
@@ -103,12 +104,24 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"answers='all' needs attention='full': under {config.attention!r} a row is one prompt and one answer"
         )
-    if config.use_qlora:
-        raise UserError("use_qlora: 4-bit bases are not available in this version; set it to false")
-    if config.quantization:
+    _check_quantization(config)
+
+
+def _check_quantization(config: ConfigDict) -> None:
+    qlora = config.qlora_config
+    QuantConfig(config.quantization or "nf4", config.quantization_block_size)  # raises for what it cannot be
+    if not config.use_qlora:
+        return
+    if not qlora.load_in_4bit:
+        raise UserError("qlora_config.load_in_4bit=false: for another base set use_qlora=false and quantization")
+    if qlora.bnb_4bit_quant_type != "nf4":
+        raise UserError(f"qlora_config.bnb_4bit_quant_type must be 'nf4', not {qlora.bnb_4bit_quant_type!r}")
+    if config.quantization not in ("", "nf4"):
+        raise UserError(f"quantization={config.quantization!r} contradicts use_qlora, which means nf4: set one of them")
+    if qlora.bnb_4bit_compute_dtype != config.dtype:
         raise UserError(
-            f"quantization={config.quantization!r}: 4-bit and 8-bit bases are not available in this version; "
-            "leave it empty"
+            f"qlora_config.bnb_4bit_compute_dtype={qlora.bnb_4bit_compute_dtype!r} contradicts dtype={config.dtype!r}: "
+            "make them equal"
         )
 
 

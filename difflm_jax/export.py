@@ -26,7 +26,10 @@ def main(flag_values: flags.FlagValues) -> None:
     if lm.lora is None:
         raise UserError("there is no adapter to export: name one with --adapter, or a run with --run")
     if flag_values.to == "merged":
-        lm.merge().save_pretrained(flag_values.out)
+        merged = lm.merge()
+        if merged.provenance:
+            print(merged.provenance)
+        merged.save_pretrained(flag_values.out)
     else:
         lm.save_adapter(flag_values.out)
     print(f"wrote {flag_values.out}")

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difflm_jax.checkpoint.converted import load_converted
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
-from difflm_jax.checkpoint.hf import load_params, save_pretrained
+from difflm_jax.checkpoint.hf import check_quantization, load_params, save_pretrained
 from difflm_jax.checkpoint.peft import load_adapter, save_adapter
 from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.data.chat import encode_prompt
@@ -22,6 +23,7 @@ from difflm_jax.lora import LoraConfig, merge_lora
 from difflm_jax.models.attention import ATTENTION_RULES, positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer, head_logits
+from difflm_jax.quant import QuantConfig
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
@@ -49,6 +51,8 @@ class LanguageModel:
     logit_shift: bool
     algorithm: str = "confidence"
     lora: dict[str, Any] | None = None
+    quantization: QuantConfig | None = None
+    provenance: str = ""  # where the weights come from, if not from the source as it is
 
     @property
     def config(self) -> ModelConfig:
@@ -80,9 +84,16 @@ class LanguageModel:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def with_weights(self) -> "LanguageModel":
-        """This model with its frozen weights read from the source."""
-        return dataclasses.replace(self, params=load_params(self.source, self.model.dtype))
+    def with_weights(self, converted: Path | None = None) -> "LanguageModel":
+        """This model with its frozen weights read from the source.
+
+        `converted` is a directory where a base that is quantised on its way in is kept, and found the next time.
+        """
+        if converted is None or self.quantization is None or self.source.stored:
+            params = load_params(self.source, self.model.dtype, self.quantization)
+        else:
+            params = load_converted(self.source, self.model.dtype, self.quantization, converted)
+        return dataclasses.replace(self, params=params)
 
     def with_model(self, model: Transformer) -> "LanguageModel":
         """The same arrays under another form of the model (remat, say)."""
@@ -181,17 +192,29 @@ class LanguageModel:
         )
 
     def merge(self) -> "LanguageModel":
-        """The same model with its adapter added to the weights; the mask row takes its place in the embedding."""
+        """The same model with its adapter added to the weights; the mask row takes its place in the embedding.
+
+        A quantised base is dequantised: the result is dense, in the dtype of the model.
+        """
         if self.lora is None:
             raise UserError("merge: this model has no adapter")
         params = merge_lora(self.params, self.lora, self.model.lora, self.mask_token_id)
-        return dataclasses.replace(self, model=self.model.clone(lora=None), params=params, lora=None)
+        merged = dataclasses.replace(
+            self, model=self.model.clone(lora=None), params=params, lora=None, quantization=None
+        )
+        if self.quantization is None:
+            return merged
+        held = f"The adapter was added to the base as {self.quantization.format} holds it, dequantised."
+        return dataclasses.replace(merged, provenance=held)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes a Hugging Face checkpoint (safetensors, config, tokenizer, model card) of the weights as they are."""
+        """Writes a Hugging Face checkpoint (safetensors, config, tokenizer, model card) of the weights as they are.
+
+        An NF4 base is written as bitsandbytes' 4-bit checkpoint; integer formats have no such form.
+        """
         if self.lora is not None:
             raise UserError("save_pretrained: the adapter is not merged: call merge() first, or save_adapter()")
-        card = _model_card(self.source.name, self.diffusion_config())
+        card = _model_card(self.source.name, self.diffusion_config(), self.provenance)
         save_pretrained(
             directory,
             self.params,
@@ -260,7 +283,7 @@ def load(
     causal: bool = False,
     attention: str | None = None,
     logit_shift: bool | None = None,
-    quantization: str | None = None,
+    quantization: str | QuantConfig | None = None,
     dtype: str = "bfloat16",
     adapter: str | Path | None = None,
     mask_token: str | None = None,
@@ -269,14 +292,15 @@ def load(
     """Loads a Hugging Face directory, a hub id or a `.gguf` file, with a PEFT adapter if one is given.
 
     `attention` ("full", "prefix") and `logit_shift`: None takes what the adapter or the merged checkpoint was trained
-    for, else "full" and False. `causal=True` is the base's own attention (with the shift it was trained with). Without
-    an adapter the model is the checkpoint as stored. Raises `UserError` for anything that cannot be represented.
+    for, else "full" and False. `causal=True` is the base's own attention (with the shift it was trained with).
+    `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets the block size too); a
+    checkpoint that bitsandbytes quantised stays as it is. Without an adapter the model is the checkpoint as stored.
+    Raises `UserError` for anything that cannot be represented.
     """
-    if quantization is not None:
-        raise UserError(f"quantization={quantization!r}: quantised bases are not available in this version")
     if causal:
         attention, logit_shift = "causal", True if logit_shift is None else logit_shift
-    return open_model(source, attention, logit_shift, dtype, adapter, mask_token, revision).with_weights()
+    lm = open_model(source, attention, logit_shift, dtype, adapter, mask_token, revision, quantization=quantization)
+    return lm.with_weights()
 
 
 def open_model(
@@ -288,11 +312,15 @@ def open_model(
     mask_token: str | None = None,
     revision: str | None = None,
     algorithm: str | None = None,
+    quantization: str | QuantConfig | None = None,
 ) -> LanguageModel:
     """As `load`, but without the weights: tokenizer, mask token, adapter and shapes, all checked."""
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    if isinstance(quantization, str):
+        quantization = QuantConfig(quantization)
     opened = open_source(str(source), revision)
+    check_quantization(opened, quantization)
     tokenizer = opened.load_tokenizer()
     loaded = load_adapter(adapter, opened.config) if adapter is not None else None
     trained_for = (loaded.diffusion_config if loaded else read_diffusion_config(opened.path)) or {}
@@ -324,6 +352,7 @@ def open_model(
         logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
         algorithm=algorithm,
         lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
+        quantization=quantization or next(iter(opened.stored.values()), None),
     )
 
 
@@ -342,10 +371,11 @@ def _as_list(prompts: Any) -> list[Any]:
     return [prompts] if one else prompts
 
 
-def _model_card(base_model: str, diffusion_config: dict[str, Any]) -> str:
+def _model_card(base_model: str, diffusion_config: dict[str, Any], provenance: str) -> str:
     facts = "\n".join(f"- `{key}`: `{value}`" for key, value in diffusion_config.items())
     return (
         f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [masked-diffusion, difflm_jax]\n---\n\n"
         f"# A masked-diffusion language model made from {base_model}\n\nAnswers are decoded by filling masks, not from "
         f"left to right. What a decoder must know (also in `diffusion_config.json`):\n\n{facts}\n"
+        f"{provenance and chr(10) + provenance + chr(10)}"
     )

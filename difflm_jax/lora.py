@@ -5,6 +5,7 @@ stacked over layers like the base, and `mask_row` [D], the input embedding of th
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from difflm_jax.errors import UserError
-from difflm_jax.quant import matmul
+from difflm_jax.quant import QTensor, dequantize, matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +79,32 @@ def init_lora(key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_r
 def merge_lora(
     params: dict[str, Any], lora: dict[str, Any], config: LoraConfig, mask_token_id: int | None
 ) -> dict[str, Any]:
-    """The base with scaling * B A added to each adapted weight (in float32) and the mask row put in its place."""
+    """The base with scaling * B A added to each adapted weight and the mask row put in its place.
+
+    Sums are made in float32, a layer at a time. Quantised weights, adapted or not, become dense ones in the dtype
+    of the embedding.
+    """
+    dtype = params["embed_tokens"]["weight"].dtype
     merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries around the same arrays
-    for block, projections in lora.get("layers", {}).items():
-        for name, factors in projections.items():
-            weight = params["layers"][block][name]["weight"]
-            delta = jnp.einsum("nor,nri->noi", factors["lora_B"], factors["lora_A"], precision="highest")
-            merged["layers"][block][name]["weight"] = (weight.astype(jnp.float32) + config.scaling * delta).astype(
-                weight.dtype
-            )
+    for block, projections in params["layers"].items():
+        for name, leaves in projections.items():
+            factors = lora.get("layers", {}).get(block, {}).get(name)
+            weight = leaves["weight"] if isinstance(leaves, dict) else leaves
+            if factors is not None or isinstance(weight, QTensor):
+                merged["layers"][block][name]["weight"] = _merged_stack(weight, factors, config.scaling, dtype)
     if "mask_row" in lora and mask_token_id is not None:
         table = params["embed_tokens"]["weight"]
         merged["embed_tokens"]["weight"] = table.at[mask_token_id].set(lora["mask_row"].astype(table.dtype))
     return merged
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _merged_stack(weight: Any, factors: dict[str, jax.Array] | None, scaling: float, dtype: Any) -> jax.Array:
+    def merged(layer: tuple[Any, dict[str, jax.Array] | None]) -> jax.Array:
+        weight, factors = layer
+        dense = dequantize(weight, jnp.float32) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
+        if factors is not None:
+            dense += scaling * jnp.matmul(factors["lora_B"], factors["lora_A"], precision="highest")
+        return dense.astype(dtype)
+
+    return jax.lax.map(merged, (weight, factors))

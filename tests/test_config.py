@@ -238,8 +238,8 @@ def test_a_section_is_no_value_and_a_value_no_section():
         ("attention=causal", "attention must be 'full' or 'prefix', not 'causal'"),
         ("dtype=float16", "dtype"),
         ("wandb_config.mode=sometimes", "wandb_config.mode"),
-        ("use_qlora=true", "use_qlora: 4-bit bases are not available in this version"),
-        ("quantization=nf4", "quantization='nf4'"),
+        ("quantization=nf5", "quantization='nf5'"),
+        ("quantization_block_size=48", "quantization_block_size=48"),
     ],
 )
 def test_a_value_out_of_range_names_its_key(override, part):

@@ -1,7 +1,8 @@
 """Weights in and out in Hugging Face's layout: a `Source` to our tree, and our tree to a checkpoint directory."""
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +11,107 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from difflm_jax.checkpoint.bitsandbytes import bitsandbytes_config, bitsandbytes_tensors
 from difflm_jax.checkpoint.diffusion_config import write_diffusion_config
 from difflm_jax.checkpoint.directory import new_directory
-from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, get_path, set_path, table
+from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, Row, get_path, set_path, table
 from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
 from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.quant import QTensor, QuantConfig, dequantize, quantize
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def load_params(source: Source, dtype: Any) -> dict[str, Any]:
-    """The tree of `names.table` as jax arrays of `dtype`, layers stacked on axis 0.
+def load_params(source: Source, dtype: Any, quantization: QuantConfig | None = None) -> dict[str, Any]:
+    """The tree of `names.table`, layers stacked on axis 0: arrays of `dtype`, and `QTensor`s for quantised projections.
 
-    Read one stacked leaf at a time: host memory peaks at the largest leaf and one tensor beyond what is already on
-    the device. Raises `UserError` listing all unknown, missing, duplicate and misshapen tensors before any is read.
+    `quantization` is how projections are quantised on their way in; those that the checkpoint holds quantised stay as
+    they are. Tensors are read one at a time, each converted where it will lie and put into its place in the stack:
+    host and device hold what is loaded, and the one or two tensors on the way. Raises `UserError` listing all unknown,
+    missing, duplicate and misshapen tensors before any is read.
     """
     check_tensors(source)
-    dtype = jnp.dtype(dtype)
+    check_quantization(source, quantization)
+    if source.stored:
+        quantization = None  # as it is; what the checkpoint leaves unquantised stays so
     params: dict[str, Any] = {}
     for row in table(source.config):
-        names = row.hf_names(source.config.num_layers)
-        leaf = np.empty((len(names), *row.shape), dtype)
-        for index, name in enumerate(names):
-            leaf[index] = source.read(name)
-        set_path(params, row.path, jax.device_put(leaf if row.stacked else leaf[0]))
+        set_path(params, row.path, _load_leaf(source, row, jnp.dtype(dtype), quantization if row.quantisable else None))
     return params
+
+
+def abstract_params(config: ModelConfig, dtype: Any, quantization: QuantConfig | None) -> dict[str, Any]:
+    """The shapes and dtypes that `load_params` gives for a checkpoint that is not quantised."""
+    params: dict[str, Any] = {}
+    for row in table(config):
+        weight = jax.ShapeDtypeStruct(row.shape, dtype)
+        leaf = jax.eval_shape(functools.partial(_convert, dtype, quantization if row.quantisable else None), weight)
+        set_path(params, row.path, _stack_of(leaf, config.num_layers) if row.stacked else leaf)
+    return params
+
+
+def check_quantization(source: Source, quantization: QuantConfig | None) -> None:
+    """Raises `UserError` where projections cannot be quantised as asked for."""
+    if quantization is None:
+        return
+    if other := [name for name, stored in source.stored.items() if stored != quantization]:
+        raise UserError(
+            f"{source.name}: {other[0]} is held as {source.stored[other[0]]} already; leave quantization empty"
+        )
+    widths = {row.path[-2]: row.shape[1] for row in table(source.config) if row.quantisable}
+    if odd := [f"{name} ({width})" for name, width in widths.items() if width % quantization.block_size]:
+        raise UserError(
+            f"quantization_block_size={quantization.block_size} does not divide the input features of {', '.join(odd)}"
+        )
+
+
+def _load_leaf(source: Source, row: Row, dtype: Any, quantization: QuantConfig | None) -> jax.Array | QTensor:
+    names = row.hf_names(source.config.num_layers)
+    stored = {source.stored.get(name) for name in names}
+    if len(stored) > 1:
+        # A scan needs layers of one kind. Quantising those that the checkpoint left out would change the model.
+        print(f"{row.hf}: quantised in some layers only; all of them are held in {dtype.name}", flush=True)
+        quantization = None
+    leaf = None
+    for index, name in enumerate(names):
+        tensor = source.read(name)
+        if isinstance(tensor, QTensor) and len(stored) > 1:
+            tensor = dequantize(tensor, dtype)
+        tensor = jax.device_put(tensor)
+        if not row.stacked:
+            return _converted(tensor, dtype, quantization)
+        if leaf is None:
+            shapes = jax.eval_shape(functools.partial(_convert, dtype, quantization), tensor)
+            leaf = jax.tree.map(lambda part: jnp.empty(part.shape, part.dtype), _stack_of(shapes, len(names)))
+        # Waiting for the tensor before keeps the device from piling up tensors that it has not converted yet.
+        leaf = _put(jax.block_until_ready(leaf), tensor, index, dtype, quantization)
+    return leaf
+
+
+def _convert(dtype: Any, quantization: QuantConfig | None, tensor: jax.Array | QTensor) -> jax.Array | QTensor:
+    """A tensor of a checkpoint as the model holds it."""
+    if isinstance(tensor, QTensor):
+        return tensor
+    return tensor.astype(dtype) if quantization is None else quantize(tensor, quantization)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _converted(tensor, dtype, quantization):
+    return _convert(dtype, quantization, tensor)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _put(leaf, tensor, index, dtype, quantization):
+    """`leaf` with the converted `tensor` at `index`, in place."""
+    converted = _convert(dtype, quantization, tensor)
+    return jax.tree.map(lambda stack, part: stack.at[index].set(part), leaf, converted)
+
+
+def _stack_of(shapes: Any, layers: int) -> Any:
+    return jax.tree.map(lambda part: jax.ShapeDtypeStruct((layers, *part.shape), part.dtype), shapes)
 
 
 def check_tensors(source: Source) -> None:
@@ -81,11 +155,23 @@ def save_pretrained(
 ) -> None:
     """Writes a checkpoint that transformers loads: safetensors, config, tokenizer, model card, all or nothing.
 
-    The dtype is that of `params`. Above `MAX_SHARD_BYTES` the tensors are split over files with an index. Raises
-    `UserError` if `directory` exists and is not empty, or cannot be written.
+    The dtype is that of `params`; NF4 weights are written as bitsandbytes' own. Above `MAX_SHARD_BYTES` the tensors are
+    split over files with an index. Raises `UserError` if `directory` exists and is not empty, or cannot be written, and
+    for weights in a format that no Hugging Face checkpoint can hold.
     """
-    dtype = jnp.dtype(params["embed_tokens"]["weight"].dtype).name
+    dtype = _dtype_name(params)
     stored = {**hf_config, "dtype": dtype, "torch_dtype": dtype}  # the second is what transformers 4 reads
+    quantised = [row for row in table(config) if isinstance(get_path(params, row.path), QTensor)]
+    if quantised:
+        weight = get_path(params, quantised[0].path)
+        if weight.format != "nf4":
+            raise UserError(
+                f"save_pretrained: no Hugging Face checkpoint holds {weight.format} weights; merge an adapter first, "
+                "or load the model without quantization"
+            )
+        held = {row.path for row in quantised}
+        skipped = [row.path[-2] for row in table(config) if row.quantisable and row.path not in held]
+        stored["quantization_config"] = bitsandbytes_config(weight, ["lm_head", *skipped], dtype)
     with new_directory(directory) as fresh:
         _write_tensors(fresh, params, config)
         (fresh / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -97,20 +183,21 @@ def save_pretrained(
 def _write_tensors(directory: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
     shards = _shards(params, config)
     if len(shards) == 1:
-        write_file(directory / SINGLE_FILE, dict(_tensors(params, config, shards[0])))
+        write_file(directory / SINGLE_FILE, _tensors(params, config, shards[0]))
         return
     weight_map = {}
     for index, names in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / file, dict(_tensors(params, config, names)))
-        weight_map.update(dict.fromkeys(names, file))
+        tensors = _tensors(params, config, names)
+        write_file(directory / file, tensors)
+        weight_map.update(dict.fromkeys(tensors, file))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _shards(params: Mapping[str, Any], config: ModelConfig) -> list[list[str]]:
-    """The tensor names in the order of the table, cut where a file would exceed `MAX_SHARD_BYTES`."""
+    """The weights' names in the order of the table, cut where a file would exceed `MAX_SHARD_BYTES`."""
     shards: list[list[str]] = [[]]
     filled = 0
     for row in table(config):
@@ -125,17 +212,27 @@ def _shards(params: Mapping[str, Any], config: ModelConfig) -> list[list[str]]:
     return shards
 
 
-def _tensors(params: Mapping[str, Any], config: ModelConfig, wanted: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors named by `wanted`, each leaf brought to the host once."""
-    wanted = set(wanted)
+def _tensors(params: Mapping[str, Any], config: ModelConfig, wanted: Iterable[str]) -> dict[str, np.ndarray]:
+    """The tensors that stand for the weights named by `wanted`, each leaf brought to the host once."""
+    wanted, tensors = set(wanted), {}
     for row in table(config):
         names = row.hf_names(config.num_layers)
         if wanted.isdisjoint(names):
             continue
-        leaf = np.asarray(get_path(params, row.path))
-        for name, tensor in zip(names, leaf if row.stacked else leaf[None], strict=True):
-            if name in wanted:
-                yield name, np.ascontiguousarray(tensor)
+        leaf = jax.device_get(get_path(params, row.path))
+        for index, name in enumerate(names):
+            if name not in wanted:
+                continue
+            tensor = jax.tree.map(lambda part, i=index: part[i], leaf) if row.stacked else leaf
+            if isinstance(tensor, QTensor):
+                tensors |= bitsandbytes_tensors(name, tensor, _dtype_name(params))
+            else:
+                tensors[name] = np.ascontiguousarray(tensor)
+    return tensors
+
+
+def _dtype_name(params: Mapping[str, Any]) -> str:
+    return jnp.dtype(params["embed_tokens"]["weight"].dtype).name
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:

@@ -46,6 +46,11 @@ class Row:
     def stacked(self) -> bool:
         return "{layer}" in self.hf
 
+    @property
+    def quantisable(self) -> bool:
+        """Whether a quantised base holds this leaf in its format: projections, but not embedding, head or biases."""
+        return self.path[-2] in PROJECTIONS and self.path[-1] == "weight"
+
     def hf_names(self, num_layers: int) -> list[str]:
         """The Hugging Face names of this leaf, one a layer in order, or the one name of an unstacked leaf."""
         return self._expand(self.hf, num_layers)

@@ -10,34 +10,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.quant import QTensor, QuantConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+_LARGE_BYTES = 1_000_000
 _LISTED = 8  # names that one error spells out of each kind of fault
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
-    """What a checkpoint holds. `defects` says what is wrong with it whatever model it is meant for."""
+    """What a checkpoint holds. `defects` says what is wrong with it whatever model it is meant for.
+
+    `read(name)` gives one tensor: an array, or a `QTensor` for one that `stored` names, which says how it is quantised.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str], np.ndarray | QTensor]
     defects: tuple[str, ...] = ()
+    stored: Mapping[str, QuantConfig] = dataclasses.field(default_factory=dict)
 
 
-def open_shards(directory: Path) -> TensorFiles:
+def open_shards(directory: Path, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> TensorFiles:
     """Opens the safetensors of a model directory; data is read by `read(name)` alone, one tensor at a time.
 
-    `model.safetensors` comes before an index, as in transformers. Raises `UserError` for a file that cannot be read,
-    a shard that is missing, and an index that points out of the directory.
+    `dtypes` are those that a tensor may have. `model.safetensors` comes before an index, as in transformers. Raises
+    `UserError` for a file that cannot be read, a shard that is missing, and an index that points out of the directory.
     """
     if (directory / SINGLE_FILE).is_file():
-        return open_files([directory / SINGLE_FILE])
+        return open_files([directory / SINGLE_FILE], dtypes=dtypes)
     if (directory / INDEX_FILE).is_file():
         weight_map, defects = _read_index(directory / INDEX_FILE)
-        files = open_files([directory / name for name in sorted(set(weight_map.values()))], weight_map)
+        files = open_files([directory / name for name in sorted(set(weight_map.values()))], weight_map, dtypes)
         return dataclasses.replace(files, defects=defects + files.defects)
     if pickled := [name for name in _PICKLED if (directory / name).is_file()]:
         raise UserError(
@@ -47,44 +53,66 @@ def open_shards(directory: Path) -> TensorFiles:
     raise UserError(f"{directory}: has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
-def open_files(paths: list[Path], weight_map: Mapping[str, str] | None = None) -> TensorFiles:
+def open_files(
+    paths: list[Path], weight_map: Mapping[str, str] | None = None, dtypes: tuple[str, ...] = FLOAT_DTYPES
+) -> TensorFiles:
     """Opens safetensors files. With `weight_map` (tensor -> file name), what the files hold must be just that.
 
     Tensors in two files, tensors that the map gives to a file that lacks them or does not give to the file that has
-    them, and tensors that are not of a float type are `defects`.
+    them, and tensors of another type than `dtypes` are `defects`.
     """
-    handles: dict[str, safe_open] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    home: dict[str, str] = {}
+    home: dict[str, Path] = {}
     defects: list[str] = []
     for path in paths:
-        try:
-            handle = safe_open(str(path), framework="numpy")
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: no such file, though {INDEX_FILE} names it") from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a complete safetensors file ({one_line(error)}); fetch it again") from error
-        handles[path.name] = handle
+        handle = _open_file(path)
         for name in handle.keys():  # noqa: SIM118 (not a dictionary)
             if name in home:
-                defects.append(f"{name} is in both {home[name]} and {path.name}")
+                defects.append(f"{name} is in both {home[name].name} and {path.name}")
                 continue
             entry = handle.get_slice(name)
-            home[name], shapes[name] = path.name, tuple(entry.get_shape())
-            if entry.get_dtype() not in _DTYPES:
-                defects.append(f"{name} has dtype {entry.get_dtype()} (not one of {', '.join(_DTYPES)})")
+            home[name], shapes[name] = path, tuple(entry.get_shape())
+            if entry.get_dtype() not in dtypes:
+                defects.append(f"{name} has dtype {entry.get_dtype()} (not one of {', '.join(dtypes)})")
             if weight_map is not None and weight_map.get(name) != path.name:
                 defects.append(f"{name} is in {path.name} but {INDEX_FILE} does not say so")
     for name, file in (weight_map or {}).items():
         if name not in home:
             defects.append(f"{name} is not in {file}, though {INDEX_FILE} says so")
-    return TensorFiles(shapes, lambda name: handles[home[name]].get_tensor(name), tuple(defects))
+    return TensorFiles(shapes, _Reader(home), tuple(defects))
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+class _Reader:
+    """Reads tensors by name. A file is mapped into memory only while large tensors of it are not yet copied out: what
+    has been touched of a mapping counts as memory of this process, so a large read is followed by an unmapping."""
+
+    def __init__(self, home: Mapping[str, Path]):
+        self._home = home
+        self._handles: dict[Path, safe_open] = {}
+
+    def __call__(self, name: str) -> np.ndarray:
+        path = self._home[name]
+        if path not in self._handles:
+            self._handles[path] = _open_file(path)
+        tensor = self._handles[path].get_tensor(name)
+        if tensor.nbytes > _LARGE_BYTES:
+            del self._handles[path]
+        return tensor
+
+
+def _open_file(path: Path) -> safe_open:
+    try:
+        return safe_open(str(path), framework="numpy")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file, though {INDEX_FILE} names it") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({one_line(error)}); fetch it again") from error
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes one safetensors file as transformers and peft do. Raises `OSError` when the disk refuses."""
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        save_file(dict(tensors), path, metadata={"format": "pt"} if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise OSError(one_line(error)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library leaves the file readable by its owner alone

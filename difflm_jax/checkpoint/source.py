@@ -1,6 +1,8 @@
 """Where a model comes from: a Hugging Face directory, a .gguf file or a hub id, behind one face."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +13,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from difflm_jax.checkpoint.bitsandbytes import open_quantised
 from difflm_jax.checkpoint.gguf import open_gguf
 from difflm_jax.checkpoint.shards import TensorFiles, open_shards, read_json
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.models.config import ModelConfig, unknown_keys
+from difflm_jax.quant import QTensor, QuantConfig
 
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 _UNWANTED = ("*/*", "consolidated*.safetensors")  # copies of the weights in other layouts
@@ -26,8 +30,8 @@ class Source:
 
     `path` is the local directory or file (a hub id's snapshot); `hf_config` is `config.json` as it stands, or the same
     in Hugging Face's spelling made from GGUF metadata; `shapes` maps Hugging Face tensor names to shapes; `read(name)`
-    gives one tensor, [out, in], in its stored dtype (float32 for quantised GGUF types); `defects` are faults of the
-    files that `load_params` reports with its own.
+    gives one tensor, [out, in], in its stored dtype (float32 for quantised GGUF types), or a `QTensor` where `stored`
+    says that the checkpoint holds it so; `defects` are faults of the files that `load_params` reports with its own.
     """
 
     name: str
@@ -36,9 +40,16 @@ class Source:
     hf_config: dict[str, Any]
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str], np.ndarray | QTensor]
     defects: tuple[str, ...]
+    stored: Mapping[str, QuantConfig]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+
+    def fingerprint(self) -> str:
+        """A hash of the names, sizes and times of the files of weights: another one means that they have changed."""
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def open_source(source: str, revision: str | None = None) -> Source:
@@ -69,7 +80,8 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
             raise UserError(f"{directory}: is a PEFT adapter: give its base as the model, and this as the adapter")
         raise UserError(f"{directory}: has no config.json")
     hf_config = read_json(directory / "config.json")
-    files = open_shards(directory)
+    quantization_config = hf_config.pop("quantization_config", None)  # from here on the tensors tell
+    files = open_quantised(directory, quantization_config) if quantization_config else open_shards(directory)
     if unknown := unknown_keys(hf_config):
         logging.getLogger(__name__).warning(
             "%s: config.json has keys that are not read here: %s", name, ", ".join(unknown)
@@ -89,7 +101,9 @@ def _open(
         config = ModelConfig.from_hf(hf_config)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    return Source(name, revision, path, hf_config, config, files.shapes, files.read, files.defects, load_tokenizer)
+    return Source(
+        name, revision, path, hf_config, config, files.shapes, files.read, files.defects, files.stored, load_tokenizer
+    )
 
 
 def _expanded(source: str) -> Path:

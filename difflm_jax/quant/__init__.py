@@ -1,5 +1,11 @@
-"""How a frozen weight is stored and multiplied. Layers call `matmul` and never ask how a weight is held."""
+"""How a frozen weight is stored and multiplied. Layers call `matmul` and never ask how a weight is held.
+
+`QTensor` is the one quantised weight; `nf4` and `integers` say what its codes mean, `nested` how its scales may be
+quantised in turn. Nothing here knows files or models.
+"""
 
 from difflm_jax.quant.matmul import matmul
+from difflm_jax.quant.nested import NestedScales
+from difflm_jax.quant.qtensor import FORMATS, QTensor, QuantConfig, dequantize, quantize
 
-__all__ = ["matmul"]
+__all__ = ["FORMATS", "NestedScales", "QTensor", "QuantConfig", "dequantize", "matmul", "quantize"]

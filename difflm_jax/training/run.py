@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.state import Checkpoints
-from difflm_jax.config import difference, load_config, notes, phase_config, to_json
+from difflm_jax.config import CONVERTED, difference, load_config, notes, phase_config, quantization, to_json
 from difflm_jax.data.pipeline import describe, split, tokenize
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel, open_model
@@ -44,12 +44,13 @@ def train(config: ConfigDict) -> LanguageModel | None:
         mask_token=config.mask_token or None,
         revision=config.revision or None,
         algorithm=config.algorithm,
+        quantization=quantization(config),
     )
     print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
     rows = {phase: _read_rows(config, phase, lm) for phase in config.phases}
     mesh = make_mesh(config.mesh.data)
     _check_sizes(config, lm, mesh)
-    lm = start_adapter(lm.with_weights(), config)
+    lm = start_adapter(lm.with_weights(directory / CONVERTED if config.convert_cache else None), config)
     params = jax.device_put(lm.params, replicated(mesh))
 
     directory.mkdir(parents=True, exist_ok=True)

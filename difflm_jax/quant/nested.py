@@ -1,0 +1,69 @@
+"""Double quantisation (arXiv:2305.14314, section 3): the scales of a weight are themselves held in 8 bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+BLOCK = 256  # scales that share one scale of their own, as in bitsandbytes
+
+
+@struct.dataclass
+class NestedScales:
+    """Scales as code_map[codes] * absmax[i // 256] + offset, i counting the scales of one weight in row-major order.
+
+    A weight's own parts are not divided over its rows: `absmax` covers scales across row boundaries.
+    """
+
+    codes: jax.Array  # uint8 [..., out, in / G]
+    absmax: jax.Array  # float32 [..., ceil(out * in / G / 256)]
+    offset: jax.Array  # float32 [...], the mean of the scales
+    code_map: jax.Array  # float32 [..., 256], ascending
+
+
+def dynamic_map() -> np.ndarray:
+    """[256] float32: the signed dynamic 8-bit type of bitsandbytes (arXiv:1511.04561; `create_dynamic_map`).
+
+    For each decimal exponent i - 6, i in 0..6, the midpoints of 2^i equal steps between 0.1 and 1, with both signs;
+    and 0 and 1. Bit for bit the map that bitsandbytes makes with PyTorch.
+    """
+    values = [np.float32(0), np.float32(1)]
+    for i in range(7):
+        edges = _linspace(np.float32(0.1), np.float32(1), 2**i + 1)
+        magnitudes = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [*magnitudes, *-magnitudes]
+    return np.sort(np.array(values, np.float32))
+
+
+def _linspace(start: np.float32, end: np.float32, count: int) -> np.ndarray:
+    """`torch.linspace`: each half is counted from its own end, in float32 steps with one rounding a value."""
+    step, index = np.float64((end - start) / np.float32(count - 1)), np.arange(count)
+    from_start, from_end = start + step * index, end - step * (count - 1 - index)
+    return np.where(index < count // 2, from_start, from_end).astype(np.float32)
+
+
+def nest(scales: jax.Array) -> NestedScales:
+    """Quantises the float32 scales [out, in / G] of one weight as bitsandbytes does, to the byte."""
+    code_map = jnp.asarray(dynamic_map())
+    flat = scales.reshape(-1)
+    offset = flat.mean()
+    blocks = _in_blocks(flat - offset)
+    absmax = jnp.abs(blocks).max(axis=-1)
+    normalised = blocks * (1.0 / jnp.maximum(absmax, 1e-38))[:, None]
+    thresholds = (code_map[:-1] + code_map[1:]) / 2
+    codes = jnp.searchsorted(thresholds, normalised, side="left").astype(jnp.uint8)
+    return NestedScales(codes.reshape(-1)[: flat.size].reshape(scales.shape), absmax, offset, code_map)
+
+
+def unnest(nested: NestedScales) -> jax.Array:
+    """float32 scales [out, in / G] of one weight."""
+    limits = nested.absmax[:, None]
+    values = _in_blocks(nested.code_map[nested.codes.reshape(-1).astype(jnp.int32)]) * limits
+    # Levels are at most 1, so this changes nothing; but it keeps compilers from fusing product and sum into one
+    # operation with a single rounding, which would differ from bitsandbytes in the last bit.
+    values = jnp.clip(values, -limits, limits)
+    return values.reshape(-1)[: nested.codes.size].reshape(nested.codes.shape) + nested.offset
+
+
+def _in_blocks(flat: jax.Array) -> jax.Array:
+    return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
