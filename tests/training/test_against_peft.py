@@ -1,5 +1,6 @@
-"""Thirty steps of training on the same batches, masks and initial factors as torch + peft + AdamW."""
+"""Thirty steps of training on the same batches, masks and initial factors as torch + peft + AdamW (+ bitsandbytes)."""
 
+import bitsandbytes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +11,18 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config, get_linear_schedule_with_warmup
 
+from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.names import peft_lora_name
+from difflm_jax.checkpoint.source import open_source
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer
+from difflm_jax.quant import QuantConfig
 from difflm_jax.training.mesh import make_mesh
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
+from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import HF, params_from_state_dict
 
 STEPS, ROWS, LENGTH, MASK = 30, 8, 24, 96
@@ -83,16 +88,44 @@ def torch_loss(model, batch, noisy, rule):
     return torch.where(weights > 0, weights * nll, 0.0).sum() / weights.sum()
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_thirty_steps_follow_torch_and_peft(rule):
+def random_model(**changes):
+    """A random Qwen3 in float32 whose parameters all matter."""
     torch.manual_seed(0)
-    hf_config = Qwen3Config(**{key: value for key, value in HF.items() if key != "model_type"})
+    hf_config = Qwen3Config(**{key: value for key, value in {**HF, **changes}.items() if key != "model_type"})
     base = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float()
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    config = ModelConfig.from_hf(hf_config.to_dict())
+    return base
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_thirty_steps_follow_torch_and_peft(rule):
+    base = random_model()
+    config = ModelConfig.from_hf(base.config.to_dict())
     params = params_from_state_dict(config, {k: v.detach().numpy() for k, v in base.state_dict().items()})
+    check_thirty_steps(base, config, params, rule, loss_tolerance=1e-3, factor_tolerance=2e-3)
+
+
+def test_thirty_steps_over_nf4_follow_torch_peft_and_bitsandbytes(tmp_path):
+    """The base of both is the same 4-bit checkpoint, with double quantisation."""
+    random_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    dense = open_source(str(tmp_path / "dense"))
+    params = load_params(dense, jnp.float32, QuantConfig("nf4"))
+    save_pretrained(
+        tmp_path / "nf4", params, dense.config, dense.hf_config, dense.load_tokenizer(), "", {"attention": "full"}
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", attn_implementation="eager", dtype=torch.float32)
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):  # in float32, not in what the CPU is fastest at
+            module.support_avx512bf16_for_cpu, module.compute_dtype = False, torch.float32
+    rule = RULES["mdlm-prefix-shift"]
+    check_thirty_steps(base, dense.config, params, rule, loss_tolerance=5e-3, factor_tolerance=1e-2)
+
+
+def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolerance):
+    """Trains `base` by torch and `params` by us from the same factors, and compares losses and factors."""
     lora = init_lora(jax.random.key(1), params, LORA, params["embed_tokens"]["weight"].mean(axis=0))
 
     peft_config = PeftConfig(
@@ -141,8 +174,9 @@ def test_thirty_steps_follow_torch_and_peft(rule):
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
 
     assert min(expected[-3:]) < expected[0] - 0.3  # it did learn: agreeing on nothing would be no test
-    np.testing.assert_allclose(losses, expected, atol=1e-3)
+    np.testing.assert_allclose(losses, expected, atol=loss_tolerance)
     for torch_key, (block, name, factor, layer) in pairs.items():
         ours = np.asarray(state.lora["layers"][block][name][factor][layer])
-        np.testing.assert_allclose(ours, named[torch_key].detach().numpy(), atol=2e-3)
-    np.testing.assert_allclose(np.asarray(state.lora["mask_row"]), named[row_key].detach().numpy()[0], atol=2e-3)
+        np.testing.assert_allclose(ours, named[torch_key].detach().numpy(), atol=factor_tolerance)
+    found = np.asarray(state.lora["mask_row"])
+    np.testing.assert_allclose(found, named[row_key].detach().numpy()[0], atol=factor_tolerance)

@@ -1,0 +1,82 @@
+"""Memory while a checkpoint is quantised on its way in: what is loaded, and two of its largest tensors."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+_MEASURE = """
+import resource, sys, threading, time
+import jax
+from difflm_jax.checkpoint.hf import load_params
+from difflm_jax.checkpoint.source import open_source
+from difflm_jax.quant import QuantConfig
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+def load(directory, quantization):
+    return jax.block_until_ready(load_params(open_source(directory), "bfloat16", quantization))
+
+load(sys.argv[2], QuantConfig(sys.argv[3]))  # compiles everything: the same shapes in one layer
+before, peak, done = resident(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident())
+        time.sleep(0.0005)
+
+thread = threading.Thread(target=watch)
+thread.start()
+params = load(sys.argv[1], QuantConfig(sys.argv[3]))
+done = True
+thread.join()
+print(peak - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+SIZES = {"hidden_size": 1024, "intermediate_size": 6144, "num_attention_heads": 8, "num_key_value_heads": 8}
+VOCABULARY = 24_000  # the embedding is the largest tensor: 49 MB in bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_peak_memory_is_the_loaded_model_and_two_of_the_largest_tensors(tmp_path, quantization):
+    """Proves on a checkpoint of 460 MB that host memory does not grow with the checkpoint."""
+    for layers in (18, 1):
+        _write_checkpoint(tmp_path / str(layers), layers)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(tmp_path / "18"), str(tmp_path / "1"), quantization],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, loaded = map(int, done.stdout.split())
+    checkpoint, largest = (tmp_path / "18" / "model.safetensors").stat().st_size, VOCABULARY * 1024 * 2
+    assert loaded < peak <= loaded + 2 * largest
+    assert loaded + 2 * largest < 0.8 * checkpoint  # else the bound would say nothing
+
+
+def _write_checkpoint(directory, layers: int) -> None:
+    import json
+
+    import ml_dtypes
+    from safetensors.numpy import save_file
+
+    from difflm_jax.checkpoint.names import table
+    from difflm_jax.models.config import ModelConfig
+    from tests.byte_tokenizer import byte_tokenizer
+
+    hf = {
+        **SIZES, "model_type": "llama", "vocab_size": VOCABULARY, "num_hidden_layers": layers,
+        "max_position_embeddings": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    config, rng, tensors = ModelConfig.from_hf(hf), np.random.default_rng(0), {}
+    for row in table(config):
+        for name in row.hf_names(layers):
+            tensors[name] = (0.02 * rng.standard_normal(row.shape, np.float32)).astype(ml_dtypes.bfloat16)
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(hf))
+    byte_tokenizer().save_pretrained(directory)
