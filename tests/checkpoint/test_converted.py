@@ -47,7 +47,7 @@ def test_another_format_dtype_or_source_is_another_file(source, tmp_path):
     tensors = load_file(path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
     save_file(tensors, path)
-    changed = load_converted(source, "float32", INT4, tmp_path / "kept")
+    changed = load_converted(open_source(str(source.path)), "float32", INT4, tmp_path / "kept")
     np.testing.assert_array_equal(changed["norm"]["weight"], tensors["model.norm.weight"])
     assert len(list((tmp_path / "kept").iterdir())) == 4
 
