@@ -75,7 +75,9 @@ def main() -> None:
 def _devices(options: argparse.Namespace) -> list:
     if options.platform == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
-    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=_H100, topology="1x1x1").devices
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=_H100, topology="1x1x1"
+    ).devices
 
 
 def _train_step(config: ModelConfig, params: dict, mesh: Mesh, options: argparse.Namespace) -> jax.stages.Lowered:
@@ -124,7 +126,9 @@ def _placed(tree, sharding: NamedSharding):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def _report(name: str, compiled: jax.stages.Compiled, params: dict, options: argparse.Namespace, seconds: float) -> None:
+def _report(
+    name: str, compiled: jax.stages.Compiled, params: dict, options: argparse.Namespace, seconds: float
+) -> None:
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     gib = {
         "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),

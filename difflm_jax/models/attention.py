@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 ATTENTION_RULES = ("full", "prefix", "causal")
+QUERY_CHUNK = 256  # queries whose scores exist at once
 
 
 def attention_mask(
@@ -37,5 +38,27 @@ def positions_of(valid_BL: jax.Array) -> jax.Array:
 
 
 def attend(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in float32; a query row that sees nothing gives finite values, not NaN."""
+    """Grouped-query attention, softmax in float32; a query row that sees nothing gives finite values, not NaN.
+
+    More than `QUERY_CHUNK` queries are taken in turn, and their scores made again in the backward pass: scores of all
+    queries at once were the largest arrays of a training step (float32 [B, H, T, S], several times over).
+    """
+    length = q_BTHE.shape[1]
+    if length <= QUERY_CHUNK:
+        return _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
+    chunks = -(-length // QUERY_CHUNK)
+    size = -(-length // chunks)
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        padded = jnp.pad(x_BT, [(0, 0), (0, chunks * size - length), *[(0, 0)] * (x_BT.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(x_BT.shape[0], chunks, size, *x_BT.shape[2:]), 1, 0)
+
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _attend(chunk[0], k_BSKE, v_BSKE, chunk[1])
+
+    y = jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), (split(q_BTHE), split(mask_BTS)))
+    return jnp.moveaxis(y, 0, 1).reshape(q_BTHE.shape[0], chunks * size, *q_BTHE.shape[2:])[:, :length]
+
+
+def _attend(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q_BTHE, k_BSKE, v_BSKE, mask=mask_BTS[:, None], implementation="xla")
