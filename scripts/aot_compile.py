@@ -1,11 +1,11 @@
-"""Compiles the training step and a sampling pass of a model for TPUs or GPUs that are not there, and prints their memory.
+"""Compiles the training step and a generation for TPUs or GPUs that are not there, and prints their memory.
 
     python scripts/aot_compile.py --config_json=PATH/config.json --platform=tpu --topology=v6e:2x2 --devices=1
                                   [--quantization=nf4] [--batch_size=16 --max_length=768] [--remat=full]
 
-Nothing is loaded and nothing runs: shapes come from a `config.json`. A CPU-only machine with `jax[tpu]` compiles for any
-TPU topology; with `jax-cuda12-plugin`, `jax-cuda12-pjrt` and `nvidia-cuda-nvcc-cu12` for an H100. GiB are 2^30 bytes
-a device: arguments (weights, adapters, moments, batch) and temporaries, as XLA's buffer assignment has them.
+Nothing is loaded and nothing runs: shapes come from a `config.json`. A CPU-only machine with `jax[tpu]` compiles for
+any TPU topology; with `jax-cuda12-plugin`, `jax-cuda12-pjrt` and `nvidia-cuda-nvcc-cu12` for an H100. GiB are 2^30
+bytes a device: arguments (weights, adapters, moments, batch) and temporaries, as XLA's buffer assignment has them.
 """
 
 import argparse
