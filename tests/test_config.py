@@ -13,11 +13,13 @@ from difflm_jax.config import (
     load_config,
     notes,
     phase_config,
+    quantization,
     take_overrides,
     to_json,
 )
 from difflm_jax.config_checks import PHASES, validate
 from difflm_jax.errors import UserError
+from difflm_jax.quant import QuantConfig
 
 # The original system's keys and defaults; `entity` alone differs (it was the author's own account).
 ORIGINAL = {
@@ -114,11 +116,34 @@ def test_a_python_file_starts_from_the_defaults(tmp_path):
     assert (config.phases, config.sft.learning_rate, config.lora_config.r) == (("sft",), 1e-4, 4)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "two_phase"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "two_phase", "qlora_12gb"])
 def test_the_shipped_configs_load(name, pytestconfig):
     config = load_config(str(pytestconfig.rootpath / "configs" / f"{name}.py"))
     assert config.model == ORIGINAL["model"] and config.learning_rate == ORIGINAL["learning_rate"]
-    assert config.phases == (PHASES if name == "two_phase" else (name,))
+    assert config.phases == (PHASES if name in ("two_phase", "qlora_12gb") else (name,))
+    assert quantization(config) == (QuantConfig("nf4") if name == "qlora_12gb" else None)
+
+
+def test_a_quantised_base_is_chosen_by_either_switch():
+    assert quantization(load_config()) is None
+    assert quantization(load_config(overrides=["use_qlora=true"])) == QuantConfig("nf4")
+    plain = ["use_qlora=true", "qlora_config.bnb_4bit_use_double_quant=false", "quantization_block_size=128"]
+    assert quantization(load_config(overrides=plain)) == QuantConfig("nf4", 128, double_quant=False)
+    assert quantization(load_config(overrides=["quantization=int8"])).format == "int8"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["use_qlora=true", "dtype=float32"], "bnb_4bit_compute_dtype='bfloat16' contradicts dtype='float32'"),
+        (["use_qlora=true", "quantization=int8"], "contradicts use_qlora"),
+        (["use_qlora=true", "qlora_config.bnb_4bit_quant_type=fp4"], "bnb_4bit_quant_type must be 'nf4'"),
+        (["use_qlora=true", "qlora_config.load_in_4bit=false"], "load_in_4bit=false"),
+    ],
+)
+def test_contradicting_switches_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(overrides=overrides)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import difflm_jax
 from difflm_jax import evaluate, export, generate
 from difflm_jax.cli import run_command
+from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training.metrics import read_metrics
 from tests.byte_tokenizer import byte_tokenizer
@@ -245,6 +246,43 @@ def test_export_writes_what_the_ecosystem_loads(finished, model_dir, tmp_path, k
         assert AutoTokenizer.from_pretrained(out).mask_token == "<|mask|>"
         merged = difflm_jax.load(out, dtype="float32")
         assert (merged.attention, merged.logit_shift, merged.lora) == ("prefix", True, None)
+
+
+@pytest.fixture(scope="module")
+def quantised(model_dir, rows, tmp_path_factory):
+    """The directory of a finished run over a base in NF4 (not to be changed)."""
+    tmp_path = tmp_path_factory.mktemp("quantised")
+    held = [
+        "--config.quantization=nf4",
+        "--config.quantization_block_size=16",
+        "--config.phases=sft",
+        "--config.max_steps=2",
+    ]
+    assert command(arguments.__wrapped__(model_dir, rows, tmp_path) + held) == 0
+    return tmp_path / "run"
+
+
+def test_a_quantised_base_is_kept_beside_the_run_and_found_again(quantised, monkeypatch, capsys):
+    assert [path.name[:4] for path in (quantised / "converted").iterdir()] == ["nf4-"]
+    monkeypatch.setattr("difflm_jax.checkpoint.converted.load_params", None)  # whoever converts again fails
+    flags = ["generate", f"--run={quantised}", "--prompt=1+1", "--max_new_tokens=8", "--steps=2"]
+    assert run_command(generate.main, generate.FLAGS, "", flags) == 0
+    assert capsys.readouterr().out.strip() != ""
+
+
+def test_a_merged_export_of_a_quantised_run_is_dense_and_says_so(quantised, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["export", f"--run={quantised}", "--to=merged", f"--out={out}"]
+    assert run_command(export.main, export.FLAGS, "", flags) == 0
+    assert "as nf4 holds it, dequantised" in capsys.readouterr().out
+    tokens = np.array([[5, 6, 7, 259, 9, 10]])
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(tokens)).logits.numpy()
+    held = QuantConfig("nf4", 16)
+    ours = difflm_jax.load(model_dir, causal=True, adapter=quantised / "sft_model", dtype="float32", quantization=held)
+    np.testing.assert_allclose(np.asarray(ours(tokens)), found, atol=1e-5)
+    dense = difflm_jax.load(model_dir, causal=True, adapter=quantised / "sft_model", dtype="float32")
+    assert np.abs(np.asarray(dense(tokens)) - found).max() > 1e-4
 
 
 BAD = {
