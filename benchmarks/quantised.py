@@ -1,4 +1,4 @@
-"""Speed of a quantised base: LoRA steps over every format beside the dense base, and beside torch + peft + bitsandbytes.
+"""Speed of a quantised base: LoRA steps over every format beside the dense base, and beside torch + bitsandbytes.
 
     python benchmarks/quantised.py [--model=models/SmolLM2-135M-Instruct.Q4_1.gguf] [--rows=8 --length=128] [--peer]
                                    [--out=FILE.json]
@@ -69,9 +69,8 @@ def _load(base: str, options: argparse.Namespace) -> tuple[difflm_jax.LanguageMo
     jax.block_until_ready(lm.params)
     facts = {"load_seconds": round(time.perf_counter() - start, 2)}
     if held is not None:
-        weights = [
-            w for w in jax.tree.leaves(lm.params, is_leaf=lambda x: isinstance(x, QTensor)) if isinstance(w, QTensor)
-        ]
+        leaves = jax.tree.leaves(lm.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+        weights = [leaf for leaf in leaves if isinstance(leaf, QTensor)]
         facts["bits_a_weight"] = round(8 * sum(w.nbytes for w in weights) / sum(np.prod(w.shape) for w in weights), 3)
         facts["quantise_seconds_a_gb"] = round(_quantise_seconds(held), 2)
         with tempfile.TemporaryDirectory() as directory:

@@ -252,12 +252,8 @@ def test_export_writes_what_the_ecosystem_loads(finished, model_dir, tmp_path, k
 def quantised(model_dir, rows, tmp_path_factory):
     """The directory of a finished run over a base in NF4 (not to be changed)."""
     tmp_path = tmp_path_factory.mktemp("quantised")
-    held = [
-        "--config.quantization=nf4",
-        "--config.quantization_block_size=16",
-        "--config.phases=sft",
-        "--config.max_steps=2",
-    ]
+    held = ["quantization=nf4", "quantization_block_size=16", "phases=sft", "max_steps=2"]
+    held = [f"--config.{override}" for override in held]
     assert command(arguments.__wrapped__(model_dir, rows, tmp_path) + held) == 0
     return tmp_path / "run"
 
