@@ -1,6 +1,9 @@
 """The one product of activations with a frozen weight, dense or quantised."""
 
+from typing import Any
+
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from difflm_jax.quant.qtensor import QTensor, dequantize
 
@@ -25,7 +28,7 @@ def _product(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _quantised_product(rows: jax.Array, w: QTensor) -> jax.Array:
-    return _product(rows, dequantize(w, rows.dtype))
+    return _product(rows, _decoded(w, rows.dtype))
 
 
 def _forward(rows: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
@@ -34,7 +37,14 @@ def _forward(rows: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
 
 def _backward(w: QTensor, gradient: jax.Array) -> tuple[jax.Array, None]:
     # The weight is decoded once more: keeping the decoded one for the backward pass would hold the model in full.
-    return gradient @ dequantize(w, gradient.dtype), None
+    return gradient @ _decoded(w, gradient.dtype), None
+
+
+def _decoded(w: QTensor, dtype: Any) -> jax.Array:
+    # Left to itself XLA turns the codes of all layers into the order that decoding likes best, in a copy of the whole
+    # stack before the loop over layers: on a TPU v6e 1.7 GiB more for Qwen3-4B.
+    codes = with_layout_constraint(w.codes, Layout(tuple(range(w.codes.ndim))))
+    return dequantize(w.replace(codes=codes), dtype)
 
 
 _quantised_product.defvjp(_forward, _backward)

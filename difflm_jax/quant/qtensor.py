@@ -102,10 +102,8 @@ def dequantize(w: QTensor, dtype: Any) -> jax.Array:
         return jax.vmap(functools.partial(dequantize, dtype=dtype))(w)
     scales = unnest(w.scales) if isinstance(w.scales, NestedScales) else w.scales.astype(jnp.float32)
     form = FORMATS[w.format]
-    parts = _halves(w.codes, w.block_size) if form.bits == 4 else (w.codes.reshape(*scales.shape, -1),)
-    # Each half is finished before they are joined: joining the codes first costs a sixth more on a CPU.
-    values = [(form.decode(part) * scales[..., None]).astype(dtype) for part in parts]
-    return jnp.concatenate(values, axis=-1).reshape(w.shape)
+    codes = unpack(w.codes, w.block_size) if form.bits == 4 else w.codes.reshape(*scales.shape, -1)
+    return (form.decode(codes) * scales[..., None]).astype(dtype).reshape(w.shape)
 
 
 def pack(codes: jax.Array) -> jax.Array:
@@ -116,9 +114,5 @@ def pack(codes: jax.Array) -> jax.Array:
 
 def unpack(packed: jax.Array, block_size: int) -> jax.Array:
     """The inverse of `pack`: uint8 [..., n * G / 2] -> [..., n, G]."""
-    return jnp.concatenate(_halves(packed, block_size), axis=-1)
-
-
-def _halves(packed: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
     grouped = packed.reshape(*packed.shape[:-1], -1, block_size // 2)
-    return grouped & 15, grouped >> 4
+    return jnp.concatenate([grouped & 15, grouped >> 4], axis=-1)
