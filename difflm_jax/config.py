@@ -98,11 +98,14 @@ def default_config() -> ConfigDict:
             "adam_eps": 1e-8,
             "max_grad_norm": 1.0,  # 0: no clipping
             "mesh": {"data": -1},  # devices along each axis; -1: all
+            "max_nonfinite_steps": 10,  # so many skipped steps in a row end the run
             # Evaluation, logs and checkpoints.
             "log_interval": 1000,  # optimiser steps
             "log_frequency_per_epoch": 4,  # evaluations and checkpoints
             "eval_batches": 0,  # of the test split; 0: all
             "keep_checkpoints": 2,
+            "heartbeat_seconds": 60.0,  # output_dir/heartbeat.json is replaced so often; 0: never
+            "profile": {"first_step": 1, "steps": 0},  # a jax.profiler trace of these steps of each phase
             "diffusion_steps": 10,
             "algorithm": "confidence",  # which masks are committed first when sampling
             "sample_prompts": 8,  # of the test split, answered at each evaluation; 0: none

@@ -35,7 +35,7 @@ _RANGES = (
             "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps", "log_interval",
             "log_frequency_per_epoch", "diffusion_steps", "length_multiple", "loss_chunk",
             "keep_checkpoints", "adam_eps", "lora_config.r", "lora_config.lora_alpha", "sample_tokens",
-            "report.max_new_tokens",
+            "report.max_new_tokens", "max_nonfinite_steps", "profile.first_step",
         ),
     ),
     (
@@ -43,7 +43,7 @@ _RANGES = (
         lambda x: x >= 0,
         (
             "dataloader_num_workers", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_batches",
-            "sample_prompts", "answer_padding", "report.rows",
+            "sample_prompts", "answer_padding", "report.rows", "heartbeat_seconds", "profile.steps",
         ),
     ),
     ("2 or more", lambda x: x >= 2, ("max_length",)),

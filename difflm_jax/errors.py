@@ -8,6 +8,17 @@ from collections.abc import Callable
 class UserError(ValueError):
     """Bad input: the message is one line that names the culprit (key, file:line, tensor) and what to do."""
 
+    exit_status = 1
+
+
+class RunInterruptedError(UserError):
+    """The run was asked to stop, and has saved what it had: the same command goes on from there.
+
+    Its exit status is EX_TEMPFAIL of sysexits.h ("try again"), so that a scheduler can tell it from a failure.
+    """
+
+    exit_status = 75
+
 
 def one_line(error: BaseException) -> str:
     """The message of `error` on a single line, for wrapping an error of a library in a `UserError`."""
@@ -15,7 +26,7 @@ def one_line(error: BaseException) -> str:
 
 
 def exit_with_errors(main: Callable[[], int | None], debug_traceback: bool = False) -> int:
-    """Runs `main` and returns the exit status: a `UserError` becomes one `error:` line on stderr and status 1.
+    """Runs `main` and returns the exit status: a `UserError` becomes one `error:` line on stderr and its own.
 
     `debug_traceback` prints the traceback as well. Anything that is not a `UserError` is a defect of ours and is
     raised as it is.
@@ -26,7 +37,7 @@ def exit_with_errors(main: Callable[[], int | None], debug_traceback: bool = Fal
         if debug_traceback:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return error.exit_status
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         return 130

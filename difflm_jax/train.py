@@ -3,7 +3,8 @@
     python -m difflm_jax.train --config=configs/pretrain.py [--config.learning_rate=1e-4 ...]
                                [--hyper_parameters_json='{"epochs": 2}']
 
-The same command again resumes an unfinished run.
+The same command again resumes an unfinished run. Exit status: 0 finished, 75 stopped by SIGTERM or Ctrl-C with a
+checkpoint saved (start it again), 1 an error.
 """
 
 import sys
@@ -20,6 +21,7 @@ from difflm_jax.training.run import train
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", "", "A .py, .yaml or .json file; without it the defaults.", flag_values=FLAGS)
 flags.DEFINE_string("hyper_parameters_json", "", "Keys as JSON, as the original system takes them.", flag_values=FLAGS)
+flags.DEFINE_bool("force", False, "Resume although configuration or data have changed.", flag_values=FLAGS)
 
 
 def command(argv: Sequence[str]) -> int:
@@ -30,7 +32,7 @@ def command(argv: Sequence[str]) -> int:
         config = load_config(flag_values.config, overrides, flag_values.hyper_parameters_json)
         report = config.report
         questions = read_questions(report.data, report.rows) if report.data else []  # bad rows stop a run at its start
-        lm = train(config)
+        lm = train(config, flag_values.force)
         if lm is not None and questions:
             print_report(lm, report.data, questions, report.tokens_per_pass, report.max_new_tokens)
 

@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 _PROJECT = Path(__file__).parents[1]
 _SHARED = _PROJECT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(tmp_path_factory):
+    """What one test has compiled another need not: many run the same commands."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")

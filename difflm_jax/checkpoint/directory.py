@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 import contextlib
 import shutil
@@ -40,3 +40,14 @@ def new_directory(target: str | Path, may_replace: Callable[[Path], bool] = lamb
         raise UserError(f"{target}: cannot be written ({one_line(error)})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes or replaces a text file: whoever reads it sees the old one or the new one. Raises `UserError`."""
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({one_line(error)})") from error

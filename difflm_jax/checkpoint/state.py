@@ -1,10 +1,17 @@
-"""Checkpoints of training state through orbax: asynchronous, atomic, the last ones and the best one kept."""
+"""Checkpoints of training state through orbax: asynchronous, atomic, the last ones and the best one kept.
+
+Losing one is no reason to lose a run: a save that fails is announced and training goes on, and a checkpoint that turns
+out to be damaged is put aside and the one before it used.
+"""
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +27,42 @@ from difflm_jax.errors import UserError, one_line
 Tree = Any
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint whose files are not those that were written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read: its step, its state (may be donated) and the metrics saved with it."""
+
+    step: int
+    state: Tree
+    metrics: dict[str, Any]
+
+
 class Checkpoints:
     """The checkpoints of one phase, in `directory`/<step>.
 
     The `keep` latest stay, and so does the best (lowest `eval_loss` in the metrics; of equals the latest). A directory
-    takes the name of its step only when it is complete, so that one whose writing was cut off is never found; and a
-    checksum is stored with the arrays, so that a damaged one is never taken for whole.
+    takes the name of its step only when it is complete, so that one whose writing was cut off is never found; and
+    checksums are stored with the arrays and the metrics, so that a damaged one is never taken for whole.
     """
 
     def __init__(self, directory: str | Path, keep: int):
         self._directory = Path(directory).absolute()
+        self._keep = keep
+        self._writing: int | None = None  # the step that is on its way to the disk
+        self.failed_saves = 0
         _silence_orbax()
+        self._rename_unreadable()
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
         with self._errors("cannot be used"):
-            self._manager = ocp.CheckpointManager(
+            return ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_LatestAndBest(keep),
+                    preservation_policy=_LatestAndBest(self._keep),
                     best_fn=_eval_loss,  # without one orbax stores no metrics
                     best_mode="min",
                     cleanup_tmp_directories=True,
@@ -48,23 +75,47 @@ class Checkpoints:
     def save(self, step: int, state: Tree, metrics: Mapping[str, Any] | None = None) -> None:
         """Begins to write `state` (a pytree of arrays) and `metrics` (what JSON can hold) as checkpoint `step`.
 
-        Returns once the arrays are copied, so that they may be donated. An error of the writing itself is raised as
-        `UserError` by the next call that has to wait for it.
+        Returns once the arrays are copied, so that they may be donated. A save that fails, now or later, is announced
+        by the next call and counted in `failed_saves`; what it left behind is removed, and older checkpoints stay.
         """
-        self.wait()
-        about = {"checksum": int(jax.jit(_checksum)(state)), "leaves": _leaves(state)}
-        with self._errors(f"checkpoint {step} could not be written"):
+        self.settle()
+        metrics = dict(metrics or {})
+        about = {
+            "checksum": int(jax.jit(_checksum)(state)),
+            "leaves": _leaves(state),
+            "metrics_checksum": _json_checksum(metrics),
+        }
+        self._writing = step
+        try:
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(state),
-                metrics=dict(metrics or {}),
+                metrics=metrics,
                 custom_metadata=about,
                 force=True,
+            )
+        except (OSError, ValueError) as error:
+            self._announce_failure(error)
+
+    def settle(self) -> None:
+        """Waits until the save under way is on disk, or has failed and is announced."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            self._announce_failure(error)
+        self._writing = None
+
+    def finish(self, step: int) -> None:
+        """Settles; raises `UserError` if there is no checkpoint of `step`, the last one of a phase."""
+        if step not in self.steps():
+            raise UserError(
+                f"{self._directory}: the last checkpoint ({step}) could not be written; make room and give the same "
+                f"command again: it goes on from {_of(self.latest())}"
             )
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
-        self.wait()
+        self.settle()
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
@@ -73,61 +124,132 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The kept step with the lowest `eval_loss`; None if no checkpoint has one."""
-        return _best({step: self.metrics(step) for step in self.steps()})
+        return _best({step: self._metrics_or_none(step) for step in self.steps()})
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """The metrics that were saved with `step`."""
-        self.wait()
-        with self._errors(f"checkpoint {step} has no readable metrics"):
-            return dict(self._manager.metrics(step) or {})
+        """The metrics that were saved with `step`. Raises `DamagedCheckpointError` if they are not what was written."""
+        self.settle()
+        try:
+            metrics = dict(self._manager.metrics(step) or {})
+            if self._about(step)["metrics_checksum"] != _json_checksum(metrics):
+                raise ValueError("its metrics are not those that were written")
+        except Exception as error:  # orbax raises anything for files that it cannot read
+            raise self._damaged(step, one_line(error)) from error
+        return metrics
 
     def restore(self, step: int, abstract_state: Tree) -> Tree:
         """The state of `step` in the structure and shardings of `abstract_state`; it may be donated.
 
         The leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s of the shapes and dtypes that were saved;
-        without a sharding they go to the first device. Raises `UserError` that names the directory for a checkpoint
-        that is damaged or of another shape.
+        without a sharding they go to the first device. Raises `DamagedCheckpointError` for one whose files are not
+        what was written, `UserError` for one of another shape; both name the directory.
         """
-        self.wait()
+        self.settle()
         abstract_state = jax.tree.map(_abstract, abstract_state)
         try:
-            state, checksum = self._read(step, abstract_state)
+            about = self._about(step)
+            leaves, checksum = about["leaves"], about["checksum"]
+        except Exception as error:
+            raise self._damaged(step, one_line(error)) from error
+        if different := sorted(leaves.items() ^ _leaves(abstract_state).items()):
+            raise UserError(
+                f"{self._directory / str(step)}: the checkpoint and this run differ in {different[0][0]}: choose "
+                "another output_dir, or the settings that the checkpoint was made with"
+            )
+        try:
+            state = self._read(step, abstract_state)
         except Exception as error:  # orbax raises bare `Exception` for arrays that cannot be read
-            raise self._unusable(step, one_line(error)) from error
+            raise self._damaged(step, one_line(error)) from error
         # Restored arrays may lie in memory that XLA does not own and cannot reuse: copies can be donated.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
         state = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
         if int(jax.jit(_checksum)(state)) != checksum:
-            raise self._unusable(step, "its arrays are not those that were written")
+            raise self._damaged(step, "its arrays are not those that were written")
         return state
 
-    def wait(self) -> None:
-        """Waits until everything is on disk; raises what went wrong on the way."""
-        with self._errors("a checkpoint could not be written"):
-            self._manager.wait_until_finished()
+    def restore_latest(self, abstract_state: Tree) -> Restored | None:
+        """The latest checkpoint that is whole; None where there is none. Damaged ones are announced and put aside."""
+        return self._first_whole(self.latest, abstract_state)
+
+    def restore_best(self, abstract_state: Tree) -> Restored | None:
+        """The best checkpoint that is whole, the latest where none has an `eval_loss`; see `restore_latest`."""
+        return self._first_whole(lambda: self.best() or self.latest(), abstract_state)
 
     def close(self) -> None:
-        """Waits, and ends the threads behind this object."""
+        """Settles, and ends the threads behind this object."""
+        self.settle()
         with self._errors("a checkpoint could not be written"):
             self._manager.close()
 
-    def _read(self, step: int, abstract_state: Tree) -> tuple[Tree, int]:
-        """(the state, its checksum when it was saved); raises whatever orbax and tensorstore may raise."""
-        about = self._manager.metadata(step).custom_metadata
-        if different := sorted(about["leaves"].items() ^ _leaves(abstract_state).items()):
-            raise ValueError(f"the checkpoint and this run differ in {different[0][0]}")
+    def _first_whole(self, choose: Callable[[], int | None], abstract_state: Tree) -> Restored | None:
+        while (step := choose()) is not None:
+            try:
+                return Restored(step, self.restore(step, abstract_state), self.metrics(step))
+            except DamagedCheckpointError as error:
+                self._put_aside(step, error)
+        return None
+
+    def _put_aside(self, step: int, error: DamagedCheckpointError) -> None:
+        self._rename(step)
+        self._reopen()
+        print(f"{error}; it is kept as damaged-{step}, and {_of(self.latest())} is used instead", flush=True)
+
+    def _rename(self, step: int) -> None:
+        """Gives a damaged checkpoint another name, so that its step can be written again."""
+        if jax.process_index() == 0:
+            target = self._directory / f"damaged-{step}"
+            shutil.rmtree(target, ignore_errors=True)
+            with self._errors(f"the damaged checkpoint {step} cannot be renamed"):
+                (self._directory / str(step)).rename(target)
+
+    def _rename_unreadable(self) -> None:
+        """Puts checkpoints aside whose JSON is torn: orbax reads that of all of them before it opens any."""
+        for path in self._directory.glob("[0-9]*/"):
+            try:
+                for file in ("_CHECKPOINT_METADATA", "metrics/metrics"):
+                    json.loads((path / file).read_bytes())
+            except (OSError, ValueError) as error:
+                if path.name.isdecimal():
+                    self._rename(int(path.name))
+                    print(f"{self._damaged(int(path.name), one_line(error))}; it is kept as damaged-{path.name}")
+
+    def _announce_failure(self, error: Exception) -> None:
+        """Says that a save failed, and removes what it has written so far."""
+        step, self._writing = self._writing, None
+        self.failed_saves += 1
+        self._reopen()
+        print(
+            f"{self._directory}: checkpoint {step} could not be written ({one_line(error)[:200]}); training goes on, "
+            f"the last one on disk is {_of(self.latest())}",
+            flush=True,
+        )
+
+    def _reopen(self) -> None:
+        """A manager that knows what is on the disk now: after a failure the old one believes in what it never wrote."""
+        with contextlib.suppress(OSError, ValueError):
+            self._manager.close()
+        self._manager = self._open()
+
+    def _about(self, step: int) -> dict[str, Any]:
+        return self._manager.metadata(step).custom_metadata
+
+    def _metrics_or_none(self, step: int) -> dict[str, Any]:
+        try:
+            return self.metrics(step)
+        except DamagedCheckpointError:
+            return {}
+
+    def _read(self, step: int, abstract_state: Tree) -> Tree:
+        """The state; raises whatever orbax and tensorstore may raise."""
         # orbax reads arrays concurrently, and prints a traceback for every further one that fails: look first.
         store = tensorstore.KvStore.open(f"file://{self._directory}/{step}/default/|ocdbt:").result()
         for key in store.list().result():
             if not store.read(key).result().value:  # of a file that is gone it says: empty
                 raise FileNotFoundError(f"{key.decode()} is missing")
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state)), about["checksum"]
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
 
-    def _unusable(self, step: int, reason: str) -> UserError:
-        return UserError(
-            f"{self._directory / str(step)}: the checkpoint cannot be restored ({reason[:200]}); if it is damaged, "
-            "delete that directory to go on from the one before it"
-        )
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{self._directory / str(step)}: the checkpoint is damaged ({reason[:200]})")
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -165,6 +287,15 @@ def _best(metrics: Mapping[int, Mapping[str, Any]]) -> int | None:
 def _eval_loss(metrics: Mapping[str, Any]) -> float:
     loss = metrics.get("eval_loss")
     return math.inf if loss is None else float(loss)
+
+
+def _of(step: int | None) -> str:
+    return "no checkpoint" if step is None else f"checkpoint {step}"
+
+
+def _json_checksum(metrics: Mapping[str, Any]) -> int:
+    """CRC-32 of `metrics` as JSON, which is how orbax stores them."""
+    return zlib.crc32(json.dumps(metrics, sort_keys=True).encode())
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

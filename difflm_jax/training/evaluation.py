@@ -1,4 +1,4 @@
-"""Evaluation on a test split with fixed masks: the same rows, rates and masks at every call."""
+"""Evaluation on a test split with fixed masks: the same rows, rates and masks at every call, in batches of any size."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -47,19 +47,23 @@ def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
 
 
 class Evaluator:
-    """Runs the evaluation step over a fixed list of batches; row rates are stratified whatever training does."""
+    """Runs the evaluation step over a fixed list of batches; rates are stratified over all their rows."""
 
     def __init__(self, options: StepOptions, mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], key: jax.Array):
         corruption = dataclasses.replace(options.corruption, mask_rate="row")
         self._step = make_eval_step(dataclasses.replace(options, corruption=corruption), mesh)
-        self._batches = list(batches)
+        self._batches = [CleanBatch(**batch) for batch in batches]
         self._sharding = batch_sharding(mesh)
         self._key = key
+        self._num_rows = 0
+        for index, batch in enumerate(self._batches):
+            self._batches[index] = batch.replace(row_index=batch.row_index + self._num_rows)
+            self._num_rows += batch.row_index.size
 
     def __call__(self, params: Any, lora: Any) -> LossSums:
         """Sums over all batches, on the host in float64."""
         total = None
-        for index, batch in enumerate(self._batches):
-            rows = jax.device_put(CleanBatch(**batch), self._sharding)
-            total = add_sums(total, self._step(params, lora, rows, jax.random.fold_in(self._key, index)))
+        for batch in self._batches:
+            rows = jax.device_put(batch, self._sharding)
+            total = add_sums(total, self._step(params, lora, rows, self._key, self._num_rows))
         return total

@@ -1,25 +1,31 @@
 """The loop of one phase: batches in, steps, evaluations and checkpoints at their times, metrics out."""
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.checkpoint.state import Checkpoints
+from difflm_jax.checkpoint.state import Checkpoints, Restored
 from difflm_jax.data.pipeline import batches, prefetch
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
-from difflm_jax.diffusion.objective import LossSums
+from difflm_jax.errors import RunInterruptedError, UserError, one_line
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.training.evaluation import Evaluator, add_sums, by_rate, summarise
-from difflm_jax.training.flops import mfu, train_flops_per_token
+from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
+from difflm_jax.training.interruption import stop_request
 from difflm_jax.training.mesh import batch_sharding, replicated
-from difflm_jax.training.metrics import MetricsLog, progress_line
+from difflm_jax.training.meter import Meter, throughput
+from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from difflm_jax.training.tracking import Tracker
+from difflm_jax.training.watch import Heartbeat, Profile
 
 PHASE_SCOPE = {"pretrain": "all", "sft": "answer"}
 
@@ -43,20 +49,23 @@ class Phase:
     eos_id: int
 
 
-OnEvaluation = Callable[[dict[str, Any], int], None]  # (lora, step): logs sample generations
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where a phase writes: everything in `directory`, which is the run's."""
+
+    directory: Path
+    checkpoints: Checkpoints
+    log: MetricsLog
+    samples: MetricsLog
+    tracker: Tracker
+    on_evaluation: Callable[[dict[str, Any], int], None]  # (lora, step): logs sample generations
 
 
-def run_phase(
-    phase: Phase,
-    initial: TrainState,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-    tracker: Tracker,
-    on_evaluation: OnEvaluation,
-) -> TrainState:
-    """Trains to the end of the phase, from its latest checkpoint if it has one; returns the best state.
+def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: Outputs) -> TrainState:
+    """Trains to the end of the phase, from `resumed` if it is given; returns the best state.
 
-    Best is the lowest `eval_loss`; without a test split it is the last.
+    Best is the lowest `eval_loss`; without a test split it is the last. Raises `RunInterruptedError` after a signal,
+    and `UserError` after `max_nonfinite_steps` steps in a row that were not finite, each with a checkpoint written.
     """
     config = phase.config
     data = make_batches(phase, phase.train_rows, train=True)
@@ -69,36 +78,92 @@ def run_phase(
     evaluate = make_evaluator(phase, options)
     key = jax.random.fold_in(jax.random.key(config.seed), _PHASE_STREAM[phase.name])
 
-    state, done, tokens = initial, checkpoints.latest() or 0, 0
-    if done:
-        state = checkpoints.restore(done, initial)
-        tokens = checkpoints.metrics(done)["tokens"]
+    done, state, saved = (resumed.step, resumed.state, resumed.metrics["meter"]) if resumed else (0, initial, None)
     # The initial arrays may be kept elsewhere (the best state of the phase before), and a step donates its state.
     state = jax.tree.map(lambda x: x.copy(), state)
-    meter = Meter(phase, log, tracker, total, tokens)
+    speed = throughput(phase.model, config.max_length, phase.mesh.size)
+    meter = Meter(phase.name, out.log, out.tracker, total, speed, functools.partial(rows_of_step, phase, data), saved)
+    heartbeat = Heartbeat(out.directory, config.heartbeat_seconds)
+    profile = Profile(out.directory / "profile" / phase.name, config.profile.first_step, config.profile.steps)
     iterator = prefetch(data, done, config.dataloader_num_workers)
     sharding = batch_sharding(phase.mesh)
 
+    def save(step: int, state: TrainState, record: dict[str, Any]) -> None:
+        if out.log.flush() and out.samples.flush():  # a checkpoint implies that every line up to it is on the disk
+            out.checkpoints.save(step, state, {"meter": meter.state(), **record})
+
     pending = None  # metrics are read one step late, so that the host never waits for the step it has just started
-    for step in range(done, total):
-        batch = jax.device_put(CleanBatch(**next(iterator)), sharding)
-        state, metrics = train_step(phase.params, state, batch, key, step)
-        if pending is not None:
+    with stop_request() as stop, contextlib.closing(profile):
+        for step in range(done + 1, total + 1):
+            heartbeat.beat(phase.name, step - 1, total, "training")
+            profile.before(step)
+            began = time.perf_counter()
+            host_batch = next(iterator)
+            waited = time.perf_counter() - began
+            batch = jax.device_put(CleanBatch(**host_batch), sharding)
+            state, metrics = train_step(phase.params, state, batch, key, step - 1)
+            profile.after(step, metrics)
+            if pending is not None:
+                meter.add(*pending)
+                if pending[0] % config.log_interval == 0:
+                    meter.write(pending[0])
+            pending = (step, metrics, waited)
+            due = step % interval == 0 or step == total
+            signal = stop.reached(step)
+            in_a_row = meter.nonfinite_in_a_row
+            if not (due or signal or in_a_row >= config.max_nonfinite_steps):
+                continue
             meter.add(*pending)
-        pending = (step + 1, metrics)
-        if (step + 1) % interval == 0 or step + 1 == total:
-            meter.add(*pending)
-            pending = None
-            meter.write(step + 1)
-            record = evaluation_record(evaluate, phase, state.lora)
-            if record:
-                log.append({"phase": phase.name, "step": step + 1, **record})
-                tracker.log(phase.name, record, step + 1)
-            on_evaluation(state.lora, step + 1)
-            checkpoints.save(step + 1, state, {"tokens": meter.tokens, **record})
+            pending, in_a_row = None, max(in_a_row, meter.nonfinite_in_a_row)
+            if due or step % config.log_interval == 0:
+                meter.write(step)
+            record = {}
+            if due:
+                heartbeat.beat(phase.name, step, total, "evaluating")
+                record = evaluation_record(evaluate, phase, state.lora)
+                if record:
+                    out.log.append({"phase": phase.name, "step": step, **record})
+                    out.tracker.log(phase.name, record, step)
+                out.on_evaluation(state.lora, step)
+            save(step, state, record)
+            if in_a_row >= config.max_nonfinite_steps:
+                _stop_at_nonfinite(phase, in_a_row, meter.last_nonfinite, data, out)
+            if signal and step < total:
+                out.checkpoints.settle()
+                raise RunInterruptedError(
+                    f"stopped by {signal} after step {step} of {total} of {phase.name}; the same command goes on from "
+                    f"checkpoint {out.checkpoints.latest()}"
+                )
             meter.restart_clock()
-    checkpoints.wait()
-    return checkpoints.restore(checkpoints.best() or checkpoints.latest(), initial)
+    out.checkpoints.finish(total)
+    best = out.checkpoints.restore_best(initial)
+    if best is None:
+        raise UserError(f"{out.directory}: no checkpoint of {phase.name} can be read; the same command trains it again")
+    return best.state
+
+
+def rows_of_step(phase: Phase, data: Any, step: int) -> dict[str, Any]:
+    """The rows of step `step` (from 0): their ids, and where in the data set they come from."""
+    ids = data[step]["example_ids"]
+    ids = ids[ids >= 0].tolist()
+    return {"example_ids": ids, "rows": phase.train_rows.select(ids)["origin"][:]}
+
+
+def _stop_at_nonfinite(phase: Phase, in_a_row: int, last: int, data: Any, out: Outputs) -> None:
+    """Keeps the batch of the `last` step that was not finite, and ends the run."""
+    out.checkpoints.settle()
+    target = out.directory / "nonfinite" / f"{phase.name}-step{last}.npz"
+    try:
+        target.parent.mkdir(exist_ok=True)
+        np.savez(target, **data[last - 1])
+        where = f"the batch of the last one is in {target}"
+    except OSError as error:
+        where = f"the batch of the last one could not be written ({one_line(error)})"
+    raise UserError(
+        f"{phase.name}: {in_a_row} steps in a row, up to step {last}, had a loss or gradient that is not finite; none "
+        f"of them changed anything; {where}, the rows of each are in {out.log.path}; the same command goes on behind "
+        f"them from checkpoint {out.checkpoints.latest()}"
+    )
 
 
 def make_batches(phase: Phase, rows: Any, train: bool) -> Any:
@@ -151,53 +216,6 @@ def evaluation_record(evaluate: Evaluator | None, phase: Phase, lora: dict[str, 
         return {}
     sums = evaluate(phase.params, lora)
     return {**{f"eval_{name}": value for name, value in summarise(sums).items()}, "eval_by_mask_rate": by_rate(sums)}
-
-
-class Meter:
-    """Adds up the metrics of steps between two lines of the log, and their time."""
-
-    def __init__(self, phase: Phase, log: MetricsLog, tracker: Tracker, total: int, tokens: int):
-        self.tokens = tokens  # real tokens since the phase began
-        self._phase, self._log, self._tracker, self._total = phase, log, tracker, total
-        self._sums: LossSums | None = None
-        self._last: dict[str, Any] = {}
-        self._clock = time.perf_counter()
-
-    def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Reads the metrics of a finished step, and writes a line where one is due."""
-        sums = jax.device_get(metrics["sums"])
-        self._last = {name: float(metrics[name]) for name in ("learning_rate", "grad_norm")}
-        self._sums = add_sums(self._sums, sums)
-        self.tokens += int(sums.tokens)
-        if step % self._phase.config.log_interval == 0:
-            self.write(step)
-
-    def write(self, step: int) -> None:
-        """Writes the line of the steps since the last one; does nothing if there were none."""
-        if self._sums is None:
-            return
-        now = time.perf_counter()
-        seconds = max(now - self._clock, 1e-9)
-        speed = float(self._sums.tokens) / seconds
-        config, model = self._phase.config, self._phase.model
-        flops = train_flops_per_token(model.config, config.max_length, model.lora, remat="none")
-        record = {
-            "phase": self._phase.name,
-            "step": step,
-            **summarise(self._sums),
-            **self._last,
-            "tokens": self.tokens,
-            "tokens_per_second": speed,
-            "mfu": mfu(speed * flops, jax.devices()[0].device_kind, self._phase.mesh.size),
-        }
-        self._log.append(record)
-        self._tracker.log(self._phase.name, {name: record[name] for name in record if name != "phase"}, step)
-        print(progress_line(record, self._total), flush=True)
-        self._sums, self._clock = None, now
-
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last line (an evaluation, a save) out of the next line's speed."""
-        self._clock = time.perf_counter()
 
 
 def initial_state(config: Any, lora: dict[str, Any], mesh: Mesh) -> TrainState:

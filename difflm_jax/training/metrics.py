@@ -1,14 +1,16 @@
 """The metrics of a run: `metrics.jsonl`, one record a line, and the line that a terminal shows."""
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from difflm_jax.errors import UserError
+from difflm_jax.errors import UserError, one_line
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
@@ -19,17 +21,45 @@ class MetricsLog:
     Every line is strict JSON. NaN and infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and
     "-Infinity", which `float` reads back: a run that has diverged must be seen in its log. null is a value that there
     is none of, such as the accuracy of no masked token.
+
+    While the disk refuses, lines wait in memory, and the next call tries again. With `enabled` false nothing is
+    written: of several processes one writes.
     """
 
-    def __init__(self, output_dir: str | Path, name: str = METRICS_FILE):
+    def __init__(self, output_dir: str | Path, name: str = METRICS_FILE, enabled: bool = True):
         self.path = Path(output_dir) / name
+        self._enabled = enabled
+        self._waiting: list[str] = []
+        self._refused = False
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes `record` as one line and flushes it. Scalars of NumPy and JAX are written as numbers."""
-        line = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Writes `record` as one line. Scalars of NumPy and JAX are written as numbers."""
+        if self._enabled:
+            self._waiting.append(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n")
+            self.flush()
+
+    def flush(self) -> bool:
+        """Whether every line is in the file now. The first refusal of the disk, and its end, are announced."""
+        if not self._waiting:
+            return True
+        data = "".join(self._waiting).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                if (written := file.write(data)) < len(data):
+                    file.truncate(size)  # no torn lines
+                    raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes fit")
+        except OSError as error:
+            if not self._refused:
+                print(f"{self.path}: cannot be written, lines wait in memory ({one_line(error)})", flush=True)
+            self._refused = True
+            return False
+        if self._refused:
+            print(f"{self.path}: can be written again", flush=True)
+        self._refused = False
+        self._waiting = []
+        return True
 
     def cut_back(self, phase_order: Sequence[str], phase: str, step: int) -> None:
         """Drops what a run that resumes at `step` of `phase` will write again.
@@ -38,7 +68,7 @@ class MetricsLog:
         `phase_order` (a report at the end) is dropped, and so is a line that a kill has torn. A file in which
         everything is kept is not touched.
         """
-        if not self.path.exists():
+        if not self._enabled or not self.path.exists():
             return
         place = {name: index for index, name in enumerate(phase_order)}
         end = (place[phase], step)
@@ -51,8 +81,11 @@ class MetricsLog:
         shortened = "".join(line + "\n" for line in lines)
         if shortened != text:
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(shortened, encoding="utf-8")
-            temporary.replace(self.path)
+            try:
+                temporary.write_text(shortened, encoding="utf-8")
+                temporary.replace(self.path)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({one_line(error)})") from error
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:

@@ -9,26 +9,28 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.state import Checkpoints
-from difflm_jax.config import CONVERTED, difference, load_config, notes, phase_config, quantization, to_json
+from difflm_jax.config import CONVERTED, notes, phase_config, quantization, to_json
 from difflm_jax.data.pipeline import describe, split, tokenize
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel, open_model
 from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.training.loop import Phase, initial_state, run_phase
+from difflm_jax.training.loop import Outputs, Phase, initial_state, run_phase
 from difflm_jax.training.mesh import DATA_AXIS, make_mesh, replicated
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
+from difflm_jax.training.resume import check_config, check_data, describe_data, write_identity
 from difflm_jax.training.samples import Sampler
 from difflm_jax.training.step import TrainState
 from difflm_jax.training.tracking import Tracker
 
 
-def train(config: ConfigDict) -> LanguageModel | None:
+def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     """Runs every phase of `config` that is not finished; returns the trained model, None if nothing was left to do.
 
     Nothing is written to `output_dir` before the model, the adapter and all data have been read and found good.
+    `force` goes on with a run whose configuration or data have changed.
     """
     directory = Path(config.output_dir)
-    _check_directory(directory, config)
+    check_config(directory, config, force)
     if all((directory / f"{phase}_model").is_dir() for phase in config.phases):
         print(f"{directory}: this run is finished (remove the directory, or change output_dir, to train again)")
         return None
@@ -48,15 +50,14 @@ def train(config: ConfigDict) -> LanguageModel | None:
     )
     print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
     rows = {phase: _read_rows(config, phase, lm) for phase in config.phases}
+    data = {phase: describe_data(*rows[phase]) for phase in config.phases}
+    check_data(directory, data, force)
     mesh = make_mesh(config.mesh.data)
     _check_sizes(config, lm, mesh)
     lm = start_adapter(lm.with_weights(directory / CONVERTED if config.convert_cache else None), config)
     params = jax.device_put(lm.params, replicated(mesh))
 
-    directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory / "config.json.part"
-    unfinished.write_text(to_json(config), encoding="utf-8")
-    unfinished.replace(directory / "config.json")
+    write_identity(directory, config, data)
     log = MetricsLog(directory)
     tracker = Tracker(config)
     state = initial_state(phase_config(config, config.phases[0]), lm.lora, mesh)
@@ -111,8 +112,11 @@ def _run(
     try:
         if target.is_dir():
             print(f"{name}: finished already")
-            return checkpoints.restore(checkpoints.best() or checkpoints.latest(), state)
-        step = checkpoints.latest() or 0
+            if (best := checkpoints.restore_best(state)) is None:
+                raise UserError(f"{directory / 'checkpoints' / name}: no checkpoint can be read; remove {target}")
+            return best.state
+        resumed = checkpoints.restore_latest(state)
+        step = resumed.step if resumed else 0
         samples = MetricsLog(directory, SAMPLES_FILE)
         for records in (log, samples):
             records.cut_back(config.phases, name, step)
@@ -130,7 +134,7 @@ def _run(
             eos_id=lm.tokenizer.eos_token_id,
         )
         sampler = Sampler(lm, resolved, name, rows[1], samples, tracker)
-        best = run_phase(phase, state, checkpoints, log, tracker, sampler)
+        best = run_phase(phase, state, resumed, Outputs(directory, checkpoints, log, samples, tracker, sampler))
         trained = lm.with_adapter(best.lora, lm.model.lora)
         trained.save_adapter(target, notes=f"Trained by difflm_jax, phase `{name}`; settings in `config.json`.")
         (target / "training_config.json").write_text(to_json(config), encoding="utf-8")
@@ -157,22 +161,6 @@ def _read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, A
         cache_dir=settings.cache_dir or None,
     )
     return split(rows, settings.test_size, settings.seed)
-
-
-def _check_directory(directory: Path, config: ConfigDict) -> None:
-    """Refuses to continue a run with another configuration, or to write into a directory that is no run."""
-    path = directory / "config.json"
-    if path.is_file():
-        before = load_config(str(path))
-        if changed := difference(before, config):
-            raise UserError(
-                f"{directory} holds a run with another configuration ({'; '.join(changed)}): "
-                "choose another output_dir, or the same settings to resume it"
-            )
-    elif directory.exists() and not directory.is_dir():
-        raise UserError(f"output_dir={directory} is not a directory")
-    elif (directory / "metrics.jsonl").exists() or (directory / "checkpoints").exists():
-        raise UserError(f"{directory}: holds results but no config.json; choose another output_dir")
 
 
 def _check_sizes(config: ConfigDict, lm: LanguageModel, mesh: Mesh) -> None:

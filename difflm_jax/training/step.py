@@ -47,6 +47,10 @@ def make_train_step(
     `batch` holds arrays [A, B, ...] (A micro-batches, B rows over all devices); `key` is that of the phase and `index`
     the number of the step in it. `state` is donated. The loss is Σ weight * CE / Σ weight over all micro-batches and
     devices, so that neither their number nor their split changes it.
+
+    A step whose loss or gradient norm is not finite is skipped: the state that it returns is, bit by bit, the one it
+    was given, moments and their count included, and `metrics["finite"]` is false. (`optax.apply_if_finite` would apply
+    such an update after its limit.)
     """
 
     def step(params: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
@@ -67,11 +71,14 @@ def make_train_step(
 
         total_weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradient = jax.tree.map(lambda g: g / total_weight, gradient)
+        grad_norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
         learning_rate = schedule(index)
         lora = jax.tree.map(lambda leaf, update: leaf - learning_rate * update, state.lora, updates)
-        metrics = {"sums": sums, "grad_norm": optax.tree.norm(gradient), "learning_rate": learning_rate}
-        return TrainState(lora, opt_state), metrics
+        new_state = jax.tree.map(functools.partial(jnp.where, finite), TrainState(lora, opt_state), state)
+        metrics = {"sums": sums, "grad_norm": grad_norm, "learning_rate": learning_rate, "finite": finite}
+        return new_state, metrics
 
     rows = PartitionSpec(None, DATA_AXIS)
     whole = PartitionSpec()
@@ -80,18 +87,20 @@ def make_train_step(
 
 
 def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
-    """Returns `step(params, lora, batch, key) -> LossSums` without dropout, for arrays [1, B, ...]."""
+    """Returns `step(params, lora, batch, key, num_rows) -> LossSums` without dropout, for arrays [1, B, ...].
 
-    def step(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
+    `num_rows` counts the rows over which rates are stratified: those of all batches.
+    """
+
+    def step(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array, num_rows: jax.Array) -> LossSums:
         rows = jax.tree.map(lambda x: x[0], batch)
-        num_rows = rows.lengths.shape[0] * mesh.shape[DATA_AXIS]
         _, sums = loss_sums(
             options.model, params, lora, rows, key, options.corruption, num_rows, options.chunk, train=False
         )
         return jax.lax.psum(sums, DATA_AXIS)
 
     rows, whole = PartitionSpec(None, DATA_AXIS), PartitionSpec()
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, rows, whole), out_specs=whole))
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, rows, whole, whole), out_specs=whole))
 
 
 def _loss_of(options, params, rows, key, num_rows, lora):

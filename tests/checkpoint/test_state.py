@@ -163,9 +163,9 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, capfd, damage):
 def test_a_state_of_another_shape_is_refused(tmp_path, other):
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, {"a": jnp.zeros((2, 3))})
-    with pytest.raises(UserError, match=rf"{tmp_path}/1: the checkpoint cannot be restored .*differ in \['[ab]'\]"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/1: the checkpoint and this run differ in \['[ab]'\]"):
         checkpoints.restore(1, other)
-    with pytest.raises(UserError, match=f"{tmp_path}/5: the checkpoint cannot be restored"):
+    with pytest.raises(UserError, match=f"{tmp_path}/5: the checkpoint is damaged"):
         checkpoints.restore(5, {"a": jnp.zeros((2, 3))})
 
 
@@ -181,13 +181,14 @@ def test_a_checksum_sees_every_change():
         assert int(_checksum(changed)) != checksum
 
 
-def test_a_disk_that_refuses_is_said_by_name(tmp_path):
+def test_a_directory_that_cannot_be_is_said_by_name(tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path / "ck", keep=2)
     shutil.rmtree(tmp_path / "ck")
     (tmp_path / "ck").write_text("not a directory")
-    with pytest.raises(UserError, match=f"{tmp_path}/ck: .*could not be written"):
-        checkpoints.save(1, _state())
-        checkpoints.wait()
+    checkpoints.save(1, _state())
+    with pytest.raises(UserError, match=rf"{tmp_path}/ck: the last checkpoint \(1\) could not be written"):
+        checkpoints.finish(1)
+    assert capfd.readouterr().out.startswith(f"{tmp_path}/ck: checkpoint 1 could not be written")
     assert [thread.name for thread in threading.enumerate() if "Signaling" in repr(thread)] == []  # they would hang us
 
 
@@ -233,27 +234,94 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_a_full_disk_surfaces_at_the_next_call(tmp_path):
-    """An error of the asynchronous writing (a limit on file sizes stands for a full disk) ends as a `UserError`."""
+def test_a_full_disk_is_announced_and_keeps_the_checkpoints_before(tmp_path):
+    """An error of the asynchronous writing (a limit on file sizes stands for a full disk) costs that save alone."""
     code = """
 import resource, signal, sys
 import jax, jax.numpy as jnp
 from difflm_jax.checkpoint.state import Checkpoints
 from difflm_jax.errors import UserError
-checkpoints = Checkpoints(sys.argv[1], keep=3)
-checkpoints.save(1, {"a": jnp.ones(3)})
-checkpoints.wait()
+checkpoints = Checkpoints(sys.argv[1], keep=2)
+state = {"a": jax.random.normal(jax.random.key(0), (1000, 1000))}
+checkpoints.save(1, state)
+checkpoints.save(2, state)
+checkpoints.settle()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+checkpoints.save(3, state)
+checkpoints.settle()
+assert checkpoints.steps() == [1, 2] and checkpoints.failed_saves == 1
 try:
-    checkpoints.save(2, {"a": jax.random.normal(jax.random.key(0), (1000, 1000))})
-    checkpoints.wait()
+    checkpoints.finish(3)
 except UserError as error:
     print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+checkpoints.save(4, state)
+checkpoints.finish(4)
+assert checkpoints.steps() == [2, 4]
+checkpoints.close()
 """
     result = _run(code, str(tmp_path / "ck"))
-    assert f"{tmp_path}/ck: " in result.stdout and "could not be written" in result.stdout, result.stderr[-2000:]
-    assert Checkpoints(tmp_path / "ck", keep=3).latest() == 1
+    assert result.returncode == 0, result.stderr[-2000:]
+    announced, refused = result.stdout.splitlines()
+    assert announced.startswith(f"{tmp_path}/ck: checkpoint 3 could not be written")
+    assert announced.endswith("training goes on, the last one on disk is checkpoint 2")
+    assert "the last checkpoint (3) could not be written; make room" in refused
+    assert sorted(path.name for path in (tmp_path / "ck").iterdir()) == ["2", "4"]
+
+
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_used_and_announced(tmp_path, capfd, damage):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, _state(1), {"tokens": 1, "eval_loss": 2.0})
+    checkpoints.save(2, _state(2), {"tokens": 2, "eval_loss": 1.0})
+    checkpoints.close()
+    _DAMAGES[damage](tmp_path / "2")
+    again = Checkpoints(tmp_path, keep=2)
+    restored = again.restore_latest(_state())
+    assert (restored.step, restored.metrics["tokens"]) == (1, 1)
+    _assert_equal(restored.state, _state(1))
+    said = capfd.readouterr().out
+    assert said.startswith(f"{tmp_path}/2: the checkpoint is damaged") and said.count("\n") == 1
+    assert "it is kept as damaged-2" in said
+    again.save(2, _state(3), {"tokens": 3})
+    _assert_equal(again.restore_best(_state()).state, _state(1))
+    assert again.restore_latest(_state()).metrics == {"tokens": 3}
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_and_no_cut_is_ever_taken_for_whole(tmp_path, capfd):
+    """60 seeded damages anywhere in a checkpoint's files: it reads back to the bit, or is put aside."""
+    checkpoints = Checkpoints(tmp_path / "ck", keep=1)
+    metrics = {"tokens": 12345, "eval_loss": 1.25}
+    checkpoints.save(1, _state(), metrics)
+    checkpoints.close()
+    files = sorted(path.relative_to(tmp_path / "ck") for path in (tmp_path / "ck").rglob("*") if path.is_file())
+    rng = np.random.default_rng(0)
+    found = {"whole": 0, "damaged": 0}
+    for trial in range(60):
+        copy = tmp_path / f"copy{trial}"
+        shutil.copytree(tmp_path / "ck", copy)
+        path = copy / files[trial % len(files)]
+        data = bytearray(path.read_bytes())
+        if not data:
+            continue
+        at = int(rng.integers(len(data)))
+        if trial % 3 == 0:
+            data = data[:at]
+        else:
+            data[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        again = Checkpoints(copy, keep=1)
+        restored = again.restore_latest(_state(1))
+        again.close()
+        if restored is not None:
+            _assert_equal(restored.state, _state())
+            assert restored.metrics == metrics
+        found["whole" if restored else "damaged"] += 1
+        shutil.rmtree(copy)
+    print(found)
+    assert found["damaged"] >= 20
 
 
 @pytest.mark.slow

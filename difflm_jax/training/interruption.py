@@ -1,0 +1,49 @@
+"""SIGTERM and Ctrl-C become a request that the loop sees between two steps, at the same step in every process."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopRequest:
+    """Whether somebody wants the run to end."""
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+
+    def reached(self, step: int) -> str:
+        """The name of the signal after which the run shall end with `step`, or "". Call it once after every step.
+
+        With several processes, jax's coordination service agrees on a step that all of them have yet to reach,
+        whichever of them was signalled.
+        """
+        if jax.process_count() > 1:
+            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+        return self._received.name if self._received else ""
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second time it is meant at once
+        self._received = signal.Signals(number)
+        print(f"{self._received.name}: saving after this step", flush=True)
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Listens to SIGTERM and SIGINT within the block. With several processes SIGTERM belongs to jax's own listener."""
+    request = StopRequest()
+    listened = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    before = {}
+    for number in listened:
+        with contextlib.suppress(ValueError):  # not the main thread: whoever runs it there sees to its signals
+            before[number] = signal.signal(number, request.receive)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

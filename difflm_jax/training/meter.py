@@ -1,0 +1,157 @@
+"""Adds up what steps report, and writes the lines of `metrics.jsonl`."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from difflm_jax.diffusion.objective import LossSums
+from difflm_jax.errors import UserError
+from difflm_jax.training.evaluation import add_sums, summarise
+from difflm_jax.training.flops import mfu, train_flops_per_token
+from difflm_jax.training.metrics import MetricsLog, progress_line
+from difflm_jax.training.tracking import Tracker
+from difflm_jax.training.watch import memory_peaks
+
+_FRESH = {
+    "tokens": 0,
+    "skipped_steps": 0,
+    "nonfinite_in_a_row": 0,
+    "last_nonfinite": None,
+    "sums": None,
+    "last": {},
+}
+OUTLIER = 2.0  # a step that takes this many times the median of its line is counted as one
+
+
+class Meter:
+    """The metrics of the steps since the last line, and of the whole phase.
+
+    `speed` gives what a line says about throughput from tokens a second. `origins(step)` names the rows of a step.
+    A step that was not finite does not count in the sums; it gets a line of its own that names its rows.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        log: MetricsLog,
+        tracker: Tracker,
+        total: int,
+        speed: Callable[[float], Mapping[str, Any]],
+        rows_of: Callable[[int], Mapping[str, Any]],
+        saved: Mapping[str, Any] | None = None,
+    ):
+        saved = saved or _FRESH
+        self.tokens = saved["tokens"]  # real tokens since the phase began
+        self.skipped_steps = saved["skipped_steps"]
+        self.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
+        self.last_nonfinite = saved["last_nonfinite"]  # the step
+        self._sums = _sums_from(saved["sums"])
+        self._last = dict(saved["last"])
+        self._phase, self._log, self._tracker, self._total = phase, log, tracker, total
+        self._speed, self._rows_of = speed, rows_of
+        self._seconds: list[float] = []
+        self._waited = 0.0
+        self._tokens_timed = 0.0
+        self._clock = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the lines after it to be the same as without a break."""
+        return {
+            "tokens": self.tokens,
+            "skipped_steps": self.skipped_steps,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "last_nonfinite": self.last_nonfinite,
+            "sums": None if self._sums is None else {k: np.asarray(v).tolist() for k, v in vars(self._sums).items()},
+            "last": self._last,
+        }
+
+    def add(self, step: int, metrics: Mapping[str, Any], waited: float) -> None:
+        """Reads the metrics of step number `step` (from 1), which waited `waited` seconds for its data."""
+        sums, finite = jax.device_get((metrics["sums"], metrics["finite"]))
+        now = time.perf_counter()
+        self._seconds.append(now - self._clock)
+        self._clock = now
+        self._waited += waited
+        self._tokens_timed += float(sums.tokens)
+        self.tokens += int(sums.tokens)
+        if finite:
+            self._last = {name: float(metrics[name]) for name in ("learning_rate", "grad_norm")}
+            self._sums = add_sums(self._sums, sums)
+            self.nonfinite_in_a_row = 0
+        else:
+            self.skipped_steps += 1
+            self.nonfinite_in_a_row += 1
+            self.last_nonfinite = step
+            self._report_nonfinite(step, float(sums.loss), float(metrics["grad_norm"]))
+
+    def write(self, step: int) -> None:
+        """Writes the line of the steps since the last one; does nothing if there were none that counted."""
+        if self._sums is None:
+            return
+        record = {
+            "phase": self._phase,
+            "step": step,
+            **summarise(self._sums),
+            **self._last,
+            "tokens": self.tokens,
+            "skipped_steps": self.skipped_steps,
+            **self._timing(),
+            **memory_peaks(),
+        }
+        self._log.append(record)
+        self._tracker.log(self._phase, {name: record[name] for name in record if name != "phase"}, step)
+        print(progress_line(record, self._total), flush=True)
+        self._sums, self._seconds, self._waited, self._tokens_timed = None, [], 0.0, 0.0
+
+    def restart_clock(self) -> None:
+        """Leaves out of the step times what has happened since the last step: an evaluation, a save."""
+        self._clock = time.perf_counter()
+
+    def _timing(self) -> dict[str, Any]:
+        """Throughput, and where the time went: the median step, steps far above it, and waiting for data."""
+        seconds = max(sum(self._seconds), 1e-9)
+        median = statistics.median(self._seconds) if self._seconds else None
+        slow = [each for each in self._seconds if each > OUTLIER * median]
+        return {
+            **self._speed(self._tokens_timed / seconds),
+            "step_seconds": median,
+            "slow_steps": len(slow),
+            "slowest_step_seconds": max(self._seconds, default=None),
+            "data_wait": self._waited / seconds,
+        }
+
+    def _report_nonfinite(self, step: int, loss: float, grad_norm: float) -> None:
+        rows = self._rows_of(step - 1)
+        self._log.append(
+            {"phase": self._phase, "step": step, "nonfinite": {"loss_sum": loss, "grad_norm": grad_norm, **rows}}
+        )
+        self._tracker.log(self._phase, {"skipped_steps": self.skipped_steps}, step)
+        print(
+            f"{self._phase} {step}/{self._total}  loss or gradient is not finite: the step is skipped, nothing changed "
+            f"({self.nonfinite_in_a_row} in a row; its rows are in {self._log.path.name})",
+            flush=True,
+        )
+
+
+def throughput(model: Any, max_length: int, num_devices: int) -> Callable[[float], dict[str, Any]]:
+    """tokens a second -> the fields `tokens_per_second` and `mfu` of a line."""
+    flops = train_flops_per_token(model.config, max_length, model.lora, remat="none")
+
+    def speed(tokens_per_second: float) -> dict[str, Any]:
+        share = mfu(tokens_per_second * flops, jax.devices()[0].device_kind, num_devices)
+        return {"tokens_per_second": tokens_per_second, "mfu": share}
+
+    return speed
+
+
+def _sums_from(saved: Mapping[str, Any] | None) -> LossSums | None:
+    if saved is None:
+        return None
+    try:
+        return LossSums(**{name: np.asarray(value, np.float64) for name, value in saved.items()})
+    except TypeError as error:
+        raise UserError("the checkpoint is of another version of difflm_jax: choose another output_dir") from error

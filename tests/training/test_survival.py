@@ -1,0 +1,245 @@
+"""Runs that are interrupted, run out of disk, or meet numbers that are none: they lose nothing, and say so."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from difflm_jax.train import command
+from difflm_jax.training import loop, meter, run
+from difflm_jax.training.interruption import stop_request
+from difflm_jax.training.metrics import MetricsLog, read_metrics
+from tests.tiny_run import make_model, make_rows, results, train_arguments
+
+NAN_BYTE = "Z"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return make_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(model, rows, tmp_path_factory) -> Path:
+    """The directory of a run that nothing has disturbed (not to be changed)."""
+    directory = tmp_path_factory.mktemp("whole")
+    assert command(train_arguments(model, rows, directory)) == 0
+    return directory / "run"
+
+
+def signal_at(monkeypatch, steps: set[int], number: signal.Signals = signal.SIGTERM) -> None:
+    """Sends this process a signal when the metrics of these steps (counted over the run) are read."""
+    plain, seen = meter.Meter.add, []
+
+    def add(self, *arguments):
+        seen.append(1)
+        if len(seen) in steps:
+            os.kill(os.getpid(), number)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(loop.Meter, "add", add)
+
+
+@pytest.mark.slow
+def test_a_terminated_run_saves_and_goes_on_to_the_same_bits(model, rows, whole, tmp_path, monkeypatch, capfd):
+    """SIGTERM between two metric lines, and inside the second phase: N steps are k steps and the rest, bit by bit."""
+    arguments = train_arguments(model, rows, tmp_path)
+    signal_at(monkeypatch, {2, 7})  # the second life of the process begins behind step 3
+    assert command(arguments) == 75
+    error = capfd.readouterr().err
+    assert error.startswith("error: stopped by SIGTERM after step 3 of 6 of pretrain")
+    assert "checkpoint 3" in error and "\n" not in error.strip()
+    assert command(arguments) == 75
+    assert "of sft" in capfd.readouterr().err
+    assert command(arguments) == 0
+    assert results(tmp_path / "run") == results(whole)
+
+
+def test_a_second_ctrl_c_is_meant_at_once(capfd):
+    with stop_request() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reached(1) == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def poisoned(rows: Path, directory: Path, bad: set[int], monkeypatch) -> Path:
+    """`rows` with a token in some of them whose embedding is NaN."""
+    plain = run.start_adapter
+
+    def start_adapter(lm, config):
+        lm = plain(lm, config)
+        table = lm.params["embed_tokens"]["weight"].at[lm.tokenizer.convert_tokens_to_ids(NAN_BYTE)].set(np.nan)
+        return dataclasses.replace(lm, params={**lm.params, "embed_tokens": {"weight": table}})
+
+    monkeypatch.setattr(run, "start_adapter", start_adapter)
+    lines = rows.read_text().splitlines()
+    path = directory / "poisoned.jsonl"
+    made = [{**json.loads(line), **({"answer": NAN_BYTE} if i in bad else {})} for i, line in enumerate(lines)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def test_a_nonfinite_step_changes_no_bit_and_names_its_rows(model, rows, tmp_path, monkeypatch, capfd):
+    states = []
+    plain = loop.make_train_step
+
+    def recording(*arguments):
+        step = plain(*arguments)
+
+        def wrapped(params, state, *rest):
+            before = jax.device_get(state)
+            after, metrics = step(params, state, *rest)
+            states.append((bool(metrics["finite"]), before, jax.device_get(after)))
+            return after, metrics
+
+        return wrapped
+
+    monkeypatch.setattr(loop, "make_train_step", recording)
+    data = poisoned(rows, tmp_path, {3}, monkeypatch)
+    arguments = train_arguments(model, data, tmp_path, "--config.phases=sft", "--config.test_size=0")
+    assert command(arguments) == 0
+    skipped = [(before, after) for finite, before, after in states if not finite]
+    assert len(skipped) == 2  # one step of each epoch has the row
+    for before, after in skipped:
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+    records = read_metrics(tmp_path / "run")
+    reported = [record["nonfinite"] for record in records if "nonfinite" in record]
+    assert len(reported) == 2
+    for each in reported:
+        assert f"{data}:4" in each["rows"]
+        assert each["rows"][each["example_ids"].index(3)] == f"{data}:4"
+    assert records[-1]["skipped_steps"] == 2
+    assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
+    assert "the step is skipped" in capfd.readouterr().out
+
+
+def test_nonfinite_steps_in_a_row_end_the_run_with_batch_and_checkpoint(model, rows, tmp_path, monkeypatch, capfd):
+    data = poisoned(rows, tmp_path, set(range(8, 24)), monkeypatch)  # of 24 rows, 8 a step: hardly a step without one
+    more = ("--config.phases=sft", "--config.test_size=0", "--config.max_nonfinite_steps=3", "--config.epochs=4")
+    arguments = train_arguments(model, data, tmp_path, *more)
+    assert command(arguments) == 1
+    error = capfd.readouterr().err.strip()
+    assert "3 steps in a row, up to step 3," in error and "\n" not in error
+    with np.load(tmp_path / "run" / "nonfinite" / "sft-step3.npz", allow_pickle=False) as batch:
+        assert batch["tokens"].shape[:2] == (2, 4)
+        assert (batch["example_ids"] >= 8).any()
+    assert command(arguments) == 1  # goes on from its checkpoint, and meets the next one
+    assert "goes on behind them from checkpoint" in capfd.readouterr().err
+
+
+def test_another_data_set_is_refused_with_the_difference_or_forced(model, rows, whole, tmp_path, capfd):
+    data = tmp_path / "rows.jsonl"
+    shutil.copy(rows, data)
+    arguments = train_arguments(model, data, tmp_path)
+    assert command([*arguments, "--config.phases=pretrain"]) == 0
+    shutil.rmtree(tmp_path / "run" / "pretrain_model")
+    data.write_text(data.read_text().replace("23.", "24."))
+    before = read_metrics(tmp_path / "run")
+    assert command([*arguments, "--config.phases=pretrain"]) == 1
+    error = capfd.readouterr().err
+    assert "holds a run with other data (pretrain: " in error and "--force" in error
+    assert read_metrics(tmp_path / "run") == before
+    assert command([*arguments, "--config.phases=pretrain", "--force"]) == 0
+    assert "goes on with other data" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_changes_no_number_may_change_on_resume(model, rows, whole, tmp_path, capfd, monkeypatch):
+    """Other micro-batches of the same rows, another mesh: no force is needed; a learning rate is refused, or forced."""
+    signal_at(monkeypatch, {2})
+    arguments = train_arguments(model, rows, tmp_path)
+    assert command(arguments) == 75
+    free = ("--config.batch_size=8", "--config.gradient_accumulation_steps=1", "--config.mesh.data=1")
+    assert command([*arguments, *free, "--config.learning_rate=1e-3"]) == 1
+    assert "(learning_rate: 0.0002 -> 0.001)" in capfd.readouterr().err
+    assert command([*arguments, *free, "--config.gradient_accumulation_steps=3"]) == 1
+    assert "rows_of_a_step.pretrain: 8 -> 24" in capfd.readouterr().err
+    assert command([*arguments, *free]) == 0
+    ours, theirs = read_metrics(tmp_path / "run"), read_metrics(whole)
+    assert [r["loss"] for r in ours if "loss" in r] == pytest.approx(
+        [r["loss"] for r in theirs if "loss" in r], rel=1e-5
+    )
+
+
+def test_a_line_that_the_disk_refuses_waits_and_none_is_torn(tmp_path, capfd):
+    code = """
+import resource, signal, sys
+from difflm_jax.training.metrics import MetricsLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = MetricsLog(sys.argv[1])
+log.append({"step": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+log.append({"step": 2, "more": "x" * 40})
+log.append({"step": 3})
+assert not log.flush()
+assert log.path.read_text() == '{"step": 1}\\n'
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert log.flush()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert done.stdout.count("cannot be written") == 1 and done.stdout.count("can be written again") == 1
+
+
+def test_only_an_enabled_log_writes(tmp_path):
+    log = MetricsLog(tmp_path, enabled=False)
+    log.append({"step": 1})
+    assert log.flush() and not log.path.exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_a_save_and_no_run(model, rows, whole, tmp_path):
+    """On a small tmpfs that fills up in the middle: the save fails, the run goes on and ends in the same bits."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)], capture_output=True)
+    if done.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        code = """
+import sys
+from pathlib import Path
+from difflm_jax.train import command
+from difflm_jax.checkpoint.state import Checkpoints
+plain, filler = Checkpoints.save, Path(sys.argv[1]) / "filler"
+def save(self, step, state, metrics):  # the disk is full while the first checkpoint of sft is written
+    first = "sft" in str(self._directory) and step == 3
+    if first:
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(1 << 12)) == 1 << 12:
+                    pass
+            except OSError:
+                pass
+    plain(self, step, state, metrics)
+    if first:
+        self.settle()
+        filler.unlink()
+Checkpoints.save = save
+sys.exit(command(sys.argv[2:]))
+"""
+        arguments = train_arguments(model, rows, mount, f"--config.cache_dir={tmp_path}")
+        done = subprocess.run([sys.executable, "-c", code, str(mount), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "sft: checkpoint 3 could not be written" in done.stdout
+        assert "training goes on, the last one on disk is no checkpoint" in done.stdout
+        assert results(mount / "run") == results(whole)
+        assert not list((mount / "run").rglob("*tmp*"))
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
