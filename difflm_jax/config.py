@@ -342,7 +342,7 @@ def _read(path: str) -> Mapping[str, Any]:
         return _parse_json(text, f"{path}: ")
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid YAML: {one_line(error)}") from error
     return _mapping({} if values is None else values, f"{path}: ")
 
@@ -366,7 +366,7 @@ def _run(path: str) -> Mapping[str, Any]:
 def _parse_json(text: str, where: str) -> Mapping[str, Any]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}no valid JSON: {one_line(error)}") from error
     return _mapping(values, where)
 

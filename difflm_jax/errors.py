@@ -6,9 +6,16 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Bad input: the message is one line that names the culprit (key, file:line, tensor) and what to do."""
+    """Bad input: the message is one line that names the culprit (key, file:line, tensor) and what to do.
+
+    What is not printable in it (names come out of untrusted files) is escaped: it stays one line, and cannot speak to
+    the terminal.
+    """
 
     exit_status = 1
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class RunInterruptedError(UserError):

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from difflm_jax.checkpoint.shards import read_json
+from difflm_jax.errors import UserError
 
 DIFFUSION_FILE = "diffusion_config.json"
+_TYPES = {"mask_token": str, "mask_token_id": int, "attention": str, "logit_shift": bool, "algorithm": str}
 
 
 def write_diffusion_config(directory: Path, diffusion_config: Mapping[str, Any]) -> None:
@@ -19,4 +21,10 @@ def write_diffusion_config(directory: Path, diffusion_config: Mapping[str, Any])
 def read_diffusion_config(directory: str | Path) -> dict[str, Any] | None:
     """The `diffusion_config.json` of a directory, or None if it has none (or is a file)."""
     path = Path(directory).expanduser() / DIFFUSION_FILE
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    for key, kind in _TYPES.items():
+        if values.get(key) is not None and type(values[key]) is not kind:
+            raise UserError(f"{path}: {key} must be of type {kind.__name__}, not {str(values[key])[:60]!r}")
+    return values

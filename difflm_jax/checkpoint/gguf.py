@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from transformers import PreTrainedTokenizerBase
 
+from difflm_jax.checkpoint.gguf_header import check_header
 from difflm_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from difflm_jax.checkpoint.names import table
 from difflm_jax.checkpoint.shards import TensorFiles
@@ -47,6 +48,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
     Raises `UserError` for a damaged file and for an architecture, a key or a RoPE that cannot be represented.
     """
     try:
+        check_header(path)
         reader = GGUFReader(path)
     except Exception as error:  # the reader checks little: a damaged file raises whatever numpy makes of it
         raise UserError(f"{path}: not a complete GGUF file ({one_line(error)}); fetch it again") from error

@@ -133,7 +133,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; raises `UserError` if it cannot be read or is not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
@@ -154,7 +154,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
 
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=object_of)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

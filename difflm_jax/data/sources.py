@@ -148,7 +148,7 @@ def _parse_json(line: bytes, is_first: bool) -> Any:
         return json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError itself: a number of thousands of digits
         raise RowError(f"not JSON ({one_line(error)})") from error
 
 
@@ -173,7 +173,7 @@ def _read_json(name: str, path: Path) -> Iterator[Row]:
                 position = skip(text, position + 1).end()
             elif text[position : position + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{name}[{index}]: the file is not JSON from here on ({one_line(error)})") from error
         yield Row(f"{name}[{index}]", functools.partial(_identity, value))
         index += 1

@@ -1,6 +1,7 @@
 """The shape of a model, read from a Hugging Face `config.json`; what cannot be represented is refused by name."""
 
 import dataclasses
+import math
 from typing import Any
 
 from difflm_jax.errors import UserError
@@ -48,6 +49,18 @@ _NEUTRAL = {
     "problem_type", "name_or_path", "is_decoder", "mask_token_id",
 }  # fmt: skip
 
+# What a key must be if it is there and not null; integers are checked where they are read.
+_TYPES = {
+    "a string": (str, ("model_type",)),
+    "a number": ((int, float), ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "sliding_window")),
+    "an object": (dict, ("rope_scaling", "rope_parameters")),
+    "a list": (list, ("layer_types",)),
+    "true or false": (
+        bool, ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    ),
+}  # fmt: skip
+_MAX_LAYERS, _MAX_SIZE = 10_000, 2**31 - 1  # names and shapes are made of these before any file is compared with them
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -77,6 +90,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
         """Reads the dictionary of a `config.json`. Raises `UserError` for what this model cannot represent."""
+        _check_types(hf)
         model_type = hf.get("model_type")
         if model_type not in _FAMILIES:
             raise UserError(
@@ -101,7 +115,7 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=_integer(hf, "num_key_value_heads") if hf.get("num_key_value_heads") else heads,
             head_dim=_integer(hf, "head_dim") if hf.get("head_dim") else hidden // heads,
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=float(hf.get("rms_norm_eps") or 1e-6),
             rope=RopeConfig.from_hf(hf),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             qkv_bias=qkv_bias or bias,
@@ -125,9 +139,18 @@ def unknown_keys(hf: dict[str, Any]) -> list[str]:
     return sorted(set(hf) - _READ - _NEUTRAL - set(_ONLY))
 
 
+def _check_types(hf: dict[str, Any]) -> None:
+    for wording, (kind, keys) in _TYPES.items():
+        for key in keys:
+            value = hf.get(key)
+            wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+            if value is not None and (wrong or (isinstance(value, float) and not math.isfinite(value))):
+                raise UserError(f"config.json: {key} must be {wording}, not {_short(value)}")
+
+
 def _refuse_sliding_window(hf: dict[str, Any]) -> None:
     """Mistral applies `sliding_window` whenever it is set; Qwen only with `use_sliding_window` and `layer_types`."""
-    layer_types = set(hf.get("layer_types") or ["full_attention"])
+    layer_types = {str(each) for each in hf.get("layer_types") or ["full_attention"]}
     if unknown := layer_types - {"full_attention", "sliding_attention"}:
         raise UserError(f"config.json: layer_types {', '.join(sorted(unknown))} are not supported")
     window = hf.get("sliding_window")
@@ -142,7 +165,9 @@ def _refuse_sliding_window(hf: dict[str, Any]) -> None:
 def _integer(hf: dict[str, Any], key: str) -> int:
     value = hf.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise UserError(f"config.json: {key} must be a positive integer, not {value!r}")
+        raise UserError(f"config.json: {key} must be a positive integer, not {_short(value)}")
+    if value > (_MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE):
+        raise UserError(f"config.json: {key}={_short(value)} is too large to be meant")
     return value
 
 

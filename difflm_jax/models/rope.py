@@ -45,7 +45,7 @@ class RopeConfig:
         Raises `UserError` for a rope type, or a key of one, that is not represented here.
         """
         scaling = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        theta = float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
+        theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
         legacy_type = scaling.pop("type", None)
         rope_type = scaling.pop("rope_type", None) or legacy_type or "default"
         if rope_type not in _KEYS:
@@ -59,7 +59,18 @@ class RopeConfig:
             raise UserError(f"config.json: rope type {rope_type!r} needs {', '.join(missing)}")
         if unknown := [key for key in scaling if key not in needed + optional]:
             raise UserError(f"config.json: rope type {rope_type!r} has unknown keys {', '.join(unknown)}")
-        return cls(theta, rope_type, tuple(sorted((k, v) for k, v in scaling.items() if v is not None)))
+        for key, value in {"rope_theta": theta, **scaling}.items():
+            _check_option(key, value)
+        return cls(float(theta), rope_type, tuple(sorted((k, v) for k, v in scaling.items() if v is not None)))
+
+
+def _check_option(key: str, value: Any) -> None:
+    """Raises `UserError` for what no rule can calculate with."""
+    if value is None or (key == "truncate" and isinstance(value, bool)):
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+    if not number or (key not in ("mscale", "mscale_all_dim") and not value > (key == "rope_theta")):
+        raise UserError(f"config.json: {key} of the rope must be a positive number, not {str(value)[:40]!r}")
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
