@@ -97,7 +97,7 @@ def default_config() -> ConfigDict:
             "adam_b2": 0.999,
             "adam_eps": 1e-8,
             "max_grad_norm": 1.0,  # 0: no clipping
-            "mesh": {"data": -1},  # devices along each axis; -1: all
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices along each axis; -1: all that are left
             "max_nonfinite_steps": 10,  # so many skipped steps in a row end the run
             # Evaluation, logs and checkpoints.
             "log_interval": 1000,  # optimiser steps

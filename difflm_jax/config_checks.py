@@ -51,7 +51,7 @@ _RANGES = (
     ("in [0, 1)", lambda x: 0 <= x < 1, ("test_size", "lora_config.lora_dropout", "adam_b1", "adam_b2")),
     ("in [0, 1]", lambda x: 0 <= x <= 1, ("bad_row_budget",)),
     ("in (0, 1]", lambda x: 0 < x <= 1, ("min_mask_probability", "max_mask_probability")),
-    ("-1 (all devices) or greater than 0", lambda x: x == -1 or x > 0, ("mesh.data",)),
+    ("-1 (all devices) or greater than 0", lambda x: x == -1 or x > 0, ("mesh.data", "mesh.fsdp", "mesh.tensor")),
 )  # fmt: skip
 
 _NOT_EMPTY = ("model", "dataset", "output_dir")

@@ -22,7 +22,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.report import print_report, read_questions
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
-from difflm_jax.training.mesh import make_mesh, replicated
+from difflm_jax.training.mesh import make_mesh, place
 from difflm_jax.training.step import StepOptions
 
 FLAGS = flags.FlagValues()
@@ -103,7 +103,7 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         (data[i] for i in range(len(data))),
         jax.random.key(flag_values.seed),
     )
-    sums = evaluate(jax.device_put(lm.params, replicated(mesh)), jax.device_put(lm.lora or {}, replicated(mesh)))
+    sums = evaluate(place(lm.params, mesh), place(lm.lora or {}, mesh))
     return {**summarise(sums), "by_mask_rate": by_rate(sums)}
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from difflm_jax.errors import UserError
+from difflm_jax.parallel import TENSOR, varies
 from difflm_jax.quant import QTensor, dequantize, matmul
 
 
@@ -46,7 +47,12 @@ def lora_product(
     """
     if dropout_keys_B is not None and config.lora_dropout > 0:
         keep = 1.0 - config.lora_dropout
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x_BLD.shape[1:]))(dropout_keys_B)
+        # Of an input that is divided over devices the mask is drawn whole and cut, or it would depend on the mesh.
+        parts = jax.lax.axis_size(TENSOR) if varies(x_BLD, TENSOR) else 1
+        length, width = x_BLD.shape[1:]
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (length, parts * width)))(dropout_keys_B)
+        if parts > 1:
+            kept = jax.lax.dynamic_slice_in_dim(kept, jax.lax.axis_index(TENSOR) * width, width, axis=2)
         x_BLD = jnp.where(kept, x_BLD / jnp.asarray(keep, x_BLD.dtype), 0)
     return matmul(matmul(x_BLD, lora_A), lora_B) * jnp.asarray(config.scaling, x_BLD.dtype)
 

@@ -14,6 +14,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 _MAX_NAME = 1 << 16
+_TENSOR_TYPES = {int(kind) for kind in GGMLQuantizationType}
 _SCALARS = {
     GGUFValueType.UINT8: 1,
     GGUFValueType.INT8: 1,
@@ -55,7 +56,7 @@ def _check_tensor(header: "_Header") -> int:
         raise ValueError(f"a tensor of {dimensions} dimensions")
     sizes = [header.number("<Q") for _ in range(dimensions)]
     kind, offset = header.number("<I"), header.number("<Q")
-    if kind not in GGMLQuantizationType:
+    if kind not in _TENSOR_TYPES:
         raise ValueError(f"tensor type {kind} is not known")
     elements = 1
     for size in sizes:

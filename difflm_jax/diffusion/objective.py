@@ -65,6 +65,7 @@ def loss_sums(
         noisy.weights.reshape(-1),
         model.mask_token_id,
         chunk,
+        model.config.vocab_size,
     )
     bucket_B = jnp.minimum((noisy.rates * RATE_BUCKETS).astype(jnp.int32), RATE_BUCKETS - 1)
 

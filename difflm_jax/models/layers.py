@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from difflm_jax.lora import LoraConfig, lora_product
 from difflm_jax.models.attention import attend
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.parallel import ROW_PARALLEL, gathered, summed
 from difflm_jax.models.rope import rotate
 from difflm_jax.quant import matmul
 
@@ -48,15 +49,17 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, dropout_keys_B: jax.Array | None) -> jax.Array:
-        y = matmul(x_BLD, self.variable("params", "weight", stored).value)
-        if self.has_variable("params", "bias"):
-            y = y + self.variable("params", "bias", stored).value.astype(y.dtype)
+        y = matmul(x_BLD, gathered(self.variable("params", "weight", stored).value))
         if self.lora is not None and self.has_variable("lora", "lora_A"):
             if dropout_keys_B is not None:
                 dropout_keys_B = _fold(dropout_keys_B, _DROPOUT_STREAM[self.name])
             factor_A = self.variable("lora", "lora_A", stored).value
             factor_B = self.variable("lora", "lora_B", stored).value
             y = y + lora_product(x_BLD, factor_A, factor_B, self.lora, dropout_keys_B)
+        if self.name in ROW_PARALLEL:
+            y = summed(y)
+        if self.has_variable("params", "bias"):
+            y = y + self.variable("params", "bias", stored).value.astype(y.dtype)
         return y
 
 
@@ -81,13 +84,11 @@ class Attention(nn.Module):
         config = self.config
         batch, length, _ = x_BTD.shape
 
-        def heads(name: str, count: int) -> jax.Array:
+        def heads(name: str) -> jax.Array:  # as many as this device has
             projected = Linear(self.lora, name=name)(x_BTD, dropout_keys_B)
-            return projected.reshape(batch, length, count, config.head_dim)
+            return projected.reshape(batch, length, -1, config.head_dim)
 
-        q_BTHE = heads("q_proj", config.num_heads)
-        k_BSKE = heads("k_proj", config.num_kv_heads)
-        v_BSKE = heads("v_proj", config.num_kv_heads)
+        q_BTHE, k_BSKE, v_BSKE = heads("q_proj"), heads("k_proj"), heads("v_proj")
         if config.qk_norm:
             q_BTHE = RMSNorm(config.rms_norm_eps, name="q_norm")(q_BTHE)
             k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)

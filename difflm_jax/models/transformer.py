@@ -10,6 +10,7 @@ from difflm_jax.lora import LoraConfig
 from difflm_jax.models.attention import attention_mask
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.layers import Layer, RMSNorm, stored
+from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
 from difflm_jax.models.rope import rope_tables
 from difflm_jax.quant import matmul
 
@@ -60,6 +61,7 @@ class Transformer(nn.Module):
             split_rngs={},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.config.num_layers,
+            check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
         )(self.config, self.lora, name="layers")
         x_BTD = self.embed(tokens_BT)
         x_BTD, _ = layers(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_keys_B)
@@ -79,7 +81,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.variable("params", "weight", stored).value[tokens_BT]
+        return lookup(self.variable("params", "weight", stored).value, tokens_BT)
 
 
 def head_weight(config: ModelConfig, params: dict[str, Any]) -> jax.Array:
@@ -99,7 +101,8 @@ def head_logits(
     A trained mask row is an output row too where embeddings are tied, as it is for `peft` and in a merged export.
     """
     head_VD = head_weight(config, params)
-    logits = matmul(hidden, head_VD).astype(jnp.float32)
+    logits = matmul(rows_together(hidden, head_VD), head_VD).astype(jnp.float32)
+    logits = whole_vocabulary(logits, head_VD, config.vocab_size)
     if lora is not None and "mask_row" in lora and mask_token_id is not None and config.tie_word_embeddings:
         own = matmul(hidden, lora["mask_row"][None]).astype(jnp.float32)
         logits = logits.at[..., mask_token_id].set(own[..., 0])

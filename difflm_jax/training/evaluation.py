@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums
-from difflm_jax.training.mesh import batch_sharding
+from difflm_jax.training.mesh import batch_sharding, place_rows
 from difflm_jax.training.step import StepOptions, make_eval_step
 
 
@@ -64,6 +64,6 @@ class Evaluator:
         """Sums over all batches, on the host in float64."""
         total = None
         for batch in self._batches:
-            rows = jax.device_put(batch, self._sharding)
+            rows = place_rows(batch, self._sharding)
             total = add_sums(total, self._step(params, lora, rows, self._key, self._num_rows))
         return total

@@ -19,7 +19,7 @@ from difflm_jax.errors import RunInterruptedError, UserError, one_line
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
 from difflm_jax.training.interruption import stop_request
-from difflm_jax.training.mesh import batch_sharding, replicated
+from difflm_jax.training.mesh import batch_sharding, place, place_rows
 from difflm_jax.training.meter import Meter, throughput
 from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -100,7 +100,7 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
             began = time.perf_counter()
             host_batch = next(iterator)
             waited = time.perf_counter() - began
-            batch = jax.device_put(CleanBatch(**host_batch), sharding)
+            batch = place_rows(CleanBatch(**host_batch), sharding)
             state, metrics = train_step(phase.params, state, batch, key, step - 1)
             profile.after(step, metrics)
             if pending is not None:
@@ -220,4 +220,4 @@ def evaluation_record(evaluate: Evaluator | None, phase: Phase, lora: dict[str, 
 
 def initial_state(config: Any, lora: dict[str, Any], mesh: Mesh) -> TrainState:
     """Adapters with fresh moments, on the mesh."""
-    return jax.device_put(TrainState(lora, make_optimizer(config).init(lora)), replicated(mesh))
+    return place(TrainState(lora, make_optimizer(config).init(lora)), mesh)

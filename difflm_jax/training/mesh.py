@@ -1,28 +1,145 @@
-"""The device mesh. One device is the mesh of size one: there is no other path."""
+"""The device mesh `data` x `fsdp` x `tensor`, and how everything lies on it. One device is the mesh of size one.
+
+What divides over which axis, and what the model does about it, is told in `difflm_jax.parallel`.
+"""
+
+import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from difflm_jax.errors import UserError
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.parallel import (
+    COLUMN_PARALLEL,
+    DATA,
+    FSDP,
+    ROW_AXES,
+    ROW_PARALLEL,
+    TENSOR,
+    VOCABULARY_AXES,
+)
 
-DATA_AXIS = "data"
+AXES = (DATA, FSDP, TENSOR)
+_TABLES = ("embed_tokens", "lm_head")
+
+Tree = Any
 
 
-def make_mesh(data: int) -> Mesh:
-    """A mesh of `data` devices along the `data` axis; -1 takes every device there is."""
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of `data` x `fsdp` x `tensor` devices of all processes; one of them may be -1: what is left.
+
+    `tensor` varies fastest, so that the devices that talk most are neighbours, of one host where there are as many.
+    """
     devices = jax.devices()
-    size = len(devices) if data == -1 else data
-    if not 1 <= size <= len(devices):
-        raise UserError(f"mesh.data={data}: there are {len(devices)} devices")
-    return Mesh(np.array(devices[:size]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+    written = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"{written}: only one of them can be what is left (-1)")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: len(devices) // known if size == -1 else size for axis, size in sizes.items()}
+    count = math.prod(sizes.values())
+    if not 1 <= count <= len(devices):
+        raise UserError(f"{written}: there are {len(devices)} devices")
+    if jax.process_count() > 1 and count != len(devices):
+        raise UserError(f"{written}: several processes need a mesh of all {len(devices)} devices")
+    return Mesh(np.array(devices[:count]).reshape(*sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of the base, the adapters and the optimiser state."""
-    return NamedSharding(mesh, PartitionSpec())
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def rows_spec(leading: int = 1) -> PartitionSpec:
+    """Of arrays whose rows come behind `leading` undivided axes."""
+    return PartitionSpec(*(None,) * leading, ROW_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays [A, B, ...]: micro-batches in sequence, rows over the devices."""
-    return NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
+    return NamedSharding(mesh, rows_spec())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def specs(tree: Tree) -> Tree:
+    """How parameters, adapters and whatever has their structure (Adam's moments) lie on the mesh, leaf by leaf.
+
+    Leaves of a layer have the layer axis first. A matrix [N, out, in], dense or a leaf of a quantised one, is divided
+    along its output over `fsdp`, and over `tensor` along its output or input as `difflm_jax.parallel` says; a factor of
+    LoRA over `tensor` alone; everything else is replicated.
+    """
+    return jax.tree_util.tree_map_with_path(_spec, tree)
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """`specs` as shardings."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+
+
+def place(tree: Tree, mesh: Mesh) -> Tree:
+    """`tree` (the same on every process) on the mesh. Tables are padded so that their rows divide."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _place(path, leaf, mesh), tree)
+
+
+def place_rows(tree: Tree, sharding: NamedSharding) -> Tree:
+    """Arrays of the host that hold this process's rows, or on one process all, as arrays of the mesh."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def check_model(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises `UserError` where the model does not divide over the mesh."""
+    tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
+    for key, size in (("num_key_value_heads", config.num_kv_heads), ("intermediate_size", config.intermediate_size)):
+        if size % tensor:
+            raise UserError(f"mesh.tensor={tensor} does not divide the model's {key}={size}")
+    outputs = {
+        "q_proj": config.num_heads * config.head_dim // tensor,
+        "k_proj": config.num_kv_heads * config.head_dim // tensor,
+        "gate_proj": config.intermediate_size // tensor,
+        "o_proj": config.hidden_size,
+    }
+    for name, size in outputs.items():
+        if size % fsdp:
+            raise UserError(f"mesh.fsdp={fsdp} does not divide the {size} outputs that a device has of {name}")
+
+
+def _spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    module = next((name for name in names if name in COLUMN_PARALLEL + ROW_PARALLEL + _TABLES), None)
+    column, ndim = module in COLUMN_PARALLEL, len(leaf.shape)
+    if module in _TABLES:
+        return PartitionSpec(VOCABULARY_AXES, None)
+    if module is None:
+        return PartitionSpec()
+    if "lora_A" in names:
+        return PartitionSpec() if column else PartitionSpec(None, None, TENSOR)
+    if "lora_B" in names:
+        return PartitionSpec(None, TENSOR, None) if column else PartitionSpec()
+    if "bias" in names:
+        return PartitionSpec(None, TENSOR) if column else PartitionSpec()
+    if ndim < 3:  # scales of scales
+        return PartitionSpec()
+    return PartitionSpec(None, (TENSOR, FSDP), None) if column else PartitionSpec(None, FSDP, TENSOR)
+
+
+def _place(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> jax.Array:
+    spec = _spec(path, leaf)
+    sharding = NamedSharding(mesh, spec)
+    if spec == PartitionSpec(VOCABULARY_AXES, None):
+        parts = math.prod(mesh.shape[axis] for axis in VOCABULARY_AXES)
+        if padding := -leaf.shape[0] % parts:
+            leaf = jnp.pad(leaf, ((0, padding), (0, 0)))
+    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        return leaf
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

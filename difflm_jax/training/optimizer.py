@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from difflm_jax.errors import UserError
+from difflm_jax.parallel import TENSOR, summed, varies
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -22,10 +23,35 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
     have the dtype of the parameters.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),
+        clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),
         optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
         optax.add_decayed_weights(config.weight_decay),
     )
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The L2 norm over all leaves, and over the devices among which a leaf is divided (`tensor`).
+
+    `optax.tree.norm` and optax's own clipping would see one device's part only.
+    """
+    whole, parts = jnp.float32(0), jnp.float32(0)
+    for leaf in jax.tree.leaves(tree):
+        square = jnp.sum(jnp.square(leaf))
+        if varies(leaf, TENSOR):
+            parts = parts + square
+        else:
+            whole = whole + square
+    return jnp.sqrt(whole + summed(parts))
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` with the norm of `global_norm`."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        norm = global_norm(updates)
+        return jax.tree.map(lambda t: jnp.where(norm < max_norm, t, (t / norm) * max_norm), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def learning_rate_schedule(config: Any, total_steps: int) -> Callable[[jax.Array | int], jax.Array]:

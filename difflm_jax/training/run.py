@@ -15,7 +15,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel, open_model
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.training.loop import Outputs, Phase, initial_state, run_phase
-from difflm_jax.training.mesh import DATA_AXIS, make_mesh, replicated
+from difflm_jax.training.mesh import FSDP, check_model, make_mesh, place, row_shards
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.resume import check_config, check_data, describe_data, write_identity
 from difflm_jax.training.samples import Sampler
@@ -52,10 +52,10 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     rows = {phase: _read_rows(config, phase, lm) for phase in config.phases}
     data = {phase: describe_data(*rows[phase]) for phase in config.phases}
     check_data(directory, data, force)
-    mesh = make_mesh(config.mesh.data)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_sizes(config, lm, mesh)
     lm = start_adapter(lm.with_weights(directory / CONVERTED if config.convert_cache else None), config)
-    params = jax.device_put(lm.params, replicated(mesh))
+    params = place(lm.params, mesh)
 
     write_identity(directory, config, data)
     log = MetricsLog(directory)
@@ -164,11 +164,14 @@ def _read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, A
 
 
 def _check_sizes(config: ConfigDict, lm: LanguageModel, mesh: Mesh) -> None:
-    devices = mesh.shape[DATA_AXIS]
+    parts = row_shards(mesh)
     for name in config.phases:
         batch_size = phase_config(config, name).batch_size
-        if batch_size % devices:
-            raise UserError(f"batch_size={batch_size} must be a multiple of the {devices} devices of the mesh")
+        if batch_size % parts:
+            raise UserError(f"batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp = {parts}")
+    check_model(lm.config, mesh)
+    if mesh.shape[FSDP] > 1 and config.remat == "none":
+        raise UserError("remat=none: with mesh.fsdp above 1 it would keep the gathered weights of all layers; use full")
     longest = lm.config.max_position_embeddings
     if config.max_length > longest:
         raise UserError(f"max_length={config.max_length}: the model's max_position_embeddings are {longest}")

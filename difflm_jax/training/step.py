@@ -14,7 +14,9 @@ from jax.sharding import Mesh, PartitionSpec
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums, loss_sums
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.training.mesh import DATA_AXIS
+from difflm_jax.parallel import ROW_AXES
+from difflm_jax.training.mesh import row_shards, rows_spec, specs
+from difflm_jax.training.optimizer import global_norm
 
 Tree = Any
 
@@ -55,23 +57,24 @@ def make_train_step(
 
     def step(params: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
         key = jax.random.fold_in(key, index)
-        num_rows = batch.lengths.shape[0] * batch.lengths.shape[1] * mesh.shape[DATA_AXIS]
-        # The gradient of a replicated input would be summed over devices inside every micro-batch. Cast to varying,
-        # it stays local, and is summed once.
-        lora = jax.lax.pcast(state.lora, DATA_AXIS, to="varying")
+        num_rows = batch.lengths.shape[0] * batch.lengths.shape[1] * row_shards(mesh)
+        # The gradient of an input that all rows share would be summed over devices inside every micro-batch. Cast to
+        # varying, it stays local, and is summed once. (Over `tensor` it is not cast: there the sum over the parts of a
+        # layer belongs to the gradient, and jax puts it where a replicated value meets a divided one.)
+        lora = jax.lax.pcast(state.lora, ROW_AXES, to="varying")
 
         def micro_batch(totals: tuple[LossSums, Tree], rows: CleanBatch):
             sums_of = functools.partial(_loss_of, options, params, rows, key, num_rows)
             gradient, sums = jax.grad(sums_of, has_aux=True)(lora)
             return jax.tree.map(jnp.add, totals, (sums, gradient)), None
 
-        zeros = (_zero_sums(lora), jax.tree.map(jnp.zeros_like, lora))
+        zeros = (_zero_sums(), jax.tree.map(jnp.zeros_like, lora))
         totals, _ = jax.lax.scan(micro_batch, zeros, batch)
-        sums, gradient = jax.lax.psum(totals, DATA_AXIS)
+        sums, gradient = jax.lax.psum(totals, ROW_AXES)
 
         total_weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradient = jax.tree.map(lambda g: g / total_weight, gradient)
-        grad_norm = optax.tree.norm(gradient)
+        grad_norm = global_norm(gradient)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
         learning_rate = schedule(index)
@@ -80,9 +83,18 @@ def make_train_step(
         metrics = {"sums": sums, "grad_norm": grad_norm, "learning_rate": learning_rate, "finite": finite}
         return new_state, metrics
 
-    rows = PartitionSpec(None, DATA_AXIS)
     whole = PartitionSpec()
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, rows, whole, whole), out_specs=(whole, whole))
+
+    def sharded(params: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
+        state_specs = specs(state)
+        mapped = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(specs(params), state_specs, rows_spec(), whole, whole),
+            out_specs=(state_specs, whole),
+        )
+        return mapped(params, state, batch, key, index)
+
     return jax.jit(sharded, donate_argnums=1)
 
 
@@ -97,18 +109,23 @@ def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
         _, sums = loss_sums(
             options.model, params, lora, rows, key, options.corruption, num_rows, options.chunk, train=False
         )
-        return jax.lax.psum(sums, DATA_AXIS)
+        return jax.lax.psum(sums, ROW_AXES)
 
-    rows, whole = PartitionSpec(None, DATA_AXIS), PartitionSpec()
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, rows, whole, whole), out_specs=whole))
+    whole = PartitionSpec()
+
+    def sharded(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array, num_rows: jax.Array) -> LossSums:
+        in_specs = (specs(params), specs(lora), rows_spec(), whole, whole)
+        return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=whole)(params, lora, batch, key, num_rows)
+
+    return jax.jit(sharded)
 
 
 def _loss_of(options, params, rows, key, num_rows, lora):
     return loss_sums(options.model, params, lora, rows, key, options.corruption, num_rows, options.chunk, train=True)
 
 
-def _zero_sums(like: Tree) -> LossSums:
-    """Zeros of the types that `loss_sums` returns, varying over devices as `like` does."""
-    zero = 0.0 * jax.tree.leaves(like)[0].reshape(-1)[0]
+def _zero_sums() -> LossSums:
+    """Zeros of the types that `loss_sums` returns: they vary over the axes of rows."""
+    zero = jax.lax.pcast(jnp.float32(0), ROW_AXES, to="varying")
     bucket = jnp.broadcast_to(zero, (RATE_BUCKETS,))
     return LossSums(zero, zero, bucket, bucket, bucket, zero)

@@ -1,6 +1,6 @@
 """Four training steps and an evaluation on a tiny model; prints their numbers and a checksum of the adapters as JSON.
 
-python -m tests.multi_device.same_numbers MICRO_BATCHES: 16 rows a step, in that many micro-batches, on all devices.
+python -m tests.multi_device.same_numbers MICRO_BATCHES DATA FSDP TENSOR: 16 rows a step, in that many micro-batches.
 """
 
 import json
@@ -15,14 +15,15 @@ from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.evaluation import Evaluator, summarise
-from difflm_jax.training.mesh import batch_sharding, make_mesh, replicated
+from difflm_jax.training.mesh import batch_sharding, make_mesh, place, place_rows
+from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from tests.tiny import tiny_config, tiny_params
 
 ROWS, LENGTH, MASK = 16, 20, 96
 
 
-def main(micro_batches: int) -> None:
+def main(micro_batches: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> None:
     config = tiny_config()
     params = tiny_params(config)
     lora_config = LoraConfig(r=4, lora_dropout=0.2)
@@ -43,19 +44,19 @@ def main(micro_batches: int) -> None:
     def split(count: int) -> dict[str, np.ndarray]:
         return {name: field.reshape(count, ROWS // count, *field.shape[1:]) for name, field in rows.items()}
 
-    mesh = make_mesh(-1)
+    mesh = make_mesh(data, fsdp, tensor)
     corruption = Corruption(
         scope="answer", mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate", attention="prefix"
     )
     model = Transformer(config, attention="prefix", lora=lora_config, mask_token_id=MASK, remat="full")
     options = StepOptions(model, corruption, 8)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+    optimizer = optax.chain(clip_by_global_norm(1.0), optax.scale_by_adam())
     step = make_train_step(options, optimizer, lambda index: 1e-2, mesh)
-    params = jax.device_put(params, replicated(mesh))
-    state = jax.device_put(TrainState(lora, optimizer.init(lora)), replicated(mesh))
+    params = place(params, mesh)
+    state = place(TrainState(lora, optimizer.init(lora)), mesh)
     losses, norms = [], []
     for index in range(4):
-        batch = jax.device_put(CleanBatch(**split(micro_batches)), batch_sharding(mesh))
+        batch = place_rows(CleanBatch(**split(micro_batches)), batch_sharding(mesh))
         state, metrics = step(params, state, batch, jax.random.key(5), index)
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
         norms.append(float(metrics["grad_norm"]))
@@ -75,4 +76,4 @@ def main(micro_batches: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

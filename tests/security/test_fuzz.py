@@ -236,14 +236,26 @@ def test_diffusion_config(tmp_path, content):
     settled(lambda: read_diffusion_config(tmp_path))
 
 
-@fuzz
-@given(row=st.one_of(values, st.dictionaries(st.sampled_from(
+keys = st.sampled_from(
     ["messages", "conversations", "prompt", "response", "completion", "question", "answer", "instruction", "output",
      "input", "text", "tools", "system"]
-), st.one_of(values, st.lists(st.dictionaries(st.sampled_from(
-    ["role", "content", "from", "value", "tool_calls", "name"]
-), st.one_of(values, st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"]))), max_size=3)),
-)))  # fmt: skip
+)  # fmt: skip
+roles = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"])
+message = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "tool_calls", "name"]), st.one_of(values, roles)
+)
+plain_message = st.fixed_dictionaries({"role": roles, "content": st.text(max_size=9)})
+
+
+@fuzz
+@given(
+    row=st.one_of(
+        values,
+        st.dictionaries(keys, st.one_of(values, st.lists(message, max_size=3))),
+        st.fixed_dictionaries({"messages": st.lists(st.one_of(plain_message, message), max_size=4)}),
+        st.fixed_dictionaries({"question": st.text(max_size=9), "answer": st.one_of(st.text(max_size=9), values)}),
+    )
+)
 def test_rows(row):
     tokenizer = byte_tokenizer()
 
