@@ -20,9 +20,9 @@ from difflm_jax.data.pipeline import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
+from difflm_jax.mesh import make_mesh, place
 from difflm_jax.report import print_report, read_questions
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
-from difflm_jax.training.mesh import make_mesh, place
 from difflm_jax.training.step import StepOptions
 
 FLAGS = flags.FlagValues()

@@ -1,6 +1,6 @@
 """What the model does where its weights are divided over devices. Without a mesh, and on one device, nothing.
 
-The axes are those of `difflm_jax.training.mesh`: rows of a batch are divided over `data` and `fsdp`; matrices over
+The axes are those of `difflm_jax.mesh`: rows of a batch are divided over `data` and `fsdp`; matrices over
 `fsdp` along their output rows, as they are stored, and gathered where a layer uses them; heads and MLP over `tensor`
 (q, k, v, gate and up along their output, o and down along their input, and summed behind them); embedding and output
 head along the vocabulary over both, where hidden states and tokens travel and the table does not.
@@ -43,6 +43,16 @@ def gathered(weight: Any) -> Any:
         return jax.lax.all_gather(leaf, FSDP, axis=leaf.ndim - 2, tiled=True)
 
     return jax.tree.map(gather, weight)
+
+
+def varying_with(x: jax.Array, weight: Any) -> jax.Array:
+    """`x` with a type that differs wherever `weight` does: a product of its own gradient (`custom_vjp`) needs it.
+
+    The gradient of this cast is the sum over those axes.
+    """
+    axes = {axis for leaf in jax.tree.leaves(weight) for axis in axes_of(leaf, (DATA, FSDP, TENSOR))}
+    missing = tuple(axis for axis in (DATA, FSDP, TENSOR) if axis in axes and not varies(x, axis))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def summed(x: jax.Array) -> jax.Array:

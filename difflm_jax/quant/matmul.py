@@ -5,7 +5,8 @@ from typing import Any
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from difflm_jax.quant.qtensor import QTensor, dequantize
+from difflm_jax.parallel import varying_with
+from difflm_jax.quant.qtensor import QTensor, dequantize, own_scales
 
 
 def matmul(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
@@ -18,7 +19,11 @@ def matmul(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
     # Two-dimensional, so that its transpose is too: XLA's CPU backend copies a three-dimensional operand of a gradient
     # into another order first, which made a LoRA step 1.4 times slower.
     rows = x.reshape(-1, x.shape[-1])
-    product = _quantised_product(rows, w) if isinstance(w, QTensor) else _product(rows, w.astype(x.dtype))
+    if isinstance(w, QTensor):
+        w = own_scales(w)
+        product = _quantised_product(varying_with(rows, w), w)
+    else:
+        product = _product(rows, w.astype(x.dtype))
     return product.reshape(*x.shape[:-1], w.shape[0])
 
 

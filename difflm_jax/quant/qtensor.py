@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from difflm_jax.errors import UserError
+from difflm_jax.parallel import TENSOR, varies
 from difflm_jax.quant import integers, nf4
 from difflm_jax.quant.nested import NestedScales, nest, unnest
 
@@ -104,6 +105,20 @@ def dequantize(w: QTensor, dtype: Any) -> jax.Array:
     form = FORMATS[w.format]
     codes = unpack(w.codes, w.block_size) if form.bits == 4 else w.codes.reshape(*scales.shape, -1)
     return (form.decode(codes) * scales[..., None]).astype(dtype).reshape(w.shape)
+
+
+def own_scales(w: QTensor) -> QTensor:
+    """`w` with the scales of those of its codes that this device has, where codes are divided over `tensor`.
+
+    Nested scales cannot be divided with them (`NestedScales`): every device of the axis holds all, and takes its part
+    of them here.
+    """
+    if not isinstance(w.scales, NestedScales) or not varies(w.codes, TENSOR) or jax.lax.axis_size(TENSOR) == 1:
+        return w
+    scales, part = unnest(w.scales), jax.lax.axis_index(TENSOR)
+    axis = 1 if scales.shape[0] == w.codes.shape[0] else 0  # divided along the input, or along the output
+    size = scales.shape[axis] // jax.lax.axis_size(TENSOR)
+    return w.replace(scales=jax.lax.dynamic_slice_in_dim(scales, part * size, size, axis=axis))
 
 
 def pack(codes: jax.Array) -> jax.Array:

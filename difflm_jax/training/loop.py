@@ -16,10 +16,10 @@ from difflm_jax.checkpoint.state import Checkpoints, Restored
 from difflm_jax.data.pipeline import batches, prefetch
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
+from difflm_jax.mesh import batch_sharding, place, place_rows
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
 from difflm_jax.training.interruption import stop_request
-from difflm_jax.training.mesh import batch_sharding, place, place_rows
 from difflm_jax.training.meter import Meter, throughput
 from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer

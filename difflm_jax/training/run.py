@@ -14,8 +14,8 @@ from difflm_jax.data.pipeline import describe, split, tokenize
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel, open_model
 from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.mesh import FSDP, check_model, make_mesh, place, row_shards
 from difflm_jax.training.loop import Outputs, Phase, initial_state, run_phase
-from difflm_jax.training.mesh import FSDP, check_model, make_mesh, place, row_shards
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.resume import check_config, check_data, describe_data, write_identity
 from difflm_jax.training.samples import Sampler
@@ -169,7 +169,7 @@ def _check_sizes(config: ConfigDict, lm: LanguageModel, mesh: Mesh) -> None:
         batch_size = phase_config(config, name).batch_size
         if batch_size % parts:
             raise UserError(f"batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp = {parts}")
-    check_model(lm.config, mesh)
+    check_model(lm.config, lm.quantization.block_size if lm.quantization else 1, mesh)
     if mesh.shape[FSDP] > 1 and config.remat == "none":
         raise UserError("remat=none: with mesh.fsdp above 1 it would keep the gathered weights of all layers; use full")
     longest = lm.config.max_position_embeddings

@@ -1,6 +1,7 @@
-"""Four training steps and an evaluation on a tiny model; prints their numbers and a checksum of the adapters as JSON.
+"""Four training steps and an evaluation on a tiny model, in several ways; prints the numbers of each as JSON.
 
-python -m tests.multi_device.same_numbers MICRO_BATCHES DATA FSDP TENSOR: 16 rows a step, in that many micro-batches.
+python -m tests.multi_device.same_numbers '[{"micro_batches": 2, "mesh": [2, 2, 2], "quantization": "nf4"}]': 16 rows a
+step in that many micro-batches on a mesh of data x fsdp x tensor devices.
 """
 
 import json
@@ -13,9 +14,10 @@ import optax
 
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.mesh import batch_sharding, make_mesh, place, place_rows
 from difflm_jax.models.transformer import Transformer
+from difflm_jax.quant import QuantConfig, quantize
 from difflm_jax.training.evaluation import Evaluator, summarise
-from difflm_jax.training.mesh import batch_sharding, make_mesh, place, place_rows
 from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from tests.tiny import tiny_config, tiny_params
@@ -23,16 +25,39 @@ from tests.tiny import tiny_config, tiny_params
 ROWS, LENGTH, MASK = 16, 20, 96
 
 
-def main(micro_batches: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> None:
-    config = tiny_config()
+def setting(quantization: str | None) -> tuple[dict, StepOptions, dict]:
+    """(parameters, options of the step, fresh adapters)."""
+    config = tiny_config(intermediate_size=64)
     params = tiny_params(config)
     lora_config = LoraConfig(r=4, lora_dropout=0.2)
     lora = init_lora(jax.random.key(1), params, lora_config, params["embed_tokens"]["weight"].mean(axis=0))
+    if quantization is not None:
+        params = quantized(params, QuantConfig(quantization, block_size=16))
+    corruption = Corruption(
+        scope="answer", mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate", attention="prefix"
+    )
+    model = Transformer(config, attention="prefix", lora=lora_config, mask_token_id=MASK, remat="full")
+    return params, StepOptions(model, corruption, 8), lora
+
+
+def quantized(params: dict, config: QuantConfig) -> dict:
+    """The projections of `params` in the format of `config`, layer by layer as a loader does it."""
+
+    def convert(path, leaf):
+        if not any(str(key.key).endswith("_proj") for key in path) or leaf.ndim < 3:
+            return leaf
+        layers = [quantize(layer, config) for layer in leaf]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def rows_of_a_step() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     lengths = rng.integers(6, LENGTH + 1, ROWS).astype(np.int32)
     lengths[-1] = 0  # a filler row
     position = np.arange(LENGTH)
-    rows = {
+    return {
         "tokens": rng.integers(0, 90, (ROWS, LENGTH)).astype(np.int32),
         "lengths": lengths,
         "answer_mask": (position >= 4) & (position < lengths[:, None]),
@@ -41,39 +66,35 @@ def main(micro_batches: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> 
         "row_index": np.arange(ROWS, dtype=np.int32),
     }
 
-    def split(count: int) -> dict[str, np.ndarray]:
-        return {name: field.reshape(count, ROWS // count, *field.shape[1:]) for name, field in rows.items()}
 
-    mesh = make_mesh(data, fsdp, tensor)
-    corruption = Corruption(
-        scope="answer", mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate", attention="prefix"
-    )
-    model = Transformer(config, attention="prefix", lora=lora_config, mask_token_id=MASK, remat="full")
-    options = StepOptions(model, corruption, 8)
+def micro_batched(count: int) -> CleanBatch:
+    """`rows_of_a_step` as `count` micro-batches."""
+    rows = rows_of_a_step()
+    return CleanBatch(**{k: field.reshape(count, ROWS // count, *field.shape[1:]) for k, field in rows.items()})
+
+
+def numbers(micro_batches: int, mesh: list[int], quantization: str | None = None) -> dict:
+    params, options, lora = setting(quantization)
+    mesh = make_mesh(*mesh)
     optimizer = optax.chain(clip_by_global_norm(1.0), optax.scale_by_adam())
     step = make_train_step(options, optimizer, lambda index: 1e-2, mesh)
     params = place(params, mesh)
     state = place(TrainState(lora, optimizer.init(lora)), mesh)
     losses, norms = [], []
     for index in range(4):
-        batch = place_rows(CleanBatch(**split(micro_batches)), batch_sharding(mesh))
+        batch = place_rows(micro_batched(micro_batches), batch_sharding(mesh))
         state, metrics = step(params, state, batch, jax.random.key(5), index)
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
         norms.append(float(metrics["grad_norm"]))
-    evaluation = summarise(Evaluator(options, mesh, [split(1)], jax.random.key(9))(params, state.lora))
+    evaluation = summarise(Evaluator(options, mesh, [vars(micro_batched(1))], jax.random.key(9))(params, state.lora))
     adapters = {jax.tree_util.keystr(k): np.abs(v).sum() for k, v in jax.tree_util.tree_leaves_with_path(state.lora)}
-    print(
-        json.dumps(
-            {
-                "devices": jax.device_count(),
-                "losses": losses,
-                "norms": norms,
-                "evaluation": evaluation,
-                "adapters": {name: float(jnp.asarray(value)) for name, value in adapters.items()},
-            }
-        )
-    )
+    return {
+        "losses": losses,
+        "norms": norms,
+        "evaluation": evaluation,
+        "adapters": {name: float(jnp.asarray(value)) for name, value in adapters.items()},
+    }
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    print(json.dumps([numbers(**case) for case in json.loads(sys.argv[1])]))

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from difflm_jax.errors import UserError
-from difflm_jax.models.config import ModelConfig
 from difflm_jax.parallel import (
     COLUMN_PARALLEL,
     DATA,
@@ -74,7 +73,7 @@ def specs(tree: Tree) -> Tree:
 
     Leaves of a layer have the layer axis first. A matrix [N, out, in], dense or a leaf of a quantised one, is divided
     along its output over `fsdp`, and over `tensor` along its output or input as `difflm_jax.parallel` says; a factor of
-    LoRA over `tensor` alone; everything else is replicated.
+    LoRA over `tensor` alone; everything else is replicated. Nested scales are whole along `tensor`.
     """
     return jax.tree_util.tree_map_with_path(_spec, tree)
 
@@ -94,12 +93,20 @@ def place_rows(tree: Tree, sharding: NamedSharding) -> Tree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
-def check_model(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises `UserError` where the model does not divide over the mesh."""
+def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
+    """Raises `UserError` where a model (its `ModelConfig`) does not divide over the mesh.
+
+    `block_size` is that of a quantised base, 1 for another: a block is not divided.
+    """
     tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
     for key, size in (("num_key_value_heads", config.num_kv_heads), ("intermediate_size", config.intermediate_size)):
         if size % tensor:
             raise UserError(f"mesh.tensor={tensor} does not divide the model's {key}={size}")
+    for name, size in (("o_proj", config.num_heads * config.head_dim), ("down_proj", config.intermediate_size)):
+        if size // tensor % block_size:
+            raise UserError(
+                f"mesh.tensor={tensor} does not divide the {size // block_size} blocks of {block_size} inputs of {name}"
+            )
     outputs = {
         "q_proj": config.num_heads * config.head_dim // tensor,
         "k_proj": config.num_kv_heads * config.head_dim // tensor,
@@ -127,6 +134,8 @@ def _spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         return PartitionSpec(None, TENSOR) if column else PartitionSpec()
     if ndim < 3:  # scales of scales
         return PartitionSpec()
+    if "scales" in names and names[-1] == "codes":
+        return PartitionSpec(None, FSDP, None)
     return PartitionSpec(None, (TENSOR, FSDP), None) if column else PartitionSpec(None, FSDP, TENSOR)
 
 
