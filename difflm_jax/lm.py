@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from difflm_jax.checkpoint.converted import load_converted
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
@@ -20,6 +21,7 @@ from difflm_jax.data.mask_token import choose_mask_token
 from difflm_jax.diffusion.canvas import Decoder, answer_plan, check_sampling, fill_answers, fill_masks
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, merge_lora
+from difflm_jax.mesh import over_rows, place, row_shards, to_host
 from difflm_jax.models.attention import ATTENTION_RULES, positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer, head_logits
@@ -53,6 +55,7 @@ class LanguageModel:
     lora: dict[str, Any] | None = None
     quantization: QuantConfig | None = None
     provenance: str = ""  # where the weights come from, if not from the source as it is
+    mesh: Mesh | None = None  # over which the arrays are divided; None: they are on one device
 
     @property
     def config(self) -> ModelConfig:
@@ -84,11 +87,15 @@ class LanguageModel:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def with_weights(self, converted: Path | None = None) -> "LanguageModel":
-        """This model with its frozen weights read from the source.
+    def with_weights(self, converted: Path | None = None, mesh: Mesh | None = None) -> "LanguageModel":
+        """This model with its frozen weights read from the source, on the first device or divided over a `mesh`.
 
-        `converted` is a directory where a base that is quantised on its way in is kept, and found the next time.
+        `converted` is a directory where a base that is quantised on its way in is kept, and found the next time; not
+        with a mesh.
         """
+        if mesh is not None:
+            params = load_params(self.source, self.model.dtype, self.quantization, mesh)
+            return dataclasses.replace(self, params=params, lora=self.lora and place(self.lora, mesh), mesh=mesh)
         if converted is None or self.quantization is None or self.source.stored:
             params = load_params(self.source, self.model.dtype, self.quantization)
         else:
@@ -125,7 +132,12 @@ class LanguageModel:
             raise UserError(f"tokens: expected [batch, length], got shape {tokens_BL.shape}")
         valid_BL = jnp.ones_like(tokens_BL, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
         prompts_B = jnp.zeros(tokens_BL.shape[0], jnp.int32) if prompt_lengths is None else jnp.asarray(prompt_lengths)
-        return _logits(self.model, self.variables, tokens_BL, valid_BL, prompts_B)
+        rows = (tokens_BL, valid_BL, prompts_B)
+        if self.mesh is None:
+            return _logits(self.model, None, self.variables, *rows)
+        extra = -len(tokens_BL) % row_shards(self.mesh)  # rows divide over the devices
+        rows = [jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in rows]
+        return _logits(self.model, self.mesh, self.variables, *rows)[: len(tokens_BL)]
 
     def generate(
         self,
@@ -181,7 +193,7 @@ class LanguageModel:
             raise UserError("save_adapter: this model has no adapter")
         save_adapter(
             directory,
-            jax.device_get(self.lora),
+            jax.tree.map(to_host, self.lora),
             self.model.lora,
             base_model_name=self.source.name,
             revision=self.source.revision,
@@ -198,6 +210,7 @@ class LanguageModel:
         """
         if self.lora is None:
             raise UserError("merge: this model has no adapter")
+        self._check_one_device("merge")
         params = merge_lora(self.params, self.lora, self.model.lora, self.mask_token_id)
         merged = dataclasses.replace(
             self, model=self.model.clone(lora=None), params=params, lora=None, quantization=None
@@ -214,6 +227,7 @@ class LanguageModel:
         """
         if self.lora is not None:
             raise UserError("save_pretrained: the adapter is not merged: call merge() first, or save_adapter()")
+        self._check_one_device("save_pretrained")
         card = _model_card(self.source.name, self.diffusion_config(), self.provenance)
         save_pretrained(
             directory,
@@ -259,6 +273,10 @@ class LanguageModel:
             raise UserError(f"{what} holds the mask token {self.tokenizer.mask_token!r}: use infill")
         return tokens
 
+    def _check_one_device(self, what: str) -> None:
+        if self.mesh is not None:
+            raise UserError(f"{what}: this model is divided over {self.mesh.size} devices: load it on one for that")
+
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:
             raise UserError(
@@ -268,7 +286,7 @@ class LanguageModel:
 
     @property
     def _decoder(self) -> Decoder:
-        return Decoder(self.model, self.variables, self.logit_shift, self.eos_token_ids, self.pad_token_id)
+        return Decoder(self.model, self.variables, self.logit_shift, self.eos_token_ids, self.pad_token_id, self.mesh)
 
     def _until_eos(self, tokens: np.ndarray) -> np.ndarray:
         ends = np.flatnonzero(np.isin(tokens, self.eos_token_ids))
@@ -356,10 +374,15 @@ def open_model(
     )
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _logits(model: Transformer, variables: dict[str, Any], tokens_BL, valid_BL, prompt_lengths_B) -> jax.Array:
-    hidden_BLD = model.apply(variables, tokens_BL, positions_of(valid_BL), valid_BL, prompt_lengths_B)
-    return head_logits(model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BLD)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    model: Transformer, mesh: Mesh | None, variables: dict[str, Any], tokens_BL, valid_BL, prompt_lengths_B
+) -> jax.Array:
+    def logits(variables, tokens_BL, valid_BL, prompt_lengths_B):
+        hidden_BLD = model.apply(variables, tokens_BL, positions_of(valid_BL), valid_BL, prompt_lengths_B)
+        return head_logits(model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BLD)
+
+    return over_rows(logits, mesh, variables, tokens_BL, valid_BL, prompt_lengths_B)
 
 
 def _as_list(prompts: Any) -> list[Any]:

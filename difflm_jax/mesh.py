@@ -4,11 +4,13 @@ What divides over which axis, and what the model does about it, is told in `diff
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from difflm_jax.errors import UserError
@@ -88,9 +90,50 @@ def place(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _place(path, leaf, mesh), tree)
 
 
+def place_leaf(path: tuple[str, ...], leaf: Tree, mesh: Mesh) -> Tree:
+    """`place` of the leaf, or the quantised weight, at `path` of a tree of parameters."""
+    return jax.tree_util.tree_map_with_path(lambda rest, part: _place((*path, *rest), part, mesh), leaf)
+
+
+def shardings_of(path: tuple[str, ...], leaf: Tree, mesh: Mesh) -> Tree:
+    """Where the leaf at `path` of a tree of parameters lies on the mesh, with a sharding in place of each array."""
+    return jax.tree_util.tree_map_with_path(lambda rest, part: NamedSharding(mesh, _spec((*path, *rest), part)), leaf)
+
+
+def to_mesh(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array of the host or of one device, the same on every process, divided as `sharding` says."""
+    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        return leaf
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def to_host(leaf: jax.Array) -> np.ndarray:
+    """All of an array of the mesh, on every process (which must all ask for it)."""
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
 def place_rows(tree: Tree, sharding: NamedSharding) -> Tree:
     """Arrays of the host that hold this process's rows, or on one process all, as arrays of the mesh."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def over_rows(function: Callable[..., Tree], mesh: Mesh | None, variables: Tree, *rows: Any) -> Tree:
+    """`function(variables, *rows)`, whose arguments behind the first and whose results have rows first, on the mesh.
+
+    `variables` are the model's collections. Without a mesh it is the plain call.
+    """
+    if mesh is None:
+        return function(variables, *rows)
+    along_rows = rows_spec(leading=0)
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=(specs(variables), *(along_rows for _ in rows)), out_specs=along_rows
+    )
+    return mapped(variables, *rows)
 
 
 def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
@@ -142,13 +185,7 @@ def _spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
 def _place(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> jax.Array:
     spec = _spec(path, leaf)
     sharding = NamedSharding(mesh, spec)
-    if spec == PartitionSpec(VOCABULARY_AXES, None):
-        parts = math.prod(mesh.shape[axis] for axis in VOCABULARY_AXES)
-        if padding := -leaf.shape[0] % parts:
-            leaf = jnp.pad(leaf, ((0, padding), (0, 0)))
-    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-        return leaf
-    if jax.process_count() == 1:
-        return jax.device_put(leaf, sharding)
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    parts = math.prod(mesh.shape[axis] for axis in VOCABULARY_AXES)
+    if spec == PartitionSpec(VOCABULARY_AXES, None) and leaf.shape[0] % parts:
+        leaf = jnp.pad(leaf, ((0, -leaf.shape[0] % parts), (0, 0)))
+    return to_mesh(leaf, sharding)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.bitsandbytes import bitsandbytes_config, bitsandbytes_tensors
@@ -18,6 +19,7 @@ from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, Row, get_path, set_p
 from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
 from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import UserError
+from difflm_jax.mesh import place_leaf, shardings_of, to_mesh
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.quant import QTensor, QuantConfig, dequantize, quantize
 
@@ -25,13 +27,18 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def load_params(source: Source, dtype: Any, quantization: QuantConfig | None = None) -> dict[str, Any]:
+def load_params(
+    source: Source, dtype: Any, quantization: QuantConfig | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """The tree of `names.table`, layers stacked on axis 0: arrays of `dtype`, and `QTensor`s for quantised projections.
 
     `quantization` is how projections are quantised on their way in; those that the checkpoint holds quantised stay as
     they are. Tensors are read one at a time, each converted where it will lie and put into its place in the stack:
     host and device hold what is loaded, and the one or two tensors on the way. Raises `UserError` listing all unknown,
     missing, duplicate and misshapen tensors before any is read.
+
+    With a `mesh` each tensor, once converted, is divided over its devices (`difflm_jax.mesh.specs`) before the next is
+    read: no host and no device holds more of the model than its part, and that one tensor.
     """
     check_tensors(source)
     check_quantization(source, quantization)
@@ -39,7 +46,8 @@ def load_params(source: Source, dtype: Any, quantization: QuantConfig | None = N
         quantization = None  # as it is; what the checkpoint leaves unquantised stays so
     params: dict[str, Any] = {}
     for row in table(source.config):
-        set_path(params, row.path, _load_leaf(source, row, jnp.dtype(dtype), quantization if row.quantisable else None))
+        held = quantization if row.quantisable else None
+        set_path(params, row.path, _load_leaf(source, row, jnp.dtype(dtype), held, mesh))
     return params
 
 
@@ -68,7 +76,9 @@ def check_quantization(source: Source, quantization: QuantConfig | None) -> None
         )
 
 
-def _load_leaf(source: Source, row: Row, dtype: Any, quantization: QuantConfig | None) -> jax.Array | QTensor:
+def _load_leaf(
+    source: Source, row: Row, dtype: Any, quantization: QuantConfig | None, mesh: Mesh | None
+) -> jax.Array | QTensor:
     names = row.hf_names(source.config.num_layers)
     stored = {source.stored.get(name) for name in names}
     if len(stored) > 1:
@@ -81,6 +91,9 @@ def _load_leaf(source: Source, row: Row, dtype: Any, quantization: QuantConfig |
         if isinstance(tensor, QTensor) and len(stored) > 1:
             tensor = dequantize(tensor, dtype)
         tensor = jax.device_put(tensor)
+        if mesh is not None:
+            leaf = _put_on_mesh(leaf, row, index, len(names), _converted(tensor, dtype, quantization), mesh)
+            continue
         if not row.stacked:
             return _converted(tensor, dtype, quantization)
         if leaf is None:
@@ -108,6 +121,33 @@ def _put(leaf, tensor, index, dtype, quantization):
     """`leaf` with the converted `tensor` at `index`, in place."""
     converted = _convert(dtype, quantization, tensor)
     return jax.tree.map(lambda stack, part: stack.at[index].set(part), leaf, converted)
+
+
+def _put_on_mesh(leaf: Any, row: Row, index: int, layers: int, converted: Any, mesh: Mesh) -> Any:
+    """A tensor that was converted on one device, in its place of a leaf that is divided over the mesh."""
+    if not row.stacked:
+        return place_leaf(row.path, converted, mesh)
+    layout = shardings_of(row.path, _stack_of(converted, layers), mesh)
+    if leaf is None:
+        empty = functools.partial(jax.tree.map, lambda part: jnp.zeros(part.shape, part.dtype))
+        leaf = jax.jit(lambda: empty(_stack_of(converted, layers)), out_shardings=layout)()
+    one_layer = jax.tree.map(lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), layout)
+    part = jax.tree.map(to_mesh, converted, one_layer)
+    return jax.block_until_ready(_setter(tuple(jax.tree.leaves(layout)))(leaf, part, index))
+
+
+@functools.cache
+def _setter(layout: tuple[NamedSharding, ...]) -> Any:
+    def put(leaf, part, index):
+        return jax.tree.map(lambda stack, one: stack.at[index].set(one), leaf, part)
+
+    def with_layout(leaf, part, index):
+        return jax.tree.map(jax.lax.with_sharding_constraint, put(leaf, part, index), like(leaf))
+
+    def like(leaf):
+        return jax.tree.unflatten(jax.tree.structure(leaf), layout)
+
+    return jax.jit(with_layout, donate_argnums=0)
 
 
 def _stack_of(shapes: Any, layers: int) -> Any:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from difflm_jax.diffusion.confidence import CONFIDENCES
 from difflm_jax.diffusion.denoiser import generate, row_sampling_keys
 from difflm_jax.diffusion.sampler import Plan
 from difflm_jax.errors import UserError
+from difflm_jax.mesh import row_shards, to_host
 from difflm_jax.models.transformer import Transformer
 
 COLUMN_MULTIPLE = 32  # canvases are padded to it, so that few lengths are compiled
@@ -24,6 +26,7 @@ class Decoder:
     logit_shift: bool
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    mesh: Mesh | None = None
 
 
 def answer_plan(
@@ -117,6 +120,8 @@ def _fill(
         return [], np.zeros(0, np.int32)
     keys = row_sampling_keys(seed, [tuple(row.tolist()) for row in rows])
     batch_size = min(batch_size, len(rows))
+    if decoder.mesh is not None:
+        batch_size += -batch_size % row_shards(decoder.mesh)
     filled: list[np.ndarray] = []
     passes: list[int] = []
     for first in range(0, len(rows), batch_size):
@@ -134,8 +139,9 @@ def _fill(
             valid & (tokens == decoder.model.mask_token_id),
             np.asarray(prompt_lengths, np.int32)[index],
             keys[index],
+            decoder.mesh,
         )
-        tokens, used = np.asarray(carry.tokens), np.asarray(carry.passes)
+        tokens, used = to_host(carry.tokens), to_host(carry.passes)
         filled += [tokens[i][valid[i]] for i in range(count)]
         passes += used[:count].tolist()
     return filled, np.asarray(passes, np.int32)

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from difflm_jax.diffusion.objective import predicting_states
 from difflm_jax.diffusion.sampler import Carry, Plan, Predict, sample
+from difflm_jax.mesh import over_rows
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
 
@@ -18,7 +20,7 @@ Variables = dict[str, Any]  # {"params": ..., "lora": ...}
 PROMPT_CACHE_RULES = ("prefix", "causal")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "logit_shift", "plan", "eos_token_ids"))
+@functools.partial(jax.jit, static_argnames=("model", "logit_shift", "plan", "eos_token_ids", "mesh"))
 def generate(
     model: Transformer,
     variables: Variables,
@@ -30,13 +32,21 @@ def generate(
     fillable_BL: jax.Array,
     prompt_lengths_B: jax.Array,
     keys_B: jax.Array,
+    mesh: Mesh | None = None,
 ) -> Carry:
-    """Fills a canvas; the prompt's keys and values are computed once where the attention rule allows it."""
-    canvas = (tokens_BL, valid_BL, positions_of(valid_BL), prompt_lengths_B)
-    cached = model.attention in PROMPT_CACHE_RULES and plan.first_column > logit_shift
-    make = _prompt_cached_predict if cached else _whole_canvas_predict
-    predict = make(model, variables, logit_shift, plan, *canvas)
-    return sample(predict, tokens_BL, fillable_BL, keys_B, plan, model.mask_token_id, eos_token_ids)
+    """Fills a canvas; the prompt's keys and values are computed once where the attention rule allows it.
+
+    `mesh` is that over which `variables` are divided; it divides the rows.
+    """
+
+    def fill(variables, tokens_BL, valid_BL, fillable_BL, prompt_lengths_B, keys_B) -> Carry:
+        canvas = (tokens_BL, valid_BL, positions_of(valid_BL), prompt_lengths_B)
+        cached = model.attention in PROMPT_CACHE_RULES and plan.first_column > logit_shift
+        make = _prompt_cached_predict if cached else _whole_canvas_predict
+        predict = make(model, variables, logit_shift, plan, *canvas)
+        return sample(predict, tokens_BL, fillable_BL, keys_B, plan, model.mask_token_id, eos_token_ids)
+
+    return over_rows(fill, mesh, variables, tokens_BL, valid_BL, fillable_BL, prompt_lengths_B, keys_B)
 
 
 def _whole_canvas_predict(

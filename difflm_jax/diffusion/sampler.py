@@ -13,6 +13,7 @@ from flax import struct
 
 from difflm_jax.diffusion.confidence import CONFIDENCES
 from difflm_jax.diffusion.schedule import even_quota
+from difflm_jax.parallel import varying_with
 
 # (tokens [B, L], first column of the active block) -> float32 logits [B, block_length, V] of that block
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
@@ -62,7 +63,8 @@ def sample(
     `keys_B`: one key a row, used when `plan.temperature` > 0. The mask token is never produced.
     """
     batch = tokens_BL.shape[0]
-    start = Carry(tokens_BL, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
+    zeros_B = varying_with(jnp.zeros(batch, jnp.int32), tokens_BL)
+    start = Carry(tokens_BL, zeros_B, zeros_B)
     column_L = jnp.arange(tokens_BL.shape[1])
 
     def body(step: jax.Array, carry: Carry) -> Carry:

@@ -54,7 +54,8 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     check_data(directory, data, force)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_sizes(config, lm, mesh)
-    lm = start_adapter(lm.with_weights(directory / CONVERTED if config.convert_cache else None), config)
+    converted = directory / CONVERTED if config.convert_cache else None
+    lm = start_adapter(lm.with_weights(converted, mesh if mesh.size > 1 else None), config)
     params = place(lm.params, mesh)
 
     write_identity(directory, config, data)
