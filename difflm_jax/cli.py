@@ -5,12 +5,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.config import CONVERTED, load_config, quantization
 from difflm_jax.errors import UserError, exit_with_errors, one_line
+from difflm_jax.hosts import connect, define_host_flags
 from difflm_jax.lm import LanguageModel, open_model
+from difflm_jax.mesh import check_model, make_mesh
 from difflm_jax.quant import FORMATS, QuantConfig
 
 
@@ -44,7 +48,12 @@ def run_command(
 
 
 def define_model_flags(flag_values: flags.FlagValues) -> None:
-    """The flags that name a model: a checkpoint, and the adapter or the run on top of it."""
+    """The flags that name a model (a checkpoint, the adapter or the run on top of it) and the devices for it."""
+    define_host_flags(flag_values)
+    flags.DEFINE_list(
+        "mesh", [], "Devices along data, fsdp and tensor (-1: what is left), as 1,4,2; default: one device.",
+        flag_values=flag_values,
+    )  # fmt: skip
     flags.DEFINE_string("model", "", "Hugging Face directory, hub id or .gguf file.", flag_values=flag_values)
     flags.DEFINE_string("adapter", "", "PEFT adapter directory.", flag_values=flag_values)
     flags.DEFINE_string(
@@ -75,7 +84,8 @@ def last_adapter(run: Path, phases: Sequence[str]) -> Path:
 
 
 def load_from_flags(flag_values: flags.FlagValues) -> LanguageModel:
-    """Loads what `--model`, `--adapter` and `--run` name."""
+    """Loads what `--model`, `--adapter` and `--run` name, onto the devices of `--mesh`, of all processes."""
+    connect(flag_values)
     model, adapter, dtype = flag_values.model, flag_values.adapter, flag_values.dtype
     mask_token, revision = flag_values.mask_token, flag_values.revision
     held, converted = None, None
@@ -101,7 +111,22 @@ def load_from_flags(flag_values: flags.FlagValues) -> LanguageModel:
         revision=revision or None,
         quantization=held,
     )
-    return lm.with_weights(converted)
+    return lm.with_weights(converted, _mesh(flag_values.mesh, lm))
+
+
+def _mesh(sizes: Sequence[str], lm: LanguageModel) -> Mesh | None:
+    """The mesh that a flag names; with several processes and none named, rows are divided over all devices."""
+    if not sizes and jax.process_count() == 1:
+        return None
+    try:
+        numbers = [int(size) for size in sizes or ("-1", "1", "1")]
+    except ValueError as error:
+        raise UserError(f"--mesh={','.join(sizes)}: must be three integers") from error
+    if len(numbers) != 3:
+        raise UserError(f"--mesh={','.join(sizes)}: must be three integers: data, fsdp, tensor")
+    mesh = make_mesh(*numbers)
+    check_model(lm.config, lm.quantization.block_size if lm.quantization else 1, mesh)
+    return mesh if mesh.size > 1 else None
 
 
 def read_run_config(run: Path) -> ConfigDict:

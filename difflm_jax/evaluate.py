@@ -20,7 +20,7 @@ from difflm_jax.data.pipeline import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
-from difflm_jax.mesh import make_mesh, place
+from difflm_jax.mesh import is_writer, make_mesh, place, row_shards, rows_of_process
 from difflm_jax.report import print_report, read_questions
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
 from difflm_jax.training.step import StepOptions
@@ -57,7 +57,7 @@ def main(flag_values: flags.FlagValues) -> None:
             f"  {rate:<12}{values['masked_nll']:>10.4f}{values['masked_accuracy']:>12.4f}{values['perplexity']:>14.2f}"
         )
     columns = print_report(lm, flag_values.data, questions, tokens_per_pass, flag_values.max_new_tokens)
-    if flag_values.out:
+    if flag_values.out and is_writer():
         record = {
             "command": sys.argv,
             "model": lm.source.name,
@@ -80,7 +80,9 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
     )
     if flag_values.rows:
         rows = rows.select(range(min(flag_values.rows, len(rows))))
-    mesh = make_mesh(1)
+    mesh = lm.mesh or make_mesh(1)
+    batch_size = min(flag_values.batch_size, len(rows))
+    batch_size += -batch_size % row_shards(mesh)
     corruption = Corruption(
         scope="answer",
         mask_rate="row",
@@ -92,7 +94,8 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
     )
     data = batches(
         rows,
-        batch_size=min(flag_values.batch_size, len(rows)),
+        batch_size=batch_size,
+        local_rows=rows_of_process(mesh, batch_size),
         shuffle=False,
         pad_id=lm.pad_token_id,
         max_length=flag_values.max_length,

@@ -106,13 +106,13 @@ def to_mesh(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return leaf
     if jax.process_count() == 1:
         return jax.device_put(leaf, sharding)
-    host = np.asarray(leaf)
+    host = to_host(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def to_host(leaf: jax.Array) -> np.ndarray:
-    """All of an array of the mesh, on every process (which must all ask for it)."""
-    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+def to_host(leaf: Any) -> np.ndarray:
+    """All of an array of the mesh (or of the host), on every process (which must all ask for it)."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
@@ -134,6 +134,37 @@ def over_rows(function: Callable[..., Tree], mesh: Mesh | None, variables: Tree,
         function, mesh=mesh, in_specs=(specs(variables), *(along_rows for _ in rows)), out_specs=along_rows
     )
     return mapped(variables, *rows)
+
+
+def rows_of_process(mesh: Mesh, count: int) -> np.ndarray:
+    """Which of the `count` rows of a micro-batch this process holds: ascending, all of them on a single process."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((1, count)).values()
+    return np.unique(np.concatenate([np.arange(count)[rows] for _, rows in indices]))
+
+
+def rows_of_all(mesh: Mesh, local: int) -> int:
+    """How many rows a micro-batch has of which this process holds `local`."""
+    parts = len({rows.start for _, rows in batch_sharding(mesh).addressable_devices_indices_map(
+        (1, row_shards(mesh))).values()})  # fmt: skip
+    return local * row_shards(mesh) // parts
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes what is written once: logs, metrics, adapters."""
+    return jax.process_index() == 0
+
+
+def agreed(here: bool) -> bool:
+    """Whether something holds in every process (which must all ask)."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.asarray(here)).all())
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def check_model(config: Any, block_size: int, mesh: Mesh) -> None:

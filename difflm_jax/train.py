@@ -15,12 +15,14 @@ from absl import flags
 from difflm_jax.cli import run_command
 from difflm_jax.config import load_config, take_overrides
 from difflm_jax.errors import exit_with_errors
+from difflm_jax.hosts import connect, define_host_flags
 from difflm_jax.report import print_report, read_questions
 from difflm_jax.training.run import train
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", "", "A .py, .yaml or .json file; without it the defaults.", flag_values=FLAGS)
 flags.DEFINE_string("hyper_parameters_json", "", "Keys as JSON, as the original system takes them.", flag_values=FLAGS)
+define_host_flags(FLAGS)
 flags.DEFINE_bool("force", False, "Resume although configuration or data have changed.", flag_values=FLAGS)
 
 
@@ -30,6 +32,7 @@ def command(argv: Sequence[str]) -> int:
 
     def main(flag_values: flags.FlagValues) -> None:
         config = load_config(flag_values.config, overrides, flag_values.hyper_parameters_json)
+        connect(flag_values)
         report = config.report
         questions = read_questions(report.data, report.rows) if report.data else []  # bad rows stop a run at its start
         lm = train(config, flag_values.force)

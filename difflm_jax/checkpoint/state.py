@@ -23,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.mesh import agreed, is_writer, wait_for_all
 
 Tree = Any
 
@@ -54,7 +55,9 @@ class Checkpoints:
         self._writing: int | None = None  # the step that is on its way to the disk
         self.failed_saves = 0
         _silence_orbax()
-        self._rename_unreadable()
+        if is_writer():
+            self._rename_unreadable()
+        wait_for_all("damaged checkpoints are put aside")
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -183,21 +186,27 @@ class Checkpoints:
 
     def _first_whole(self, choose: Callable[[], int | None], abstract_state: Tree) -> Restored | None:
         while (step := choose()) is not None:
+            error = restored = None
             try:
-                return Restored(step, self.restore(step, abstract_state), self.metrics(step))
-            except DamagedCheckpointError as error:
-                self._put_aside(step, error)
+                restored = Restored(step, self.restore(step, abstract_state), self.metrics(step))
+            except DamagedCheckpointError as found:
+                error = found
+            if not agreed(error is None):  # what one process cannot read no process goes on from
+                self._put_aside(step, error or self._damaged(step, "another process cannot read it"))
+                continue
+            return restored
         return None
 
     def _put_aside(self, step: int, error: DamagedCheckpointError) -> None:
         self._rename(step)
+        wait_for_all(f"checkpoint {step} is put aside")
         self._reopen()
         print(f"{error}; it is kept as damaged-{step}, and {_of(self.latest())} is used instead", flush=True)
 
     def _rename(self, step: int) -> None:
         """Gives a damaged checkpoint another name, so that its step can be written again."""
-        if jax.process_index() == 0:
-            target = self._directory / f"damaged-{step}"
+        target = self._directory / f"damaged-{step}"
+        if is_writer():
             shutil.rmtree(target, ignore_errors=True)
             with self._errors(f"the damaged checkpoint {step} cannot be renamed"):
                 (self._directory / str(step)).rename(target)

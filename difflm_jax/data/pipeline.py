@@ -64,6 +64,7 @@ def batches(
     answer_padding: int = 0,
     eos_id: int | None = None,
     max_length: int,
+    local_rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
     """The batches of a run: element `step` is what one optimiser step needs, whole, for all devices.
 
@@ -76,6 +77,8 @@ def batches(
     Every epoch has a permutation of its own and ends with a step of its own, filled up with filler rows. How the rows
     of a step divide into A times B changes nothing else. `answer_padding` n > 0 lets an answer that ends a row be
     followed by `eos_id` until its length is a multiple of n, or the row's is `max_length`; these count as answer.
+    `local_rows`: the rows of every micro-batch that are wanted here (of several processes each reads its own), the
+    others are left out; what is left is as it would be among all.
     """
     for key, value in (("batch_size", batch_size), ("accumulation", accumulation), ("epochs", epochs)):
         if value < 1:
@@ -90,6 +93,8 @@ def batches(
         answer_padding,
         eos_id,
         max_length,
+        np.arange(batch_size) if local_rows is None else local_rows,
+        dataset.select_columns(["answer_mask"]).with_format("arrow"),
     )
     ids = grain.MapDataset.range(len(dataset))
     if shuffle:  # grain adds the epoch to the seed, so seeds are spread first: 0 and 1 must not share permutations
@@ -108,40 +113,61 @@ class _Collate:
     answer_padding: int
     eos_id: int | None
     max_length: int
+    local_rows: np.ndarray
+    answer_masks: datasets.Dataset
 
     def __call__(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        rows = [self._padded(*row) for row in _read_rows(self.table, ids)]
-        longest = max(len(tokens) for tokens, _ in rows)
-        num_rows, length = int(np.prod(self.shape)), -(-longest // self.length_multiple) * self.length_multiple
-        tokens = np.full((num_rows, length), self.pad_id, np.int32)
-        answer_mask = np.zeros((num_rows, length), bool)
-        lengths = np.zeros(num_rows, np.int32)
-        example_ids = np.full(num_rows, -1, np.int32)
-        for i, (row_tokens, row_mask) in enumerate(rows):
+        accumulation, batch_size = self.shape
+        places = (np.arange(accumulation)[:, None] * batch_size + self.local_rows).reshape(-1)
+        own = places[places < len(ids)]
+        rows = [self._padded(*row) for row in _read_rows(self.table, ids[own])] if len(own) else []
+        length = -(-self._longest(ids) // self.length_multiple) * self.length_multiple
+        tokens = np.full((len(places), length), self.pad_id, np.int32)
+        answer_mask = np.zeros((len(places), length), bool)
+        lengths = np.zeros(len(places), np.int32)
+        example_ids = np.full(len(places), -1, np.int32)
+        for (i, place), (row_tokens, row_mask) in zip(
+            ((i, place) for i, place in enumerate(places) if place < len(ids)), rows, strict=True
+        ):
             lengths[i] = len(row_tokens)
             tokens[i, : lengths[i]] = row_tokens
             answer_mask[i, : lengths[i]] = row_mask
-            example_ids[i] = ids[i]
+            example_ids[i] = ids[place]
         fields = {
             "tokens": tokens,
             "lengths": lengths,
             "answer_mask": answer_mask,
             "prompt_lengths": np.where(answer_mask.any(1), answer_mask.argmax(1), lengths).astype(np.int32),
             "example_ids": example_ids,
-            "row_index": np.arange(num_rows, dtype=np.int32),
+            "row_index": places.astype(np.int32),
         }
-        return {name: field.reshape(*self.shape, *field.shape[1:]) for name, field in fields.items()}
+        shape = (accumulation, len(self.local_rows))
+        return {name: field.reshape(*shape, *field.shape[1:]) for name, field in fields.items()}
+
+    def _longest(self, ids: np.ndarray) -> int:
+        """The longest row of the whole step, as it is padded: of the rows of others only their masks are read."""
+        masks = self.answer_masks[[int(i) for i in ids]]["answer_mask"].combine_chunks()
+        lengths = masks.value_lengths().to_numpy()
+        if not self.answer_padding:
+            return int(lengths.max())
+        parts = np.split(masks.flatten().to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1])
+        return max(len(part) + self._added(part) for part in parts)
 
     def _padded(self, tokens: np.ndarray, answer_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The row, with its last answer lengthened by EOS tokens if that is wanted."""
         if len(tokens) > self.max_length:
             raise ValueError(f"a row of {len(tokens)} tokens was not made for max_length={self.max_length}")
-        if not self.answer_padding or not answer_mask[-1]:
+        if not (added := self._added(answer_mask)):
             return tokens, answer_mask
-        others = np.flatnonzero(~answer_mask)
-        answer_length = len(tokens) - (others[-1] + 1 if len(others) else 0)
-        added = min(-answer_length % self.answer_padding, self.max_length - len(tokens))
         return np.append(tokens, [self.eos_id] * added).astype(np.int32), np.append(answer_mask, [True] * added)
+
+    def _added(self, answer_mask: np.ndarray) -> int:
+        """How many EOS tokens lengthen the answer that ends a row."""
+        if not self.answer_padding or not answer_mask[-1]:
+            return 0
+        others = np.flatnonzero(~answer_mask)
+        answer_length = len(answer_mask) - (others[-1] + 1 if len(others) else 0)
+        return min(-answer_length % self.answer_padding, self.max_length - len(answer_mask))
 
 
 def _read_rows(table: datasets.Dataset, ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums
-from difflm_jax.mesh import batch_sharding, place_rows
+from difflm_jax.mesh import batch_sharding, place_rows, rows_of_all
 from difflm_jax.training.step import StepOptions, make_eval_step
 
 
@@ -55,10 +55,10 @@ class Evaluator:
         self._batches = [CleanBatch(**batch) for batch in batches]
         self._sharding = batch_sharding(mesh)
         self._key = key
-        self._num_rows = 0
+        rows_of_batch = rows_of_all(mesh, self._batches[0].row_index.shape[1]) if self._batches else 0
         for index, batch in enumerate(self._batches):
-            self._batches[index] = batch.replace(row_index=batch.row_index + self._num_rows)
-            self._num_rows += batch.row_index.size
+            self._batches[index] = batch.replace(row_index=batch.row_index + index * rows_of_batch)
+        self._num_rows = len(self._batches) * rows_of_batch
 
     def __call__(self, params: Any, lora: Any) -> LossSums:
         """Sums over all batches, on the host in float64."""

@@ -16,7 +16,7 @@ from difflm_jax.checkpoint.state import Checkpoints, Restored
 from difflm_jax.data.pipeline import batches, prefetch
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
-from difflm_jax.mesh import batch_sharding, place, place_rows
+from difflm_jax.mesh import batch_sharding, is_writer, place, place_rows, rows_of_process
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
 from difflm_jax.training.interruption import stop_request
@@ -69,6 +69,7 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     """
     config = phase.config
     data = make_batches(phase, phase.train_rows, train=True)
+    everything = make_batches(phase, phase.train_rows, train=True, whole=True)
     steps_per_epoch = -(-len(phase.train_rows) // (config.batch_size * config.gradient_accumulation_steps))
     total = min(len(data), config.max_steps) if config.max_steps else len(data)
     interval = max(1, min(total, steps_per_epoch) // max(1, config.log_frequency_per_epoch))
@@ -82,7 +83,9 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     # The initial arrays may be kept elsewhere (the best state of the phase before), and a step donates its state.
     state = jax.tree.map(lambda x: x.copy(), state)
     speed = throughput(phase.model, config.max_length, phase.mesh.size)
-    meter = Meter(phase.name, out.log, out.tracker, total, speed, functools.partial(rows_of_step, phase, data), saved)
+    meter = Meter(
+        phase.name, out.log, out.tracker, total, speed, functools.partial(rows_of_step, phase, everything), saved
+    )
     heartbeat = Heartbeat(out.directory, config.heartbeat_seconds)
     profile = Profile(out.directory / "profile" / phase.name, config.profile.first_step, config.profile.steps)
     iterator = prefetch(data, done, config.dataloader_num_workers)
@@ -127,7 +130,7 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
                 out.on_evaluation(state.lora, step)
             save(step, state, record)
             if in_a_row >= config.max_nonfinite_steps:
-                _stop_at_nonfinite(phase, in_a_row, meter.last_nonfinite, data, out)
+                _stop_at_nonfinite(phase, in_a_row, meter.last_nonfinite, everything, out)
             if signal and step < total:
                 out.checkpoints.settle()
                 raise RunInterruptedError(
@@ -154,8 +157,9 @@ def _stop_at_nonfinite(phase: Phase, in_a_row: int, last: int, data: Any, out: O
     out.checkpoints.settle()
     target = out.directory / "nonfinite" / f"{phase.name}-step{last}.npz"
     try:
-        target.parent.mkdir(exist_ok=True)
-        np.savez(target, **data[last - 1])
+        if is_writer():
+            target.parent.mkdir(exist_ok=True)
+            np.savez(target, **data[last - 1])
         where = f"the batch of the last one is in {target}"
     except OSError as error:
         where = f"the batch of the last one could not be written ({one_line(error)})"
@@ -166,8 +170,11 @@ def _stop_at_nonfinite(phase: Phase, in_a_row: int, last: int, data: Any, out: O
     )
 
 
-def make_batches(phase: Phase, rows: Any, train: bool) -> Any:
-    """The batches of a split, by `data.pipeline.batches`; test batches are in order, one micro-batch each."""
+def make_batches(phase: Phase, rows: Any, train: bool, whole: bool = False) -> Any:
+    """The batches of a split, by `data.pipeline.batches`; test batches are in order, one micro-batch each.
+
+    They hold the rows of this process, or with `whole` of all.
+    """
     config = phase.config
     return batches(
         rows,
@@ -181,6 +188,7 @@ def make_batches(phase: Phase, rows: Any, train: bool) -> Any:
         pad_id=phase.pad_id,
         answer_padding=config.answer_padding if PHASE_SCOPE[phase.name] == "answer" else 0,
         eos_id=phase.eos_id,
+        local_rows=None if whole else rows_of_process(phase.mesh, config.batch_size),
     )
 
 

@@ -1,5 +1,6 @@
 """A training run: one directory, one or two phases on the same adapters, resumed by starting it again."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from difflm_jax.data.pipeline import describe, split, tokenize
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel, open_model
 from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.mesh import FSDP, check_model, make_mesh, place, row_shards
+from difflm_jax.mesh import check_model, is_writer, make_mesh, place, row_shards, to_host, wait_for_all
+from difflm_jax.parallel import FSDP
 from difflm_jax.training.loop import Outputs, Phase, initial_state, run_phase
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.resume import check_config, check_data, describe_data, write_identity
@@ -58,9 +60,11 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     lm = start_adapter(lm.with_weights(converted, mesh if mesh.size > 1 else None), config)
     params = place(lm.params, mesh)
 
-    write_identity(directory, config, data)
-    log = MetricsLog(directory)
-    tracker = Tracker(config)
+    if is_writer():
+        write_identity(directory, config, data)
+    wait_for_all("the run's directory is there")
+    log = MetricsLog(directory, enabled=is_writer())
+    tracker = Tracker(config, enabled=is_writer())
     state = initial_state(phase_config(config, config.phases[0]), lm.lora, mesh)
     try:
         for name in config.phases:
@@ -118,7 +122,7 @@ def _run(
             return best.state
         resumed = checkpoints.restore_latest(state)
         step = resumed.step if resumed else 0
-        samples = MetricsLog(directory, SAMPLES_FILE)
+        samples = MetricsLog(directory, SAMPLES_FILE, enabled=is_writer())
         for records in (log, samples):
             records.cut_back(config.phases, name, step)
         print(f"{name}: {'from step ' + str(step) if step else 'from the start'}; {describe(rows[0])}")
@@ -137,8 +141,11 @@ def _run(
         sampler = Sampler(lm, resolved, name, rows[1], samples, tracker)
         best = run_phase(phase, state, resumed, Outputs(directory, checkpoints, log, samples, tracker, sampler))
         trained = lm.with_adapter(best.lora, lm.model.lora)
-        trained.save_adapter(target, notes=f"Trained by difflm_jax, phase `{name}`; settings in `config.json`.")
-        (target / "training_config.json").write_text(to_json(config), encoding="utf-8")
+        trained = dataclasses.replace(trained, lora=jax.tree.map(to_host, trained.lora))
+        if is_writer():
+            trained.save_adapter(target, notes=f"Trained by difflm_jax, phase `{name}`; settings in `config.json`.")
+            (target / "training_config.json").write_text(to_json(config), encoding="utf-8")
+        wait_for_all(f"{name} is written")
         print(f"{name}: wrote {target}")
         return best
     finally:

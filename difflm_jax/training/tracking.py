@@ -21,11 +21,11 @@ class Tracker:
     said once.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, enabled: bool = True):
         settings = config.wandb_config
         mode = _mode(settings.mode)
         self._run = None
-        if not settings.project or mode == "disabled":
+        if not settings.project or mode == "disabled" or not enabled:
             return
         for attempt in ("online", "offline") if mode == "online" else (mode,):
             try:

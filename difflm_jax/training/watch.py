@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from difflm_jax.mesh import is_writer
+
 HEARTBEAT_FILE = "heartbeat.json"
 
 
@@ -40,7 +42,7 @@ class Heartbeat:
     def beat(self, phase: str, step: int, total: int, doing: str) -> None:
         """Says where the run is and what it is `doing` ("training", "evaluating", ...), if it is time to."""
         now = time.monotonic()
-        if not self._seconds or now - self._last < self._seconds:
+        if not is_writer() or not self._seconds or now - self._last < self._seconds:
             return
         self._last = now
         record = {

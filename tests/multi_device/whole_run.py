@@ -1,19 +1,36 @@
-"""A whole run, or one that goes on from where another ended, on a mesh; then answers on the same mesh.
+"""A whole run of the training command that sends itself SIGTERM when it has seen a number of steps.
 
-python -m tests.multi_device.whole_run MODEL ROWS DIRECTORY STATUS [--config.key=value ...]
+python -m tests.multi_device.whole_run STOP_AFTER STOPPED_PROCESS MODEL ROWS DIRECTORY [--flag=value ...]
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 from difflm_jax.train import command
+from difflm_jax.training import loop
 from tests.tiny_run import train_arguments
 
 
-def main(model: str, rows: str, directory: str, status: int, *more: str) -> None:
-    found = command(train_arguments(Path(model), Path(rows), Path(directory), *more))
-    assert found == status, found
+def stop_after(steps: int) -> None:
+    """SIGTERM while the metrics of step number `steps` of this process are read."""
+    plain, seen = loop.Meter.add, []
+
+    def add(self, *arguments):
+        seen.append(1)
+        if len(seen) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *arguments)
+
+    loop.Meter.add = add
+
+
+def main(steps: str, process: str, model: str, rows: str, directory: str, *more: str) -> int:
+    if f"--process_id={process}" in more or not any(flag.startswith("--process_id") for flag in more):
+        stop_after(int(steps))
+    return command(train_arguments(Path(model), Path(rows), Path(directory), *more))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]), *sys.argv[5:])
+    sys.exit(main(*sys.argv[1:]))
