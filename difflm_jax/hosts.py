@@ -43,8 +43,8 @@ def connect(flag_values: flags.FlagValues) -> None:
             _initialise(**named)
     elif _on_a_cluster(os.environ):
         _initialise()
-    if jax.process_index() != 0:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for the rest of the process)
+    if jax.process_count() > 1:
+        _quieten()
 
 
 def _on_a_cluster(environment: dict[str, str] | os._Environ) -> bool:
@@ -56,6 +56,14 @@ def _on_a_cluster(environment: dict[str, str] | os._Environ) -> bool:
         return True  # GKE, and several slices
     tpu_wanted = "tpu" in environment.get("JAX_PLATFORMS", "tpu")
     return tpu_wanted and (Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()) and _has_libtpu()
+
+
+def _quieten() -> None:
+    """Leaves standard output to process 0 and to what this program prints: libraries underneath print there too."""
+    ours = os.dup(1) if jax.process_index() == 0 else os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w", encoding="utf-8", errors="replace")
 
 
 def _has_libtpu() -> bool:

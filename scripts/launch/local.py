@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
 
 def _wait(processes: list[subprocess.Popen]) -> int:
     """The first exit status that is not 0; the others have then ten seconds to end by themselves."""
-    while any(process.poll() is None for process in processes):
-        failed = [process.returncode for process in processes if process.returncode]
+    while None in (statuses := [process.poll() for process in processes]):
+        failed = [status for status in statuses if status]
         if failed:
             deadline = time.monotonic() + 10
             for process in processes:

@@ -6,6 +6,7 @@ python -m tests.multi_device.whole_run STOP_AFTER STOPPED_PROCESS MODEL ROWS DIR
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from difflm_jax.train import command
@@ -13,14 +14,15 @@ from difflm_jax.training import loop
 from tests.tiny_run import train_arguments
 
 
-def stop_after(steps: int) -> None:
-    """SIGTERM while the metrics of step number `steps` of this process are read."""
+def stop_after(steps: int, pause: float) -> None:
+    """SIGTERM while the metrics of step number `steps` of this process are read; each step takes `pause` more."""
     plain, seen = loop.Meter.add, []
 
     def add(self, *arguments):
         seen.append(1)
         if len(seen) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(pause)
         return plain(self, *arguments)
 
     loop.Meter.add = add
@@ -28,7 +30,8 @@ def stop_after(steps: int) -> None:
 
 def main(steps: str, process: str, model: str, rows: str, directory: str, *more: str) -> int:
     if f"--process_id={process}" in more or not any(flag.startswith("--process_id") for flag in more):
-        stop_after(int(steps))
+        # Processes need some time to agree on where to stop, which a run of tiny steps does not give them.
+        stop_after(int(steps), pause=0.8 if int(process) else 0.0)
     return command(train_arguments(Path(model), Path(rows), Path(directory), *more))
 
 
