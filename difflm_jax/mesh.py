@@ -65,11 +65,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, rows_spec())
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def specs(tree: Tree) -> Tree:
     """How parameters, adapters and whatever has their structure (Adam's moments) lie on the mesh, leaf by leaf.
 
@@ -80,9 +75,15 @@ def specs(tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(_spec, tree)
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """`specs` as shardings."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+def abstract(tree: Tree, mesh: Mesh) -> Tree:
+    """Shapes, dtypes and shardings of what `place` makes of a tree of such shapes."""
+
+    def leaf_of(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = _spec(path, leaf)
+        shape = (leaf.shape[0] + _padding(spec, leaf, mesh), *leaf.shape[1:]) if leaf.shape else ()
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(leaf_of, tree)
 
 
 def place(tree: Tree, mesh: Mesh) -> Tree:
@@ -213,10 +214,14 @@ def _spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
     return PartitionSpec(None, (TENSOR, FSDP), None) if column else PartitionSpec(None, FSDP, TENSOR)
 
 
+def _padding(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> int:
+    """Rows that a table needs behind its own, so that they divide."""
+    is_table = spec == PartitionSpec(VOCABULARY_AXES, None)
+    return -leaf.shape[0] % math.prod(mesh.shape[axis] for axis in VOCABULARY_AXES) if is_table else 0
+
+
 def _place(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> jax.Array:
     spec = _spec(path, leaf)
-    sharding = NamedSharding(mesh, spec)
-    parts = math.prod(mesh.shape[axis] for axis in VOCABULARY_AXES)
-    if spec == PartitionSpec(VOCABULARY_AXES, None) and leaf.shape[0] % parts:
-        leaf = jnp.pad(leaf, ((0, -leaf.shape[0] % parts), (0, 0)))
-    return to_mesh(leaf, sharding)
+    if padding := _padding(spec, leaf, mesh):
+        leaf = jnp.pad(leaf, ((0, padding), (0, 0)))
+    return to_mesh(leaf, NamedSharding(mesh, spec))

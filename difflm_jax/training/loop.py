@@ -16,7 +16,7 @@ from difflm_jax.checkpoint.state import Checkpoints, Restored
 from difflm_jax.data.pipeline import batches, prefetch
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
-from difflm_jax.mesh import batch_sharding, is_writer, place, place_rows, rows_of_process
+from difflm_jax.mesh import agreed, batch_sharding, is_writer, place, place_rows, rows_of_process
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
 from difflm_jax.training.interruption import stop_request
@@ -69,19 +69,19 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     """
     config = phase.config
     data = make_batches(phase, phase.train_rows, train=True)
-    everything = make_batches(phase, phase.train_rows, train=True, whole=True)
     steps_per_epoch = -(-len(phase.train_rows) // (config.batch_size * config.gradient_accumulation_steps))
     total = min(len(data), config.max_steps) if config.max_steps else len(data)
     interval = max(1, min(total, steps_per_epoch) // max(1, config.log_frequency_per_epoch))
     options = step_options(phase)
-    optimizer = make_optimizer(config)
-    train_step = make_train_step(options, optimizer, learning_rate_schedule(config, total), phase.mesh)
+    schedule = learning_rate_schedule(config, total)
+    train_step = make_train_step(options, make_optimizer(config), schedule, phase.mesh)
     evaluate = make_evaluator(phase, options)
     key = jax.random.fold_in(jax.random.key(config.seed), _PHASE_STREAM[phase.name])
 
     done, state, saved = (resumed.step, resumed.state, resumed.metrics["meter"]) if resumed else (0, initial, None)
     # The initial arrays may be kept elsewhere (the best state of the phase before), and a step donates its state.
     state = jax.tree.map(lambda x: x.copy(), state)
+    everything = make_batches(phase, phase.train_rows, train=True, whole=True)
     speed = throughput(phase.model, config.max_length, phase.mesh.size)
     meter = Meter(
         phase.name, out.log, out.tracker, total, speed, functools.partial(rows_of_step, phase, everything), saved
@@ -90,10 +90,6 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     profile = Profile(out.directory / "profile" / phase.name, config.profile.first_step, config.profile.steps)
     iterator = prefetch(data, done, config.dataloader_num_workers)
     sharding = batch_sharding(phase.mesh)
-
-    def save(step: int, state: TrainState, record: dict[str, Any]) -> None:
-        if out.log.flush() and out.samples.flush():  # a checkpoint implies that every line up to it is on the disk
-            out.checkpoints.save(step, state, {"meter": meter.state(), **record})
 
     pending = None  # metrics are read one step late, so that the host never waits for the step it has just started
     with stop_request() as stop, contextlib.closing(profile):
@@ -120,29 +116,47 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
             pending, in_a_row = None, max(in_a_row, meter.nonfinite_in_a_row)
             if due or step % config.log_interval == 0:
                 meter.write(step)
-            record = {}
-            if due:
-                heartbeat.beat(phase.name, step, total, "evaluating")
-                record = evaluation_record(evaluate, phase, state.lora)
-                if record:
-                    out.log.append({"phase": phase.name, "step": step, **record})
-                    out.tracker.log(phase.name, record, step)
-                out.on_evaluation(state.lora, step)
-            save(step, state, record)
+            heartbeat.beat(phase.name, step, total, "evaluating and saving")
+            record = _evaluate(evaluate, phase, state, step, out) if due else {}
+            _save(step, state, {"meter": meter.state(), **record}, out)
             if in_a_row >= config.max_nonfinite_steps:
                 _stop_at_nonfinite(phase, in_a_row, meter.last_nonfinite, everything, out)
             if signal and step < total:
-                out.checkpoints.settle()
-                raise RunInterruptedError(
-                    f"stopped by {signal} after step {step} of {total} of {phase.name}; the same command goes on from "
-                    f"checkpoint {out.checkpoints.latest()}"
-                )
+                _stop_at_signal(phase, signal, step, total, out)
             meter.restart_clock()
+    return _best_state(phase, total, initial, out)
+
+
+def _evaluate(evaluate: Evaluator | None, phase: Phase, state: TrainState, step: int, out: Outputs) -> dict[str, Any]:
+    """The `eval_*` fields of a metrics line, written and shown together with sample generations."""
+    record = evaluation_record(evaluate, phase, state.lora)
+    if record:
+        out.log.append({"phase": phase.name, "step": step, **record})
+        out.tracker.log(phase.name, record, step)
+    out.on_evaluation(state.lora, step)
+    return record
+
+
+def _save(step: int, state: TrainState, metrics: dict[str, Any], out: Outputs) -> None:
+    """A checkpoint implies that every line up to it is on the disk: while lines wait for room, none is begun."""
+    if agreed(out.log.flush() and out.samples.flush()):
+        out.checkpoints.save(step, state, metrics)
+
+
+def _best_state(phase: Phase, total: int, initial: TrainState, out: Outputs) -> TrainState:
     out.checkpoints.finish(total)
     best = out.checkpoints.restore_best(initial)
     if best is None:
         raise UserError(f"{out.directory}: no checkpoint of {phase.name} can be read; the same command trains it again")
     return best.state
+
+
+def _stop_at_signal(phase: Phase, signal: str, step: int, total: int, out: Outputs) -> None:
+    out.checkpoints.settle()
+    raise RunInterruptedError(
+        f"stopped by {signal} after step {step} of {total} of {phase.name}; the same command goes on from checkpoint "
+        f"{out.checkpoints.latest()}"
+    )
 
 
 def rows_of_step(phase: Phase, data: Any, step: int) -> dict[str, Any]:
