@@ -1,0 +1,52 @@
+"""Weights go from a file straight onto their shards, and are those that one device would hold."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import make_model
+
+CODE = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+import difflm_jax
+from difflm_jax.checkpoint.hf import load_params
+from difflm_jax.checkpoint.source import open_source
+from difflm_jax.lm import open_model
+from difflm_jax.mesh import make_mesh, place
+from difflm_jax.quant import QuantConfig
+
+source = open_source({model!r})
+mesh = make_mesh(2, 2, 2)
+for held in (None, QuantConfig("nf4", block_size=16), QuantConfig("int8", block_size=16)):
+    plain = load_params(source, jnp.float32, held)
+    found, expected = load_params(source, jnp.float32, held, mesh), place(plain, mesh)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim), name
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+        if "_proj" in name and a.ndim == 3 and not name.endswith(".scales.codes"):  # a quarter on each device
+            assert a.addressable_shards[0].data.size * 4 == a.size, name
+    print(sum(leaf.nbytes for leaf in jax.tree.leaves(plain)))
+
+tokens = np.arange(60).reshape(3, 20) % 250
+one = difflm_jax.load({model!r}, dtype="float32")
+many = open_model({model!r}, dtype="float32").with_weights(mesh=mesh)
+np.testing.assert_allclose(np.asarray(many(tokens)), np.asarray(one(tokens)), atol=2e-4)
+asked = dict(max_new_tokens=8, steps=4, batch_size=3)
+assert one.generate(["1+1", "2"], **asked).texts == many.generate(["1+1", "2"], **asked).texts
+try:
+    many.save_pretrained("nowhere")
+except difflm_jax.UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_those_of_one_device(on_devices, tmp_path):
+    """Dense, NF4 and int8 from one file, on 1 device and on 2 x 2 x 2: equal bits, a part on each; equal answers."""
+    model = make_model(tmp_path / "model")
+    said = on_devices(8, CODE.format(model=str(Path(model))))
+    assert "save_pretrained: this model is divided over 8 devices: load it on one for that" in said
