@@ -19,7 +19,7 @@ from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training.metrics import read_metrics
 from tests.byte_tokenizer import byte_tokenizer
-from tests.tiny_run import TIMED
+from tests.tiny_run import TIMED, train_arguments
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +53,7 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def arguments(model_dir, rows, tmp_path):
-    return [
-        "train",
-        f"--config.model={model_dir}",
-        f"--config.dataset={rows}",
-        f"--config.output_dir={tmp_path / 'run'}",
-        f"--config.cache_dir={tmp_path / 'cache'}",
-        "--config.dtype=float32",
-        "--config.attention=prefix",
-        "--config.logit_shift=true",
-        "--config.mask_rate=row",
-        "--config.loss_tokens=masked",
-        "--config.batch_size=4",
-        "--config.gradient_accumulation_steps=2",
-        "--config.max_length=64",
-        "--config.lora_config.r=4",
-        "--config.log_interval=1",
-        "--config.log_frequency_per_epoch=3",
-        "--config.test_size=0.2",
-        "--config.sample_tokens=8",
-        "--config.sample_prompts=2",
-        "--config.diffusion_steps=4",
-        "--config.wandb_config.project=",
-        "--config.epochs=2",
-    ]
+    return train_arguments(model_dir, rows, tmp_path, "--config.log_interval=1", "--config.log_frequency_per_epoch=3")
 
 
 @pytest.fixture(scope="module")
