@@ -257,3 +257,18 @@ def test_from_file_to_batch(jsonl: Callable[..., str], tokenizer: Any, tmp_path:
                     assert answer == f"Number {line - 1}.<|im_end|>"
                     seen.add(answer)
     assert len(seen) == 40
+
+
+@pytest.mark.parametrize("answer_padding", [0, 4])
+def test_the_rows_of_a_process_are_those_of_the_whole_batch(tokenizer, jsonl, tmp_path, answer_padding):
+    """Of several processes each reads its own rows; they are padded to the longest of all, which it has not read."""
+    rows = [{"question": "q" * (3 * i + 1), "answer": "a" * (i % 5 + 1)} for i in range(11)]
+    table = tokenize(jsonl(rows), tokenizer, phase="sft", max_length=64, cache_dir=tmp_path)
+    options = {"batch_size": 4, "accumulation": 2, "length_multiple": 1, "max_length": 64, "shuffle": True}
+    options |= {"answer_padding": answer_padding, "eos_id": tokenizer.eos_token_id}
+    whole = batches(table, **options)
+    parts = [batches(table, **options, local_rows=np.array(own)) for own in ([0, 1], [2, 3])]
+    for step in range(len(whole)):
+        for name, field in whole[step].items():
+            joined = np.concatenate([part[step][name] for part in parts], axis=1)
+            np.testing.assert_array_equal(joined, field, err_msg=name)
