@@ -133,21 +133,17 @@ def _put_on_mesh(leaf: Any, row: Row, index: int, layers: int, converted: Any, m
         leaf = jax.jit(lambda: empty(_stack_of(converted, layers)), out_shardings=layout)()
     one_layer = jax.tree.map(lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), layout)
     part = jax.tree.map(to_mesh, converted, one_layer)
-    return jax.block_until_ready(_setter(tuple(jax.tree.leaves(layout)))(leaf, part, index))
+    return jax.block_until_ready(_set_layer(leaf, part, index, tuple(jax.tree.leaves(layout))))
 
 
-@functools.cache
-def _setter(layout: tuple[NamedSharding, ...]) -> Any:
-    def put(leaf, part, index):
-        return jax.tree.map(lambda stack, one: stack.at[index].set(one), leaf, part)
+@functools.partial(jax.jit, static_argnames="layout", donate_argnums=0)
+def _set_layer(leaf, part, index, layout):
+    """`leaf` with `part` at `index`, in place; `layout` holds the shardings of its arrays."""
 
-    def with_layout(leaf, part, index):
-        return jax.tree.map(jax.lax.with_sharding_constraint, put(leaf, part, index), like(leaf))
+    def put(stack, one, sharding):
+        return jax.lax.with_sharding_constraint(stack.at[index].set(one), sharding)
 
-    def like(leaf):
-        return jax.tree.unflatten(jax.tree.structure(leaf), layout)
-
-    return jax.jit(with_layout, donate_argnums=0)
+    return jax.tree.map(put, leaf, part, jax.tree.unflatten(jax.tree.structure(leaf), layout))
 
 
 def _stack_of(shapes: Any, layers: int) -> Any:
