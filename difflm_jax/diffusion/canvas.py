@@ -94,18 +94,18 @@ def fill_masks(
     most = max((len(at) for at in masks), default=0)
     if most == 0:
         return Filled(list(rows), np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32))
-    steps = _useful_steps(steps, most, sampling)
     if model.attention == "causal" and steps < most:
         raise UserError("infill: causal attention fills one mask a pass (steps >= number of masks)")
     cuts = [int(at[0]) if len(at) else len(row) for row, at in zip(rows, masks, strict=True)]
     prompts = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
     rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
     width = width_bucket(max(len(rest) for rest in rests))
-    plan = Plan(0, 1, width, steps)
+    plan = Plan(0, 1, width, _useful_steps(steps, most, sampling))
     if model.attention in ("block", "causal"):
         block_length = 1 if model.attention == "causal" else model.block_length
-        blocks = -(-width // block_length)
-        plan = Plan(0, blocks, block_length, min(block_length, -(-steps // blocks)))
+        blocks = max(len(set((at - cut) // block_length)) for at, cut in zip(masks, cuts, strict=True))
+        steps = _useful_steps(-(-steps // blocks), block_length, sampling)  # shared by the blocks that hold masks
+        plan = Plan(0, -(-width // block_length), block_length, steps)
     sampling = sampling.replace(stop_at_eos=False)  # an end of sequence ends an answer, but not a text with gaps
     filled = _fill(decoder, prompts, rests, plan, sampling, seed, batch_size)
     whole = [np.concatenate(parts) for parts in zip(prompts, filled.rows, strict=True)]

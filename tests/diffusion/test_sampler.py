@@ -150,7 +150,7 @@ def test_eos_penalty_and_eos_last():
 
 
 def test_repetition_penalty_is_that_of_the_definition():
-    """Three columns one after another. 3 occurs in the prompt: a positive logit is divided, a negative one multiplied."""
+    """Three columns in turn. 3 occurs in the prompt: its logit is divided if positive, multiplied if negative."""
     values = np.full((4, VOCABULARY), -9.0)
     values[1, 3], values[1, 4] = 2.0, 1.5  # 2 / 1.5 < 1.5: the penalty changes the choice
     values[2, 3], values[2, 4] = -1.0, -1.2  # -1 * 1.5 < -1.2 * 1.5, unless 4 was committed in column 1

@@ -1,4 +1,4 @@
-"""Token for token the decoding rules of the papers at temperature 0, over the same logits (`tests/oracles/samplers.py`).
+"""Token for token the decoding rules of the papers at temperature 0, over the same logits: tests/oracles/samplers.py.
 
 Rows of a batch have prompts and gaps of their own; the references run one row at a time, so these are tests of the
 independence of rows as well. Passes are compared too.
