@@ -1,0 +1,235 @@
+"""Every way of decoding side by side: exact match, answer tokens a second, forward passes; and a plain torch loop.
+
+    python benchmarks/generate.py --run=runs/quickstart                      the table of samplers
+    python benchmarks/generate.py --run=runs/quickstart --torch              the same number of passes in torch and here
+
+The ways take turns: each round runs all of them once, and the median of the rounds counts. `--rounds=0` measures no
+time (for exact matches over many questions); `--only=threshold` takes the ways whose names hold one of these words.
+`--out=FILE` keeps everything as JSON. JAX_COMPILATION_CACHE_DIR keeps compiled samplers between runs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import difflm_jax
+from difflm_jax.cli import last_adapter, read_run_config
+from difflm_jax.lm import LanguageModel
+from difflm_jax.report import normalised, read_questions
+
+# name -> (attention: None is the adapter's own, else "block" with its length; options of `generate`).
+# With n = --max_new_tokens as the canvas; the second group has a canvas of 8 n filled in blocks of n.
+ONE_BLOCK = {
+    "one token a pass, no cache": {"cache": "none"},
+    "one token a pass": {},
+    "original (max logit)": {"algorithm": "confidence"},
+    "two tokens a pass": {"passes": 2},
+    "LLaDA random": {"algorithm": "random"},
+    "Dream entropy": {"algorithm": "entropy", "schedule": "dream", "passes": 2},
+    "Dream topk_margin": {"algorithm": "topk_margin", "schedule": "dream", "passes": 2},
+    "Dream origin": {"algorithm": "origin"},
+    "dLLM schedule": {"schedule": "dllm", "passes": 2},
+    "threshold 0.9, no cache": {"threshold": 0.9, "cache": "none"},
+    "threshold 0.9": {"threshold": 0.9},
+    "threshold 0.7": {"threshold": 0.7},
+    "factor 1": {"factor": 1.0},
+    "entropy bound 0.3": {"entropy_bound": 0.3},
+    "LLaDA2.1 edit": {"threshold": 0.7, "edit_threshold": 0.9},
+    "ReMDM cap 0.1": {"remask": "cap", "remask_eta": 0.1},
+    "ReMDM conf": {"remask": "conf"},
+    "guidance 0.5, threshold 0.9": {"threshold": 0.9, "cfg_scale": 0.5},
+}
+LONG_CANVAS = {
+    "long: one token a pass, no cache": (None, {"cache": "none"}),
+    "long: threshold 0.9, no cache": (None, {"threshold": 0.9, "cache": "none"}),
+    "long: threshold 0.9, prefix cache": (None, {"threshold": 0.9, "cache": "prefix"}),
+    "long: threshold 0.9, dual cache": (None, {"threshold": 0.9, "cache": "dual"}),
+    "long: block, one token a pass, no cache": ("block", {"cache": "none"}),
+    "long: block, one token a pass": ("block", {}),
+    "long: block, threshold 0.9": ("block", {"threshold": 0.9}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a finished training run")
+    parser.add_argument("--data", default="builtin:quickstart_heldout")
+    parser.add_argument("--rows", type=int, default=24, help="questions; 0: all")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="words, separated by commas")
+    parser.add_argument("--torch", action="store_true", help="the comparison with a plain torch loop instead")
+    parser.add_argument("--out", default="")
+    arguments = parser.parse_args()
+    questions = read_questions(arguments.data, arguments.rows)
+    prompts = [question.messages for question in questions]
+    lms = load_models(Path(arguments.run), arguments.max_new_tokens)
+    if arguments.torch:
+        table = against_torch(lms[None], prompts, arguments)
+    else:
+        table = samplers(lms, prompts, [q.reference for q in questions], arguments)
+    if arguments.out:
+        record = {"machine": machine(), "arguments": vars(arguments), "table": table}
+        Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load_models(run: Path, block_length: int) -> dict[str | None, LanguageModel]:
+    """The run's model under its own attention rule, and under `block` attention of `block_length`."""
+    config = read_run_config(run)
+    options = {"adapter": last_adapter(run, config.phases), "dtype": config.dtype}
+    return {
+        None: difflm_jax.load(config.model, **options),
+        "block": difflm_jax.load(config.model, attention="block", block_length=block_length, **options),
+    }
+
+
+def samplers(lms, prompts, references, arguments) -> list[dict]:
+    """The table of all ways; printed, and returned as records."""
+    n, batch = arguments.max_new_tokens, arguments.batch_size
+    ways: dict[str, Callable] = {}
+    for name, options in ONE_BLOCK.items():
+        options = {"algorithm": None, **options}
+        steps = n // options.pop("passes", 1)
+        ways[name] = lambda rows, o=options, s=steps: lms[None].generate(rows, n, s, batch_size=batch, **o)
+    for name, (attention, options) in LONG_CANVAS.items():
+        blocks = {} if attention else {"block_length": n}
+        ways[name] = lambda rows, o={**options, **blocks}, a=attention: lms[a].generate(
+            rows, 8 * n, 8 * n, batch_size=batch, **o
+        )
+    words = [word for word in arguments.only.split(",") if word]
+    ways = {name: way for name, way in ways.items() if not words or any(word in name for word in words)}
+    outputs, seconds = in_turns(ways, prompts, arguments)
+    baseline = {
+        group: next((o.texts for k, o in outputs.items() if k.startswith(group)), None) for group in ("long", "")
+    }
+    print(f"  {'way':<42}{'exact match':>14}{'same':>7}{'passes':>9}{'tokens/pass':>13}{'tokens/s':>11}")
+    records = []
+    for name, out in outputs.items():
+        tokens = sum(len(row) for row in out.tokens)
+        matches = sum(normalised(a) == normalised(r) for a, r in zip(out.texts, references, strict=True))
+        same = sum(a == b for a, b in zip(out.texts, baseline["long" if name.startswith("long") else ""], strict=True))
+        speed = tokens / statistics.median(seconds[name]) if seconds[name] else None
+        record = {
+            "way": name,
+            "matches": matches,
+            "questions": len(prompts),
+            "same_as_first": same,
+            "passes": float(out.steps.mean()),
+            "tokens_per_pass": tokens / int(out.steps.sum()),
+            "tokens_per_second": speed,
+            "seconds": seconds[name],
+        }
+        records.append(record)
+        share = f"{matches}/{len(prompts)} = {matches / len(prompts):.2f}"
+        print(
+            f"  {name:<42}{share:>14}{same:>7}{record['passes']:>9.2f}{record['tokens_per_pass']:>13.2f}"
+            + (f"{speed:>11.1f}" if speed else f"{'-':>11}"),
+            flush=True,
+        )
+    return records
+
+
+def in_turns(ways: dict[str, Callable], prompts, arguments) -> tuple[dict, dict[str, list[float]]]:
+    """(the output of each way, its seconds in each round); a first run on one batch compiles."""
+    for name, way in ways.items():
+        start = time.perf_counter()
+        way(prompts[: arguments.batch_size])
+        print(f"  {name}: first batch with compilation {time.perf_counter() - start:.1f} s", flush=True)
+    outputs, seconds = {}, {name: [] for name in ways}
+    for _ in range(max(1, arguments.rounds)):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            outputs[name] = way(prompts)
+            if arguments.rounds:
+                seconds[name].append(time.perf_counter() - start)
+    return outputs, seconds
+
+
+def against_torch(lm: LanguageModel, prompts, arguments) -> list[dict]:
+    """One batch, the same number of forward passes: transformers in a plain loop, and ways of ours beside it."""
+    n, batch = arguments.max_new_tokens, arguments.batch_size
+    rows = [np.asarray(lm._prompt_tokens(prompt)) for prompt in prompts[:batch]]
+    torch_loop = make_torch_loop(lm, rows, n)
+    full = lm.with_model(lm.model.clone(attention="full"))
+    same = {"max_new_tokens": n, "steps": n, "batch_size": batch, "stop_at_eos": False, "algorithm": "probability"}
+    ways = {
+        "torch + transformers, full attention": lambda: torch_loop(),
+        "full attention, no cache": lambda: full.generate(rows, **same),
+        "full attention, dual cache": lambda: full.generate(rows, cache="dual", **same),
+        "prefix attention, exact cache": lambda: lm.generate(rows, **same),
+    }
+    for name, way in ways.items():
+        start = time.perf_counter()
+        way()
+        print(f"  {name}: first run {time.perf_counter() - start:.1f} s", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(max(1, arguments.rounds)):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    reference = statistics.median(seconds["torch + transformers, full attention"])
+    print(f"  {n} passes over {batch} rows {'':<26}{'seconds':>9}{'times torch':>13}")
+    records = []
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        print(f"  {name:<44}{median:>9.2f}{reference / median:>12.2f}x")
+        records.append({"way": name, "seconds": times, "ratio": reference / median})
+    return records
+
+
+def make_torch_loop(lm: LanguageModel, rows: list[np.ndarray], new_tokens: int) -> Callable[[], np.ndarray]:
+    """What one writes in an afternoon with transformers: whole canvas, all logits, LLaDA's rule, one token a pass."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        lm.merge().save_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+    width, mask_id = max(len(row) for row in rows) + new_tokens, lm.mask_token_id
+    canvas = torch.full((len(rows), width), lm.pad_token_id)
+    valid = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        start = width - new_tokens - len(row)
+        canvas[i, start:], valid[i, start:] = torch.tensor([*row.tolist(), *[mask_id] * new_tokens]), True
+    bias = torch.where(valid[:, None, None, :], 0.0, torch.finfo(torch.float32).min).expand(-1, 1, width, -1)
+    positions = (valid.cumsum(1) - 1).clamp_min(0)
+
+    @torch.no_grad()
+    def loop() -> np.ndarray:
+        tokens = canvas.clone()
+        for _ in range(new_tokens):
+            logits = model(tokens, attention_mask=bias, position_ids=positions, use_cache=False).logits
+            if lm.logit_shift:
+                logits = torch.roll(logits, 1, dims=1)
+            logits[..., mask_id] = -torch.inf
+            probability, chosen = torch.softmax(logits, -1).max(-1)
+            best = torch.where(tokens == mask_id, probability, -torch.inf).argmax(1, keepdim=True)
+            tokens.scatter_(1, best, chosen.gather(1, best))
+        return tokens.numpy()
+
+    return loop
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    device = jax.devices()[0]
+    return {"cpu": cpu, "cores": os.cpu_count(), "device": device.device_kind, "jax": jax.__version__}
+
+
+if __name__ == "__main__":
+    main()
