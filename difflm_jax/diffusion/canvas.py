@@ -17,7 +17,7 @@ from difflm_jax.diffusion.schedule import quotas
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer
 
-SMALLEST_WIDTH = 32
+SMALLEST_WIDTH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Filled:
 
 
 def width_bucket(length: int) -> int:
-    """The number of columns for `length` tokens: 32, 64, 96, 128, 192, 256, 384, 512, ..."""
+    """The number of columns for `length` tokens: 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ..."""
     width = SMALLEST_WIDTH
     while width < length:
         power = 1 << (width.bit_length() - 1)
-        width += max(SMALLEST_WIDTH, power // 2)
+        width += max(SMALLEST_WIDTH, power // 4)
     return width
 
 
