@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difflm_jax.answers import Generation, as_list, cut_answer, stop_strings
 from difflm_jax.checkpoint.converted import load_converted
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import check_quantization, load_params, save_pretrained
@@ -30,21 +31,6 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """Row by row: the text, the tokens (1-D int arrays), the forward passes used, and the masks that they filled."""
-
-    texts: list[str]
-    tokens: list[np.ndarray]
-    steps: np.ndarray
-    committed: np.ndarray
-
-    @property
-    def tokens_per_pass(self) -> np.ndarray:
-        """[rows] masks filled in a forward pass, on average; 0 where there was none to fill."""
-        return self.committed / np.maximum(self.steps, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,15 +143,14 @@ class LanguageModel:
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
         string; `texts` end before it. With causal attention decoding is left to right, one token a pass.
         """
-        rows = [self._prompt_tokens(prompt) for prompt in _as_list(prompts)]
+        rows = [self._prompt_tokens(prompt) for prompt in as_list(prompts)]
         sampling = self._sampling(temperature, algorithm, options)
         plan = answer_plan(self.model, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if any(not isinstance(text, str) or not text for text in stops):
-            raise UserError(f"stop={stop!r}: must be a string, or a list of strings, none of them empty")
+        stops = stop_strings(stop)
         filled = fill_answers(self._decoder, rows, plan, sampling, seed, batch_size)
-        answers = [self._cut(answer[:max_new_tokens], stops) for answer in filled.rows]
+        rows = [answer[:max_new_tokens] for answer in filled.rows]
+        answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in rows]
         texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
         return Generation(texts, tokens, filled.passes, filled.committed)
 
@@ -184,7 +169,7 @@ class LanguageModel:
         `tokens` and `texts` are the whole canvas. What precedes the first mask is the prompt for the attention rules
         "prefix" and "block". The other arguments are those of `generate`.
         """
-        rows = [self._canvas_tokens(row) for row in _as_list(canvas)]
+        rows = [self._canvas_tokens(row) for row in as_list(canvas)]
         if "stop_at_eos" in options:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)
@@ -292,19 +277,6 @@ class LanguageModel:
         given = {"temperature": temperature, "algorithm": algorithm, **options}
         return sampling_options(self.attention, self.algorithm, given)
 
-    def _cut(self, tokens: np.ndarray, stops: Sequence[str]) -> tuple[str, np.ndarray]:
-        """(text, tokens) of an answer up to its first end-of-sequence token or stop string."""
-        ends = np.flatnonzero(np.isin(tokens, self.eos_token_ids))
-        tokens = tokens[: ends[0] + 1] if len(ends) else tokens
-        text = self._decode(tokens)
-        at = min((text.find(stop) for stop in stops if stop in text), default=None)
-        if at is None:
-            return text, tokens
-        found = (
-            count for count in range(1, len(tokens) + 1) if any(stop in self._decode(tokens[:count]) for stop in stops)
-        )
-        return text[:at], tokens[: next(found)]
-
     def _decode(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
@@ -325,8 +297,8 @@ def load(
 
     `attention` ("full", "prefix", "block" with its `block_length`) and `logit_shift`: None takes what the adapter or
     the merged checkpoint was trained for, else "full" and False. `causal=True` is the base's own attention (with the
-    shift it was trained with). `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets the
-    block size too); a checkpoint that bitsandbytes quantised stays as it is. Without an adapter the model is the
+    shift it was trained with). `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
+    the block size too); a checkpoint that bitsandbytes quantised stays as it is. Without an adapter the model is the
     checkpoint as stored. Raises `UserError` for anything that cannot be represented.
     """
     if causal:
@@ -417,15 +389,6 @@ def _block_length(attention: str, block_length: int | None, trained_for: Mapping
 def _logits(model: Transformer, variables: dict[str, Any], tokens_BL, valid_BL, prompt_lengths_B) -> jax.Array:
     hidden_BLD = model.apply(variables, tokens_BL, positions_of(valid_BL), valid_BL, prompt_lengths_B)
     return head_logits(model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BLD)
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or many -> a list of prompts: a string, a message list and a token list are each one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = list(prompts)
-    one = prompts and isinstance(prompts[0], (Mapping, int, np.integer))
-    return [prompts] if one else prompts
 
 
 def _model_card(base_model: str, diffusion_config: dict[str, Any], provenance: str) -> str:

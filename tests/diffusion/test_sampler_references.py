@@ -60,48 +60,26 @@ def test_dream(prompt, length, steps, algorithm, filters, seed):
     )
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tau", [0.05, 0.3, 0.6, 0.99])
-def test_fast_dllm_threshold(shape, tau, seed):
-    prompt, blocks, block, _ = shape
-    compare(
-        lambda denoise, row: oracle.fast_dllm(
-            denoise, row, prompt, block, MASK, lambda c, allowed: oracle.threshold_rule(c, allowed, tau)
-        ),
-        (prompt, blocks, block, block),
-        seed,
-        threshold=tau,
-    )
+RULES = {
+    "threshold": (oracle.threshold_rule, "probability", (0.05, 0.3, 0.6, 0.99)),  # Fast-dLLM
+    "factor": (oracle.factor_rule, "probability", (0.3, 1.0, 2.5)),  # Fast-dLLM
+    "entropy_bound": (oracle.entropy_rule, "entropy", (0.0, 0.8, 3.0)),  # EB-Sampler
+}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
-def test_fast_dllm_factor(shape, factor, seed):
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in RULES for value in RULES[name][2]])
+def test_rules_that_vary_the_steps(name, value, shape, seed):
     prompt, blocks, block, _ = shape
+    rule, algorithm, _ = RULES[name]
     compare(
         lambda denoise, row: oracle.fast_dllm(
-            denoise, row, prompt, block, MASK, lambda c, allowed: oracle.factor_rule(c, allowed, factor)
+            denoise, row, prompt, block, MASK, lambda c, allowed: rule(c, allowed, value), algorithm
         ),
         (prompt, blocks, block, block),
         seed,
-        factor=factor,
-    )
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bound", [0.0, 0.8, 3.0])
-def test_entropy_bound(shape, bound, seed):
-    prompt, blocks, block, _ = shape
-    compare(
-        lambda denoise, row: oracle.fast_dllm(
-            denoise, row, prompt, block, MASK, lambda c, allowed: oracle.entropy_rule(c, allowed, bound), "entropy"
-        ),
-        (prompt, blocks, block, block),
-        seed,
-        entropy_bound=bound,
+        **{name: value},
     )
 
 
