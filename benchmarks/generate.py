@@ -3,10 +3,10 @@
     python benchmarks/generate.py --run=runs/quickstart                      the table of samplers
     python benchmarks/generate.py --run=runs/quickstart --torch              the same number of passes in torch and here
 
-The ways take turns: each round runs all of them once, and the median of the rounds counts. `--rounds=0` measures no
-time (for exact matches over many questions). `--only=threshold,Dream` takes the ways whose names hold one of these
-words, `--only=-long` those that do not hold this one.
-`--out=FILE` keeps everything as JSON. JAX_COMPILATION_CACHE_DIR keeps compiled samplers between runs.
+The ways take turns: a round is one batch of questions, answered by all of them, after a first batch that compiles; the
+median over the rounds counts. `--only=threshold,Dream` takes the ways whose names hold one of these words and
+`--only=-long` those that do not hold this one. `--out=FILE` keeps everything as JSON. JAX_COMPILATION_CACHE_DIR keeps
+compiled samplers between runs. The adapter is merged into the weights first, here as for torch.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24, help="questions; 0: all")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="with --torch")
     parser.add_argument("--only", default="", help="words, separated by commas")
     parser.add_argument("--torch", action="store_true", help="the comparison with a plain torch loop instead")
     parser.add_argument("--out", default="")
@@ -88,10 +88,8 @@ def load_models(run: Path, block_length: int) -> dict[str | None, LanguageModel]
     """The run's model under its own attention rule, and under `block` attention of `block_length`."""
     config = read_run_config(run)
     options = {"adapter": last_adapter(run, config.phases), "dtype": config.dtype}
-    return {
-        None: difflm_jax.load(config.model, **options),
-        "block": difflm_jax.load(config.model, attention="block", block_length=block_length, **options),
-    }
+    lm = difflm_jax.load(config.model, **options).merge()
+    return {None: lm, "block": lm.with_model(lm.model.clone(attention="block", block_length=block_length))}
 
 
 def samplers(lms, prompts, references, arguments) -> list[dict]:
@@ -115,48 +113,48 @@ def samplers(lms, prompts, references, arguments) -> list[dict]:
         for name, way in ways.items()
         if (not wanted or any(word in name for word in wanted)) and not any(word in name for word in unwanted)
     }
-    outputs, seconds = in_turns(ways, prompts, arguments)
-    first = {name.startswith("long"): out.texts for name, out in reversed(outputs.items())}
-    print(f"  {'way':<42}{'exact match':>14}{'same':>7}{'passes':>9}{'tokens/pass':>13}{'tokens/s':>11}")
+    outputs, seconds = in_turns(ways, prompts, batch)
+    texts = {name: [text for out in outs for text in out.texts] for name, outs in outputs.items()}
+    first = {name.startswith("long"): found for name, found in reversed(texts.items())}
+    print(f"  {'way':<42}{'exact match':>14}{'same':>6}{'passes':>8}{'tokens/pass':>13}{'tokens/s':>10}")
     records = []
-    for name, out in outputs.items():
-        tokens = sum(len(row) for row in out.tokens)
-        matches = sum(normalised(a) == normalised(r) for a, r in zip(out.texts, references, strict=True))
-        same = sum(a == b for a, b in zip(out.texts, first[name.startswith("long")], strict=True))
-        speed = tokens / statistics.median(seconds[name]) if seconds[name] else None
+    for name, outs in outputs.items():
+        tokens = [sum(len(row) for row in out.tokens) for out in outs]
+        matches = sum(normalised(a) == normalised(r) for a, r in zip(texts[name], references, strict=True))
+        same = sum(a == b for a, b in zip(texts[name], first[name.startswith("long")], strict=True))
+        passes = sum(int(out.steps.sum()) for out in outs)
+        speed = statistics.median(t / s for t, s in zip(tokens, seconds[name], strict=True))
         record = {
             "way": name,
             "matches": matches,
-            "questions": len(prompts),
+            "questions": len(references),
             "same_as_first": same,
-            "passes": float(out.steps.mean()),
-            "tokens_per_pass": tokens / int(out.steps.sum()),
+            "passes": passes / len(references),
+            "tokens_per_pass": sum(tokens) / passes,
             "tokens_per_second": speed,
             "seconds": seconds[name],
         }
         records.append(record)
-        share = f"{matches}/{len(prompts)} = {matches / len(prompts):.2f}"
+        share = f"{matches}/{len(references)} = {matches / len(references):.2f}"
         print(
-            f"  {name:<42}{share:>14}{same:>7}{record['passes']:>9.2f}{record['tokens_per_pass']:>13.2f}"
-            + (f"{speed:>11.1f}" if speed else f"{'-':>11}"),
+            f"  {name:<42}{share:>14}{same:>6}{record['passes']:>8.2f}{record['tokens_per_pass']:>13.2f}{speed:>10.1f}",
             flush=True,
         )
     return records
 
 
-def in_turns(ways: dict[str, Callable], prompts, arguments) -> tuple[dict, dict[str, list[float]]]:
-    """(the output of each way, its seconds in each round); a first run on one batch compiles."""
+def in_turns(ways: dict[str, Callable], prompts, batch: int) -> tuple[dict[str, list], dict[str, list[float]]]:
+    """(the outputs of each way, its seconds), batch by batch."""
     for name, way in ways.items():
         start = time.perf_counter()
-        way(prompts[: arguments.batch_size])
-        print(f"  {name}: first batch with compilation {time.perf_counter() - start:.1f} s", flush=True)
-    outputs, seconds = {}, {name: [] for name in ways}
-    for _ in range(max(1, arguments.rounds)):
+        way(prompts[:batch])
+        print(f"  {name}: first batch, with compilation, {time.perf_counter() - start:.1f} s", flush=True)
+    outputs, seconds = {name: [] for name in ways}, {name: [] for name in ways}
+    for at in range(0, len(prompts), batch):
         for name, way in ways.items():
             start = time.perf_counter()
-            outputs[name] = way(prompts)
-            if arguments.rounds:
-                seconds[name].append(time.perf_counter() - start)
+            outputs[name].append(way(prompts[at : at + batch]))
+            seconds[name].append(time.perf_counter() - start)
     return outputs, seconds
 
 
@@ -199,7 +197,7 @@ def make_torch_loop(lm: LanguageModel, rows: list[np.ndarray], new_tokens: int) 
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as directory:
-        lm.merge().save_pretrained(directory)
+        lm.save_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
     width, mask_id = max(len(row) for row in rows) + new_tokens, lm.mask_token_id
     canvas = torch.full((len(rows), width), lm.pad_token_id)
