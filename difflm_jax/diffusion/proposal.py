@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from difflm_jax.diffusion.confidence import CONFIDENCES
+from difflm_jax.diffusion.confidence import CONFIDENCES, log_odds
 from difflm_jax.diffusion.options import Sampling
 
 # Streams folded into the key of a row, a block and a step.
@@ -32,12 +32,13 @@ def propose(
 
     The mask token is never drawn and has no share in any probability.
     """
-    logits_BTV = logits_BTV.at[..., mask_token_id].set(-jnp.inf)
+    token_V = jnp.arange(logits_BTV.shape[-1])  # selects, not scatters: they fuse with what reads the logits
+    logits_BTV = jnp.where(token_V == mask_token_id, -jnp.inf, logits_BTV)
     if sampling.repetition_penalty is not None:
         logits_BTV = penalise_repetition(logits_BTV, seen_BV, sampling.repetition_penalty)
     eos = jnp.array(eos_token_ids, jnp.int32)
     if sampling.eos_penalty is not None:
-        logits_BTV = logits_BTV.at[..., eos].add(-sampling.eos_penalty)
+        logits_BTV = jnp.where(jnp.isin(token_V, eos), logits_BTV - sampling.eos_penalty, logits_BTV)
     drawn_BTV = drawn_from(logits_BTV, sampling)
     tokens_BT = draw(drawn_BTV, keys_B if sampling.temperature is not None else None)
 
@@ -49,9 +50,7 @@ def propose(
         score_BT = confidence.value(score_BT) / sampling.alg_temp + gumbel_BT
     if sampling.eos_last:
         score_BT = jnp.where(jnp.isin(tokens_BT, eos), -jnp.inf, score_BT)
-    log_total_BT = jax.nn.logsumexp(drawn_BTV, axis=-1)
-    own_BT = jnp.take_along_axis(drawn_BTV, tokens_BT[..., None], axis=-1)[..., 0]
-    return Proposal(tokens_BT, score_BT, jnp.exp(own_BT - log_total_BT))
+    return Proposal(tokens_BT, score_BT, jax.nn.sigmoid(log_odds(drawn_BTV, tokens_BT, noise_BT)))
 
 
 def drawn_from(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
