@@ -51,6 +51,7 @@ def default_config() -> ConfigDict:
             "mask_token": "",  # empty: chosen by rule, and announced
             "remat": "full",
             "attention": "full",
+            "block_length": 0,  # of attention "block"
             "logit_shift": False,
             "lora_config": {
                 "r": 16,
@@ -73,7 +74,7 @@ def default_config() -> ConfigDict:
             "answers": "last",
             "overlong": "cut",
             "bad_row_budget": 0.01,  # share of rows that may be unusable
-            "answer_padding": 0,  # end-of-sequence tokens trained behind each answer
+            "answer_padding": 0,  # answers are filled up with EOS to a multiple (0: of block_length)
             "length_multiple": 64,  # batches are padded to a multiple of this
             "dataloader_num_workers": 4,
             "pin_memory": True,

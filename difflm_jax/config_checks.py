@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.names import PROJECTIONS
+from difflm_jax.diffusion.confidence import CONFIDENCES
 from difflm_jax.errors import UserError
 from difflm_jax.quant import QuantConfig
 
@@ -14,11 +15,11 @@ PHASES = ("pretrain", "sft")
 _CHOICES = {
     "dtype": ("bfloat16", "float32"),
     "remat": ("full", "none"),
-    "attention": ("full", "prefix"),
-    "mask_rate": ("batch", "row"),
+    "attention": ("full", "prefix", "block"),
+    "mask_rate": ("batch", "row", "block"),
     "loss_tokens": ("all", "masked"),
     "loss_weight": ("uniform", "inverse_rate"),
-    "algorithm": ("confidence", "probability"),
+    "algorithm": tuple(CONFIDENCES),
     "answers": ("last", "all"),
     "overlong": ("cut", "drop"),
     "lr_schedule": ("linear", "cosine", "constant"),
@@ -43,7 +44,7 @@ _RANGES = (
         lambda x: x >= 0,
         (
             "dataloader_num_workers", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_batches",
-            "sample_prompts", "answer_padding", "report.rows", "heartbeat_seconds", "profile.steps",
+            "sample_prompts", "answer_padding", "report.rows", "heartbeat_seconds", "profile.steps", "block_length",
         ),
     ),
     ("2 or more", lambda x: x >= 2, ("max_length",)),
@@ -99,6 +100,17 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"min_mask_probability={config.min_mask_probability} must not exceed "
             f"max_mask_probability={config.max_mask_probability}"
+        )
+    if (config.attention == "block") != (config.block_length > 0):
+        raise UserError(
+            f"attention={config.attention!r} with block_length={config.block_length}: a block length belongs to "
+            "attention='block', which needs one"
+        )
+    if config.mask_rate == "block" and config.attention != "block":
+        raise UserError(f"mask_rate='block' needs attention='block', not {config.attention!r}")
+    if config.attention == "block" and config.answer_padding % config.block_length:
+        raise UserError(
+            f"answer_padding={config.answer_padding} must be a multiple of block_length={config.block_length}"
         )
     if config.answers == "all" and config.attention != "full":
         raise UserError(

@@ -91,6 +91,7 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         loss_tokens="masked",
         attention=lm.attention,
         logit_shift=lm.logit_shift,
+        block_length=lm.model.block_length,
     )
     data = batches(
         rows,
@@ -99,6 +100,8 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         shuffle=False,
         pad_id=lm.pad_token_id,
         max_length=flag_values.max_length,
+        answer_padding=lm.model.block_length,
+        eos_id=lm.tokenizer.eos_token_id,
     )
     evaluate = Evaluator(
         StepOptions(lm.model, corruption, 256),

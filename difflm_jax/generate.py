@@ -5,12 +5,15 @@
 Without --prompt or --file it reads lines from a pipe (one prompt a line, one answer each), or chats on a terminal.
 """
 
+import dataclasses
 import sys
+import time
 from pathlib import Path
 
 from absl import flags
 
 from difflm_jax.cli import define_model_flags, load_from_flags, run_command
+from difflm_jax.diffusion.options import Sampling
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 
@@ -21,12 +24,15 @@ flags.DEFINE_string("file", None, "A file with one prompt a line.", flag_values=
 flags.DEFINE_bool("infill", False, "Fill the mask tokens of the text instead of answering it.", flag_values=FLAGS)
 flags.DEFINE_bool("causal", False, "Decode with the causal base, token by token.", flag_values=FLAGS)
 flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", flag_values=FLAGS)
-flags.DEFINE_integer("steps", 128, "Forward passes, all blocks together.", flag_values=FLAGS)
+flags.DEFINE_integer("steps", 128, "Forward passes at most, all blocks together.", flag_values=FLAGS)
 flags.DEFINE_integer("block_length", 0, "Fill the answer in blocks of this length (0: one block).", flag_values=FLAGS)
-flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", flag_values=FLAGS)
-flags.DEFINE_string("algorithm", None, "confidence or probability; default: the adapter's.", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Seed of the draws at temperature > 0.", flag_values=FLAGS)
+flags.DEFINE_list("stop", [], "Texts that end an answer, separated by commas.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Seed of the draws.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", flag_values=FLAGS)
+flags.DEFINE_bool("stats", False, "Print tokens, passes and tokens a pass to stderr.", flag_values=FLAGS)
+_DEFINE = {float: flags.DEFINE_float, int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
+for _field in dataclasses.fields(Sampling):
+    _DEFINE[_field.metadata["type"]](_field.name, None, _field.metadata["help"], flag_values=FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
@@ -69,12 +75,26 @@ def _lines(flag_values: flags.FlagValues) -> list[str] | None:
 
 
 def _answers(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list) -> list[str]:
-    options = {name: flag_values[name].value for name in ("temperature", "algorithm", "seed", "batch_size")}
+    options = {field.name: flag_values[field.name].value for field in dataclasses.fields(Sampling)}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {"seed": flag_values.seed, "batch_size": flag_values.batch_size}
+    start = time.perf_counter()
     if flag_values.infill:
-        return lm.infill(prompts, steps=flag_values.steps, **options).texts
-    steps = max(flag_values.steps, flag_values.max_new_tokens) if flag_values.causal else flag_values.steps
-    block_length = flag_values.block_length or None
-    return lm.generate(prompts, flag_values.max_new_tokens, steps, block_length, **options).texts
+        if flag_values.stop or flag_values.block_length:
+            raise UserError("--stop and --block_length belong to answers, not to --infill")
+        out = lm.infill(prompts, steps=flag_values.steps, **options)
+    else:
+        steps = max(flag_values.steps, flag_values.max_new_tokens) if flag_values.causal else flag_values.steps
+        block_length = flag_values.block_length or None
+        out = lm.generate(prompts, flag_values.max_new_tokens, steps, block_length, stop=flag_values.stop, **options)
+    if flag_values.stats:
+        seconds, tokens, passes = time.perf_counter() - start, out.committed.sum(), out.steps.sum()
+        print(
+            f"{tokens} tokens in {passes} passes ({tokens / max(passes, 1):.2f} a pass), {seconds:.1f} s with "
+            "compilation",
+            file=sys.stderr,
+        )
+    return out.texts
 
 
 def _chat(lm: LanguageModel, flag_values: flags.FlagValues) -> None:

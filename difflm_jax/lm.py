@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from difflm_jax.answers import Generation, as_list, cut_answer, stop_strings
 from difflm_jax.checkpoint.converted import load_converted
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import check_quantization, load_params, save_pretrained
@@ -18,7 +19,8 @@ from difflm_jax.checkpoint.peft import load_adapter, save_adapter
 from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.data.chat import encode_prompt
 from difflm_jax.data.mask_token import choose_mask_token
-from difflm_jax.diffusion.canvas import Decoder, answer_plan, check_sampling, fill_answers, fill_masks
+from difflm_jax.diffusion.canvas import Decoder, answer_plan, fill_answers, fill_masks
+from difflm_jax.diffusion.options import Sampling, check_algorithm, sampling_options
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, merge_lora
 from difflm_jax.mesh import over_rows, place, row_shards, to_host
@@ -31,15 +33,6 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """Row by row: the text, the tokens (1-D int arrays), and the forward passes that were used."""
-
-    texts: list[str]
-    tokens: list[np.ndarray]
-    steps: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,23 +142,29 @@ class LanguageModel:
         algorithm: str | None = None,
         seed: int = 0,
         batch_size: int = 16,
+        stop: str | Sequence[str] = (),
+        **options: Any,
     ) -> Generation:
         """Answers prompts: a string or a list of strings (the chat template is applied), message lists, or token lists.
 
-        An answer starts as `max_new_tokens` masks; `steps` forward passes, over all blocks together, commit the most
-        confident ones. `block_length` fills the answer in blocks from left to right (None: one block). `algorithm`:
-        "confidence" (largest logit), "probability", or None for what the adapter's `diffusion_config.json` names.
-        `tokens` are the answer up to and including one end-of-sequence token; `texts` end before it. With causal
-        attention decoding is left to right, one token a pass.
+        An answer starts as `max_new_tokens` masks; at most `steps` forward passes, over all blocks together, commit
+        them, the surest ones first. `block_length` fills the answer in blocks from left to right (None: one block, or
+        those that `block` attention was trained with). `algorithm` ranks the masks; None: what the other options need,
+        else what the adapter's `diffusion_config.json` names. `options` are the fields of
+        `difflm_jax.diffusion.options.Sampling`.
+        `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
+        string; `texts` end before it. With causal attention decoding is left to right, one token a pass.
         """
-        rows = [self._prompt_tokens(prompt) for prompt in _as_list(prompts)]
-        plan = answer_plan(
-            self.attention, max_new_tokens, steps, block_length, temperature, algorithm or self.algorithm
-        )
-        self._check_length(max((len(row) for row in rows), default=0) + max_new_tokens)
-        answers, passes = fill_answers(self._decoder, rows, plan, seed, batch_size)
-        tokens = [self._until_eos(answer) for answer in answers]
-        return Generation([self._decode(row) for row in tokens], tokens, passes)
+        rows = [self._prompt_tokens(prompt) for prompt in as_list(prompts)]
+        sampling = self._sampling(temperature, algorithm, options)
+        plan = answer_plan(self.model, max_new_tokens, steps, block_length, sampling)
+        self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
+        stops = stop_strings(stop)
+        filled = fill_answers(self._decoder, rows, plan, sampling, seed, batch_size)
+        rows = [answer[:max_new_tokens] for answer in filled.rows]
+        answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in rows]
+        texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
+        return Generation(texts, tokens, filled.passes, filled.committed)
 
     def infill(
         self,
@@ -175,17 +174,20 @@ class LanguageModel:
         algorithm: str | None = None,
         seed: int = 0,
         batch_size: int = 16,
+        **options: Any,
     ) -> Generation:
         """Fills exactly the masks of `canvas`: text that holds the mask token, a list of such, or token rows.
 
-        `tokens` and `texts` are the whole canvas. With attention "prefix" what precedes the first mask is the prompt.
+        `tokens` and `texts` are the whole canvas. What precedes the first mask is the prompt for the attention rules
+        "prefix" and "block". The other arguments are those of `generate`.
         """
-        rows = [self._canvas_tokens(row) for row in _as_list(canvas)]
+        rows = [self._canvas_tokens(row) for row in as_list(canvas)]
+        if "stop_at_eos" in options:
+            raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
+        sampling = self._sampling(temperature, algorithm, options)
         self._check_length(max((len(row) for row in rows), default=0))
-        filled, passes = fill_masks(
-            self._decoder, rows, steps, temperature, algorithm or self.algorithm, seed, batch_size
-        )
-        return Generation([self._decode(row) for row in filled], filled, passes)
+        filled = fill_masks(self._decoder, rows, steps, sampling, seed, batch_size)
+        return Generation([self._decode(row) for row in filled.rows], filled.rows, filled.passes, filled.committed)
 
     def save_adapter(self, directory: str | Path, notes: str = "") -> None:
         """Writes a PEFT adapter directory with `diffusion_config.json`, tokenizer and model card."""
@@ -247,6 +249,7 @@ class LanguageModel:
             "attention": self.attention,
             "logit_shift": self.logit_shift,
             "algorithm": self.algorithm,
+            **({"block_length": self.model.block_length} if self.attention == "block" else {}),
         }
 
     def _prompt_tokens(self, prompt: Prompt) -> np.ndarray:
@@ -288,9 +291,9 @@ class LanguageModel:
     def _decoder(self) -> Decoder:
         return Decoder(self.model, self.variables, self.logit_shift, self.eos_token_ids, self.pad_token_id, self.mesh)
 
-    def _until_eos(self, tokens: np.ndarray) -> np.ndarray:
-        ends = np.flatnonzero(np.isin(tokens, self.eos_token_ids))
-        return tokens[: ends[0] + 1] if len(ends) else tokens
+    def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:
+        given = {"temperature": temperature, "algorithm": algorithm, **options}
+        return sampling_options(self.attention, self.algorithm, given)
 
     def _decode(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
@@ -306,18 +309,29 @@ def load(
     adapter: str | Path | None = None,
     mask_token: str | None = None,
     revision: str | None = None,
+    block_length: int | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face directory, a hub id or a `.gguf` file, with a PEFT adapter if one is given.
 
-    `attention` ("full", "prefix") and `logit_shift`: None takes what the adapter or the merged checkpoint was trained
-    for, else "full" and False. `causal=True` is the base's own attention (with the shift it was trained with).
-    `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets the block size too); a
-    checkpoint that bitsandbytes quantised stays as it is. Without an adapter the model is the checkpoint as stored.
-    Raises `UserError` for anything that cannot be represented.
+    `attention` ("full", "prefix", "block" with its `block_length`) and `logit_shift`: None takes what the adapter or
+    the merged checkpoint was trained for, else "full" and False. `causal=True` is the base's own attention (with the
+    shift it was trained with). `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
+    the block size too); a checkpoint that bitsandbytes quantised stays as it is. Without an adapter the model is the
+    checkpoint as stored. Raises `UserError` for anything that cannot be represented.
     """
     if causal:
         attention, logit_shift = "causal", True if logit_shift is None else logit_shift
-    lm = open_model(source, attention, logit_shift, dtype, adapter, mask_token, revision, quantization=quantization)
+    lm = open_model(
+        source,
+        attention,
+        logit_shift,
+        dtype,
+        adapter,
+        mask_token,
+        revision,
+        quantization=quantization,
+        block_length=block_length,
+    )
     return lm.with_weights()
 
 
@@ -331,6 +345,7 @@ def open_model(
     revision: str | None = None,
     algorithm: str | None = None,
     quantization: str | QuantConfig | None = None,
+    block_length: int | None = None,
 ) -> LanguageModel:
     """As `load`, but without the weights: tokenizer, mask token, adapter and shapes, all checked."""
     if dtype not in DTYPES:
@@ -353,14 +368,16 @@ def open_model(
     attention = attention or trained_for.get("attention", "full")
     if attention not in ATTENTION_RULES:
         raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION_RULES)}")
+    block_length = _block_length(attention, block_length, trained_for)
     algorithm = algorithm or trained_for.get("algorithm", "confidence")
-    check_sampling(0.0, algorithm)
+    check_algorithm(algorithm)
     model = Transformer(
         config=opened.config,
         attention=attention,
         lora=loaded.lora_config if loaded else None,
         mask_token_id=mask_token_id,
         dtype=DTYPES[dtype],
+        block_length=block_length,
     )
     return LanguageModel(
         source=opened,
@@ -374,6 +391,18 @@ def open_model(
     )
 
 
+def _block_length(attention: str, block_length: int | None, trained_for: Mapping[str, Any]) -> int:
+    """The block length of `block` attention, 0 for every other rule. Raises `UserError`."""
+    if attention != "block":
+        if block_length:
+            raise UserError(f"block_length={block_length} belongs to attention='block', not to {attention!r}")
+        return 0
+    length = block_length or trained_for.get("block_length")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise UserError(f"attention='block' needs block_length, a positive integer, not {length!r}")
+    return length
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(
     model: Transformer, mesh: Mesh | None, variables: dict[str, Any], tokens_BL, valid_BL, prompt_lengths_B
@@ -383,15 +412,6 @@ def _logits(
         return head_logits(model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BLD)
 
     return over_rows(logits, mesh, variables, tokens_BL, valid_BL, prompt_lengths_B)
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or many -> a list of prompts: a string, a message list and a token list are each one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = list(prompts)
-    one = prompts and isinstance(prompts[0], (Mapping, int, np.integer))
-    return [prompts] if one else prompts
 
 
 def _model_card(base_model: str, diffusion_config: dict[str, Any], provenance: str) -> str:

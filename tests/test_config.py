@@ -260,7 +260,8 @@ def test_a_section_is_no_value_and_a_value_no_section():
         ("min_mask_probability=0", "min_mask_probability"),
         ("max_mask_probability=1.01", "max_mask_probability"),
         ("max_mask_probability=0.05", "min_mask_probability=0.1 must not exceed max_mask_probability=0.05"),
-        ("attention=causal", "attention must be 'full' or 'prefix', not 'causal'"),
+        ("attention=causal", "attention must be 'full' or 'prefix' or 'block', not 'causal'"),
+        ("algorithm=best", "algorithm must be 'confidence' or"),
         ("dtype=float16", "dtype"),
         ("wandb_config.mode=sometimes", "wandb_config.mode"),
         ("quantization=nf5", "quantization='nf5'"),
@@ -274,6 +275,14 @@ def test_a_value_out_of_range_names_its_key(override, part):
 def test_all_answers_need_full_attention():
     assert load_config(overrides=["answers=all"]).answers == "all"
     assert "answers='all' needs attention='full'" in _refusal("answers=all", "attention=prefix")
+
+
+def test_block_attention_and_its_block_length_go_together():
+    assert load_config(overrides=["attention=block", "block_length=8", "mask_rate=block"]).block_length == 8
+    assert "needs one" in _refusal("attention=block")
+    assert "belongs to attention='block'" in _refusal("block_length=8")
+    assert "mask_rate='block' needs attention='block'" in _refusal("mask_rate=block")
+    assert "must be a multiple of block_length=8" in _refusal("attention=block", "block_length=8", "answer_padding=12")
 
 
 _PYTHON = """from difflm_jax.config import default_config

@@ -159,6 +159,38 @@ def test_sft_goes_on_from_a_pretrained_adapter(arguments, finished, tmp_path):
     assert (tmp_path / "run" / "sft_model" / "adapter_config.json").is_file()
 
 
+def test_block_attention_trains_and_answers_in_its_blocks(arguments, model_dir, tmp_path, capsys):
+    block = ["--config.attention=block", "--config.block_length=4", "--config.mask_rate=block"]
+    assert command([*arguments, *block, "--config.phases=sft", "--config.max_steps=1"]) == 0
+    lm = difflm_jax.load(model_dir, adapter=tmp_path / "run" / "sft_model", dtype="float32")
+    assert (lm.attention, lm.model.block_length, lm.logit_shift) == ("block", 4, True)
+    capsys.readouterr()
+    run = ["generate", f"--run={tmp_path / 'run'}", "--max_new_tokens=10", "--prompt=1+1"]
+    assert run_command(generate.main, generate.FLAGS, "", [*run, "--threshold=0.5", "--stats", "--noeos_last"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == lm.generate("1+1", max_new_tokens=10, threshold=0.5).texts[0].strip()
+    assert "passes" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--threshold=2"], "threshold must be in (0, 1]"),
+        (["--threshold=0.9", "--factor=1"], "two rules"),
+        (["--cache=huge"], "cache='huge'"),
+        (["--infill", "--stop=x"], "--stop"),
+        (["--infill", "--nostop_at_eos"], "infill fills every mask"),
+    ],
+)
+def test_flags_of_decoding_that_make_no_sense_are_one_line(finished, flags, named, capsys):
+    run = ["generate", f"--run={finished}", "--max_new_tokens=8", "--prompt=1+1"]
+    assert run_command(generate.main, generate.FLAGS, "", [*run, *flags]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert named in error
+    assert "\n" not in error
+
+
 def test_generate_answers_a_prompt_a_file_and_a_pipe(finished, tmp_path, capsys, monkeypatch):
     run = ["generate", f"--run={finished}", "--max_new_tokens=8", "--steps=4"]
     assert run_command(generate.main, generate.FLAGS, "", [*run, "--prompt=1+1"]) == 0

@@ -8,41 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM
 
 import difflm_jax
 from difflm_jax import UserError
 from difflm_jax.lora import LoraConfig, init_lora
-from tests.byte_tokenizer import byte_tokenizer
+from tests.tiny_checkpoint import save_tiny_qwen3
 
 PROMPTS = ["Hi", "A rather longer prompt than the first one.", "42?"]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_tiny_qwen3(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module", params=[("full", False), ("full", True), ("prefix", False), ("prefix", True)])

@@ -1,4 +1,8 @@
-"""The host side of sampling: rows of tokens with masks in them -> padded canvases -> the jitted sampler -> rows."""
+"""The host side of sampling: rows of tokens with masks in them -> padded canvases -> the jitted sampler -> rows.
+
+In a canvas the prompts of all rows end at the same column: they are padded on the left, answers on the right, so that
+the blocks of all rows line up whatever their lengths. Few widths are used, so that few are compiled.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,14 +11,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.diffusion.confidence import CONFIDENCES
-from difflm_jax.diffusion.denoiser import generate, row_sampling_keys
+from difflm_jax.diffusion.denoiser import Canvas, generate, row_sampling_keys
+from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.sampler import Plan
+from difflm_jax.diffusion.schedule import quotas
 from difflm_jax.errors import UserError
 from difflm_jax.mesh import row_shards, to_host
 from difflm_jax.models.transformer import Transformer
 
-COLUMN_MULTIPLE = 32  # canvases are padded to it, so that few lengths are compiled
+SMALLEST_WIDTH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +34,39 @@ class Decoder:
     mesh: Mesh | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """Rows in their order: the tokens of the part that was filled, how many masks were, in how many passes."""
+
+    rows: list[np.ndarray]
+    committed: np.ndarray
+    passes: np.ndarray
+
+
+def width_bucket(length: int) -> int:
+    """The number of columns for `length` tokens: 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ..."""
+    width = SMALLEST_WIDTH
+    while width < length:
+        power = 1 << (width.bit_length() - 1)
+        width += max(SMALLEST_WIDTH, power // 4)
+    return width
+
+
 def answer_plan(
-    attention: str, max_new_tokens: int, steps: int, block_length: int | None, temperature: float, algorithm: str
+    model: Transformer, max_new_tokens: int, steps: int, block_length: int | None, sampling: Sampling
 ) -> Plan:
-    """The plan of an answer behind its prompt (`first_column` is set by `fill_answers`). Raises `UserError`."""
+    """The plan of an answer behind its prompt (`first_column` is set when the rows are known). Raises `UserError`."""
     check_positive("max_new_tokens", max_new_tokens)
     check_positive("steps", steps)
-    check_sampling(temperature, algorithm)
-    steps = min(steps, max_new_tokens)  # a pass beyond one a token would have nothing to commit
-    if attention == "causal":
-        if steps < max_new_tokens or block_length not in (None, 1):
+    steps = _useful_steps(steps, max_new_tokens, sampling)
+    if model.attention in ("block", "causal"):
+        trained = 1 if model.attention == "causal" else model.block_length
+        if block_length not in (None, trained):
+            raise UserError(f"block_length={block_length}: {model.attention} attention decodes in blocks of {trained}")
+        if model.attention == "causal" and steps < max_new_tokens:
             raise UserError("generate: causal attention decodes one token a pass (steps >= max_new_tokens)")
-        block_length = 1
+        blocks = -(-max_new_tokens // trained)  # the last block is whole; the answer is cut
+        return Plan(0, blocks, trained, -(-steps // blocks))
     block_length = max_new_tokens if block_length is None else block_length
     check_positive("block_length", block_length)
     if max_new_tokens % block_length:
@@ -48,46 +74,45 @@ def answer_plan(
     blocks = max_new_tokens // block_length
     if steps % blocks:
         raise UserError(f"steps={steps} must be a multiple of the number of blocks ({blocks})")
-    return Plan(0, blocks, block_length, steps // blocks, float(temperature), algorithm)
+    return Plan(0, blocks, block_length, steps // blocks)
 
 
 def fill_answers(
-    decoder: Decoder, prompts: Sequence[np.ndarray], plan: Plan, seed: int, batch_size: int
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """([max_new_tokens] tokens of each answer, passes [rows]). Prompts are padded on the left: answers line up."""
-    length = plan.num_blocks * plan.block_length
-    width = _round_up(max((len(row) for row in prompts), default=1))
-    answer = np.full(length, decoder.model.mask_token_id, np.int32)
-    rows = [np.concatenate([row, answer]) for row in prompts]
-    plan = dataclasses.replace(plan, first_column=width)
-    filled, passes = _fill(
-        decoder, rows, [len(row) for row in prompts], plan, seed, batch_size, width + length, left=True
-    )
-    return [row[-length:] for row in filled], passes
+    decoder: Decoder, prompts: Sequence[np.ndarray], plan: Plan, sampling: Sampling, seed: int, batch_size: int
+) -> Filled:
+    """Answers of `plan.num_blocks` blocks to `prompts`, which hold at least one token each."""
+    answer = np.full(plan.num_blocks * plan.block_length, decoder.model.mask_token_id, np.int32)
+    return _fill(decoder, prompts, [answer] * len(prompts), plan, sampling, seed, batch_size)
 
 
 def fill_masks(
-    decoder: Decoder,
-    rows: Sequence[np.ndarray],
-    steps: int,
-    temperature: float,
-    algorithm: str,
-    seed: int,
-    batch_size: int,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """(rows with their masks filled, passes [rows]); what precedes the first mask of a row is its prompt."""
+    decoder: Decoder, rows: Sequence[np.ndarray], steps: int, sampling: Sampling, seed: int, batch_size: int
+) -> Filled:
+    """`rows` with their masks filled; what precedes the first mask of a row is its prompt. Raises `UserError`."""
     check_positive("steps", steps)
-    check_sampling(temperature, algorithm)
-    masks = [np.flatnonzero(row == decoder.model.mask_token_id) for row in rows]
+    model = decoder.model
+    masks = [np.flatnonzero(row == model.mask_token_id) for row in rows]
     if decoder.logit_shift and any(len(at) and at[0] == 0 for at in masks):
         raise UserError("infill: with the logit shift nothing predicts the first token: it must not be a mask")
     most = max((len(at) for at in masks), default=0)
     if most == 0:
-        return list(rows), np.zeros(len(rows), np.int32)
-    width = _round_up(max(len(row) for row in rows))
-    plan = Plan(0, 1, width, min(steps, most), float(temperature), algorithm, stop_at_eos=False)
-    prompt_lengths = [int(at[0]) if len(at) else len(row) for row, at in zip(rows, masks, strict=True)]
-    return _fill(decoder, rows, prompt_lengths, plan, seed, batch_size, width, left=False)
+        return Filled(list(rows), np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32))
+    if model.attention == "causal" and steps < most:
+        raise UserError("infill: causal attention fills one mask a pass (steps >= number of masks)")
+    cuts = [int(at[0]) if len(at) else len(row) for row, at in zip(rows, masks, strict=True)]
+    prompts = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+    rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    width = width_bucket(max(len(rest) for rest in rests))
+    plan = Plan(0, 1, width, _useful_steps(steps, most, sampling))
+    if model.attention in ("block", "causal"):
+        block_length = 1 if model.attention == "causal" else model.block_length
+        blocks = max(len(set((at - cut) // block_length)) for at, cut in zip(masks, cuts, strict=True))
+        steps = _useful_steps(-(-steps // blocks), block_length, sampling)  # shared by the blocks that hold masks
+        plan = Plan(0, -(-width // block_length), block_length, steps)
+    sampling = sampling.replace(stop_at_eos=False)  # an end of sequence ends an answer, but not a text with gaps
+    filled = _fill(decoder, prompts, rests, plan, sampling, seed, batch_size)
+    whole = [np.concatenate(parts) for parts in zip(prompts, filled.rows, strict=True)]
+    return dataclasses.replace(filled, rows=whole)
 
 
 def check_positive(name: str, value: int) -> None:
@@ -96,65 +121,73 @@ def check_positive(name: str, value: int) -> None:
         raise UserError(f"{name} must be a positive integer, not {value!r}")
 
 
-def check_sampling(temperature: float, algorithm: str) -> None:
-    """Raises `UserError` for a negative temperature or an unknown algorithm."""
-    if not temperature >= 0:
-        raise UserError(f"temperature must be at least 0, not {temperature!r}")
-    if algorithm not in CONFIDENCES:
-        raise UserError(f"algorithm={algorithm!r} is not one of {', '.join(CONFIDENCES)}")
+def _useful_steps(steps: int, masks: int, sampling: Sampling) -> int:
+    """With an even schedule a pass beyond one a mask would have nothing to commit."""
+    return min(steps, masks) if sampling.schedule == "even" and not sampling.commits_by_rate else steps
 
 
 def _fill(
     decoder: Decoder,
-    rows: Sequence[np.ndarray],
-    prompt_lengths: Sequence[int],
+    prompts: Sequence[np.ndarray],
+    rests: Sequence[np.ndarray],
     plan: Plan,
+    sampling: Sampling,
     seed: int,
     batch_size: int,
-    width: int,
-    left: bool,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Samples in batches of [batch_size, width]; the last one is filled up with copies of its first row."""
+) -> Filled:
+    """Samples in batches of equal shape; the last one is filled up with copies of its first row."""
     check_positive("batch_size", batch_size)
-    if not rows:
-        return [], np.zeros(0, np.int32)
+    if not prompts:
+        return Filled([], np.zeros(0, np.int32), np.zeros(0, np.int32))
+    # The first window of block decoding reaches one block and one token back.
+    longest = max(max(len(prompt) for prompt in prompts), plan.block_length + 1 if _in_blocks(decoder) else 1)
+    plan = dataclasses.replace(plan, first_column=width_bucket(longest))
+    rows = [np.concatenate(parts) for parts in zip(prompts, rests, strict=True)]
     keys = row_sampling_keys(seed, [tuple(row.tolist()) for row in rows])
-    batch_size = min(batch_size, len(rows))
+    prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())
     if decoder.mesh is not None:
         batch_size += -batch_size % row_shards(decoder.mesh)
     filled: list[np.ndarray] = []
+    committed: list[int] = []
     passes: list[int] = []
     for first in range(0, len(rows), batch_size):
         count = min(batch_size, len(rows) - first)
         index = np.concatenate([np.arange(first, first + count), np.full(batch_size - count, first)])
-        tokens, valid = _pad([rows[i] for i in index], width, decoder.pad_token_id, left)
+        tokens, valid = _padded([prompts[i] for i in index], [rests[i] for i in index], plan, decoder.pad_token_id)
+        fillable = valid & (tokens == decoder.model.mask_token_id)
+        answers = fillable[:, plan.first_column :].reshape(len(index), plan.num_blocks, plan.block_length)
+        schedule = quotas(sampling.schedule, answers.sum(axis=2), plan.steps_per_block)
+        canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], schedule, keys[index])
         carry = generate(
             decoder.model,
             decoder.variables,
             decoder.logit_shift,
             plan,
             decoder.eos_token_ids,
-            tokens,
-            valid,
-            valid & (tokens == decoder.model.mask_token_id),
-            np.asarray(prompt_lengths, np.int32)[index],
-            keys[index],
+            canvas,
+            sampling,
             decoder.mesh,
         )
         tokens, used = to_host(carry.tokens), to_host(carry.passes)
-        filled += [tokens[i][valid[i]] for i in range(count)]
+        filled += [tokens[i, plan.first_column :][: len(rests[index[i]])] for i in range(count)]
+        committed += (fillable & (tokens != decoder.model.mask_token_id)).sum(axis=1)[:count].tolist()
         passes += used[:count].tolist()
-    return filled, np.asarray(passes, np.int32)
+    return Filled(filled, np.asarray(committed, np.int32), np.asarray(passes, np.int32))
 
 
-def _pad(rows: Sequence[np.ndarray], width: int, pad: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.full((len(rows), width), pad, np.int32)
-    valid = np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[i, at], valid[i, at] = row, True
+def _in_blocks(decoder: Decoder) -> bool:
+    return decoder.model.attention in ("block", "causal")
+
+
+def _padded(
+    prompts: Sequence[np.ndarray], rests: Sequence[np.ndarray], plan: Plan, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, real) [B, L]: prompts end and rests begin at the first column of the plan."""
+    columns = plan.first_column + plan.num_blocks * plan.block_length
+    tokens = np.full((len(prompts), columns), pad, np.int32)
+    valid = np.zeros((len(prompts), columns), bool)
+    for i, (prompt, rest) in enumerate(zip(prompts, rests, strict=True)):
+        at = slice(plan.first_column - len(prompt), plan.first_column + len(rest))
+        tokens[i, at], valid[i, at] = np.concatenate([prompt, rest]), True
     return tokens, valid
-
-
-def _round_up(length: int) -> int:
-    return -(-length // COLUMN_MULTIPLE) * COLUMN_MULTIPLE

@@ -1,22 +1,66 @@
-"""How sure the model is of the token that it would put at a position. Larger is surer; only the order matters."""
+"""How sure the model is of the token that it would put at a position: the score by which masks are ranked.
 
+A score is a function (logits, chosen tokens, noise) -> [B, T], larger where surer; `noise` is uniform in [0, 1).
+"""
+
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-
-def max_logit(logits_BLV: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """[B, L] the raw logit of the chosen token: the original system's confidence."""
-    return jnp.take_along_axis(logits_BLV, tokens_BL[..., None], axis=-1)[..., 0]
+Score = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def probability(logits_BLV: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """[B, L] log softmax at the chosen token: LLaDA's low-confidence remasking (arXiv:2502.09992)."""
-    return max_logit(logits_BLV, tokens_BL) - jax.nn.logsumexp(logits_BLV, axis=-1)
+def max_logit(logits_BTV: jax.Array, tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
+    """The raw logit of the chosen token: the original system's confidence."""
+    return jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
 
 
-CONFIDENCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "confidence": max_logit,
-    "probability": probability,
+def log_odds(logits_BTV: jax.Array, tokens_BT: jax.Array, noise_BT: jax.Array) -> jax.Array:
+    """log p / (1 - p) of the chosen token: the order of its probability, without ties where float32 rounds p to 1."""
+    own_BT = max_logit(logits_BTV, tokens_BT, noise_BT)
+    is_chosen_BTV = jnp.arange(logits_BTV.shape[-1]) == tokens_BT[..., None]
+    return own_BT - jax.nn.logsumexp(jnp.where(is_chosen_BTV, -jnp.inf, logits_BTV), axis=-1)
+
+
+def margin(logits_BTV: jax.Array, _tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
+    """Probability of the likeliest token minus that of the second: Dream's `topk_margin`."""
+    best_BT2, _ = jax.lax.top_k(jax.nn.softmax(logits_BTV, axis=-1), 2)
+    return best_BT2[..., 0] - best_BT2[..., 1]
+
+
+def negative_entropy(logits_BTV: jax.Array, _tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
+    """Σ p log p, in nats."""
+    log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+    return jnp.where(jnp.isneginf(log_p_BTV), 0.0, jnp.exp(log_p_BTV) * log_p_BTV).sum(axis=-1)
+
+
+def uniform(_logits_BTV: jax.Array, _tokens_BT: jax.Array, noise_BT: jax.Array) -> jax.Array:
+    """Chance."""
+    return noise_BT
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence:
+    """A score and what it reads: the logits as the model gave them, or the distribution that tokens are drawn from
+    (after temperature, top-p and top-k), as Dream does. `is_log_odds`: the sigmoid of the score is a probability."""
+
+    score: Score
+    of_drawn: bool = False
+    is_log_odds: bool = False
+
+    def value(self, score_BT: jax.Array) -> jax.Array:
+        """The score on the scale of the papers: a probability where it is one."""
+        return jax.nn.sigmoid(score_BT) if self.is_log_odds else score_BT
+
+
+CONFIDENCES = {
+    "confidence": Confidence(max_logit),
+    "probability": Confidence(log_odds, is_log_odds=True),  # LLaDA's low-confidence remasking (arXiv:2502.09992)
+    "maskgit_plus": Confidence(log_odds, of_drawn=True, is_log_odds=True),  # these three: Dream (arXiv:2508.15487)
+    "topk_margin": Confidence(margin, of_drawn=True),
+    "entropy": Confidence(negative_entropy, of_drawn=True),
+    "random": Confidence(uniform),
+    "origin": Confidence(uniform),  # each mask is revealed by chance alone: see `commit.by_rate`
 }

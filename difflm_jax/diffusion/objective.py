@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt, row_keys
+from difflm_jax.diffusion.corruption import CleanBatch, Corruption, NoisyBatch, corrupt, row_keys
 from difflm_jax.diffusion.cross_entropy import scored_cross_entropy
-from difflm_jax.models.attention import positions_of
+from difflm_jax.models.attention import block_starts, positions_of
 from difflm_jax.models.transformer import Transformer, head_weight
 
 RATE_BUCKETS = 5  # mask rates are reported in [0, 0.2), [0.2, 0.4), ... [0.8, 1]
@@ -21,7 +21,7 @@ class LossSums:
 
     loss: jax.Array  # [] sum of weight * cross-entropy
     weight: jax.Array  # [] sum of weights
-    masked_nll: jax.Array  # [RATE_BUCKETS] nats, over hidden tokens by the mask rate of their row
+    masked_nll: jax.Array  # [RATE_BUCKETS] nats, over hidden tokens by the mask rate that they were drawn with
     masked_correct: jax.Array  # [RATE_BUCKETS]
     masked_count: jax.Array  # [RATE_BUCKETS]
     tokens: jax.Array  # [] real tokens
@@ -49,15 +49,9 @@ def loss_sums(
     """
     noisy = corrupt(key, batch, corruption, model.mask_token_id, num_rows)
     dropout_keys = row_keys(jax.random.fold_in(key, _DROPOUT_STREAM), batch.example_ids) if train else None
-    hidden_BLD = model.apply(
-        {"params": params, "lora": lora},
-        noisy.tokens,
-        positions_of(noisy.valid),
-        noisy.valid,
-        noisy.prompt_lengths,
-        dropout_keys,
-    )
-    hidden_BLD = predicting_states(hidden_BLD, corruption.logit_shift)
+    states = _block_states if model.attention == "block" else _states
+    variables = {"params": params, "lora": lora}
+    hidden_BLD = states(model, variables, noisy, batch.tokens, dropout_keys, corruption.logit_shift)
     loss, nll_M, correct_M = scored_cross_entropy(
         hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
         head_weight(model.config, params),
@@ -67,11 +61,11 @@ def loss_sums(
         chunk,
         model.config.vocab_size,
     )
-    bucket_B = jnp.minimum((noisy.rates * RATE_BUCKETS).astype(jnp.int32), RATE_BUCKETS - 1)
+    bucket_BL = jnp.minimum((noisy.rates * RATE_BUCKETS).astype(jnp.int32), RATE_BUCKETS - 1)
 
     def by_rate(values_BL: jax.Array) -> jax.Array:
-        per_row_B = (noisy.masked * values_BL).sum(axis=1)
-        return jax.ops.segment_sum(per_row_B, bucket_B, num_segments=RATE_BUCKETS)
+        hidden = (noisy.masked * values_BL).reshape(-1)
+        return jax.ops.segment_sum(hidden, bucket_BL.reshape(-1), num_segments=RATE_BUCKETS)
 
     return loss, LossSums(
         loss=jax.lax.stop_gradient(loss),
@@ -81,3 +75,40 @@ def loss_sums(
         masked_count=by_rate(jnp.ones(noisy.tokens.shape)),
         tokens=noisy.valid.sum().astype(jnp.float32),
     )
+
+
+def _states(model, variables, noisy: NoisyBatch, _tokens_BL, dropout_keys_B, logit_shift: bool) -> jax.Array:
+    """[B, L, D] the states that predict each token."""
+    hidden_BLD = model.apply(
+        variables, noisy.tokens, positions_of(noisy.valid), noisy.valid, noisy.prompt_lengths, dropout_keys_B
+    )
+    return predicting_states(hidden_BLD, logit_shift)
+
+
+def _block_states(model, variables, noisy: NoisyBatch, tokens_BL, dropout_keys_B, logit_shift: bool) -> jax.Array:
+    """The same under `block` attention: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
+
+    A noisy block sees the clean blocks before it, as it does when text is generated. With the shift the first token of
+    a block is predicted from the block before it, which is finished by then: from its clean copy.
+    """
+    length = tokens_BL.shape[1]
+
+    def twice(x_BL: jax.Array) -> jax.Array:
+        return jnp.concatenate([x_BL, x_BL], axis=1)
+
+    positions_BL = positions_of(noisy.valid)
+    hidden_BLD = model.apply(
+        variables,
+        jnp.concatenate([noisy.tokens, tokens_BL], axis=1),
+        twice(positions_BL),
+        twice(noisy.valid),
+        noisy.prompt_lengths,
+        dropout_keys_B,
+        noisy_T=jnp.arange(2 * length) < length,
+    )
+    noisy_BLD, clean_BLD = jnp.split(hidden_BLD, 2, axis=1)
+    if not logit_shift:
+        return noisy_BLD
+    opens_BL = block_starts(positions_BL, noisy.prompt_lengths, model.block_length) == positions_BL
+    shifted = (predicting_states(clean_BLD, True), predicting_states(noisy_BLD, True))
+    return jnp.where(opens_BL[..., None], *shifted)

@@ -1,12 +1,66 @@
-"""How many masks of a block are committed at each step."""
+"""How many masks of a block are committed at each step: functions (masks, steps) -> a quota for each step.
 
-import jax
+They run on the host in float64, once for each number of masks, and reach the sampler as data.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+START_OF_TIME = 1.0
+END_OF_TIME = 1e-3  # Dream's eps; the last step goes all the way
 
 
-def even_quota(masks_B: jax.Array, step: jax.Array, steps: int) -> jax.Array:
-    """[B] int32: `masks_B` split over `steps`, the remainder going to the first steps.
+def even(masks: int, steps: int) -> list[int]:
+    """`masks` split over `steps`, the remainder going to the first steps.
 
-    The rule of the original system and of LLaDA's `get_num_transfer_tokens` (arXiv:2502.09992): floor(n / S), plus one
-    in the first n mod S steps.
+    The rule of the original system and of LLaDA's `get_num_transfer_tokens` (arXiv:2502.09992).
     """
-    return masks_B // steps + (step < masks_B % steps)
+    return [masks // steps + (step < masks % steps) for step in range(steps)]
+
+
+def dream(masks: int, steps: int) -> list[int]:
+    """int(masks left * (1 - s / t)) from time t to time s, everything at the last step (Dream, arXiv:2508.15487)."""
+    rates, quotas = reveal_rates(steps), []
+    for rate in rates:
+        quotas.append(int(masks * rate))
+        masks -= quotas[-1]
+    return quotas
+
+
+def dllm(masks: int, steps: int) -> list[int]:
+    """round(masks left * (1 - (1 - a_s) / (1 - a_t))) with a = 1 - t on an even grid, steps without any dropped.
+
+    The rule of the library dLLM (github.com/ZHZisZZ/dllm), linear schedule.
+    """
+    quotas = []
+    for step in range(steps):
+        alpha_t, alpha_s = 1 - (steps - step) / steps, 1 - (steps - step - 1) / steps
+        quotas.append(min(masks, round(masks * (1 - (1 - alpha_s) / (1 - alpha_t)))))
+        masks -= quotas[-1]
+    quotas = [quota for quota in quotas if quota > 0]
+    return quotas + [0] * (steps - len(quotas))
+
+
+SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {"even": even, "dream": dream, "dllm": dllm}
+
+
+def timesteps(steps: int) -> np.ndarray:
+    """[steps + 1] float64 from 1 down to 0: evenly to `END_OF_TIME`, which the last step replaces by 0."""
+    times = np.linspace(START_OF_TIME, END_OF_TIME, steps + 1)
+    times[-1] = 0.0
+    return times
+
+
+def reveal_rates(steps: int) -> np.ndarray:
+    """[steps] float64, 1 - s / t: the probability that a mask is revealed at each step; 1 at the last."""
+    times = timesteps(steps)
+    return 1 - times[1:] / times[:-1]
+
+
+def quotas(schedule: str, masks_BN: np.ndarray, steps: int) -> np.ndarray:
+    """[B, N, steps] int32 quotas of every row and block from their numbers of masks [B, N]."""
+    table = {int(count): SCHEDULES[schedule](int(count), steps) for count in np.unique(masks_BN)}
+    return np.array([[table[int(count)] for count in row] for row in masks_BN], np.int32).reshape(
+        *masks_BN.shape, steps
+    )

@@ -2,9 +2,24 @@
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-ATTENTION_RULES = ("full", "prefix", "causal")
+ATTENTION_RULES = ("full", "prefix", "block", "causal")
 QUERY_CHUNK = 256  # queries whose scores exist at once
+
+
+@struct.dataclass
+class Window:
+    """Where the queries lie in a canvas of S columns whose other keys are in the `cache` collection.
+
+    The queries are columns `start`, `start` + 1, ... of the canvas. Those before `written_from` use, and keep, the keys
+    that are cached for them; the others replace theirs.
+    """
+
+    positions: jax.Array  # [B, S] of the whole canvas
+    valid: jax.Array  # [B, S]
+    start: jax.Array | int  # []
+    written_from: jax.Array | int  # []
 
 
 def attention_mask(
@@ -13,23 +28,54 @@ def attention_mask(
     key_positions_BS: jax.Array,
     key_valid_BS: jax.Array,
     prompt_lengths_B: jax.Array,
+    block_length: int = 0,
+    noisy_T: jax.Array | None = None,
 ) -> jax.Array:
     """[B, T, S] bool: True where a query may see a key. Positions count real tokens from 0.
 
     `full`: every real token. `causal`: the key is not after the query. `prefix`: a prompt token (position below
     `prompt_lengths_B`) sees what `causal` lets it see, an answer token sees everything, so that the keys and values
-    of a prompt do not depend on its answer.
+    of a prompt do not depend on its answer. `block`: an answer is cut into blocks of `block_length` from its start; a
+    token sees its own block and what precedes it, so that neither a prompt nor a finished block depends on what follows.
+
+    `noisy_T` [T] bool (T = S) is for block diffusion's training input, a noisy and a clean copy of each row
+    (BD3-LM, arXiv:2503.09573): a noisy token sees its own noisy block and the clean tokens before that block; a clean
+    token sees clean tokens by the rule.
     """
     valid_BTS = jnp.broadcast_to(key_valid_BS[:, None, :], (*query_positions_BT.shape, key_positions_BS.shape[1]))
     if rule == "full":
         return valid_BTS
-    not_after_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
-    if rule == "causal":
+    first_BT, last_BT = _own_block(rule, query_positions_BT, prompt_lengths_B[:, None], block_length)
+    key_B1S = key_positions_BS[:, None, :]
+    not_after_BTS = key_B1S <= last_BT[:, :, None]
+    if noisy_T is None:
         return valid_BTS & not_after_BTS
+    before_BTS = key_B1S < first_BT[:, :, None]
+    noisy_query, noisy_key = noisy_T[:, None], noisy_T[None, :]
+    seen_BTS = jnp.where(noisy_key, noisy_query & not_after_BTS & ~before_BTS, not_after_BTS & (~noisy_query | before_BTS))
+    return valid_BTS & seen_BTS
+
+
+def block_starts(positions_BL: jax.Array, prompt_lengths_B: jax.Array, block_length: int) -> jax.Array:
+    """[B, L] first position of the block that each position is in; a prompt token is a block of its own."""
+    return _own_block("block", positions_BL, prompt_lengths_B[:, None], block_length)[0]
+
+
+def _own_block(rule: str, positions_BT: jax.Array, prompts_B1: jax.Array, block_length: int):
+    """(first, last) position of the span in which a token sees everything, besides all that precedes the span."""
+    if rule == "causal":
+        return positions_BT, positions_BT
+    in_prompt_BT = positions_BT < prompts_B1
     if rule == "prefix":
-        in_answer_BT = query_positions_BT >= prompt_lengths_B[:, None]
-        return valid_BTS & (not_after_BTS | in_answer_BT[:, :, None])
-    raise ValueError(f"attention rule {rule!r} is not one of {ATTENTION_RULES}")
+        first_BT, last = prompts_B1, jnp.iinfo(jnp.int32).max
+    elif rule == "block":
+        if block_length < 1:
+            raise ValueError(f"attention rule 'block' needs a block length, not {block_length}")
+        first_BT = positions_BT - (positions_BT - prompts_B1) % block_length
+        last = first_BT + block_length - 1
+    else:
+        raise ValueError(f"attention rule {rule!r} is not one of {ATTENTION_RULES}")
+    return jnp.where(in_prompt_BT, positions_BT, first_BT), jnp.where(in_prompt_BT, positions_BT, last)
 
 
 def positions_of(valid_BL: jax.Array) -> jax.Array:

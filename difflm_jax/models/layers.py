@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from difflm_jax.lora import LoraConfig, lora_product
-from difflm_jax.models.attention import attend
+from difflm_jax.models.attention import Window, attend
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.parallel import ROW_PARALLEL, gathered, summed
 from difflm_jax.models.rope import rotate
@@ -66,8 +66,8 @@ class Linear(nn.Module):
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE and, where the model has them, norms of queries and keys.
 
-    Applied with a mutable `cache` collection it leaves its keys and values there; applied with a filled, immutable
-    one, its queries see the cached keys before their own, and `mask_BTS` covers both.
+    Applied with an empty, mutable `cache` collection it leaves its keys and values there. Applied with a filled one its
+    queries are the columns of `window`: their keys take the place of the cached ones, and `mask_BTS` covers them all.
     """
 
     config: ModelConfig
@@ -80,6 +80,7 @@ class Attention(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         mask_BTS: jax.Array,
         dropout_keys_B: jax.Array | None,
+        window: Window | None,
     ) -> jax.Array:
         config = self.config
         batch, length, _ = x_BTD.shape
@@ -93,14 +94,22 @@ class Attention(nn.Module):
             q_BTHE = RMSNorm(config.rms_norm_eps, name="q_norm")(q_BTHE)
             k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
         q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
-        if self.is_mutable_collection("cache"):
-            self.put_variable("cache", "k", k_BSKE)
-            self.put_variable("cache", "v", v_BSKE)
-        elif self.has_variable("cache", "k"):
-            k_BSKE = jnp.concatenate([self.get_variable("cache", "k"), k_BSKE], axis=1)
-            v_BSKE = jnp.concatenate([self.get_variable("cache", "v"), v_BSKE], axis=1)
+        k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
         y_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
         return Linear(self.lora, name="o_proj")(y_BTHE.reshape(batch, length, -1), dropout_keys_B)
+
+    def _cached(self, name: str, new_BTKE: jax.Array, window: Window | None) -> jax.Array:
+        """The keys or values of the whole canvas: those of the window in their place among the cached ones."""
+        if self.has_variable("cache", name):
+            cached_BSKE = self.get_variable("cache", name)
+            length = new_BTKE.shape[1]
+            old_BTKE = jax.lax.dynamic_slice_in_dim(cached_BSKE, window.start, length, axis=1)
+            is_written_T = window.start + jnp.arange(length) >= window.written_from
+            new_BTKE = jnp.where(is_written_T[:, None, None], new_BTKE, old_BTKE)
+            new_BTKE = jax.lax.dynamic_update_slice_in_dim(cached_BSKE, new_BTKE, window.start, axis=1)
+        if self.is_mutable_collection("cache"):
+            self.put_variable("cache", name, new_BTKE)
+        return new_BTKE
 
 
 class MLP(nn.Module):
@@ -129,12 +138,14 @@ class Layer(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         mask_BTS: jax.Array,
         dropout_keys_B: jax.Array | None,
+        window: Window | None,
     ) -> tuple[jax.Array, None]:
         if dropout_keys_B is not None:
             dropout_keys_B = _fold(dropout_keys_B, layer_index)
         epsilon = self.config.rms_norm_eps
         h_BTD = RMSNorm(epsilon, name="input_layernorm")(x_BTD)
-        x_BTD = x_BTD + Attention(self.config, self.lora, name="self_attn")(h_BTD, rope, mask_BTS, dropout_keys_B)
+        attention = Attention(self.config, self.lora, name="self_attn")
+        x_BTD = x_BTD + attention(h_BTD, rope, mask_BTS, dropout_keys_B, window)
         h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
         return x_BTD + MLP(self.lora, name="mlp")(h_BTD, dropout_keys_B), None
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from difflm_jax.lora import LoraConfig
-from difflm_jax.models.attention import attention_mask
+from difflm_jax.models.attention import Window, attention_mask
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.layers import Layer, RMSNorm, stored
 from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
@@ -20,8 +20,8 @@ REMAT = ("none", "full")
 class Transformer(nn.Module):
     """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
 
-    Without a `lora` collection it is the base. `attention` is the rule ("full", "prefix", "causal"). `remat="full"`
-    keeps only the input of each layer for the backward pass.
+    Without a `lora` collection it is the base. `attention` is the rule ("full", "prefix", "block", "causal") and
+    `block_length` that of "block". `remat="full"` keeps only the input of each layer for the backward pass.
     """
 
     config: ModelConfig
@@ -30,6 +30,7 @@ class Transformer(nn.Module):
     mask_token_id: int | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
+    block_length: int = 0
 
     @nn.compact
     def __call__(
@@ -39,19 +40,26 @@ class Transformer(nn.Module):
         valid_BT: jax.Array,
         prompt_lengths_B: jax.Array,
         dropout_keys_B: jax.Array | None = None,
-        cached_positions_BP: jax.Array | None = None,
-        cached_valid_BP: jax.Array | None = None,
+        window: Window | None = None,
+        noisy_T: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] hidden states after the final norm, in `dtype`.
 
-        `positions_BT` counts real tokens, `valid_BT` is False at padding. `cached_*` describe the keys already in
-        the `cache` collection, which come before those of `tokens_BT`.
+        `positions_BT` counts real tokens, `valid_BT` is False at padding. `window` places the tokens in a canvas whose
+        keys are in the `cache` collection; `noisy_T` is that of `attention_mask`.
         """
         key_positions_BS, key_valid_BS = positions_BT, valid_BT
-        if cached_positions_BP is not None:
-            key_positions_BS = jnp.concatenate([cached_positions_BP, positions_BT], axis=1)
-            key_valid_BS = jnp.concatenate([cached_valid_BP, valid_BT], axis=1)
-        mask_BTS = attention_mask(self.attention, positions_BT, key_positions_BS, key_valid_BS, prompt_lengths_B)
+        if window is not None:
+            key_positions_BS, key_valid_BS = window.positions, window.valid
+        mask_BTS = attention_mask(
+            self.attention,
+            positions_BT,
+            key_positions_BS,
+            key_valid_BS,
+            prompt_lengths_B,
+            self.block_length,
+            noisy_T,
+        )
         rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
 
         layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False)
@@ -59,12 +67,12 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0, "lora": 0, "cache": 0},
             split_rngs={},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.config.num_layers,
             check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
         )(self.config, self.lora, name="layers")
         x_BTD = self.embed(tokens_BT)
-        x_BTD, _ = layers(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_keys_B)
+        x_BTD, _ = layers(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_keys_B, window)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:

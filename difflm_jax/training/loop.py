@@ -200,7 +200,7 @@ def make_batches(phase: Phase, rows: Any, train: bool, whole: bool = False) -> A
         length_multiple=config.length_multiple,
         max_length=config.max_length,
         pad_id=phase.pad_id,
-        answer_padding=config.answer_padding if PHASE_SCOPE[phase.name] == "answer" else 0,
+        answer_padding=(config.answer_padding or config.block_length) if PHASE_SCOPE[phase.name] == "answer" else 0,
         eos_id=phase.eos_id,
         local_rows=None if whole else rows_of_process(phase.mesh, config.batch_size),
     )
@@ -218,6 +218,7 @@ def step_options(phase: Phase) -> StepOptions:
         loss_weight=config.loss_weight,
         attention=config.attention,
         logit_shift=config.logit_shift,
+        block_length=config.block_length,
     )
     return StepOptions(phase.model, corruption, config.loss_chunk)
 

@@ -49,6 +49,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
         revision=config.revision or None,
         algorithm=config.algorithm,
         quantization=quantization(config),
+        block_length=config.block_length or None,
     )
     print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
     rows = {phase: _read_rows(config, phase, lm) for phase in config.phases}

@@ -29,16 +29,17 @@ def test_pretraining_hides_real_tokens_at_one_rate_and_scores_every_real_token()
     rows = batch()
     noisy = corrupt(KEY, rows, Corruption(), MASK, 64)
     valid = np.arange(40) < np.asarray(rows.lengths)[:, None]
-    assert len(set(np.asarray(noisy.rates).tolist())) == 1
+    assert len(np.unique(noisy.rates)) == 1
     np.testing.assert_array_equal(noisy.weights, valid)
     assert not (np.asarray(noisy.masked) & ~valid).any()
     share = np.asarray(noisy.masked)[valid].mean()
-    assert abs(share - float(noisy.rates[0])) < 4 * np.sqrt(0.25 / valid.sum())
+    assert abs(share - float(noisy.rates[0, 0])) < 4 * np.sqrt(0.25 / valid.sum())
     np.testing.assert_array_equal(noisy.tokens, np.where(noisy.masked, MASK, rows.tokens))
 
 
 def test_rates_of_many_steps_fill_their_interval():
-    rates = [float(mask_rates(jax.random.key(i), Corruption(), jnp.arange(1), 1)[0]) for i in range(400)]
+    one = jnp.zeros((1, 1), jnp.int32)
+    rates = [float(mask_rates(jax.random.key(i), Corruption(), jnp.arange(1), 1, one)[0, 0]) for i in range(400)]
     assert 0.1 <= min(rates) < 0.13
     assert 0.92 < max(rates) <= 0.95
     assert abs(np.mean(rates) - 0.525) < 0.04
@@ -56,14 +57,32 @@ def test_masked_only_with_inverse_rate_weights():
     noisy = corrupt(
         KEY, batch(), Corruption(mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate"), MASK, 64
     )
-    np.testing.assert_allclose(noisy.weights, np.asarray(noisy.masked) / np.asarray(noisy.rates)[:, None], rtol=1e-6)
+    np.testing.assert_allclose(noisy.weights, np.asarray(noisy.masked) / np.asarray(noisy.rates), rtol=1e-6)
 
 
 def test_row_rates_are_stratified():
-    rates = np.sort(
-        np.asarray(mask_rates(KEY, Corruption(mask_rate="row", min_rate=0.0, max_rate=1.0), jnp.arange(16), 16))
-    )
-    np.testing.assert_array_equal(np.floor(rates * 16), np.arange(16))
+    rule = Corruption(mask_rate="row", min_rate=0.0, max_rate=1.0)
+    rates = np.asarray(mask_rates(KEY, rule, jnp.arange(16), 16, jnp.tile(jnp.arange(5), (16, 1))))
+    np.testing.assert_array_equal(np.floor(np.sort(rates[:, 0]) * 16), np.arange(16))
+    assert (rates == rates[:, :1]).all()
+
+
+def test_block_rates_are_stratified_over_rows_and_over_the_blocks_of_a_row():
+    rule = Corruption(mask_rate="block", min_rate=0.0, max_rate=1.0, block_length=4, attention="block")
+    blocks = jnp.tile(jnp.arange(8), (16, 1))
+    rates = np.asarray(mask_rates(KEY, rule, jnp.arange(16), 16, blocks))
+    for block in range(8):
+        np.testing.assert_array_equal(np.floor(np.sort(rates[:, block]) * 16), np.arange(16))
+    assert (np.sort(rates, axis=1)[:, 0] < 0.25).all()  # every row has low rates and high ones
+    assert (np.sort(rates, axis=1)[:, -1] > 0.75).all()
+
+
+def test_block_rates_are_one_a_block_counted_from_the_end_of_the_prompt():
+    rule = Corruption(scope="answer", mask_rate="block", block_length=4, attention="block")
+    noisy = corrupt(KEY, batch(prompt=10), rule, MASK, 64)
+    rates = np.asarray(noisy.rates)[:, 10:38].reshape(64, 7, 4)
+    assert (rates == rates[:, :, :1]).all()
+    assert (np.diff(rates[:, :, 0], axis=1) != 0).all()
 
 
 def test_the_inverse_rate_loss_is_an_unbiased_sum_over_tokens():
@@ -75,9 +94,10 @@ def test_the_inverse_rate_loss_is_an_unbiased_sum_over_tokens():
     assert abs(np.mean(totals) - expected) < 4 * np.std(totals) / np.sqrt(60)
 
 
-def test_prefix_pretraining_keeps_a_random_clean_prompt():
+@pytest.mark.parametrize("rule", [Corruption(attention="prefix"), Corruption(attention="block", block_length=4)])
+def test_prefix_and_block_pretraining_keep_a_random_clean_prompt(rule):
     rows = batch()
-    noisy = corrupt(KEY, rows, Corruption(attention="prefix"), MASK, 64)
+    noisy = corrupt(KEY, rows, rule, MASK, 64)
     prompts = np.asarray(noisy.prompt_lengths)
     assert (prompts < np.asarray(rows.lengths)).all()
     assert len(set(prompts.tolist())) > 10

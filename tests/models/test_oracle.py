@@ -77,7 +77,7 @@ def rows(side: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("rule", ["causal", "full", "prefix"])
+@pytest.mark.parametrize("rule", ["causal", "full", "prefix", "block"])
 def test_logits_equal_transformers(pair, side, rule):
     torch_model, config, params = pair
     tokens, valid = rows(side)
@@ -89,12 +89,15 @@ def test_logits_equal_transformers(pair, side, rule):
         allowed &= not_after
     elif rule == "prefix":
         allowed &= not_after | (positions[:, :, None] >= prompts[:, None, None])
+    elif rule == "block":
+        number = np.where(positions < prompts[:, None], -1, (positions - prompts[:, None]) // 4)
+        allowed &= not_after | ((number[:, None, :] <= number[:, :, None]) & (number[:, :, None] >= 0))
     bias = torch.where(torch.tensor(allowed)[:, None], 0.0, torch.finfo(torch.float32).min)
     with torch.no_grad():
         expected = torch_model(
             torch.tensor(tokens), attention_mask=bias, position_ids=torch.tensor(positions), use_cache=False
         ).logits.numpy()
-    model = Transformer(config, attention=rule)
+    model = Transformer(config, attention=rule, block_length=4 if rule == "block" else 0)
     hidden = model.apply({"params": params}, tokens, positions, valid, prompts)
     logits = np.asarray(head_logits(config, params, None, None, hidden))
     assert np.abs(logits - expected)[valid].max() <= 1e-4 * np.abs(expected[valid]).max()

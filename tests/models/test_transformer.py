@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from difflm_jax.lora import LoraConfig, init_lora, merge_lora
-from difflm_jax.models.attention import positions_of
+from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
 from tests.tiny import tiny_config, tiny_params
 
@@ -26,6 +26,7 @@ def apply(model, variables, *arguments):
 
 
 def hidden(rule="full", tokens=TOKENS, valid=VALID, prompts=PROMPTS, lora=None, lora_config=None, **options):
+    options |= {"block_length": 3} if rule == "block" else {}
     model = Transformer(CONFIG, attention=rule, lora=lora_config, mask_token_id=MASK, **options)
     variables = {"params": PARAMS} if lora is None else {"params": PARAMS, "lora": lora}
     return np.asarray(apply(model, variables, tokens, positions_of(valid), valid, prompts))
@@ -61,12 +62,19 @@ def test_prefix_prompt_is_causal_and_answer_sees_everything():
     assert (influences("prefix") == expected).all()
 
 
+def test_block_answer_sees_its_own_block_and_what_precedes_it():
+    expected = np.tril(np.ones((12, 12), bool))
+    for first in (5, 8, 11):  # row 0 has a prompt of 5
+        expected[first : first + 3, first : first + 3] = True
+    assert (influences("block") == expected).all()
+
+
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="attention rule 'window'"):
         hidden("window")
 
 
-@pytest.mark.parametrize("rule", ["full", "prefix", "causal"])
+@pytest.mark.parametrize("rule", ["full", "prefix", "block", "causal"])
 def test_padding_changes_nothing_on_either_side(rule):
     alone = hidden(rule)
     for before, after in ((4, 0), (0, 4), (3, 2)):
@@ -96,24 +104,32 @@ def test_remat_changes_neither_value_nor_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, gradient_remat)
 
 
-@pytest.mark.parametrize("rule", ["prefix", "causal"])
-def test_prompt_cache_equals_the_whole_forward(rule):
-    prompts = np.array([5, 5])
-    model = Transformer(CONFIG, attention=rule)
-    positions = positions_of(VALID)
-    _, cache = model.apply(
-        {"params": PARAMS}, TOKENS[:, :5], positions[:, :5], VALID[:, :5], prompts, mutable=["cache"]
-    )
-    cached = model.apply(
-        {"params": PARAMS, **cache},
-        TOKENS[:, 5:],
-        positions[:, 5:],
-        VALID[:, 5:],
-        prompts,
-        cached_positions_BP=positions[:, :5],
-        cached_valid_BP=VALID[:, :5],
-    )
-    np.testing.assert_allclose(cached, hidden(rule, prompts=prompts)[:, 5:], atol=2e-6, rtol=2e-5)
+def cached_states(rule, filled, start, written_from, mutable=False):
+    """The states of columns `start`, ... against a cache of the first `filled` columns, padded to the whole canvas."""
+    prompts, positions = np.array([5, 5]), positions_of(VALID)
+    model = Transformer(CONFIG, attention=rule, block_length=3 if rule == "block" else 0)
+    part = (TOKENS[:, :filled], positions[:, :filled], VALID[:, :filled], prompts)
+    _, cache = model.apply({"params": PARAMS}, *part, mutable=["cache"])
+    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 12 - filled), (0, 0), (0, 0)]), cache)
+    window = Window(positions, VALID, start, written_from)
+    part = (TOKENS[:, start:], positions[:, start:], VALID[:, start:], prompts)
+    return model.apply({"params": PARAMS, **cache}, *part, window=window, mutable=["cache"] if mutable else False)
+
+
+@pytest.mark.parametrize(("rule", "filled"), [("prefix", 5), ("causal", 5), ("causal", 9), ("block", 5), ("block", 8)])
+def test_a_cache_of_what_sees_nothing_later_equals_the_whole_forward(rule, filled):
+    whole = hidden(rule, prompts=np.array([5, 5]))
+    np.testing.assert_allclose(cached_states(rule, filled, filled, filled), whole[:, filled:], atol=2e-6, rtol=2e-5)
+
+
+def test_columns_before_the_written_ones_use_the_keys_that_are_cached():
+    """A window may begin one column early for the logit shift without changing the keys of that column."""
+    states, updated = cached_states("prefix", 5, 4, 5, mutable=True)
+    np.testing.assert_allclose(states, hidden("prefix", prompts=np.array([5, 5]))[:, 4:], atol=2e-6, rtol=2e-5)
+    _, spoilt = cached_states("prefix", 4, 4, 5, mutable=True)  # column 4 was never run: zeros, and they stay
+    key = spoilt["cache"]["layers"]["self_attn"]["k"]
+    assert not np.asarray(key)[:, :, 4].any()
+    assert np.asarray(updated["cache"]["layers"]["self_attn"]["k"])[:, :, 4:].all()
 
 
 def test_fresh_lora_is_the_base_except_for_the_mask_row():

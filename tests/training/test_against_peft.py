@@ -50,6 +50,14 @@ RULES = {
         attention="prefix",
         logit_shift=True,
     ),
+    "bd3lm": Corruption(
+        scope="answer",
+        mask_rate="block",
+        loss_tokens="masked",
+        loss_weight="inverse_rate",
+        attention="block",
+        block_length=4,
+    ),
 }
 
 
@@ -76,8 +84,13 @@ def torch_loss(model, batch, noisy, rule):
     if rule.attention == "prefix":
         in_answer = position >= np.asarray(noisy.prompt_lengths)[:, None]
         allowed &= (position[None, :] <= position[:, None])[None] | in_answer[:, :, None]
+    inputs, positions = torch.tensor(tokens).long(), torch.arange(LENGTH).tile(ROWS, 1)
+    if rule.attention == "block":
+        allowed = bd3lm_mask(valid, np.asarray(noisy.prompt_lengths), rule.block_length)
+        inputs = torch.cat([inputs, torch.tensor(np.array(batch.tokens[0])).long()], dim=1)
+        positions = positions.tile(1, 2)
     bias = torch.where(torch.tensor(allowed)[:, None], 0.0, torch.finfo(torch.float32).min)
-    logits = model(torch.tensor(tokens).long(), attention_mask=bias, use_cache=False).logits
+    logits = model(inputs, attention_mask=bias, position_ids=positions, use_cache=False).logits[:, :LENGTH]
     logits = logits.index_fill(2, torch.tensor([MASK]), -torch.inf)
     if rule.logit_shift:
         logits = torch.roll(logits, 1, dims=1)
@@ -86,6 +99,26 @@ def torch_loss(model, batch, noisy, rule):
     )
     weights = torch.tensor(np.array(noisy.weights)).flatten()
     return torch.where(weights > 0, weights * nll, 0.0).sum() / weights.sum()
+
+
+def bd3lm_mask(valid, prompts, block):
+    """[x_t; x_0]: same block and half, or x_t to x_0 of earlier blocks, or x_0 to x_0 of no later ones; a prompt token
+    is a block of its own."""
+    allowed = np.zeros((ROWS, 2 * LENGTH, 2 * LENGTH), bool)
+    for row in range(ROWS):
+        prompt = prompts[row]
+        number = np.array([i if i < prompt else prompt + (i - prompt) // block for i in range(LENGTH)])
+        for q in range(2 * LENGTH):
+            for k in range(2 * LENGTH):
+                noisy_q, noisy_k = q < LENGTH, k < LENGTH
+                block_q, block_k = number[q % LENGTH], number[k % LENGTH]
+                seen = (
+                    (block_q == block_k and noisy_q == noisy_k)
+                    or (noisy_q and not noisy_k and block_q > block_k)
+                    or (not noisy_q and not noisy_k and block_q >= block_k)
+                )
+                allowed[row, q, k] = seen and valid[row, k % LENGTH]
+    return allowed
 
 
 def random_model(**changes):
@@ -152,7 +185,14 @@ def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolera
     torch_optimizer = torch.optim.AdamW(trained, lr=5e-3, weight_decay=0.01)
     torch_schedule = get_linear_schedule_with_warmup(torch_optimizer, 0, STEPS)
 
-    model = Transformer(config, attention=rule.attention, lora=LORA, mask_token_id=MASK, remat="full")
+    model = Transformer(
+        config,
+        attention=rule.attention,
+        lora=LORA,
+        mask_token_id=MASK,
+        remat="full",
+        block_length=rule.block_length,
+    )
     optimizer = make_optimizer(SETTINGS)
     schedule = learning_rate_schedule(SETTINGS, STEPS)
     step = make_train_step(StepOptions(model, rule, 16), optimizer, schedule, make_mesh(1))

@@ -1,0 +1,1 @@
+"""Independent references in torch, written from the papers' formulas."""
