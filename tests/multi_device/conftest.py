@@ -22,7 +22,7 @@ def on_devices():
             "PYTHONPATH": str(_PROJECT),
         }
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

@@ -48,7 +48,7 @@ def life(parts, directory: Path, stop_after: int, devices: int, processes: int =
         launcher = []
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
-        [*launcher, *run], env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=400, check=False
+        [*launcher, *run], env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode in (0, 75), done.stderr[-3000:] + done.stdout[-3000:]
     return done.returncode
@@ -87,7 +87,7 @@ def test_two_processes_answer_and_score_as_one(parts, whole, capfd):
     launcher = [sys.executable, str(LAUNCH / "local.py"), "--processes=2", "--devices=2", "--"]
     done = subprocess.run(
         [*launcher, sys.executable, "-m", "difflm_jax.generate", *run, "--mesh=1,2,2"],
-        env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False,
+        env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == alone
