@@ -24,7 +24,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.config import default_config
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
-from difflm_jax.diffusion.denoiser import generate
+from difflm_jax.diffusion.denoiser import Canvas, generate
+from difflm_jax.diffusion.options import sampling_options
 from difflm_jax.diffusion.sampler import Plan
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.mesh import AXES, abstract, batch_sharding, check_model, rows_spec
@@ -105,15 +106,17 @@ def _train_step(config: ModelConfig, params: dict, mesh: Mesh, options: argparse
 
 
 def _sampling(config: ModelConfig, params: dict, mesh: Mesh, options: argparse.Namespace) -> jax.stages.Lowered:
-    """A generation of 128 tokens in 32 passes for a batch of prompts of 128 tokens."""
+    """A generation of 128 tokens, in four blocks and 32 passes, for a batch of prompts of 128 tokens."""
     model = _model(config, "none")
     variables = {"params": params, "lora": abstract(_lora(config, params, model.lora), mesh)}
     tokens = jax.ShapeDtypeStruct((options.batch_size, 256), jnp.int32)
     valid, row = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_), jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), options.batch_size))
-    tokens, valid, row, keys = _placed((tokens, valid, row, keys), NamedSharding(mesh, rows_spec(leading=0)))
     plan = Plan(128, 4, 32, 8)
-    return generate.lower(model, variables, False, plan, (0,), tokens, valid, valid, row, keys, mesh)
+    quotas = jax.ShapeDtypeStruct((options.batch_size, plan.num_blocks, plan.steps_per_block), jnp.int32)
+    canvas = _placed(Canvas(tokens, valid, valid, row, quotas, keys), NamedSharding(mesh, rows_spec(leading=0)))
+    sampling = sampling_options(model.attention, "confidence", {})
+    return generate.lower(model, variables, False, plan, (0,), canvas, sampling, mesh)
 
 
 def _model(config: ModelConfig, remat: str) -> Transformer:
