@@ -107,6 +107,7 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         StepOptions(lm.model, corruption, 256),
         mesh,
         (data[i] for i in range(len(data))),
+        len(rows),
         jax.random.key(flag_values.seed),
     )
     sums = evaluate(place(lm.params, mesh), place(lm.lora or {}, mesh))

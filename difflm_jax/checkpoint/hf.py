@@ -111,9 +111,13 @@ def _convert(dtype: Any, quantization: QuantConfig | None, tensor: jax.Array | Q
     return tensor.astype(dtype) if quantization is None else quantize(tensor, quantization)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _converted(tensor, dtype, quantization):
-    return _convert(dtype, quantization, tensor)
+def _converted(tensor: jax.Array | QTensor, dtype: Any, quantization: QuantConfig | None) -> jax.Array | QTensor:
+    if quantization is None and not isinstance(tensor, QTensor) and tensor.dtype == dtype:
+        return tensor  # not through a compiled function, which would copy it
+    return _compiled_convert(dtype, quantization, tensor)
+
+
+_compiled_convert = jax.jit(_convert, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)

@@ -47,9 +47,14 @@ def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
 
 
 class Evaluator:
-    """Runs the evaluation step over a fixed list of batches; rates are stratified over all their rows."""
+    """Runs the evaluation step over a fixed list of batches; rates are stratified over all their `num_rows` rows.
 
-    def __init__(self, options: StepOptions, mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], key: jax.Array):
+    Filler rows do not count: how many there are depends on the mesh.
+    """
+
+    def __init__(
+        self, options: StepOptions, mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], num_rows: int, key: jax.Array
+    ):
         corruption = dataclasses.replace(options.corruption, mask_rate="row")
         self._step = make_eval_step(dataclasses.replace(options, corruption=corruption), mesh)
         self._batches = [CleanBatch(**batch) for batch in batches]
@@ -58,7 +63,7 @@ class Evaluator:
         rows_of_batch = rows_of_all(mesh, self._batches[0].row_index.shape[1]) if self._batches else 0
         for index, batch in enumerate(self._batches):
             self._batches[index] = batch.replace(row_index=batch.row_index + index * rows_of_batch)
-        self._num_rows = len(self._batches) * rows_of_batch
+        self._num_rows = num_rows
 
     def __call__(self, params: Any, lora: Any) -> LossSums:
         """Sums over all batches, on the host in float64."""

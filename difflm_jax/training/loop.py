@@ -230,7 +230,8 @@ def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
     data = make_batches(phase, phase.test_rows, train=False)
     count = min(len(data), phase.config.eval_batches) if phase.config.eval_batches else len(data)
     key = jax.random.fold_in(jax.random.key(phase.config.seed), _EVALUATION_STREAM)
-    return Evaluator(options, phase.mesh, (data[i] for i in range(count)), key)
+    rows = min(len(phase.test_rows), count * phase.config.batch_size)
+    return Evaluator(options, phase.mesh, (data[i] for i in range(count)), rows, key)
 
 
 def evaluation_record(evaluate: Evaluator | None, phase: Phase, lora: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What is saved comes back, the right checkpoints are kept, and a damaged or torn one is never taken for whole."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -191,7 +192,8 @@ def test_a_directory_that_cannot_be_is_said_by_name(tmp_path, capfd):
     assert capfd.readouterr().out.startswith(f"{tmp_path}/ck: checkpoint 1 could not be written")
     for thread in threading.enumerate():  # one that waits for ever would keep the process alive
         if "Signaling" in repr(thread):
-            thread.join(timeout=10)
+            with contextlib.suppress(OSError):  # orbax's own threads raise what they met
+                thread.join(timeout=10)
             assert not thread.is_alive()
 
 

@@ -86,7 +86,8 @@ def numbers(micro_batches: int, mesh: list[int], quantization: str | None = None
         state, metrics = step(params, state, batch, jax.random.key(5), index)
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
         norms.append(float(metrics["grad_norm"]))
-    evaluation = summarise(Evaluator(options, mesh, [vars(micro_batched(1))], jax.random.key(9))(params, state.lora))
+    evaluate = Evaluator(options, mesh, [vars(micro_batched(1))], ROWS, jax.random.key(9))
+    evaluation = summarise(evaluate(params, state.lora))
     adapters = {jax.tree_util.keystr(k): np.abs(v).sum() for k, v in jax.tree_util.tree_leaves_with_path(state.lora)}
     return {
         "losses": losses,
