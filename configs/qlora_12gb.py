@@ -2,7 +2,7 @@
 
 Command:   python -m difflm_jax.train --config=configs/qlora_12gb.py
            Another format: --config.use_qlora=false --config.quantization=int4 (or int8)
-Hardware:  one TPU or GPU; the weights take 2.5 GiB (bfloat16: 7.5), the whole step 10.8 GiB on a TPU v6e and 8.8 GiB on
+Hardware:  one TPU or GPU; the weights take 2.5 GiB (bfloat16: 7.5), the whole step 10.3 GiB on a TPU v6e and 8.8 GiB on
            an H100, as XLA compiles it ahead of time (16 rows of 768 tokens). It has not run on either here.
 Expect:    as configs/two_phase.py, whose objective, data and hyper-parameters these are (the original system with its
            use_qlora). The quantised base is kept in output_dir/converted, so that a resumed run starts in seconds.
