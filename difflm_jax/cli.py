@@ -10,6 +10,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from difflm_jax.compilation import keep_compiled
 from difflm_jax.config import CONVERTED, load_config, quantization
 from difflm_jax.errors import UserError, exit_with_errors, one_line
 from difflm_jax.hosts import connect, define_host_flags
@@ -42,6 +43,7 @@ def run_command(
             raise UserError(one_line(error)) from error
         if rest[1:]:
             raise UserError(f"unexpected argument {rest[1]!r} (flags are written --name=value)")
+        keep_compiled()
         return main(flag_values)
 
     return exit_with_errors(command, debug_traceback="--debug_traceback" in argv)

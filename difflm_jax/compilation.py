@@ -1,0 +1,46 @@
+"""Compiled programs kept on disk: the second run of a command does not compile again what the first has compiled."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+MAX_BYTES = 4 << 30  # the least recently used programs are removed beyond this
+MIN_SECONDS = 0.2  # what compiles faster is not kept
+
+
+def keep_compiled() -> None:
+    """Turns jax's persistent compilation cache on, in the user's own cache directory.
+
+    `JAX_COMPILATION_CACHE_DIR` names another directory, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. What is kept
+    there is code that will be run, so others must not be able to write to it; and it is kept by processor, because
+    programs for a CPU use all that the one they were compiled on can do. A directory that cannot be made is announced.
+    """
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    directory = caches / "difflm_jax" / "compiled" / _processor()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and directory.stat().st_uid != os.getuid():
+            raise PermissionError("it belongs to another user")
+        directory.chmod(0o700)
+    except OSError as error:
+        print(f"compiled programs are not kept: {directory} cannot be used ({error.strerror or error})", flush=True)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+
+
+def _processor() -> str:
+    """A short name for the kind of this machine's processor: its features, where the system tells them."""
+    described = platform.machine() + platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        described += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        pass
+    return hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
