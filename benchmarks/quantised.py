@@ -103,7 +103,9 @@ def _our_step(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Call
     shape = (1, options.rows)
     row, full = np.arange(options.rows, dtype=np.int32)[None], np.full(shape, options.length, np.int32)
     tokens = _tokens(lm.config.vocab_size, options)[None]
-    batch = jax.device_put(CleanBatch(tokens, full, np.ones(tokens.shape, bool), np.zeros(shape, np.int32), row, row))
+    batch = jax.device_put(
+        CleanBatch.of_rows(tokens, full, tokens >= 0, np.zeros(shape, np.int32), row, row / row.size)
+    )
 
     def run() -> object:
         nonlocal state

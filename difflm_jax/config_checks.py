@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.names import PROJECTIONS
+from difflm_jax.data.packing import BATCHING
 from difflm_jax.diffusion.confidence import CONFIDENCES
 from difflm_jax.errors import UserError
 from difflm_jax.quant import QuantConfig
@@ -17,6 +18,7 @@ _CHOICES = {
     "remat": ("full", "none"),
     "attention": ("full", "prefix", "block"),
     "mask_rate": ("batch", "row", "block"),
+    "batching": BATCHING,
     "loss_tokens": ("all", "masked"),
     "loss_weight": ("uniform", "inverse_rate"),
     "algorithm": tuple(CONFIDENCES),

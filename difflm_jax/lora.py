@@ -7,12 +7,15 @@ stacked over layers like the base, and `mask_row` [D], the input embedding of th
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from difflm_jax.errors import UserError
+from difflm_jax.noise import element_bits
 from difflm_jax.parallel import TENSOR, varies
 from difflm_jax.quant import QTensor, dequantize, matmul
 
@@ -33,28 +36,41 @@ class LoraConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-def lora_product(
+def lora_down(
     x_BLD: jax.Array,
-    lora_A: jax.Array,
-    lora_B: jax.Array,
+    factors_A: Sequence[jax.Array],
     config: LoraConfig,
-    dropout_keys_B: jax.Array | None,
-) -> jax.Array:
-    """scaling * B (A dropout(x)) in the dtype of `x`, [B, L, out].
+    seeds_BL: jax.Array | None,
+) -> list[jax.Array]:
+    """A dropout(x) [B, L, R] for the factor A of each projection that `x` is the input of.
 
-    `dropout_keys_B` holds one key a row (None: no dropout), so that a row's mask depends on the row alone and not on
-    the batch around it or on its padding.
+    It is one product: several of rank 16 each would read `x` as often, and run far below the speed of a wide one. So
+    projections of one input share its dropout, whose mask follows from `seeds_BL` (see `dropout`; None: no dropout).
     """
-    if dropout_keys_B is not None and config.lora_dropout > 0:
-        keep = 1.0 - config.lora_dropout
-        # Of an input that is divided over devices the mask is drawn whole and cut, or it would depend on the mesh.
-        parts = jax.lax.axis_size(TENSOR) if varies(x_BLD, TENSOR) else 1
-        length, width = x_BLD.shape[1:]
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (length, parts * width)))(dropout_keys_B)
-        if parts > 1:
-            kept = jax.lax.dynamic_slice_in_dim(kept, jax.lax.axis_index(TENSOR) * width, width, axis=2)
-        x_BLD = jnp.where(kept, x_BLD / jnp.asarray(keep, x_BLD.dtype), 0)
-    return matmul(matmul(x_BLD, lora_A), lora_B) * jnp.asarray(config.scaling, x_BLD.dtype)
+    if not factors_A:
+        return []
+    if seeds_BL is not None and config.lora_dropout > 0:
+        x_BLD = dropout(x_BLD, config.lora_dropout, seeds_BL)
+    low_BLR = matmul(x_BLD, jnp.concatenate(factors_A))
+    ends = np.cumsum([len(factor) for factor in factors_A])[:-1]
+    return jnp.split(low_BLR, ends, axis=-1)
+
+
+def lora_up(low_BLR: jax.Array, lora_B: jax.Array, config: LoraConfig) -> jax.Array:
+    """The update scaling * B (A dropout(x)), [B, L, out], of what `lora_down` gave."""
+    return matmul(low_BLR * jnp.asarray(config.scaling, low_BLR.dtype), lora_B)
+
+
+def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
+    """`x` with the share `rate` of its elements set to zero and the others divided by 1 - rate.
+
+    An element's fate is a function of its token's seed (`difflm_jax.noise`) and its place in the token's vector, so it
+    depends neither on the other tokens and rows nor on how they are padded, packed or divided over devices.
+    """
+    width = x_BLD.shape[-1]
+    start = jax.lax.axis_index(TENSOR) * width if varies(x_BLD, TENSOR) else 0
+    kept = element_bits(seeds_BL, start + jnp.arange(width)) >= np.uint32(round(rate * 2**32))
+    return jnp.where(kept, x_BLD / jnp.asarray(1.0 - rate, x_BLD.dtype), 0)
 
 
 def init_lora(key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_row_D: jax.Array) -> dict[str, Any]:

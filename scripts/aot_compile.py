@@ -99,7 +99,7 @@ def _train_step(config: ModelConfig, params: dict, mesh: Mesh, options: argparse
     shape = (1, options.batch_size)
     tokens, row = jax.ShapeDtypeStruct((*shape, options.max_length), jnp.int32), jax.ShapeDtypeStruct(shape, jnp.int32)
     answers = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
-    batch = _placed(CleanBatch(tokens, row, answers, row, row, row), batch_sharding(mesh))
+    batch = _placed(jax.eval_shape(CleanBatch.of_rows, tokens, row, answers, row, row, row), batch_sharding(mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key, index = abstract((key, jax.ShapeDtypeStruct((), jnp.int32)), mesh)
     return step.lower(params, state, batch, key, index)

@@ -12,10 +12,11 @@ import grain
 import numpy as np
 import pyarrow as pa
 
+from difflm_jax.data.packing import Batching
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.errors import UserError
 
-__all__ = ["batches", "describe", "prefetch", "split", "tokenize"]
+__all__ = ["batches", "describe", "plan_batches", "prefetch", "split", "tokenize"]
 
 _READ_ROWS = 10_000
 
@@ -59,6 +60,7 @@ def batches(
     epochs: int = 1,
     seed: int = 0,
     shuffle: bool = True,
+    batching: str = "rows",
     length_multiple: int = 64,
     pad_id: int = 0,
     answer_padding: int = 0,
@@ -68,11 +70,11 @@ def batches(
 ) -> grain.MapDataset:
     """The batches of a run: element `step` is what one optimiser step needs, whole, for all devices.
 
-    An element is a dict of arrays over A = `accumulation` micro-batches of B = `batch_size` rows, padded on the right
-    with `pad_id` to L, the step's longest row rounded up to `length_multiple`:
-      tokens [A, B, L] int32; lengths [A, B] int32, 0 for a filler row; answer_mask [A, B, L] bool;
-      prompt_lengths [A, B] int32, index of the first answer token, or the length if there is none;
-      example_ids [A, B] int32, index in `dataset`, -1 for a filler row; row_index [A, B] int32, place in the step.
+    An element is a dict of arrays [A, B, L] over A = `accumulation` micro-batches of B = `batch_size` rows. `batching`
+    (see `difflm_jax.data.packing.Batching`) says which examples share a row and which rows a step. L is the step's
+    longest row, or `max_length` where rows are packed, rounded up to a multiple of `length_multiple`. Rows are padded
+    on the right with `pad_id`. The arrays are the fields of `difflm_jax.diffusion.corruption.CleanBatch`: what concerns an example
+    stands at each of its tokens, so that a row may hold any number of them.
 
     Every epoch has a permutation of its own and ends with a step of its own, filled up with filler rows. How the rows
     of a step divide into A times B changes nothing else. `answer_padding` n > 0 lets an answer that ends a row be
@@ -87,91 +89,133 @@ def batches(
         raise UserError(f"answer_padding={answer_padding}: needs a tokenizer with an EOS token")
     collate = _Collate(
         dataset.with_format("arrow"),
+        plan_batches(
+            dataset,
+            rows_per_step=batch_size * accumulation,
+            batching=batching,
+            max_length=max_length,
+            length_multiple=length_multiple,
+            answer_padding=answer_padding,
+            seed=seed,
+            shuffle=shuffle,
+        ),
         (accumulation, batch_size),
         length_multiple,
         pad_id,
-        answer_padding,
         eos_id,
-        max_length,
         np.arange(batch_size) if local_rows is None else local_rows,
-        dataset.select_columns(["answer_mask"]).with_format("arrow"),
     )
-    ids = grain.MapDataset.range(len(dataset))
-    if shuffle:  # grain adds the epoch to the seed, so seeds are spread first: 0 and 1 must not share permutations
-        ids = ids.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    return ids.batch(accumulation * batch_size).repeat(epochs).map(collate)
+    return grain.MapDataset.range(epochs * collate.plan.steps_per_epoch).map(collate)
+
+
+def plan_batches(
+    dataset: datasets.Dataset,
+    *,
+    rows_per_step: int,
+    batching: str,
+    max_length: int,
+    length_multiple: int,
+    answer_padding: int = 0,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> Batching:
+    """The plan that `batches` follows."""
+    lengths, added = _lengths(dataset, answer_padding, max_length)
+    if len(lengths) and (longest := int(lengths.max())) > max_length:
+        raise ValueError(f"a row of {longest} tokens was not made for max_length={max_length}")
+    row_length = -(-max_length // length_multiple) * length_multiple
+    return Batching(lengths + added, batching, row_length, rows_per_step, seed, shuffle)
+
+
+def _lengths(dataset: datasets.Dataset, answer_padding: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of each example, EOS tokens that lengthen the answer that ends it)."""
+    lengths, answers = [], []
+    for table in dataset.select_columns(["answer_mask"]).with_format("arrow").iter(batch_size=_READ_ROWS):
+        masks = table["answer_mask"].combine_chunks()
+        lengths.append(masks.value_lengths().to_numpy())
+        if answer_padding:
+            mask = masks.flatten().to_numpy(zero_copy_only=False)
+            ends = np.cumsum(lengths[-1])
+            last_other = np.maximum.accumulate(np.where(mask, -1, np.arange(len(mask))))[ends - 1]
+            answers.append(ends - 1 - np.maximum(last_other, ends - lengths[-1] - 1))
+    length = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+    if not answer_padding or not lengths:
+        return length, np.zeros_like(length)
+    answer = np.concatenate(answers)
+    return length, np.where(answer, np.minimum(-answer % answer_padding, max_length - length), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Collate:
-    """From the indices of a step's rows to its arrays."""
+    """From the number of a step to its arrays."""
 
     table: datasets.Dataset
+    plan: Batching
     shape: tuple[int, int]
     length_multiple: int
     pad_id: int
-    answer_padding: int
     eos_id: int | None
-    max_length: int
     local_rows: np.ndarray
-    answer_masks: datasets.Dataset
 
-    def __call__(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        epoch, index = divmod(int(step), self.plan.steps_per_epoch)
+        rows = self.plan.epoch(epoch)
+        first = index * self.plan.rows_per_step
+        starts = rows.starts[first : first + self.plan.rows_per_step + 1]
+        ids = rows.ids[starts[0] : starts[-1]]
+        starts = starts - starts[0]
+
         accumulation, batch_size = self.shape
         places = (np.arange(accumulation)[:, None] * batch_size + self.local_rows).reshape(-1)
-        own = places[places < len(ids)]
-        rows = [self._padded(*row) for row in _read_rows(self.table, ids[own])] if len(own) else []
-        length = -(-self._longest(ids) // self.length_multiple) * self.length_multiple
-        tokens = np.full((len(places), length), self.pad_id, np.int32)
-        answer_mask = np.zeros((len(places), length), bool)
-        lengths = np.zeros(len(places), np.int32)
-        example_ids = np.full(len(places), -1, np.int32)
-        for (i, place), (row_tokens, row_mask) in zip(
-            ((i, place) for i, place in enumerate(places) if place < len(ids)), rows, strict=True
-        ):
-            lengths[i] = len(row_tokens)
-            tokens[i, : lengths[i]] = row_tokens
-            answer_mask[i, : lengths[i]] = row_mask
-            example_ids[i] = ids[place]
-        fields = {
-            "tokens": tokens,
-            "lengths": lengths,
-            "answer_mask": answer_mask,
-            "prompt_lengths": np.where(answer_mask.any(1), answer_mask.argmax(1), lengths).astype(np.int32),
-            "example_ids": example_ids,
-            "row_index": places.astype(np.int32),
-        }
-        shape = (accumulation, len(self.local_rows))
-        return {name: field.reshape(*shape, *field.shape[1:]) for name, field in fields.items()}
+        fields = self._empty(len(places), self._width(ids))
+        for row, place in enumerate(places):
+            if place < len(starts) - 1:
+                self._fill(fields, row, ids, range(starts[place], starts[place + 1]))
+        shape = (accumulation, len(self.local_rows), -1)
+        return {name: field.reshape(shape) for name, field in fields.items()}
 
-    def _longest(self, ids: np.ndarray) -> int:
-        """The longest row of the whole step, as it is padded: of the rows of others only their masks are read."""
-        masks = self.answer_masks[[int(i) for i in ids]]["answer_mask"].combine_chunks()
-        lengths = masks.value_lengths().to_numpy()
-        if not self.answer_padding:
-            return int(lengths.max())
-        parts = np.split(masks.flatten().to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1])
-        return max(len(part) + self._added(part) for part in parts)
+    def _width(self, ids: np.ndarray) -> int:
+        if self.plan.kind == "packed":
+            return self.plan.row_length
+        return -(-int(self.plan.lengths[ids].max()) // self.length_multiple) * self.length_multiple
 
-    def _padded(self, tokens: np.ndarray, answer_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The row, with its last answer lengthened by EOS tokens if that is wanted."""
-        if len(tokens) > self.max_length:
-            raise ValueError(f"a row of {len(tokens)} tokens was not made for max_length={self.max_length}")
-        if not (added := self._added(answer_mask)):
+    def _empty(self, rows: int, width: int) -> dict[str, np.ndarray]:
+        kinds = {"answer_mask": (bool, False), "strata": (np.float32, 0), "tokens": (np.int32, self.pad_id)}
+        kinds |= {"example_ids": (np.int32, -1)}
+        kinds |= dict.fromkeys(("segments", "positions", "lengths", "prompt_lengths"), (np.int32, 0))
+        return {name: np.full((rows, width), fill, dtype) for name, (dtype, fill) in kinds.items()}
+
+    def _fill(self, fields: dict[str, np.ndarray], row: int, ids: np.ndarray, places: range) -> None:
+        """Puts the examples at `places` of the step, whose examples are `ids`, one behind the other into row `row`."""
+        start = 0
+        examples = ids[places.start : places.stop]
+        for segment, (place, text) in enumerate(zip(places, _read_rows(self.table, examples), strict=True), start=1):
+            tokens, answer_mask = self._padded(*text, int(ids[place]))
+            values = {
+                "tokens": tokens,
+                "answer_mask": answer_mask,
+                "segments": segment,
+                "positions": np.arange(len(tokens)),
+                "lengths": len(tokens),
+                "prompt_lengths": answer_mask.argmax() if answer_mask.any() else len(tokens),
+                "example_ids": ids[place],
+                "strata": place / len(ids),
+            }
+            for name, value in values.items():
+                fields[name][row, start : start + len(tokens)] = value
+            start += len(tokens)
+
+    def _padded(self, tokens: np.ndarray, answer_mask: np.ndarray, example: int) -> tuple[np.ndarray, np.ndarray]:
+        """The example, with its last answer lengthened by EOS tokens as the plan has it."""
+        if not (added := int(self.plan.lengths[example]) - len(tokens)):
             return tokens, answer_mask
         return np.append(tokens, [self.eos_id] * added).astype(np.int32), np.append(answer_mask, [True] * added)
-
-    def _added(self, answer_mask: np.ndarray) -> int:
-        """How many EOS tokens lengthen the answer that ends a row."""
-        if not self.answer_padding or not answer_mask[-1]:
-            return 0
-        others = np.flatnonzero(~answer_mask)
-        answer_length = len(answer_mask) - (others[-1] + 1 if len(others) else 0)
-        return min(-answer_length % self.answer_padding, self.max_length - len(answer_mask))
 
 
 def _read_rows(table: datasets.Dataset, ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, answer mask) of the rows `ids`, read in one go."""
+    if not len(ids):
+        return []
     found: pa.Table = table[[int(i) for i in ids]]
     tokens, answer_mask = found["tokens"].combine_chunks(), found["answer_mask"].combine_chunks()
     ends = np.cumsum(tokens.value_lengths().to_numpy())[:-1]

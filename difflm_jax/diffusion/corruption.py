@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.noise import token_seeds, uniform
+
 # Streams folded into the key of a step; the example id is folded in after them.
 _RATE_STREAM, _MASK_STREAM, _PREFIX_STREAM = range(3)
 
@@ -45,14 +47,36 @@ class Corruption:
 
 @struct.dataclass
 class CleanBatch:
-    """Rows as the pipeline makes them, padded on the right: see `difflm_jax.data.pipeline.batches`."""
+    """Rows of one or several examples, padded on the right. What concerns an example stands at each of its tokens."""
 
     tokens: jax.Array  # [B, L] int32
-    lengths: jax.Array  # [B] int32, 0 for a filler row
     answer_mask: jax.Array  # [B, L] bool
-    prompt_lengths: jax.Array  # [B] int32
-    example_ids: jax.Array  # [B] int32
-    row_index: jax.Array  # [B] int32, place of the row among all rows of the step
+    segments: jax.Array  # [B, L] int32, number of the example in its row from 1; 0 at padding
+    positions: jax.Array  # [B, L] int32, place of the token in its example
+    lengths: jax.Array  # [B, L] int32, tokens of the example
+    prompt_lengths: jax.Array  # [B, L] int32, index of the example's first answer token, or its length if it has none
+    example_ids: jax.Array  # [B, L] int32, index in the data set; -1 at padding
+    strata: jax.Array  # [B, L] float32 in [0, 1), place of the example among all of the step
+
+    @classmethod
+    def of_rows(cls, tokens, lengths, answer_mask, prompt_lengths, example_ids, strata) -> "CleanBatch":
+        """A batch with one example a row, of arrays [..., L] (tokens, answer mask) and [...] (the others)."""
+        position = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+        valid = position < lengths[..., None]
+
+        def at_tokens(values: jax.Array, padding: int = 0) -> jax.Array:
+            return jnp.where(valid, values[..., None], padding)
+
+        return cls(
+            tokens=tokens,
+            answer_mask=answer_mask,
+            segments=valid.astype(jnp.int32),
+            positions=jnp.where(valid, position, 0),
+            lengths=at_tokens(lengths),
+            prompt_lengths=at_tokens(prompt_lengths),
+            example_ids=at_tokens(example_ids, -1),
+            strata=at_tokens(strata.astype(jnp.float32)),
+        )
 
 
 @struct.dataclass
@@ -60,53 +84,38 @@ class NoisyBatch:
     """What the model sees and what it is scored on. `weights` is zero where a position is not scored."""
 
     tokens: jax.Array  # [B, L] int32 with mask ids in it
-    valid: jax.Array  # [B, L] bool
     masked: jax.Array  # [B, L] bool
     weights: jax.Array  # [B, L] float32
     rates: jax.Array  # [B, L] float32, the mask rate that each position was drawn with
-    prompt_lengths: jax.Array  # [B] int32
+    prompt_lengths: jax.Array  # [B, L] int32, of the clean prompt of the token's example
 
 
-def mask_rates(
-    key: jax.Array, corruption: Corruption, row_index_B: jax.Array, num_rows: int, block_BL: jax.Array
-) -> jax.Array:
-    """[B, L] float32 mask rates of rows at places `row_index_B` among the `num_rows` of a step.
+def mask_rates(key: jax.Array, corruption: Corruption, strata_BL: jax.Array, block_BL: jax.Array) -> jax.Array:
+    """[B, L] float32 mask rates of examples at places `strata_BL` (in [0, 1)) among those of a step.
 
     `block_BL` numbers the block of each position. The rates of successive blocks are a golden ratio apart: of any few
     neighbours some are low and some are high.
     """
-    u = jax.random.uniform(jax.random.fold_in(key, _RATE_STREAM))
-    t_BL = jnp.broadcast_to(u, block_BL.shape)
+    t_BL = jnp.broadcast_to(jax.random.uniform(jax.random.fold_in(key, _RATE_STREAM)), block_BL.shape)
     if corruption.mask_rate != "batch":
-        t_BL = t_BL + row_index_B[:, None] / num_rows
+        t_BL = t_BL + strata_BL
     if corruption.mask_rate == "block":
         t_BL = t_BL + block_BL * _GOLDEN_RATIO
     return corruption.min_rate + (corruption.max_rate - corruption.min_rate) * (t_BL % 1.0)
 
 
-def row_keys(key: jax.Array, example_ids_B: jax.Array) -> jax.Array:
-    """One key a row, from the key of the step and the example's id."""
-    return jax.vmap(lambda example: jax.random.fold_in(key, example))(example_ids_B)
-
-
-def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption, mask_token_id: int, num_rows: int) -> NoisyBatch:
-    """Hides tokens of `batch` by the rule `corruption`; `num_rows` is the number of rows of the whole step."""
-    length = batch.tokens.shape[1]
-    position_L = jnp.arange(length)
-    valid = position_L < batch.lengths[:, None]
-    candidates, prompt_lengths = _candidates(key, batch, corruption, valid)
-
-    block_BL = (position_L - prompt_lengths[:, None]) // max(corruption.block_length, 1)
-    rates = mask_rates(key, corruption, batch.row_index, num_rows, block_BL)
-    keys = row_keys(jax.random.fold_in(key, _MASK_STREAM), batch.example_ids)
-    draws = jax.vmap(lambda row_key: jax.random.uniform(row_key, (length,)))(keys)
-    masked = candidates & (draws < rates)
+def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption, mask_token_id: int) -> NoisyBatch:
+    """Hides tokens of `batch` by the rule `corruption`; `key` is that of the step."""
+    candidates, prompt_lengths = _candidates(key, batch, corruption)
+    block_BL = (batch.positions - prompt_lengths) // max(corruption.block_length, 1)
+    rates = mask_rates(key, corruption, batch.strata, block_BL)
+    seeds = token_seeds(jax.random.fold_in(key, _MASK_STREAM), batch.example_ids, batch.positions)
+    masked = candidates & (uniform(seeds) < rates)
 
     scored = candidates if corruption.loss_tokens == "all" else masked
     weight = 1.0 / rates if corruption.loss_weight == "inverse_rate" else jnp.ones_like(rates)
     return NoisyBatch(
         tokens=jnp.where(masked, mask_token_id, batch.tokens),
-        valid=valid,
         masked=masked,
         weights=scored * weight,
         rates=rates,
@@ -114,20 +123,19 @@ def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption, mask_toke
     )
 
 
-def _candidates(
-    key: jax.Array, batch: CleanBatch, corruption: Corruption, valid: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(positions that may be hidden [B, L], lengths of the clean prompts [B])."""
-    position_L = jnp.arange(valid.shape[1])
+def _candidates(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> tuple[jax.Array, jax.Array]:
+    """(positions that may be hidden, lengths of the clean prompts), both [B, L]."""
+    valid = batch.segments > 0
     if corruption.scope == "answer":
         candidates, prompt_lengths = valid & batch.answer_mask, batch.prompt_lengths
     elif corruption.attention in ("prefix", "block"):
-        keys = row_keys(jax.random.fold_in(key, _PREFIX_STREAM), batch.example_ids)
-        cut = jax.vmap(jax.random.uniform)(keys) * batch.lengths
-        prompt_lengths = cut.astype(jnp.int32)  # below the length: something is always left to hide
-        candidates = valid & (position_L >= prompt_lengths[:, None])
+        # One draw an example: that of its first token, at each of its tokens.
+        first = jnp.zeros_like(batch.positions)
+        draw = uniform(token_seeds(jax.random.fold_in(key, _PREFIX_STREAM), batch.example_ids, first))
+        prompt_lengths = (draw * batch.lengths).astype(jnp.int32)  # below the length: something is left to hide
+        candidates = valid & (batch.positions >= prompt_lengths)
     else:
         candidates, prompt_lengths = valid, jnp.zeros_like(batch.lengths)
     if corruption.logit_shift:
-        candidates = candidates & (position_L > 0)  # nothing precedes the first token, so nothing predicts it
+        candidates = candidates & (batch.positions > 0)  # nothing precedes the first token, so nothing predicts it
     return candidates, prompt_lengths

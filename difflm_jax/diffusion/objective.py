@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from difflm_jax.diffusion.corruption import CleanBatch, Corruption, NoisyBatch, corrupt, row_keys
+from difflm_jax.diffusion.corruption import CleanBatch, Corruption, NoisyBatch, corrupt
 from difflm_jax.diffusion.cross_entropy import scored_cross_entropy
-from difflm_jax.models.attention import block_starts, positions_of
+from difflm_jax.models.attention import block_starts
 from difflm_jax.models.transformer import Transformer, head_weight
+from difflm_jax.noise import fold_seeds, token_seeds
 
 RATE_BUCKETS = 5  # mask rates are reported in [0, 0.2), [0.2, 0.4), ... [0.8, 1]
 _DROPOUT_STREAM = 3  # the streams below it are those of `corruption`
@@ -39,19 +40,20 @@ def loss_sums(
     batch: CleanBatch,
     key: jax.Array,
     corruption: Corruption,
-    num_rows: int,
     chunk: int,
     train: bool,
 ) -> tuple[jax.Array, LossSums]:
     """(sum of weight * cross-entropy, all sums); the first is differentiable with respect to `lora`.
 
-    `key` is that of the step and `num_rows` the number of rows of the whole step; `train` turns dropout on.
+    `key` is that of the step; `train` turns dropout on.
     """
-    noisy = corrupt(key, batch, corruption, model.mask_token_id, num_rows)
-    dropout_keys = row_keys(jax.random.fold_in(key, _DROPOUT_STREAM), batch.example_ids) if train else None
+    noisy = corrupt(key, batch, corruption, model.mask_token_id)
+    seeds_BL = None
+    if train:
+        seeds_BL = token_seeds(jax.random.fold_in(key, _DROPOUT_STREAM), batch.example_ids, batch.positions)
     states = _block_states if model.attention == "block" else _states
     variables = {"params": params, "lora": lora}
-    hidden_BLD = states(model, variables, noisy, batch.tokens, dropout_keys, corruption.logit_shift)
+    hidden_BLD = states(model, variables, noisy, batch, seeds_BL, corruption.logit_shift)
     loss, nll_M, correct_M = scored_cross_entropy(
         hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
         head_weight(model.config, params),
@@ -73,42 +75,48 @@ def loss_sums(
         masked_nll=by_rate(nll_M.reshape(noisy.tokens.shape)),
         masked_correct=by_rate(correct_M.reshape(noisy.tokens.shape)),
         masked_count=by_rate(jnp.ones(noisy.tokens.shape)),
-        tokens=noisy.valid.sum().astype(jnp.float32),
+        tokens=(batch.segments > 0).sum().astype(jnp.float32),
     )
 
 
-def _states(model, variables, noisy: NoisyBatch, _tokens_BL, dropout_keys_B, logit_shift: bool) -> jax.Array:
+def _states(model, variables, noisy: NoisyBatch, batch: CleanBatch, seeds_BL, logit_shift: bool) -> jax.Array:
     """[B, L, D] the states that predict each token."""
     hidden_BLD = model.apply(
-        variables, noisy.tokens, positions_of(noisy.valid), noisy.valid, noisy.prompt_lengths, dropout_keys_B
+        variables,
+        noisy.tokens,
+        batch.positions,
+        batch.segments > 0,
+        noisy.prompt_lengths,
+        seeds_BL,
+        segments_BT=batch.segments,
     )
     return predicting_states(hidden_BLD, logit_shift)
 
 
-def _block_states(model, variables, noisy: NoisyBatch, tokens_BL, dropout_keys_B, logit_shift: bool) -> jax.Array:
+def _block_states(model, variables, noisy: NoisyBatch, batch: CleanBatch, seeds_BL, logit_shift: bool) -> jax.Array:
     """The same under `block` attention: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
 
     A noisy block sees the clean blocks before it, as it does when text is generated. With the shift the first token of
     a block is predicted from the block before it, which is finished by then: from its clean copy.
     """
-    length = tokens_BL.shape[1]
+    length = batch.tokens.shape[1]
 
     def twice(x_BL: jax.Array) -> jax.Array:
         return jnp.concatenate([x_BL, x_BL], axis=1)
 
-    positions_BL = positions_of(noisy.valid)
     hidden_BLD = model.apply(
         variables,
-        jnp.concatenate([noisy.tokens, tokens_BL], axis=1),
-        twice(positions_BL),
-        twice(noisy.valid),
-        noisy.prompt_lengths,
-        dropout_keys_B,
+        jnp.concatenate([noisy.tokens, batch.tokens], axis=1),
+        twice(batch.positions),
+        twice(batch.segments > 0),
+        twice(noisy.prompt_lengths),
+        None if seeds_BL is None else jnp.concatenate([seeds_BL, fold_seeds(seeds_BL, 0)], axis=1),
         noisy_T=jnp.arange(2 * length) < length,
+        segments_BT=twice(batch.segments),
     )
     noisy_BLD, clean_BLD = jnp.split(hidden_BLD, 2, axis=1)
     if not logit_shift:
         return noisy_BLD
-    opens_BL = block_starts(positions_BL, noisy.prompt_lengths, model.block_length) == positions_BL
+    opens_BL = block_starts(batch.positions, noisy.prompt_lengths, model.block_length) == batch.positions
     shifted = (predicting_states(clean_BLD, True), predicting_states(noisy_BLD, True))
     return jnp.where(opens_BL[..., None], *shifted)

@@ -27,25 +27,30 @@ def attention_mask(
     query_positions_BT: jax.Array,
     key_positions_BS: jax.Array,
     key_valid_BS: jax.Array,
-    prompt_lengths_B: jax.Array,
+    prompt_lengths: jax.Array,
     block_length: int = 0,
     noisy_T: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """[B, T, S] bool: True where a query may see a key. Positions count real tokens from 0.
 
     `full`: every real token. `causal`: the key is not after the query. `prefix`: a prompt token (position below
-    `prompt_lengths_B`) sees what `causal` lets it see, an answer token sees everything, so that the keys and values
+    `prompt_lengths`, [B] or [B, T]) sees what `causal` lets it see, an answer token sees everything, so that the keys and values
     of a prompt do not depend on its answer. `block`: an answer is cut into blocks of `block_length` from its start; a
     token sees its own block and what precedes it, so that neither a prompt nor a finished block depends on what follows.
 
     `noisy_T` [T] bool (T = S) is for block diffusion's training input, a noisy and a clean copy of each row
     (BD3-LM, arXiv:2503.09573): a noisy token sees its own noisy block and the clean tokens before that block; a clean
     token sees clean tokens by the rule.
+
+    `segments_BT` (T = S) is for rows of several examples, whose positions each begin at 0: a token sees its own example.
     """
     valid_BTS = jnp.broadcast_to(key_valid_BS[:, None, :], (*query_positions_BT.shape, key_positions_BS.shape[1]))
+    if segments_BT is not None:
+        valid_BTS = valid_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
     if rule == "full":
         return valid_BTS
-    first_BT, last_BT = _own_block(rule, query_positions_BT, prompt_lengths_B[:, None], block_length)
+    first_BT, last_BT = _own_block(rule, query_positions_BT, _at_tokens(prompt_lengths), block_length)
     key_B1S = key_positions_BS[:, None, :]
     not_after_BTS = key_B1S <= last_BT[:, :, None]
     if noisy_T is None:
@@ -56,22 +61,27 @@ def attention_mask(
     return valid_BTS & seen_BTS
 
 
-def block_starts(positions_BL: jax.Array, prompt_lengths_B: jax.Array, block_length: int) -> jax.Array:
+def block_starts(positions_BL: jax.Array, prompt_lengths: jax.Array, block_length: int) -> jax.Array:
     """[B, L] first position of the block that each position is in; a prompt token is a block of its own."""
-    return _own_block("block", positions_BL, prompt_lengths_B[:, None], block_length)[0]
+    return _own_block("block", positions_BL, _at_tokens(prompt_lengths), block_length)[0]
 
 
-def _own_block(rule: str, positions_BT: jax.Array, prompts_B1: jax.Array, block_length: int):
+def _at_tokens(prompt_lengths: jax.Array) -> jax.Array:
+    """Prompt lengths of rows [B] as [B, 1]; those of tokens [B, T] as they are."""
+    return prompt_lengths[:, None] if prompt_lengths.ndim == 1 else prompt_lengths
+
+
+def _own_block(rule: str, positions_BT: jax.Array, prompts_BT: jax.Array, block_length: int):
     """(first, last) position of the span in which a token sees everything, besides all that precedes the span."""
     if rule == "causal":
         return positions_BT, positions_BT
-    in_prompt_BT = positions_BT < prompts_B1
+    in_prompt_BT = positions_BT < prompts_BT
     if rule == "prefix":
-        first_BT, last = prompts_B1, jnp.iinfo(jnp.int32).max
+        first_BT, last = prompts_BT, jnp.iinfo(jnp.int32).max
     elif rule == "block":
         if block_length < 1:
             raise ValueError(f"attention rule 'block' needs a block length, not {block_length}")
-        first_BT = positions_BT - (positions_BT - prompts_B1) % block_length
+        first_BT = positions_BT - (positions_BT - prompts_BT) % block_length
         last = first_BT + block_length - 1
     else:
         raise ValueError(f"attention rule {rule!r} is not one of {ATTENTION_RULES}")

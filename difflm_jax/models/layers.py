@@ -4,24 +4,23 @@ A weight is read with `self.variable`, not `self.param`: the latter would compar
 initialiser on every call, and refuse quantised or sharded leaves. Shapes are checked once, when a file is read.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from difflm_jax.lora import LoraConfig, lora_product
+from difflm_jax.lora import LoraConfig, lora_down, lora_up
 from difflm_jax.models.attention import Window, attend
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.parallel import ROW_PARALLEL, gathered, summed
 from difflm_jax.models.rope import rotate
+from difflm_jax.noise import fold_seeds
 from difflm_jax.quant import matmul
 
-# Each projection draws its dropout from its own stream.
-_DROPOUT_STREAM = {
-    name: index
-    for index, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-}
+# Each input of projections has a dropout of its own.
+_ATTENTION_INPUT, _ATTENTION_OUTPUT, _MLP_INPUT, _MLP_HIDDEN = range(4)
 
 
 def stored(*_: Any) -> Any:
@@ -43,24 +42,42 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A frozen projection [out, in] with an optional bias, plus its low-rank update where `lora` holds one."""
+    """A frozen projection [out, in] with an optional bias, plus its low-rank update where `lora` holds one.
+
+    `low_BLR` is that update's inner value, which projections of the same input make together (`adapted`).
+    """
 
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, dropout_keys_B: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, low_BLR: jax.Array | None) -> jax.Array:
         y = matmul(x_BLD, gathered(self.variable("params", "weight", stored).value))
-        if self.lora is not None and self.has_variable("lora", "lora_A"):
-            if dropout_keys_B is not None:
-                dropout_keys_B = _fold(dropout_keys_B, _DROPOUT_STREAM[self.name])
-            factor_A = self.variable("lora", "lora_A", stored).value
-            factor_B = self.variable("lora", "lora_B", stored).value
-            y = y + lora_product(x_BLD, factor_A, factor_B, self.lora, dropout_keys_B)
+        if low_BLR is not None:
+            y = y + lora_up(low_BLR, self.variable("lora", "lora_B", stored).value, self.lora)
         if self.name in ROW_PARALLEL:
             y = summed(y)
         if self.has_variable("params", "bias"):
             y = y + self.variable("params", "bias", stored).value.astype(y.dtype)
         return y
+
+    def factor_A(self) -> jax.Array | None:
+        """The factor that reads the input; None where this projection is not adapted."""
+        is_adapted = self.lora is not None and self.has_variable("lora", "lora_A")
+        return self.get_variable("lora", "lora_A") if is_adapted else None
+
+
+def adapted(
+    projections: Sequence[Linear], x_BLD: jax.Array, seeds_BL: jax.Array | None, stream: int
+) -> list[jax.Array]:
+    """What each of `projections` makes of the input that they share; `stream` is that of its dropout."""
+    factors = [projection.factor_A() for projection in projections]
+    if seeds_BL is not None:
+        seeds_BL = fold_seeds(seeds_BL, stream)
+    low = iter(lora_down(x_BLD, [A for A in factors if A is not None], projections[0].lora, seeds_BL))
+    return [
+        projection(x_BLD, None if factor is None else next(low))
+        for projection, factor in zip(projections, factors, strict=True)
+    ]
 
 
 class Attention(nn.Module):
@@ -79,24 +96,24 @@ class Attention(nn.Module):
         x_BTD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         mask_BTS: jax.Array,
-        dropout_keys_B: jax.Array | None,
+        seeds_BT: jax.Array | None,
         window: Window | None,
     ) -> jax.Array:
         config = self.config
         batch, length, _ = x_BTD.shape
-
-        def heads(name: str) -> jax.Array:  # as many as this device has
-            projected = Linear(self.lora, name=name)(x_BTD, dropout_keys_B)
-            return projected.reshape(batch, length, -1, config.head_dim)
-
-        q_BTHE, k_BSKE, v_BSKE = heads("q_proj"), heads("k_proj"), heads("v_proj")
+        projections = [Linear(self.lora, name=name) for name in ("q_proj", "k_proj", "v_proj")]
+        q_BTHE, k_BSKE, v_BSKE = (
+            projected.reshape(batch, length, -1, config.head_dim)  # as many heads as this device has
+            for projected in adapted(projections, x_BTD, seeds_BT, _ATTENTION_INPUT)
+        )
         if config.qk_norm:
             q_BTHE = RMSNorm(config.rms_norm_eps, name="q_norm")(q_BTHE)
             k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
         q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
         k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
         y_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
-        return Linear(self.lora, name="o_proj")(y_BTHE.reshape(batch, length, -1), dropout_keys_B)
+        output = Linear(self.lora, name="o_proj")
+        return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT)[0]
 
     def _cached(self, name: str, new_BTKE: jax.Array, window: Window | None) -> jax.Array:
         """The keys or values of the whole canvas: those of the window in their place among the cached ones."""
@@ -118,10 +135,11 @@ class MLP(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, dropout_keys_B: jax.Array | None) -> jax.Array:
-        gate_BLF = Linear(self.lora, name="gate_proj")(x_BLD, dropout_keys_B)
-        up_BLF = Linear(self.lora, name="up_proj")(x_BLD, dropout_keys_B)
-        return Linear(self.lora, name="down_proj")(nn.silu(gate_BLF) * up_BLF, dropout_keys_B)
+    def __call__(self, x_BLD: jax.Array, seeds_BL: jax.Array | None) -> jax.Array:
+        projections = [Linear(self.lora, name=name) for name in ("gate_proj", "up_proj")]
+        gate_BLF, up_BLF = adapted(projections, x_BLD, seeds_BL, _MLP_INPUT)
+        down = Linear(self.lora, name="down_proj")
+        return adapted([down], nn.silu(gate_BLF) * up_BLF, seeds_BL, _MLP_HIDDEN)[0]
 
 
 class Layer(nn.Module):
@@ -137,18 +155,15 @@ class Layer(nn.Module):
         layer_index: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         mask_BTS: jax.Array,
-        dropout_keys_B: jax.Array | None,
+        seeds_BT: jax.Array | None,
         window: Window | None,
     ) -> tuple[jax.Array, None]:
-        if dropout_keys_B is not None:
-            dropout_keys_B = _fold(dropout_keys_B, layer_index)
+        if seeds_BT is not None:
+            seeds_BT = fold_seeds(seeds_BT, layer_index)
         epsilon = self.config.rms_norm_eps
         h_BTD = RMSNorm(epsilon, name="input_layernorm")(x_BTD)
         attention = Attention(self.config, self.lora, name="self_attn")
-        x_BTD = x_BTD + attention(h_BTD, rope, mask_BTS, dropout_keys_B, window)
+        x_BTD = x_BTD + attention(h_BTD, rope, mask_BTS, seeds_BT, window)
         h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
-        return x_BTD + MLP(self.lora, name="mlp")(h_BTD, dropout_keys_B), None
+        return x_BTD + MLP(self.lora, name="mlp")(h_BTD, seeds_BT), None
 
-
-def _fold(keys_B: jax.Array, data: int | jax.Array) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys_B)

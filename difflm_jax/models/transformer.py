@@ -38,15 +38,17 @@ class Transformer(nn.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         valid_BT: jax.Array,
-        prompt_lengths_B: jax.Array,
-        dropout_keys_B: jax.Array | None = None,
+        prompt_lengths: jax.Array,
+        dropout_seeds_BT: jax.Array | None = None,
         window: Window | None = None,
         noisy_T: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] hidden states after the final norm, in `dtype`.
 
         `positions_BT` counts real tokens, `valid_BT` is False at padding. `window` places the tokens in a canvas whose
-        keys are in the `cache` collection; `noisy_T` is that of `attention_mask`.
+        keys are in the `cache` collection; `prompt_lengths`, `noisy_T` and `segments_BT` are those of `attention_mask`;
+        `dropout_seeds_BT` are those of `difflm_jax.lora.dropout` (None: no dropout).
         """
         key_positions_BS, key_valid_BS = positions_BT, valid_BT
         if window is not None:
@@ -56,9 +58,10 @@ class Transformer(nn.Module):
             positions_BT,
             key_positions_BS,
             key_valid_BS,
-            prompt_lengths_B,
+            prompt_lengths,
             self.block_length,
             noisy_T,
+            segments_BT,
         )
         rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
 
@@ -72,7 +75,7 @@ class Transformer(nn.Module):
             check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
         )(self.config, self.lora, name="layers")
         x_BTD = self.embed(tokens_BT)
-        x_BTD, _ = layers(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_keys_B, window)
+        x_BTD, _ = layers(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_seeds_BT, window)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums
-from difflm_jax.mesh import batch_sharding, place_rows, rows_of_all
+from difflm_jax.mesh import batch_sharding, place_rows
 from difflm_jax.training.step import StepOptions, make_eval_step
 
 
@@ -47,28 +47,32 @@ def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
 
 
 class Evaluator:
-    """Runs the evaluation step over a fixed list of batches; rates are stratified over all their `num_rows` rows.
+    """Runs the evaluation step over a fixed list of batches.
 
-    Filler rows do not count: how many there are depends on the mesh.
+    Rates are stratified over all `num_examples` of the split, by their index in it: they do not depend on which rows
+    share a batch, or which examples a row.
     """
 
     def __init__(
-        self, options: StepOptions, mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], num_rows: int, key: jax.Array
+        self,
+        options: StepOptions,
+        mesh: Mesh,
+        batches: Iterable[dict[str, np.ndarray]],
+        num_examples: int,
+        key: jax.Array,
     ):
         corruption = dataclasses.replace(options.corruption, mask_rate="row")
         self._step = make_eval_step(dataclasses.replace(options, corruption=corruption), mesh)
-        self._batches = [CleanBatch(**batch) for batch in batches]
+        self._batches = [
+            CleanBatch(**{**batch, "strata": (np.maximum(batch["example_ids"], 0) / num_examples).astype(np.float32)})
+            for batch in batches
+        ]
         self._sharding = batch_sharding(mesh)
         self._key = key
-        rows_of_batch = rows_of_all(mesh, self._batches[0].row_index.shape[1]) if self._batches else 0
-        for index, batch in enumerate(self._batches):
-            self._batches[index] = batch.replace(row_index=batch.row_index + index * rows_of_batch)
-        self._num_rows = num_rows
 
     def __call__(self, params: Any, lora: Any) -> LossSums:
         """Sums over all batches, on the host in float64."""
         total = None
         for batch in self._batches:
-            rows = place_rows(batch, self._sharding)
-            total = add_sums(total, self._step(params, lora, rows, self._key, self._num_rows))
+            total = add_sums(total, self._step(params, lora, place_rows(batch, self._sharding), self._key))
         return total

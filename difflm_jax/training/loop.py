@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from difflm_jax.checkpoint.state import Checkpoints, Restored
-from difflm_jax.data.pipeline import batches, prefetch
+from difflm_jax.data.pipeline import batches, plan_batches, prefetch
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
 from difflm_jax.mesh import agreed, batch_sharding, is_writer, place, place_rows, rows_of_process
@@ -69,7 +69,7 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     """
     config = phase.config
     data = make_batches(phase, phase.train_rows, train=True)
-    steps_per_epoch = -(-len(phase.train_rows) // (config.batch_size * config.gradient_accumulation_steps))
+    steps_per_epoch = len(data) // config.epochs
     total = min(len(data), config.max_steps) if config.max_steps else len(data)
     interval = max(1, min(total, steps_per_epoch) // max(1, config.log_frequency_per_epoch))
     options = step_options(phase)
@@ -78,6 +78,7 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     evaluate = make_evaluator(phase, options)
     key = jax.random.fold_in(jax.random.key(config.seed), _PHASE_STREAM[phase.name])
 
+    print(f"{phase.name}: {data_line(phase, len(data))}", flush=True)
     done, state, saved = (resumed.step, resumed.state, resumed.metrics["meter"]) if resumed else (0, initial, None)
     # The initial arrays may be kept elsewhere (the best state of the phase before), and a step donates its state.
     state = jax.tree.map(lambda x: x.copy(), state)
@@ -161,8 +162,8 @@ def _stop_at_signal(phase: Phase, signal: str, step: int, total: int, out: Outpu
 
 def rows_of_step(phase: Phase, data: Any, step: int) -> dict[str, Any]:
     """The rows of step `step` (from 0): their ids, and where in the data set they come from."""
-    ids = data[step]["example_ids"]
-    ids = ids[ids >= 0].tolist()
+    ids = data[step]["example_ids"].reshape(-1)
+    ids = list(dict.fromkeys(ids[ids >= 0].tolist()))
     return {"example_ids": ids, "rows": phase.train_rows.select(ids)["origin"][:]}
 
 
@@ -197,13 +198,40 @@ def make_batches(phase: Phase, rows: Any, train: bool, whole: bool = False) -> A
         epochs=config.epochs if train else 1,
         seed=config.seed,
         shuffle=train,
+        batching=config.batching,
         length_multiple=config.length_multiple,
         max_length=config.max_length,
         pad_id=phase.pad_id,
-        answer_padding=(config.answer_padding or config.block_length) if PHASE_SCOPE[phase.name] == "answer" else 0,
+        answer_padding=answer_padding(phase),
         eos_id=phase.eos_id,
         local_rows=None if whole else rows_of_process(phase.mesh, config.batch_size),
     )
+
+
+def data_line(phase: Phase, steps: int) -> str:
+    """How the rows of a phase are arranged, and what share of what is computed is real tokens."""
+    config = phase.config
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    plan = plan_batches(
+        phase.train_rows,
+        rows_per_step=rows_per_step,
+        batching=config.batching,
+        max_length=config.max_length,
+        length_multiple=config.length_multiple,
+        answer_padding=answer_padding(phase),
+        seed=config.seed,
+    )
+    rows = plan.epoch(0).num_rows
+    examples = f", {len(phase.train_rows) / rows:.1f} examples a row" if config.batching == "packed" else ""
+    return (
+        f"batching {config.batching}: {rows:,} rows an epoch{examples}, {plan.real_share:.1%} real tokens, "
+        f"{steps:,} steps of {rows_per_step} rows"
+    )
+
+
+def answer_padding(phase: Phase) -> int:
+    """To a multiple of what answers are filled up with EOS tokens; 0: they are not."""
+    return (phase.config.answer_padding or phase.config.block_length) if PHASE_SCOPE[phase.name] == "answer" else 0
 
 
 def step_options(phase: Phase) -> StepOptions:
@@ -227,11 +255,12 @@ def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
     """The evaluator of the test split, or None where there is none."""
     if len(phase.test_rows) == 0:
         return None
-    data = make_batches(phase, phase.test_rows, train=False)
-    count = min(len(data), phase.config.eval_batches) if phase.config.eval_batches else len(data)
+    rows = phase.test_rows
+    if phase.config.eval_batches:
+        rows = rows.select(range(min(len(rows), phase.config.eval_batches * phase.config.batch_size)))
+    data = make_batches(phase, rows, train=False)
     key = jax.random.fold_in(jax.random.key(phase.config.seed), _EVALUATION_STREAM)
-    rows = min(len(phase.test_rows), count * phase.config.batch_size)
-    return Evaluator(options, phase.mesh, (data[i] for i in range(count)), rows, key)
+    return Evaluator(options, phase.mesh, (data[i] for i in range(len(data))), len(rows), key)
 
 
 def evaluation_record(evaluate: Evaluator | None, phase: Phase, lora: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums, loss_sums
-from difflm_jax.mesh import row_shards, rows_spec, specs
+from difflm_jax.mesh import rows_spec, specs
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.parallel import ROW_AXES
 from difflm_jax.training.optimizer import global_norm
@@ -57,14 +57,13 @@ def make_train_step(
 
     def step(params: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
         key = jax.random.fold_in(key, index)
-        num_rows = batch.lengths.shape[0] * batch.lengths.shape[1] * row_shards(mesh)
         # The gradient of an input that all rows share would be summed over devices inside every micro-batch. Cast to
         # varying, it stays local, and is summed once. (Over `tensor` it is not cast: there the sum over the parts of a
         # layer belongs to the gradient, and jax puts it where a replicated value meets a divided one.)
         lora = jax.lax.pcast(state.lora, ROW_AXES, to="varying")
 
         def micro_batch(totals: tuple[LossSums, Tree], rows: CleanBatch):
-            sums_of = functools.partial(_loss_of, options, params, rows, key, num_rows)
+            sums_of = functools.partial(_loss_of, options, params, rows, key)
             gradient, sums = jax.grad(sums_of, has_aux=True)(lora)
             return jax.tree.map(jnp.add, totals, (sums, gradient)), None
 
@@ -99,29 +98,24 @@ def make_train_step(
 
 
 def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
-    """Returns `step(params, lora, batch, key, num_rows) -> LossSums` without dropout, for arrays [1, B, ...].
+    """Returns `step(params, lora, batch, key) -> LossSums` without dropout, for arrays [1, B, ...]."""
 
-    `num_rows` counts the rows over which rates are stratified: those of all batches.
-    """
-
-    def step(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array, num_rows: jax.Array) -> LossSums:
+    def step(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
         rows = jax.tree.map(lambda x: x[0], batch)
-        _, sums = loss_sums(
-            options.model, params, lora, rows, key, options.corruption, num_rows, options.chunk, train=False
-        )
+        _, sums = loss_sums(options.model, params, lora, rows, key, options.corruption, options.chunk, train=False)
         return jax.lax.psum(sums, ROW_AXES)
 
     whole = PartitionSpec()
 
-    def sharded(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array, num_rows: jax.Array) -> LossSums:
-        in_specs = (specs(params), specs(lora), rows_spec(), whole, whole)
-        return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=whole)(params, lora, batch, key, num_rows)
+    def sharded(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
+        in_specs = (specs(params), specs(lora), rows_spec(), whole)
+        return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=whole)(params, lora, batch, key)
 
     return jax.jit(sharded)
 
 
-def _loss_of(options, params, rows, key, num_rows, lora):
-    return loss_sums(options.model, params, lora, rows, key, options.corruption, num_rows, options.chunk, train=True)
+def _loss_of(options, params, rows, key, lora):
+    return loss_sums(options.model, params, lora, rows, key, options.corruption, options.chunk, train=True)
 
 
 def _zero_sums() -> LossSums:

@@ -50,7 +50,7 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 def ids_of(data: Any) -> list[list[int]]:
     """The example ids of every step, filler rows left out."""
-    return [[int(i) for i in step["example_ids"].ravel() if i >= 0] for step in data]
+    return [[int(i) for i in step["example_ids"][step["segments"] * (step["positions"] == 0) > 0]] for step in data]
 
 
 # --- split
@@ -110,24 +110,63 @@ def test_fields_of_a_batch() -> None:
     batch = data[0]
     assert {name: (field.dtype.name, field.shape) for name, field in batch.items()} == {
         "tokens": ("int32", (2, 2, 8)),
-        "lengths": ("int32", (2, 2)),
         "answer_mask": ("bool", (2, 2, 8)),
-        "prompt_lengths": ("int32", (2, 2)),
-        "example_ids": ("int32", (2, 2)),
-        "row_index": ("int32", (2, 2)),
+        "segments": ("int32", (2, 2, 8)),
+        "positions": ("int32", (2, 2, 8)),
+        "lengths": ("int32", (2, 2, 8)),
+        "prompt_lengths": ("int32", (2, 2, 8)),
+        "example_ids": ("int32", (2, 2, 8)),
+        "strata": ("float32", (2, 2, 8)),
     }
+    # What concerns an example stands at each of its tokens and nowhere else.
+    valid = np.arange(8) < np.array([[5, 4], [7, 0]])[..., None]
+    np.testing.assert_array_equal(batch["segments"], valid)
+    np.testing.assert_array_equal(batch["positions"], np.where(valid, np.arange(8), 0))
+    for name, padding, values in (
+        ("lengths", 0, [[5, 4], [7, 0]]),
+        ("prompt_lengths", 0, [[2, 4], [1, 0]]),
+        ("example_ids", -1, [[0, 1], [2, -1]]),
+        ("strata", 0, [[0, 1 / 3], [2 / 3, 0]]),
+    ):
+        np.testing.assert_allclose(batch[name], np.where(valid, np.array(values)[..., None], padding), err_msg=name)
     assert batch["tokens"].tolist() == [
         [[0, 1, 2, 3, 4, 9, 9, 9], [100, 101, 102, 103, 9, 9, 9, 9]],
         [[200, 201, 202, 203, 204, 205, 206, 9], [9] * 8],
     ]
-    assert batch["lengths"].tolist() == [[5, 4], [7, 0]]
-    assert batch["prompt_lengths"].tolist() == [[2, 4], [1, 0]]
-    assert batch["example_ids"].tolist() == [[0, 1], [2, -1]]
-    assert batch["row_index"].tolist() == [[0, 1], [2, 3]]
     assert batch["answer_mask"].astype(int).tolist() == [
         [[0, 0, 1, 1, 1, 0, 0, 0], [0] * 8],
         [[0, 1, 1, 1, 1, 1, 1, 0], [0] * 8],
     ]
+
+
+@pytest.mark.parametrize("batching", ["packed", "grouped"])
+def test_batches_hold_the_same_examples_however_they_are_arranged(batching: str) -> None:
+    """Packed rows are as wide as `max_length` and hold examples one behind the other, as they would stand alone."""
+    options = {"epochs": 2, "seed": 3, "max_length": 40, "length_multiple": 16, "answer_padding": 3, "eos_id": EOS}
+
+    def examples(data: Any) -> list[dict[str, bytes]]:
+        found = []
+        for step in data:
+            rows = {name: field.reshape(-1, field.shape[-1]) for name, field in step.items() if name != "strata"}
+            for row, segments in enumerate(rows.pop("segments")):
+                for number in range(1, segments.max() + 1):
+                    at = np.flatnonzero(segments == number)
+                    assert (np.diff(at) == 1).all()
+                    found.append({name: field[row, at].tobytes() for name, field in rows.items()})
+        return sorted(found, key=lambda example: (example["example_ids"], example["tokens"]))
+
+    alone = batches(rows_of(50), batch_size=4, **options)
+    arranged = batches(rows_of(50), batch_size=4, batching=batching, **options)
+    assert examples(arranged) == examples(alone)
+    if batching == "packed":
+        assert len(arranged) < len(alone)
+        assert {step["tokens"].shape[-1] for step in arranged} == {48}
+        share = np.mean([(step["segments"] > 0).mean() for step in arranged if (step["segments"] > 0).any(-1).all()])
+        assert share > 0.9
+    for step in arranged:
+        at_starts = step["segments"] * (step["positions"] == 0) > 0
+        strata = step["strata"][at_starts]
+        np.testing.assert_allclose(np.sort(strata), np.arange(len(strata)) / len(strata), atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 50])
@@ -200,7 +239,7 @@ def test_answer_padding(mask: list[bool], multiple: int, slack: int) -> None:
     dataset = dataset.remove_columns("answer_mask").add_column("answer_mask", [mask])
     max_length = len(mask) + slack
     batch = batches(dataset, batch_size=1, answer_padding=multiple, eos_id=EOS, max_length=max_length)[0]
-    length = int(batch["lengths"][0, 0])
+    length = int(batch["lengths"][0, 0, 0])
     tokens, marked = batch["tokens"][0, 0, :length].tolist(), batch["answer_mask"][0, 0, :length].tolist()
     added = length - len(mask)
     assert tokens == list(range(len(mask))) + [EOS] * added
@@ -248,7 +287,7 @@ def test_from_file_to_batch(jsonl: Callable[..., str], tokenizer: Any, tmp_path:
             for tokens, mask, example in zip(
                 step["tokens"].reshape(6, -1),
                 step["answer_mask"].reshape(6, -1),
-                step["example_ids"].ravel(),
+                step["example_ids"].reshape(6, -1)[:, 0],
                 strict=True,
             ):
                 if example >= 0:
@@ -260,11 +299,12 @@ def test_from_file_to_batch(jsonl: Callable[..., str], tokenizer: Any, tmp_path:
 
 
 @pytest.mark.parametrize("answer_padding", [0, 4])
-def test_the_rows_of_a_process_are_those_of_the_whole_batch(tokenizer, jsonl, tmp_path, answer_padding):
+@pytest.mark.parametrize("batching", ["rows", "packed"])
+def test_the_rows_of_a_process_are_those_of_the_whole_batch(tokenizer, jsonl, tmp_path, answer_padding, batching):
     """Of several processes each reads its own rows; they are padded to the longest of all, which it has not read."""
     rows = [{"question": "q" * (3 * i + 1), "answer": "a" * (i % 5 + 1)} for i in range(11)]
     table = tokenize(jsonl(rows), tokenizer, phase="sft", max_length=64, cache_dir=tmp_path)
-    options = {"batch_size": 4, "accumulation": 2, "length_multiple": 1, "max_length": 64, "shuffle": True}
+    options = {"batch_size": 4, "accumulation": 2, "length_multiple": 1, "max_length": 64, "batching": batching}
     options |= {"answer_padding": answer_padding, "eos_id": tokenizer.eos_token_id}
     whole = batches(table, **options)
     parts = [batches(table, **options, local_rows=np.array(own)) for own in ([0, 1], [2, 3])]

@@ -10,6 +10,7 @@ import pytest
 from difflm_jax.lora import LoraConfig, init_lora, merge_lora
 from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
+from difflm_jax.noise import token_seeds
 from tests.tiny import tiny_config, tiny_params
 
 CONFIG = tiny_config()
@@ -162,7 +163,7 @@ def test_lora_of_a_module_that_the_model_lacks_is_refused():
         init_lora(jax.random.key(0), PARAMS, LoraConfig(target_modules=("q_proj", "w_proj")), jnp.zeros(32))
 
 
-def test_dropout_of_a_row_depends_on_its_key_alone():
+def test_dropout_of_a_row_depends_on_its_seeds_alone():
     config = LoraConfig(r=4, lora_dropout=0.5)
     lora = random_lora(config)
     model = Transformer(CONFIG, lora=config, mask_token_id=MASK)
@@ -170,9 +171,10 @@ def test_dropout_of_a_row_depends_on_its_key_alone():
     def states(rows, width):
         tokens = np.pad(TOKENS[rows], ((0, 0), (0, width - 12)))
         valid = np.pad(VALID[rows], ((0, 0), (0, width - 12)))
-        keys = jax.vmap(jax.random.key)(jnp.array(rows))
+        ids, positions = jnp.broadcast_arrays(jnp.array(rows)[:, None], positions_of(valid))
+        seeds = token_seeds(jax.random.key(0), ids, positions)
         variables = {"params": PARAMS, "lora": lora}
-        out = apply(model, variables, tokens, positions_of(valid), valid, PROMPTS[rows], keys)
+        out = apply(model, variables, tokens, positions_of(valid), valid, PROMPTS[rows], seeds)
         return np.asarray(out[:, :12])
 
     both = states([0, 1], 12)

@@ -57,14 +57,15 @@ def rows_of_a_step() -> dict[str, np.ndarray]:
     lengths = rng.integers(6, LENGTH + 1, ROWS).astype(np.int32)
     lengths[-1] = 0  # a filler row
     position = np.arange(LENGTH)
-    return {
-        "tokens": rng.integers(0, 90, (ROWS, LENGTH)).astype(np.int32),
-        "lengths": lengths,
-        "answer_mask": (position >= 4) & (position < lengths[:, None]),
-        "prompt_lengths": np.full(ROWS, 4, np.int32),
-        "example_ids": np.arange(ROWS, dtype=np.int32),
-        "row_index": np.arange(ROWS, dtype=np.int32),
-    }
+    rows = CleanBatch.of_rows(
+        tokens=rng.integers(0, 90, (ROWS, LENGTH)).astype(np.int32),
+        lengths=lengths,
+        answer_mask=(position >= 4) & (position < lengths[:, None]),
+        prompt_lengths=np.full(ROWS, 4, np.int32),
+        example_ids=np.arange(ROWS, dtype=np.int32),
+        strata=np.arange(ROWS) / ROWS,
+    )
+    return {name: np.asarray(field) for name, field in vars(rows).items()}
 
 
 def micro_batched(count: int) -> CleanBatch:

@@ -72,21 +72,22 @@ def batches():
         position = np.arange(LENGTH)
         answer = (position >= prompts[:, None]) & (position < lengths[:, None])
         ids = np.arange(ROWS, dtype=np.int32) + step * ROWS
-        index = np.arange(ROWS, dtype=np.int32)
-        yield CleanBatch(*(field[None] for field in (tokens, lengths, answer, prompts, ids, index)))
+        strata = np.arange(ROWS) / ROWS
+        yield CleanBatch.of_rows(*(field[None] for field in (tokens, lengths, answer, prompts, ids, strata)))
 
 
 def torch_loss(model, batch, noisy, rule):
     """Σ weight * CE / Σ weight with the mask token shut out of the softmax, straight from the definition."""
-    tokens, valid = np.array(noisy.tokens), np.array(noisy.valid)
+    tokens, valid = np.array(noisy.tokens), np.array(batch.segments[0] > 0)
+    prompts = np.asarray(noisy.prompt_lengths)[:, 0]
     position = np.arange(LENGTH)
     allowed = np.broadcast_to(valid[:, None, :], (ROWS, LENGTH, LENGTH)).copy()
     if rule.attention == "prefix":
-        in_answer = position >= np.asarray(noisy.prompt_lengths)[:, None]
+        in_answer = position >= prompts[:, None]
         allowed &= (position[None, :] <= position[:, None])[None] | in_answer[:, :, None]
     inputs, positions = torch.tensor(tokens).long(), torch.arange(LENGTH).tile(ROWS, 1)
     if rule.attention == "block":
-        allowed = bd3lm_mask(valid, np.asarray(noisy.prompt_lengths), rule.block_length)
+        allowed = bd3lm_mask(valid, prompts, rule.block_length)
         inputs = torch.cat([inputs, torch.tensor(np.array(batch.tokens[0])).long()], dim=1)
         positions = positions.tile(1, 2)
     bias = torch.where(torch.tensor(allowed)[:, None], 0.0, torch.finfo(torch.float32).min)
@@ -200,9 +201,7 @@ def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolera
     key = jax.random.key(3)
     losses, expected = [], []
     for index, batch in enumerate(batches()):
-        noisy = corrupt(
-            jax.random.fold_in(key, index), jax.tree.map(lambda x: jnp.asarray(x[0]), batch), rule, MASK, ROWS
-        )
+        noisy = corrupt(jax.random.fold_in(key, index), jax.tree.map(lambda x: jnp.asarray(x[0]), batch), rule, MASK)
         loss = torch_loss(peft_model, batch, noisy, rule)
         torch_optimizer.zero_grad()
         loss.backward()

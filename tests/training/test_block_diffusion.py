@@ -29,13 +29,13 @@ def random_lora():
 
 def batch():
     position = np.arange(LENGTH)
-    rows = CleanBatch(
+    rows = CleanBatch.of_rows(
         tokens=np.random.default_rng(0).integers(0, 96, (3, LENGTH)).astype(np.int32),
         lengths=LENGTHS.astype(np.int32),
         answer_mask=(position >= PROMPTS[:, None]) & (position < LENGTHS[:, None]),
         prompt_lengths=PROMPTS.astype(np.int32),
         example_ids=np.arange(3, dtype=np.int32),
-        row_index=np.arange(3, dtype=np.int32),
+        strata=np.arange(3) / 3,
     )
     return jax.tree.map(jnp.asarray, rows)
 
@@ -53,7 +53,7 @@ def rule_of(block, shift):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_loss(model, rule, lora, rows):
-    return loss_sums(model, PARAMS, lora, rows, jax.random.key(5), rule, 3, 8, train=False)
+    return loss_sums(model, PARAMS, lora, rows, jax.random.key(5), rule, 8, train=False)
 
 
 def nll_where(states_of, model, lora, wanted):
@@ -72,7 +72,7 @@ def test_the_loss_is_what_generation_sees_block_by_block(block, shift):
     model = Transformer(CONFIG, attention="block", block_length=block, lora=LORA_CONFIG, mask_token_id=MASK)
     lora, rule, rows = random_lora(), rule_of(block, shift), batch()
     loss, sums = run_loss(model, rule, lora, rows)
-    noisy = corrupt(jax.random.key(5), rows, rule, MASK, 3)
+    noisy = corrupt(jax.random.key(5), rows, rule, MASK)
     noisy_tokens, masked = np.asarray(noisy.tokens), np.asarray(noisy.masked)
     assert masked.sum() > 8
     apply = jax.jit(lambda *arguments: model.apply({"params": PARAMS, "lora": lora}, *arguments))
@@ -98,7 +98,7 @@ def test_block_one_with_the_shift_is_next_token_prediction_of_the_base():
     model = Transformer(CONFIG, attention="block", block_length=1, mask_token_id=MASK)
     rule, rows = rule_of(1, True), batch()
     loss, _ = run_loss(model, rule, {}, rows)
-    masked = np.asarray(corrupt(jax.random.key(5), rows, rule, MASK, 3).masked)
+    masked = np.asarray(corrupt(jax.random.key(5), rows, rule, MASK).masked)
     valid = np.arange(LENGTH) < LENGTHS[:, None]
     causal = Transformer(CONFIG, attention="causal", mask_token_id=MASK)
     states = causal.apply({"params": PARAMS}, rows.tokens, positions_of(valid), valid, PROMPTS)
@@ -108,7 +108,7 @@ def test_block_one_with_the_shift_is_next_token_prediction_of_the_base():
 
 def test_one_block_without_a_prompt_is_full_attention():
     rows = batch()
-    rows = rows.replace(prompt_lengths=jnp.zeros(3, jnp.int32))
+    rows = rows.replace(prompt_lengths=jnp.zeros_like(rows.prompt_lengths))
     rule = rule_of(LENGTH, False)
     losses = [
         float(run_loss(model, rule, {}, rows)[0])

@@ -13,7 +13,5 @@ def test_evaluation_does_not_depend_on_the_batch_size():
     rows, found = rows_of_a_step(), []
     for size in (16, 4):
         split = [{name: field[None, at : at + size] for name, field in rows.items()} for at in range(0, 16, size)]
-        for batch in split:
-            batch["row_index"] = rows["row_index"][None, :size]  # of its own batch, as the pipeline counts
         found.append(summarise(Evaluator(options, make_mesh(1), split, 16, jax.random.key(9))(params, lora)))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
