@@ -49,7 +49,7 @@ def default_config() -> ConfigDict:
             "quantization_block_size": 64,  # weights along the input that share a scale
             "convert_cache": True,  # keep a quantised base in output_dir/converted
             "mask_token": "",  # empty: chosen by rule, and announced
-            "remat": "full",
+            "remat": "full",  # or save_attention, save_dots, none: more memory, less computed twice
             "attention": "full",
             "block_length": 0,  # of attention "block"
             "logit_shift": False,

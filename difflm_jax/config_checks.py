@@ -9,13 +9,14 @@ from difflm_jax.checkpoint.names import PROJECTIONS
 from difflm_jax.data.packing import BATCHING
 from difflm_jax.diffusion.confidence import CONFIDENCES
 from difflm_jax.errors import UserError
+from difflm_jax.models.transformer import REMAT
 from difflm_jax.quant import QuantConfig
 
 PHASES = ("pretrain", "sft")
 
 _CHOICES = {
     "dtype": ("bfloat16", "float32"),
-    "remat": ("full", "none"),
+    "remat": tuple(REMAT),
     "attention": ("full", "prefix", "block"),
     "mask_rate": ("batch", "row", "block"),
     "batching": BATCHING,

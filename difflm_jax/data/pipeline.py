@@ -73,8 +73,8 @@ def batches(
     An element is a dict of arrays [A, B, L] over A = `accumulation` micro-batches of B = `batch_size` rows. `batching`
     (see `difflm_jax.data.packing.Batching`) says which examples share a row and which rows a step. L is the step's
     longest row, or `max_length` where rows are packed, rounded up to a multiple of `length_multiple`. Rows are padded
-    on the right with `pad_id`. The arrays are the fields of `difflm_jax.diffusion.corruption.CleanBatch`: what concerns an example
-    stands at each of its tokens, so that a row may hold any number of them.
+    on the right with `pad_id`. The arrays are the fields of `difflm_jax.diffusion.corruption.CleanBatch`: what concerns
+    an example stands at each of its tokens, so that a row may hold any number of them.
 
     Every epoch has a permutation of its own and ends with a step of its own, filled up with filler rows. How the rows
     of a step divide into A times B changes nothing else. `answer_padding` n > 0 lets an answer that ends a row be

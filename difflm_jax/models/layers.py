@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from difflm_jax.lora import LoraConfig, lora_down, lora_up
 from difflm_jax.models.attention import Window, attend
@@ -18,6 +19,8 @@ from difflm_jax.parallel import ROW_PARALLEL, gathered, summed
 from difflm_jax.models.rope import rotate
 from difflm_jax.noise import fold_seeds
 from difflm_jax.quant import matmul
+
+ATTENTION_OUTPUT = "attention_output"  # its name in remat policies
 
 # Each input of projections has a dropout of its own.
 _ATTENTION_INPUT, _ATTENTION_OUTPUT, _MLP_INPUT, _MLP_HIDDEN = range(4)
@@ -111,7 +114,7 @@ class Attention(nn.Module):
             k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
         q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
         k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
-        y_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
+        y_BTHE = checkpoint_name(attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS), ATTENTION_OUTPUT)
         output = Linear(self.lora, name="o_proj")
         return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT)[0]
 

@@ -9,19 +9,26 @@ import jax.numpy as jnp
 from difflm_jax.lora import LoraConfig
 from difflm_jax.models.attention import Window, attention_mask
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.layers import Layer, RMSNorm, stored
+from difflm_jax.models.layers import ATTENTION_OUTPUT, Layer, RMSNorm, stored
 from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
 from difflm_jax.models.rope import rope_tables
 from difflm_jax.quant import matmul
 
-REMAT = ("none", "full")
+# What a layer keeps for its backward pass beside its input; the rest is computed again there.
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": _policies.everything_saveable,
+    "save_dots": _policies.dots_with_no_batch_dims_saveable,  # the results of projections, not attention's scores
+    "save_attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
+    "full": _policies.nothing_saveable,
+}
 
 
 class Transformer(nn.Module):
     """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
 
     Without a `lora` collection it is the base. `attention` is the rule ("full", "prefix", "block", "causal") and
-    `block_length` that of "block". `remat="full"` keeps only the input of each layer for the backward pass.
+    `block_length` that of "block". `remat` (a key of `REMAT`) says what the backward pass computes again.
     """
 
     config: ModelConfig
@@ -65,7 +72,7 @@ class Transformer(nn.Module):
         )
         rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
 
-        layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False)
+        layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "lora": 0, "cache": 0},

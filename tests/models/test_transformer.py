@@ -89,18 +89,19 @@ def test_a_row_of_padding_alone_is_finite():
     assert np.isfinite(hidden(valid=np.array([[True] * 12, [False] * 12]))).all()
 
 
-def test_remat_changes_neither_value_nor_gradient():
+@pytest.mark.parametrize("remat", ["save_dots", "save_attention", "full"])
+def test_remat_changes_neither_value_nor_gradient(remat):
     config = LoraConfig(r=4)
     lora = random_lora(config)
 
     @functools.partial(jax.jit, static_argnums=1)
-    def loss(lora, remat):
-        model = Transformer(CONFIG, lora=config, mask_token_id=MASK, remat=remat)
+    def loss(lora, name):
+        model = Transformer(CONFIG, lora=config, mask_token_id=MASK, remat=name)
         out = model.apply({"params": PARAMS, "lora": lora}, TOKENS, positions_of(VALID), VALID, PROMPTS)
         return (out * out[::-1]).sum()
 
     value, gradient = jax.value_and_grad(loss)(lora, "none")
-    value_remat, gradient_remat = jax.value_and_grad(loss)(lora, "full")
+    value_remat, gradient_remat = jax.value_and_grad(loss)(lora, remat)
     np.testing.assert_allclose(value, value_remat, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, gradient_remat)
 
