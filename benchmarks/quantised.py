@@ -1,16 +1,13 @@
 """Speed of a quantised base: LoRA steps over every format beside the dense base, and beside torch + bitsandbytes.
 
-    python benchmarks/quantised.py [--model=models/SmolLM2-135M-Instruct.Q4_1.gguf] [--rows=8 --length=128] [--peer]
-                                   [--out=FILE.json]
+    python -m benchmarks.quantised [--model=models/SmolLM2-135M-Instruct.Q4_1.gguf] [--rows=8 --length=128] [--peer]
+                                   [--out=DIR]
 
 Rounds alternate between the bases; figures are medians. Also: bytes a weight of the projections, seconds to quantise a
 GB of bfloat16 weights, and seconds to load the base from the model, and from the conversion that is kept.
 """
 
 import argparse
-import json
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import difflm_jax
+from benchmarks.common import add_report_flags, alternating, median_of, report
 from difflm_jax.checkpoint.converted import load_converted
 from difflm_jax.config import default_config
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
@@ -39,9 +37,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", action="store_true", help="torch, peft and bitsandbytes beside it")
-    parser.add_argument("--out", default="")
+    add_report_flags(parser, rounds=5)
     options = parser.parse_args()
     steps, facts = {}, {}
     for base in ("dense", *FORMATS):
@@ -52,14 +49,19 @@ def main() -> None:
             difflm_jax.load(options.model, dtype="float32").save_pretrained(f"{directory}/dense")
             steps["torch + peft, dense"] = _torch_step(f"{directory}/dense", False, options)
             steps["torch + peft + bitsandbytes nf4"] = _torch_step(f"{directory}/dense", True, options)
-    seconds = _alternating(steps, options.rounds)
-    for base, median in seconds.items():
-        facts.setdefault(base, {})
-        facts[base] |= {"step_seconds": round(median, 3), "of_dense": round(median / seconds["dense"], 3)}
-        print(f"{base:<34}", json.dumps(facts[base]))
-    record = {"device": jax.devices()[0].device_kind, "machine": platform.platform(), **vars(options), "bases": facts}
-    if options.out:
-        Path(options.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    seconds = alternating({name: lambda _, step=step: step() for name, step in steps.items()}, options.rounds)
+    dense = median_of(seconds["dense"])
+    rows = [
+        {
+            "way": base,
+            "step_seconds": median_of(times),
+            "of_dense": median_of(times) / dense,
+            **facts.get(base, {}),
+            "seconds": times,
+        }
+        for base, times in seconds.items()
+    ]
+    report("quantised", options, rows, "step_seconds")
 
 
 def _load(base: str, options: argparse.Namespace) -> tuple[difflm_jax.LanguageModel, dict]:
@@ -86,8 +88,8 @@ def _quantise_seconds(held: QuantConfig) -> float:
     """Seconds for 10^9 bytes of bfloat16, from a weight of 2560 x 9728 (Qwen3-4B's MLP)."""
     weight = jax.random.normal(jax.random.key(0), (2560, 9728), jnp.bfloat16)
     run = jax.jit(quantize, static_argnums=1)
-    seconds = _alternating({"quantise": lambda: run(weight, held)}, 5)["quantise"]
-    return seconds * 1e9 / weight.nbytes
+    seconds = alternating({"quantise": lambda _: run(weight, held)}, 5)["quantise"]
+    return median_of(seconds) * 1e9 / weight.nbytes
 
 
 def _our_step(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Callable[[], object]:
@@ -147,18 +149,6 @@ def _torch_step(directory: str, quantised: bool, options: argparse.Namespace) ->
 
 def _tokens(vocab_size: int, options: argparse.Namespace) -> np.ndarray:
     return np.random.default_rng(0).integers(10, vocab_size, (options.rows, options.length)).astype(np.int32)
-
-
-def _alternating(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one round that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":
