@@ -49,9 +49,8 @@ def loss_sums(
     """
     noisy = corrupt(key, batch, corruption, model.mask_token_id, num_rows)
     dropout_keys = row_keys(jax.random.fold_in(key, _DROPOUT_STREAM), batch.example_ids) if train else None
-    states = _block_states if model.attention == "block" else _states
     variables = {"params": params, "lora": lora}
-    hidden_BLD = states(model, variables, noisy, batch.tokens, dropout_keys, corruption.logit_shift)
+    hidden_BLD = predicting_states_of(model, variables, noisy, batch.tokens, dropout_keys, corruption.logit_shift)
     loss, nll_M, correct_M = scored_cross_entropy(
         hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
         head_weight(model.config, params),
@@ -75,6 +74,14 @@ def loss_sums(
         masked_count=by_rate(jnp.ones(noisy.tokens.shape)),
         tokens=noisy.valid.sum().astype(jnp.float32),
     )
+
+
+def predicting_states_of(
+    model, variables, noisy: NoisyBatch, tokens_BL, dropout_keys_B, logit_shift: bool
+) -> jax.Array:
+    """[B, L, D] the states that predict each token of a corrupted batch; `tokens_BL` are the clean ones."""
+    states = _block_states if model.attention == "block" else _states
+    return states(model, variables, noisy, tokens_BL, dropout_keys_B, logit_shift)
 
 
 def _states(model, variables, noisy: NoisyBatch, _tokens_BL, dropout_keys_B, logit_shift: bool) -> jax.Array:
