@@ -16,7 +16,8 @@ from difflm_jax.cli import run_command
 from difflm_jax.config import load_config, take_overrides
 from difflm_jax.errors import exit_with_errors
 from difflm_jax.hosts import connect, define_host_flags
-from difflm_jax.report import print_report, read_questions
+from difflm_jax.report import print_report
+from difflm_jax.tasks import read_questions
 from difflm_jax.training.run import train
 
 FLAGS = flags.FlagValues()
