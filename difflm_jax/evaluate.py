@@ -19,6 +19,7 @@ from difflm_jax.cli import define_model_flags, load_from_flags, run_command
 from difflm_jax.data.pipeline import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.errors import UserError
+from difflm_jax.fluency import print_fluency
 from difflm_jax.lm import LanguageModel
 from difflm_jax.mesh import is_writer, make_mesh, place, row_shards, rows_of_process
 from difflm_jax.report import print_report
@@ -46,6 +47,9 @@ flags.DEFINE_string(
     "text", "", "Plain text whose bits a byte are bounded (--rows counts its windows of --max_length).",
     flag_values=FLAGS,
 )  # fmt: skip
+flags.DEFINE_bool(
+    "fluency", False, "Add length, ends, repetition and NLL under the causal base of the answers.", flag_values=FLAGS
+)
 flags.DEFINE_integer("seed", 0, "Seed of the masks.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_string("out", "", "A JSON file for the figures and every answer.", flag_values=FLAGS)
 
@@ -90,7 +94,14 @@ def _answer_scores(
     """Masked scores and likelihoods of the reference answers, then generated answers."""
     record: dict[str, Any] = {"task": flag_values.task, "data": flag_values.data}
     if TASKS[flag_values.task].has_answers:
-        record["masked"] = scores = masked_scores(lm, flag_values)
+        record["masked"] = scores = masked_scores(
+            lm,
+            flag_values.data,
+            flag_values.rows,
+            flag_values.max_length,
+            flag_values.batch_size,
+            flag_values.seed,
+        )
         print(f"\nMasked answers ({flag_values.data}), attention {lm.attention}, shift {lm.logit_shift}")
         print(f"  {'mask rate':<12}{'nll':>10}{'accuracy':>12}{'perplexity':>14}")
         for rate, values in {**scores["by_mask_rate"], "all": scores}.items():
@@ -111,6 +122,8 @@ def _answer_scores(
         task=flag_values.task,
         batch_size=flag_values.decode_batch_size,
     )
+    if flag_values.fluency:
+        record["fluency"] = print_fluency(lm, questions, columns, flag_values.batch_size)
     record["questions"] = [dataclasses.asdict(question) for question in questions]
     record["generated"] = [column.record(columns[0]) for column in columns]
     return record
@@ -125,19 +138,18 @@ def _text_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str, 
     return {"data": flag_values.text, "samples": samples, **print_scores(title, scored)}
 
 
-def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str, Any]:
-    """NLL, accuracy and perplexity of hidden answer tokens, at rates stratified over (0, 1]."""
-    rows = tokenize(
-        flag_values.data,
-        lm.tokenizer,
-        phase="sft",
-        max_length=flag_values.max_length,
-        mask_token_id=lm.mask_token_id,
-    )
-    if flag_values.rows:
-        rows = rows.select(range(min(flag_values.rows, len(rows))))
+def masked_scores(
+    lm: LanguageModel, dataset: str, rows: int = 0, max_length: int = 768, batch_size: int = 8, seed: int = 0
+) -> dict[str, Any]:
+    """NLL, accuracy and perplexity of hidden answer tokens, at rates stratified over (0, 1].
+
+    Of the first `rows` (0: all) of `dataset`; those above `max_length` tokens are cut.
+    """
+    examples = tokenize(dataset, lm.tokenizer, phase="sft", max_length=max_length, mask_token_id=lm.mask_token_id)
+    if rows:
+        examples = examples.select(range(min(rows, len(examples))))
     mesh = lm.mesh or make_mesh(1)
-    batch_size = min(flag_values.batch_size, len(rows))
+    batch_size = min(batch_size, len(examples))
     batch_size += -batch_size % row_shards(mesh)
     corruption = Corruption(
         scope="answer",
@@ -150,12 +162,12 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         block_length=lm.model.block_length,
     )
     data = batches(
-        rows,
+        examples,
         batch_size=batch_size,
         local_rows=rows_of_process(mesh, batch_size),
         shuffle=False,
         pad_id=lm.pad_token_id,
-        max_length=flag_values.max_length,
+        max_length=max_length,
         answer_padding=lm.model.block_length,
         eos_id=lm.tokenizer.eos_token_id,
     )
@@ -163,8 +175,8 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         StepOptions(lm.model, corruption, 256),
         mesh,
         (data[i] for i in range(len(data))),
-        len(rows),
-        jax.random.key(flag_values.seed),
+        len(examples),
+        jax.random.key(seed),
     )
     sums = evaluate(place(lm.params, mesh), place(lm.lora or {}, mesh))
     return {**summarise(sums), "by_mask_rate": by_rate(sums)}

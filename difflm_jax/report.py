@@ -12,7 +12,8 @@ from difflm_jax.tasks import TASKS, Question
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The answers of one way of decoding: for each question its text, whether it is right, and its forward passes."""
+    """The answers of one way of decoding: for each question its text and tokens, whether it is right,
+    and its forward passes."""
 
     name: str
     answers: list[str]
@@ -20,6 +21,7 @@ class Column:
     seconds: float
     correct: list[bool]
     passes: list[int]
+    tokens: list[list[int]]
 
     def record(self, base: "Column") -> dict[str, Any]:
         """The column with its share of right answers, and its difference from the base's; 95 % bootstrap intervals."""
@@ -51,7 +53,8 @@ def compare(
         is_correct = TASKS[task].is_correct
         correct = [is_correct(question, text) for question, text in zip(questions, out.texts, strict=True)]
         seconds = time.perf_counter() - start
-        columns.append(Column(name, out.texts, sum(correct), seconds, correct, out.steps.tolist()))
+        tokens = [row.tolist() for row in out.tokens]
+        columns.append(Column(name, out.texts, sum(correct), seconds, correct, out.steps.tolist(), tokens))
     return columns
 
 

@@ -76,16 +76,20 @@ def samples(evaluated, task):
 
 
 def test_choices_are_scored_by_the_models_likelihood(lm, evaluated):
+    canvases, continuations, greedy = [], [], []
     for row, sample in zip(CHOICES, samples(evaluated, "tiny_choice"), strict=True):
         prompt = lm.tokenizer(row["question"])["input_ids"]
         answers = [lm.tokenizer(f" {choice}")["input_ids"] for choice in row["choices"]]
-        expected = lm.log_likelihood([prompt] * 3, answers, samples=8)
+        expected = lm.log_likelihood([prompt] * 3, answers, samples=8, batch_size=8)
         found = [float(response[0][0]) for response in sample["resps"]]
         np.testing.assert_allclose(found, expected.values, rtol=1e-4)
         assert sample["acc"] == float(np.argmax(expected.values) == row["label"])
-        for answer, response in zip(answers, sample["resps"], strict=True):
-            decoded = lm.infill([[*prompt, *[lm.mask_token_id] * len(answer)]], algorithm="probability").tokens[0]
-            assert str(response[0][1]) == str(decoded[len(prompt) :].tolist() == answer)
+        canvases += [[*prompt, *[lm.mask_token_id] * len(answer)] for answer in answers]
+        continuations += answers
+        greedy += [str(response[0][1]) for response in sample["resps"]]
+    filled = lm.infill(canvases, steps=max(map(len, continuations)), algorithm="probability", batch_size=8).tokens
+    decoded = [tokens[-len(answer) :].tolist() for tokens, answer in zip(filled, continuations, strict=True)]
+    assert greedy == [str(tokens == answer) for tokens, answer in zip(decoded, continuations, strict=True)]
 
 
 def test_rolling_likelihood_covers_every_token_once(lm, evaluated):
@@ -96,17 +100,17 @@ def test_rolling_likelihood_covers_every_token_once(lm, evaluated):
             window = tokens[first : first + 40]
             # lm-eval fills the last window of several up with as much of the text before it as there is room for.
             before = [eos] if first == 0 else tokens[max(0, first + len(window) - 41) : first]
-            total += lm.log_likelihood([before], [window], samples=8).values[0]
+            total += lm.log_likelihood([before], [window], samples=8, batch_size=8).values[0]
     size = sum(len(text.encode()) for text in TEXTS)
     found = evaluated[0]["results"]["tiny_rolling"]["bits_per_byte,none"]
     assert found == pytest.approx(-total / size / np.log(2), rel=1e-4)
 
 
 def test_answers_are_generated_up_to_a_stop_string(lm, evaluated):
-    for row, sample in zip(CHOICES, samples(evaluated, "tiny_generate"), strict=True):
-        prompt = lm.tokenizer(row["question"])["input_ids"]
-        assert sample["resps"][0][0] == lm.generate([prompt], 8, 8, stop="Q").texts[0]
-        assert "Q" not in sample["resps"][0][0]
+    found = [sample["resps"][0][0] for sample in samples(evaluated, "tiny_generate")]
+    prompts = [lm.tokenizer(row["question"])["input_ids"] for row in CHOICES]
+    assert found == lm.generate(prompts, 8, 8, stop="Q", batch_size=8).texts
+    assert not any("Q" in text for text in found)
 
 
 def test_the_causal_base_and_a_model_by_its_path(lm):

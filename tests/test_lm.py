@@ -187,7 +187,8 @@ def test_stories260k_tells_its_story(shared_data):
     assert out.texts[0].strip() == expected["text"].strip()
 
 
-def test_log_likelihood_of_the_base_is_that_of_the_library_and_of_a_diffusion_model_has_an_error(lm, model_dir):
+def test_log_likelihood_of_the_base_is_that_of_the_library_and_of_a_diffusion_model_has_an_error(model_dir):
+    lm = difflm_jax.load(model_dir, attention="prefix", logit_shift=True, dtype="float32")
     answers = ["Yes.", "No, never.", "0"]
     found = lm.base().log_likelihood(PROMPTS, answers)
     torch_model = AutoModelForCausalLM.from_pretrained(model_dir)

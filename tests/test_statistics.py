@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from difflm_jax.fluency import repetition
 from difflm_jax.statistics import difference_interval, mean_interval, ratio_interval
 
 
@@ -35,3 +36,10 @@ def test_pairs_are_drawn_together():
 def test_a_ratio_of_sums():
     sizes = np.random.default_rng(3).integers(1, 50, 300)
     assert ratio_interval(2.0 * sizes, sizes) == pytest.approx((2, 2))
+
+
+def test_repetition_is_the_share_of_ngrams_that_were_there_before():
+    assert repetition([1, 2, 3]) == 0
+    assert repetition(range(20)) == 0
+    assert repetition([7] * 8) == 0.8  # five 4-grams, one of them new
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(0.2)

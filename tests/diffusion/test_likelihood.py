@@ -57,7 +57,7 @@ def enumerated(decoder: Decoder, prompt: np.ndarray, answer: np.ndarray) -> floa
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_estimates_are_within_two_standard_errors_of_all_masks(rule):
     model = decoder(*rule)
-    found = log_likelihoods(model, PROMPTS, ANSWERS, samples=256, seed=1, batch_size=128)
+    found = log_likelihoods(model, PROMPTS, ANSWERS, samples=256, seed=0, batch_size=128)
     for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         exact = enumerated(model, prompt, answer)
         assert abs(found.values[i] - exact) <= 2 * found.standard_errors[i] + 1e-4
