@@ -22,6 +22,7 @@ from difflm_jax.data.mask_token import choose_mask_token
 from difflm_jax.diffusion.canvas import Decoder, answer_plan, fill_answers, fill_masks
 from difflm_jax.diffusion.likelihood import LogLikelihood, log_likelihoods
 from difflm_jax.diffusion.options import Sampling, check_algorithm, sampling_options
+from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, merge_lora
 from difflm_jax.mesh import over_rows, place, row_shards, to_host
@@ -144,6 +145,7 @@ class LanguageModel:
         seed: int = 0,
         batch_size: int = 16,
         stop: str | Sequence[str] = (),
+        on_pass: Watcher | None = None,
         **options: Any,
     ) -> Generation:
         """Answers prompts: a string or a list of strings (the chat template is applied), message lists, or token lists.
@@ -154,14 +156,15 @@ class LanguageModel:
         else what the adapter's `diffusion_config.json` names. `options` are the fields of
         `difflm_jax.diffusion.options.Sampling`.
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
-        string; `texts` end before it. With causal attention decoding is left to right, one token a pass.
+        string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
+        called after every forward pass with a `difflm_jax.diffusion.watching.Pass`.
         """
         rows = [self._prompt_tokens(prompt) for prompt in as_list(prompts)]
         sampling = self._sampling(temperature, algorithm, options)
         plan = answer_plan(self.model, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
         stops = stop_strings(stop)
-        filled = fill_answers(self._decoder, rows, plan, sampling, seed, batch_size)
+        filled = fill_answers(self._decoder, rows, plan, sampling, seed, batch_size, on_pass)
         rows = [answer[:max_new_tokens] for answer in filled.rows]
         answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in rows]
         texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
@@ -175,6 +178,7 @@ class LanguageModel:
         algorithm: str | None = None,
         seed: int = 0,
         batch_size: int = 16,
+        on_pass: Watcher | None = None,
         **options: Any,
     ) -> Generation:
         """Fills exactly the masks of `canvas`: text that holds the mask token, a list of such, or token rows.
@@ -187,7 +191,7 @@ class LanguageModel:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)
         self._check_length(max((len(row) for row in rows), default=0))
-        filled = fill_masks(self._decoder, rows, steps, sampling, seed, batch_size)
+        filled = fill_masks(self._decoder, rows, steps, sampling, seed, batch_size, on_pass)
         return Generation([self._decode(row) for row in filled.rows], filled.rows, filled.passes, filled.committed)
 
     def log_likelihood(
