@@ -27,10 +27,9 @@ def model_dir(tmp_path_factory):
 @pytest.mark.parametrize(
     ("rule", "options"),
     [
-        (("prefix", True, None), {"steps": 4, "block_length": 6, "temperature": 0.8}),
-        (("full", False, None), {"steps": 16, "remask": "conf"}),
+        (("block", True, 4), {"steps": 6, "temperature": 0.8}),
+        (("prefix", True, None), {"steps": 16, "remask": "conf"}),
         (("full", False, None), {"steps": 12, "threshold": 0.2, "edit_threshold": 0.3, "block_length": 4}),
-        (("block", True, 4), {"steps": 12, "algorithm": "probability"}),
     ],
     ids=str,
 )
