@@ -25,7 +25,8 @@ import numpy as np
 import difflm_jax
 from difflm_jax.cli import last_adapter, read_run_config
 from difflm_jax.lm import LanguageModel
-from difflm_jax.report import normalised, read_questions
+from difflm_jax.tasks import read_questions
+from difflm_jax.tasks.exact import normalised
 
 # name -> (attention: None is the adapter's own, else "block" with its length; options of `generate`).
 # With n = --max_new_tokens as the canvas; the second group has a canvas of 8 n filled in blocks of n.

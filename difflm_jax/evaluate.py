@@ -1,15 +1,15 @@
 """Scores a converted model on rows with known answers, beside its own causal base.
 
-    python -m difflm_jax.evaluate --model=SOURCE [--adapter=DIR | --run=DIR] --data=FILE
+    python -m difflm_jax.evaluate --model=SOURCE [--adapter=DIR | --run=DIR] --data=FILE [--task=gsm8k ...]
 
-Prints masked NLL, accuracy and perplexity of the answers by mask rate, then exact matches of generated answers at
-several numbers of tokens a forward pass. `--out=FILE` keeps every question and answer as JSON.
+Prints masked NLL, accuracy and perplexity of the answers by mask rate, then right answers at several numbers of tokens
+a forward pass, with 95 % bootstrap intervals. `--likelihood=128` adds the likelihood of the answers, `--text=FILE` that
+of plain text in bits a byte: of the base exactly, of the diffusion model as a Monte-Carlo bound. `--out=FILE` keeps
+the command, versions, seed, every figure and every answer as JSON.
 """
 
 import dataclasses
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,69 +19,137 @@ from difflm_jax.cli import define_model_flags, load_from_flags, run_command
 from difflm_jax.data.pipeline import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.errors import UserError
+from difflm_jax.fluency import print_fluency
 from difflm_jax.lm import LanguageModel
 from difflm_jax.mesh import is_writer, make_mesh, place, row_shards, rows_of_process
-from difflm_jax.report import print_report, read_questions
+from difflm_jax.report import print_report
+from difflm_jax.results import check_writable, write_results
+from difflm_jax.scores import print_scores, read_windows, score_answers, score_text
+from difflm_jax.tasks import TASKS, Question, read_questions
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
 from difflm_jax.training.step import StepOptions
 
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)
 flags.DEFINE_string("data", "", "Rows with answers: a file, a directory, builtin:NAME or a hub id.", flag_values=FLAGS)
+flags.DEFINE_enum("task", "exact", list(TASKS), "What the rows are, and what counts as right.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 0, "Only the first rows (0: all).", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("max_new_tokens", 32, "Length of the answer's canvas.", flag_values=FLAGS)
 flags.DEFINE_list("tokens_per_pass", ["1", "2", "4"], "Tokens committed in a forward pass.", flag_values=FLAGS)
-flags.DEFINE_integer("max_length", 768, "Longest row that is scored, in tokens.", flag_values=FLAGS)
+flags.DEFINE_integer("max_length", 768, "Longest row that is scored, in tokens.", lower_bound=2, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 8, "Rows scored together.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Seed of the masks.", flag_values=FLAGS)
+flags.DEFINE_integer("decode_batch_size", 64, "Questions answered together.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "likelihood", 0, "Masked copies of an answer by which its likelihood is bounded (0: not; LLaDA takes 128).",
+    lower_bound=0, flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_string(
+    "text", "", "Plain text whose bits a byte are bounded (--rows counts its windows of --max_length).",
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_bool(
+    "fluency", False, "Add length, ends, repetition and NLL under the causal base of the answers.", flag_values=FLAGS
+)
+flags.DEFINE_integer("seed", 0, "Seed of the masks.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_string("out", "", "A JSON file for the figures and every answer.", flag_values=FLAGS)
+
+TEXT_SAMPLES = 32  # masked copies of a window of text, where --likelihood does not say
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Prints both tables, and writes `--out` if it is given."""
-    if not flag_values.data:
-        raise UserError("name the rows to score with --data")
-    try:
-        tokens_per_pass = [int(item) for item in flag_values.tokens_per_pass]
-    except ValueError as error:
-        raise UserError(f"--tokens_per_pass={','.join(flag_values.tokens_per_pass)}: must be integers") from error
-    if min(tokens_per_pass, default=0) < 1:
-        raise UserError("--tokens_per_pass: must be integers greater than 0")
-    questions = read_questions(flag_values.data, flag_values.rows)  # before the model: bad rows cost no load
+    """Prints the tables that the flags ask for, and writes `--out` if it is given."""
+    if not flag_values.data and not flag_values.text:
+        raise UserError("name the rows to score with --data, or plain text with --text")
+    tokens_per_pass = _tokens_per_pass(flag_values.tokens_per_pass)
+    if flag_values.likelihood and flag_values.data and not TASKS[flag_values.task].has_answers:
+        raise UserError(f"--likelihood: rows of the task {flag_values.task} hold no answer to score")
+    if flag_values.out:
+        check_writable(flag_values.out)
+    questions = []  # read before the model: bad rows cost no load
+    if flag_values.data:
+        questions = read_questions(flag_values.data, flag_values.rows, flag_values.task)
     lm = load_from_flags(flag_values)
-    scores = masked_scores(lm, flag_values)
-    print(f"\nMasked answers ({flag_values.data}), attention {lm.attention}, shift {lm.logit_shift}")
-    print(f"  {'mask rate':<12}{'nll':>10}{'accuracy':>12}{'perplexity':>14}")
-    for rate, values in {**scores["by_mask_rate"], "all": scores}.items():
-        print(
-            f"  {rate:<12}{values['masked_nll']:>10.4f}{values['masked_accuracy']:>12.4f}{values['perplexity']:>14.2f}"
-        )
-    columns = print_report(lm, flag_values.data, questions, tokens_per_pass, flag_values.max_new_tokens)
+    record = {"model": lm.source.name, "diffusion_config": lm.diffusion_config(), "seed": flag_values.seed}
+    if flag_values.text:
+        record["text"] = _text_scores(lm, flag_values)
+    if questions:
+        record |= _answer_scores(lm, flag_values, questions, tokens_per_pass)
     if flag_values.out and is_writer():
-        record = {
-            "command": sys.argv,
-            "model": lm.source.name,
-            "diffusion_config": lm.diffusion_config(),
-            "masked": scores,
-            "questions": [dataclasses.asdict(question) for question in questions],
-            "generated": [dataclasses.asdict(column) for column in columns],
-        }
-        Path(flag_values.out).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_results(flag_values.out, record)
 
 
-def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str, Any]:
-    """NLL, accuracy and perplexity of hidden answer tokens, at rates stratified over (0, 1]."""
-    rows = tokenize(
+def _tokens_per_pass(items: list[str]) -> list[int]:
+    try:
+        numbers = [int(item) for item in items]
+    except ValueError as error:
+        raise UserError(f"--tokens_per_pass={','.join(items)}: must be integers") from error
+    if min(numbers, default=0) < 1:
+        raise UserError("--tokens_per_pass: must be integers greater than 0")
+    return numbers
+
+
+def _answer_scores(
+    lm: LanguageModel, flag_values: flags.FlagValues, questions: list[Question], tokens_per_pass: list[int]
+) -> dict[str, Any]:
+    """Masked scores and likelihoods of the reference answers, then generated answers."""
+    record: dict[str, Any] = {"task": flag_values.task, "data": flag_values.data}
+    if TASKS[flag_values.task].has_answers:
+        record["masked"] = scores = masked_scores(
+            lm,
+            flag_values.data,
+            flag_values.rows,
+            flag_values.max_length,
+            flag_values.batch_size,
+            flag_values.seed,
+        )
+        print(f"\nMasked answers ({flag_values.data}), attention {lm.attention}, shift {lm.logit_shift}")
+        print(f"  {'mask rate':<12}{'nll':>10}{'accuracy':>12}{'perplexity':>14}")
+        for rate, values in {**scores["by_mask_rate"], "all": scores}.items():
+            print(
+                f"  {rate:<12}{values['masked_nll']:>10.4f}{values['masked_accuracy']:>12.4f}"
+                f"{values['perplexity']:>14.2f}"
+            )
+    if samples := flag_values.likelihood:
+        scored = score_answers(lm, questions, samples, flag_values.seed, flag_values.batch_size)
+        title = f"Likelihood of the answers ({len(questions)}, {flag_values.data}), {samples} samples a row"
+        record["likelihood"] = {"samples": samples, **print_scores(title, scored)}
+    columns = print_report(
+        lm,
         flag_values.data,
-        lm.tokenizer,
-        phase="sft",
-        max_length=flag_values.max_length,
-        mask_token_id=lm.mask_token_id,
+        questions,
+        tokens_per_pass,
+        flag_values.max_new_tokens,
+        task=flag_values.task,
+        batch_size=flag_values.decode_batch_size,
     )
-    if flag_values.rows:
-        rows = rows.select(range(min(flag_values.rows, len(rows))))
+    if flag_values.fluency:
+        record["fluency"] = print_fluency(lm, questions, columns, flag_values.batch_size)
+    record["questions"] = [dataclasses.asdict(question) for question in questions]
+    record["generated"] = [column.record(columns[0]) for column in columns]
+    return record
+
+
+def _text_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str, Any]:
+    """Both models on plain text."""
+    samples = flag_values.likelihood or TEXT_SAMPLES
+    windows = read_windows(flag_values.text, lm.tokenizer, flag_values.max_length, flag_values.rows)
+    scored = score_text(lm, windows, samples, flag_values.seed, flag_values.batch_size)
+    title = f"Likelihood of text ({len(windows)} windows of {flag_values.text}), {samples} samples a window"
+    return {"data": flag_values.text, "samples": samples, **print_scores(title, scored)}
+
+
+def masked_scores(
+    lm: LanguageModel, dataset: str, rows: int = 0, max_length: int = 768, batch_size: int = 8, seed: int = 0
+) -> dict[str, Any]:
+    """NLL, accuracy and perplexity of hidden answer tokens, at rates stratified over (0, 1].
+
+    Of the first `rows` (0: all) of `dataset`; those above `max_length` tokens are cut.
+    """
+    examples = tokenize(dataset, lm.tokenizer, phase="sft", max_length=max_length, mask_token_id=lm.mask_token_id)
+    if rows:
+        examples = examples.select(range(min(rows, len(examples))))
     mesh = lm.mesh or make_mesh(1)
-    batch_size = min(flag_values.batch_size, len(rows))
+    batch_size = min(batch_size, len(examples))
     batch_size += -batch_size % row_shards(mesh)
     corruption = Corruption(
         scope="answer",
@@ -94,12 +162,12 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         block_length=lm.model.block_length,
     )
     data = batches(
-        rows,
+        examples,
         batch_size=batch_size,
         local_rows=rows_of_process(mesh, batch_size),
         shuffle=False,
         pad_id=lm.pad_token_id,
-        max_length=flag_values.max_length,
+        max_length=max_length,
         answer_padding=lm.model.block_length,
         eos_id=lm.tokenizer.eos_token_id,
     )
@@ -107,8 +175,8 @@ def masked_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str,
         StepOptions(lm.model, corruption, 256),
         mesh,
         (data[i] for i in range(len(data))),
-        len(rows),
-        jax.random.key(flag_values.seed),
+        len(examples),
+        jax.random.key(seed),
     )
     sums = evaluate(place(lm.params, mesh), place(lm.lora or {}, mesh))
     return {**summarise(sums), "by_mask_rate": by_rate(sums)}

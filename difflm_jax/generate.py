@@ -3,19 +3,27 @@
     python -m difflm_jax.generate --model=SOURCE [--adapter=DIR | --run=DIR] --prompt="..." [--max_new_tokens=64 ...]
 
 Without --prompt or --file it reads lines from a pipe (one prompt a line, one answer each), or chats on a terminal.
+`--watch` shows on stderr how an answer comes out of its masks; `--watch_html=FILE` makes a page of it to scrub through.
 """
 
 import dataclasses
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from difflm_jax.cli import define_model_flags, load_from_flags, run_command
 from difflm_jax.diffusion.options import Sampling
+from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
+from difflm_jax.results import check_writable
+from difflm_jax.view.page import PageRecorder
+from difflm_jax.view.terminal import TerminalView
 
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)
@@ -30,6 +38,8 @@ flags.DEFINE_list("stop", [], "Texts that end an answer, separated by commas.", 
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", flag_values=FLAGS)
 flags.DEFINE_bool("stats", False, "Print tokens, passes and tokens a pass to stderr.", flag_values=FLAGS)
+flags.DEFINE_bool("watch", False, "Show the answer after every pass, on stderr; prompts in turn.", flag_values=FLAGS)
+flags.DEFINE_string("watch_html", "", "A page of every pass, to scrub through; prompts in turn.", flag_values=FLAGS)
 _DEFINE = {float: flags.DEFINE_float, int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
 for _field in dataclasses.fields(Sampling):
     _DEFINE[_field.metadata["type"]](_field.name, None, _field.metadata["help"], flag_values=FLAGS)
@@ -39,17 +49,22 @@ def main(flag_values: flags.FlagValues) -> None:
     """Prints one answer a prompt; newlines within an answer are escaped when there are several prompts."""
     if flag_values.prompt is not None and flag_values.file is not None:
         raise UserError("give --prompt or --file, not both")
+    if flag_values.watch_html:
+        check_writable(flag_values.watch_html)
     lines = _lines(flag_values)  # before the model: a missing file should not cost a load
     lm = load_from_flags(flag_values)
     if flag_values.causal:
         lm = lm.base()
+    options = _options(flag_values)
+    page = _page(lm, flag_values, options) if flag_values.watch_html else None
+    answers = functools.partial(_answers, lm, flag_values, options, page)
     if flag_values.prompt is not None:
-        print(_answers(lm, flag_values, [flag_values.prompt])[0])
+        print(answers([flag_values.prompt])[0])
     elif lines is not None:
-        for answer in _answers(lm, flag_values, lines):
+        for answer in answers(lines):
             print(answer.replace("\\", "\\\\").replace("\n", "\\n"))
     else:
-        _chat(lm, flag_values)
+        _chat(lm, answers)
 
 
 def _lines(flag_values: flags.FlagValues) -> list[str] | None:
@@ -74,10 +89,36 @@ def _lines(flag_values: flags.FlagValues) -> list[str] | None:
     return lines
 
 
-def _answers(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list) -> list[str]:
+def _options(flag_values: flags.FlagValues) -> dict[str, Any]:
+    """The options of decoding that the flags name."""
     options = {field.name: flag_values[field.name].value for field in dataclasses.fields(Sampling)}
     options = {name: value for name, value in options.items() if value is not None}
-    options |= {"seed": flag_values.seed, "batch_size": flag_values.batch_size}
+    one_by_one = flag_values.watch or flag_values.watch_html
+    return options | {"seed": flag_values.seed, "batch_size": 1 if one_by_one else flag_values.batch_size}
+
+
+def _page(lm: LanguageModel, flag_values: flags.FlagValues, options: dict[str, Any]) -> PageRecorder:
+    shown = {"attention": lm.attention, "logit_shift": lm.logit_shift, "steps": flag_values.steps}
+    shown |= {name: value for name, value in options.items() if name != "batch_size"}
+    return PageRecorder(lm.tokenizer, lm.mask_token_id, f"Denoising by {lm.source.name}", shown)
+
+
+def _watcher(lm: LanguageModel, flag_values: flags.FlagValues, page: PageRecorder | None) -> Watcher | None:
+    """Who is told of every pass."""
+    watchers: list[Watcher] = [page] if page is not None else []
+    if flag_values.watch:
+        watchers.append(TerminalView(lm.tokenizer, lm.mask_token_id, lm.eos_token_ids, sys.stderr))
+    return (lambda seen: [watcher(seen) for watcher in watchers]) if watchers else None
+
+
+def _answers(
+    lm: LanguageModel,
+    flag_values: flags.FlagValues,
+    options: dict[str, Any],
+    page: PageRecorder | None,
+    prompts: list,
+) -> list[str]:
+    options = {**options, "on_pass": _watcher(lm, flag_values, page)}
     start = time.perf_counter()
     if flag_values.infill:
         if flag_values.stop or flag_values.block_length:
@@ -87,6 +128,8 @@ def _answers(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list) ->
         steps = max(flag_values.steps, flag_values.max_new_tokens) if flag_values.causal else flag_values.steps
         block_length = flag_values.block_length or None
         out = lm.generate(prompts, flag_values.max_new_tokens, steps, block_length, stop=flag_values.stop, **options)
+    if page is not None:
+        page.write(flag_values.watch_html)
     if flag_values.stats:
         seconds, tokens, passes = time.perf_counter() - start, out.committed.sum(), out.steps.sum()
         print(
@@ -97,7 +140,7 @@ def _answers(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list) ->
     return out.texts
 
 
-def _chat(lm: LanguageModel, flag_values: flags.FlagValues) -> None:
+def _chat(lm: LanguageModel, answers: Callable[[list], list[str]]) -> None:
     """A conversation that remembers its turns, until an empty line or the end of input."""
     if lm.tokenizer.chat_template is None:
         raise UserError("this tokenizer has no chat template: give --prompt, --file or a pipe")
@@ -114,7 +157,7 @@ def _chat(lm: LanguageModel, flag_values: flags.FlagValues) -> None:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        answer = _answers(lm, flag_values, [messages])[0]
+        answer = answers([messages])[0]
         messages.append({"role": "assistant", "content": answer})
         print(answer)
 

@@ -17,10 +17,12 @@ from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import check_quantization, load_params, save_pretrained
 from difflm_jax.checkpoint.peft import load_adapter, save_adapter
 from difflm_jax.checkpoint.source import Source, open_source
-from difflm_jax.data.chat import encode_prompt
+from difflm_jax.data.chat import encode_chat, encode_prompt
 from difflm_jax.data.mask_token import choose_mask_token
 from difflm_jax.diffusion.canvas import Decoder, answer_plan, fill_answers, fill_masks
+from difflm_jax.diffusion.likelihood import LogLikelihood, log_likelihoods
 from difflm_jax.diffusion.options import Sampling, check_algorithm, sampling_options
+from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, merge_lora
 from difflm_jax.mesh import over_rows, place, row_shards, to_host
@@ -143,6 +145,7 @@ class LanguageModel:
         seed: int = 0,
         batch_size: int = 16,
         stop: str | Sequence[str] = (),
+        on_pass: Watcher | None = None,
         **options: Any,
     ) -> Generation:
         """Answers prompts: a string or a list of strings (the chat template is applied), message lists, or token lists.
@@ -153,14 +156,15 @@ class LanguageModel:
         else what the adapter's `diffusion_config.json` names. `options` are the fields of
         `difflm_jax.diffusion.options.Sampling`.
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
-        string; `texts` end before it. With causal attention decoding is left to right, one token a pass.
+        string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
+        called after every forward pass with a `difflm_jax.diffusion.watching.Pass`.
         """
         rows = [self._prompt_tokens(prompt) for prompt in as_list(prompts)]
         sampling = self._sampling(temperature, algorithm, options)
         plan = answer_plan(self.model, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
         stops = stop_strings(stop)
-        filled = fill_answers(self._decoder, rows, plan, sampling, seed, batch_size)
+        filled = fill_answers(self._decoder, rows, plan, sampling, seed, batch_size, on_pass)
         rows = [answer[:max_new_tokens] for answer in filled.rows]
         answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in rows]
         texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
@@ -174,6 +178,7 @@ class LanguageModel:
         algorithm: str | None = None,
         seed: int = 0,
         batch_size: int = 16,
+        on_pass: Watcher | None = None,
         **options: Any,
     ) -> Generation:
         """Fills exactly the masks of `canvas`: text that holds the mask token, a list of such, or token rows.
@@ -186,8 +191,28 @@ class LanguageModel:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)
         self._check_length(max((len(row) for row in rows), default=0))
-        filled = fill_masks(self._decoder, rows, steps, sampling, seed, batch_size)
+        filled = fill_masks(self._decoder, rows, steps, sampling, seed, batch_size, on_pass)
         return Generation([self._decode(row) for row in filled.rows], filled.rows, filled.passes, filled.committed)
+
+    def log_likelihood(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str | Sequence[int]],
+        samples: int = 128,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> LogLikelihood:
+        """log p(answer | prompt) in nats, row by row: of a diffusion model LLaDA's Monte-Carlo lower bound with its
+        standard error, of a causal one (`base()`) exact.
+
+        Prompts are those of `generate`. An answer is tokens, or text that ends its turn as in training. `samples`:
+        masked copies of each row; see `difflm_jax.diffusion.likelihood`.
+        """
+        rows = [self._scored_row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        self._check_length(max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
+        return log_likelihoods(
+            self._decoder, [prompt for prompt, _ in rows], [answer for _, answer in rows], samples, seed, batch_size
+        )
 
     def save_adapter(self, directory: str | Path, notes: str = "") -> None:
         """Writes a PEFT adapter directory with `diffusion_config.json`, tokenizer and model card."""
@@ -264,6 +289,22 @@ class LanguageModel:
         if tokens.ndim != 1 or tokens.size == 0:
             raise UserError("generate: a prompt must hold at least one token")
         return self._checked(tokens, "generate: the prompt", masks_allowed=False)
+
+    def _scored_row(self, prompt: Prompt, answer: str | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(prompt tokens, answer tokens); the tokens of both may be none."""
+        if not isinstance(answer, str):
+            is_tokens = not len(prompt) or isinstance(prompt[0], (int, np.integer))
+            given = np.asarray(prompt, np.int32) if is_tokens else self._prompt_tokens(prompt)
+            parts = given, np.asarray(answer, np.int32)
+        elif isinstance(prompt, str) and self.tokenizer.chat_template is None:
+            given = self._prompt_tokens(prompt)
+            parts = given, np.asarray(self.tokenizer(answer, add_special_tokens=False)["input_ids"], np.int32)
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            encoded = encode_chat(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
+            parts = encoded.tokens[: encoded.prompt_length], encoded.tokens[encoded.prompt_length :]
+        given, answer = (self._checked(part, "log_likelihood: a row", masks_allowed=False) for part in parts)
+        return given, answer
 
     def _canvas_tokens(self, canvas: str | Sequence[int]) -> np.ndarray:
         tokens = self.tokenizer(canvas)["input_ids"] if isinstance(canvas, str) else canvas

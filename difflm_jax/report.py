@@ -1,62 +1,60 @@
-"""Questions with known answers: how often a model says exactly the reference, beside its own causal base."""
+"""Questions with known answers: how often a model is right, beside its own causal base, with error bars."""
 
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
-from difflm_jax.data.formats import Conversation, parse_row
-from difflm_jax.data.sources import RowError, open_source
-from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A prompt (messages up to the last answer) and the reference answer."""
-
-    messages: list[dict]
-    reference: str
+from difflm_jax.statistics import difference_interval, mean_interval
+from difflm_jax.tasks import TASKS, Question
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The answers of one way of decoding."""
+    """The answers of one way of decoding: for each question its text and tokens, whether it is right,
+    and its forward passes."""
 
     name: str
     answers: list[str]
     matches: int
     seconds: float
+    correct: list[bool]
+    passes: list[int]
+    tokens: list[list[int]]
 
-
-def read_questions(dataset: str, rows: int = 0) -> list[Question]:
-    """The first `rows` (0: all) question rows of a data set, in any format that training takes."""
-    questions = []
-    for row in open_source(dataset).rows():
-        try:
-            _, parsed = parse_row(row.load())
-        except RowError as error:
-            raise UserError(f"{row.origin}: {error}") from error
-        if not isinstance(parsed, Conversation) or parsed.messages[-1]["role"] != "assistant":
-            raise UserError(f"{row.origin}: the row has no answer to compare with")
-        questions.append(Question(list(parsed.messages[:-1]), parsed.messages[-1]["content"]))
-        if len(questions) == rows:
-            break
-    return questions
-
-
-def normalised(text: str) -> str:
-    """Lower case, single spaces, without one final period: what counts in an exact match."""
-    return " ".join(text.lower().split()).removesuffix(".")
+    def record(self, base: "Column") -> dict[str, Any]:
+        """The column with its share of right answers, and its difference from the base's; 95 % bootstrap intervals."""
+        return {
+            **dataclasses.asdict(self),
+            "accuracy": self.matches / len(self.correct),
+            "interval": mean_interval(self.correct),
+            "minus_base": (self.matches - base.matches) / len(self.correct),
+            "minus_base_interval": difference_interval(self.correct, base.correct),
+        }
 
 
 def compare(
-    lm: LanguageModel, questions: Sequence[Question], tokens_per_pass: Sequence[int], max_new_tokens: int
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    tokens_per_pass: Sequence[int],
+    max_new_tokens: int,
+    task: str = "exact",
+    batch_size: int = 64,
 ) -> list[Column]:
     """The causal base's greedy answers, then those of `lm` at each number of tokens committed in a forward pass."""
-    columns = [_answer(lm.base(), "causal base", questions, max_new_tokens, max_new_tokens)]
-    for tokens in tokens_per_pass:
-        name = f"{tokens} token{'s' if tokens > 1 else ''} a pass"
-        columns.append(_answer(lm, name, questions, max_new_tokens, -(-max_new_tokens // tokens)))
+    ways = [(lm.base(), "causal base", 1)]
+    ways += [(lm, f"{tokens} token{'s' if tokens > 1 else ''} a pass", tokens) for tokens in tokens_per_pass]
+    columns = []
+    for model, name, tokens in ways:
+        start = time.perf_counter()
+        prompts = [question.messages for question in questions]
+        out = model.generate(prompts, max_new_tokens, -(-max_new_tokens // tokens), batch_size=batch_size)
+        is_correct = TASKS[task].is_correct
+        correct = [is_correct(question, text) for question, text in zip(questions, out.texts, strict=True)]
+        seconds = time.perf_counter() - start
+        tokens = [row.tolist() for row in out.tokens]
+        columns.append(Column(name, out.texts, sum(correct), seconds, correct, out.steps.tolist(), tokens))
     return columns
 
 
@@ -67,27 +65,34 @@ def print_report(
     tokens_per_pass: Sequence[int],
     max_new_tokens: int,
     shown: int = 12,
+    task: str = "exact",
+    batch_size: int = 64,
 ) -> list[Column]:
-    """Answers `questions` (of `dataset`), prints some of them and a table of exact matches; returns the columns."""
-    columns = compare(lm, questions, tokens_per_pass, max_new_tokens)
+    """Answers `questions` (of `dataset`), prints some of them and a table of right answers; returns the columns."""
+    columns = compare(lm, questions, tokens_per_pass, max_new_tokens, task, batch_size)
     print(f"\nHeld-out questions ({len(questions)}, {dataset}), answers of at most {max_new_tokens} tokens")
     for i in range(0, len(questions), max(1, len(questions) // shown)):
-        question = questions[i]
-        print(f"\n  Q: {question.messages[-1]['content']}\n     reference        {question.reference}")
+        print(f"\n  Q: {_line(questions[i].messages[-1]['content'])}")
+        print(f"     reference        {_line(questions[i].reference)}")
         for column in columns:
-            same = normalised(column.answers[i]) == normalised(question.reference)
-            print(f"   {'=' if same else ' '} {column.name:<16} {' '.join(column.answers[i].split())}")
-    base = columns[0].matches
-    print(f"\n  {'decoding':<18}{'exact match':>14}{'of the base':>14}{'seconds':>10}")
+            print(f"   {'=' if column.correct[i] else ' '} {column.name:<16} {_line(column.answers[i])}")
+    base = columns[0]
+    score = "exact match" if task == "exact" else "correct"
+    print(f"\n  {'decoding':<18}{score:>14}{'95 %':>14}{'of the base':>14}{'minus base, 95 %':>24}{'seconds':>10}")
     for column in columns:
         share = f"{column.matches}/{len(questions)} = {column.matches / len(questions):.2f}"
-        relative = f"{column.matches / base:.2f}" if base else "-"
-        print(f"  {column.name:<18}{share:>14}{relative:>14}{column.seconds:>10.1f}")
+        low, high = mean_interval(column.correct)
+        relative = f"{column.matches / base.matches:.2f}" if base.matches else "-"
+        difference = "-"
+        if column is not base:
+            least, most = difference_interval(column.correct, base.correct)
+            difference = f"{(column.matches - base.matches) / len(questions):+.2f} [{least:+.2f}, {most:+.2f}]"
+        print(
+            f"  {column.name:<18}{share:>14}{f'[{low:.2f}, {high:.2f}]':>14}{relative:>14}{difference:>24}"
+            f"{column.seconds:>10.1f}"
+        )
     return columns
 
 
-def _answer(lm: LanguageModel, name: str, questions: Sequence[Question], max_new_tokens: int, steps: int) -> Column:
-    start = time.perf_counter()
-    answers = lm.generate([q.messages for q in questions], max_new_tokens, steps, batch_size=len(questions)).texts
-    matches = sum(normalised(a) == normalised(q.reference) for a, q in zip(answers, questions, strict=True))
-    return Column(name, answers, matches, time.perf_counter() - start)
+def _line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,10 +1,11 @@
 """Trains a masked-diffusion model out of a causal one.
 
     python -m difflm_jax.train --config=configs/pretrain.py [--config.learning_rate=1e-4 ...]
-                               [--hyper_parameters_json='{"epochs": 2}']
+                               [--hyper_parameters_json='{"epochs": 2}'] [--preview]
 
 The same command again resumes an unfinished run. Exit status: 0 finished, 75 stopped by SIGTERM or Ctrl-C with a
-checkpoint saved (start it again), 1 an error.
+checkpoint saved (start it again), 1 an error. `--preview` shows the rows that the first step of each phase would see,
+with their masks, and ends; no weights are read and nothing is written but the cache of tokenised data.
 """
 
 import sys
@@ -16,7 +17,9 @@ from difflm_jax.cli import run_command
 from difflm_jax.config import load_config, take_overrides
 from difflm_jax.errors import exit_with_errors
 from difflm_jax.hosts import connect, define_host_flags
-from difflm_jax.report import print_report, read_questions
+from difflm_jax.report import print_report
+from difflm_jax.tasks import read_questions
+from difflm_jax.training.preview import preview
 from difflm_jax.training.run import train
 
 FLAGS = flags.FlagValues()
@@ -24,6 +27,7 @@ flags.DEFINE_string("config", "", "A .py, .yaml or .json file; without it the de
 flags.DEFINE_string("hyper_parameters_json", "", "Keys as JSON, as the original system takes them.", flag_values=FLAGS)
 define_host_flags(FLAGS)
 flags.DEFINE_bool("force", False, "Resume although configuration or data have changed.", flag_values=FLAGS)
+flags.DEFINE_bool("preview", False, "Show what training would see, and end.", flag_values=FLAGS)
 
 
 def command(argv: Sequence[str]) -> int:
@@ -35,6 +39,9 @@ def command(argv: Sequence[str]) -> int:
         connect(flag_values)
         report = config.report
         questions = read_questions(report.data, report.rows) if report.data else []  # bad rows stop a run at its start
+        if flag_values.preview:
+            preview(config)
+            return
         lm = train(config, flag_values.force)
         if lm is not None and questions:
             print_report(lm, report.data, questions, report.tokens_per_pass, report.max_new_tokens)

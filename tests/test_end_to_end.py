@@ -209,17 +209,57 @@ def test_a_chat_remembers_its_turns_until_it_is_reset(finished, capsys, monkeypa
     assert "an empty line ends" in capsys.readouterr().err
 
 
-def test_evaluate_prints_both_tables(finished, rows, tmp_path, capsys):
-    out = tmp_path / "scores.json"
-    arguments = ["evaluate", f"--run={finished}", f"--data={rows}", "--rows=6", "--max_new_tokens=8", f"--out={out}"]
-    assert run_command(evaluate.main, evaluate.FLAGS, "", [*arguments, "--max_length=64"]) == 0
+def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, rows, tmp_path, capsys):
+    out, text = tmp_path / "scores.json", tmp_path / "text.txt"
+    text.write_text("Été, a text of several windows. " * 6)
+    arguments = [
+        "evaluate", f"--run={finished}", f"--data={rows}", "--rows=6", "--max_new_tokens=8", f"--out={out}",
+        "--max_length=64", "--likelihood=4", f"--text={text}", "--seed=3", "--fluency",
+    ]  # fmt: skip
+    assert run_command(evaluate.main, evaluate.FLAGS, "", arguments) == 0
     printed = capsys.readouterr().out
     assert "causal base" in printed
     assert "mask rate" in printed
+    assert "bits a byte" in printed
     record = json.loads(out.read_text())
+    assert {"command", "time", "versions", "device", "seed", "model", "diffusion_config"} <= record.keys()
+    assert record["versions"]["jax"] and record["seed"] == 3
     assert len(record["questions"]) == 6
-    assert record["generated"][0]["name"] == "causal base"
+    base = record["generated"][0]
+    assert base["name"] == "causal base"
+    assert base["minus_base_interval"] == [0, 0] and len(base["answers"]) == len(base["correct"]) == 6
+    assert all(low <= c["accuracy"] <= high for c in record["generated"] for low, high in [c["interval"]])
     assert record["masked"]["masked_nll"] > 0
+    reads = record["fluency"]["causal base"]
+    assert reads["tokens"]["mean"] == np.mean([len(tokens) for tokens in base["tokens"]])
+    lm = difflm_jax.load(record["model"], causal=True, dtype="float32")
+    prompts = [question["messages"] for question in record["questions"]]
+    kept = [i for i, tokens in enumerate(base["tokens"]) if tokens[1:] or tokens[0] not in lm.eos_token_ids]
+    own = lm.log_likelihood([prompts[i] for i in kept], [base["tokens"][i] for i in kept])
+    assert reads["base_nll"]["mean"] == pytest.approx(-own.values.sum() / own.tokens.sum(), rel=1e-4)
+    found = record["likelihood"]["diffusion"]
+    assert len(found["log_likelihoods"]) == 6 and found["monte_carlo_error"] > 0
+    assert record["likelihood"]["causal_base"]["monte_carlo_error"] == 0
+    assert sum(record["text"]["bytes"]) == len(text.read_bytes())
+    tokens = record["text"]["causal_base"]["tokens"]
+    assert (sum(tokens), max(tokens)) == (len(text.read_bytes()), 63)  # a token a byte
+    assert list(tmp_path.glob(".scores*")) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--task=countdown", "--likelihood=2"], "--likelihood: rows of the task countdown hold no answer"),
+        (["--task=gsm8k"], "rows.jsonl:1: its answer has no '#### number'"),
+        (["--out={tmp}/nowhere/scores.json"], "nowhere/scores.json: cannot be written"),
+        (["--task=nosuch"], "--task"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_the_model_is_read(rows, tmp_path, capsys, more, message):
+    arguments = ["evaluate", "--model=not/read", f"--data={rows}", *(item.format(tmp=tmp_path) for item in more)]
+    assert run_command(evaluate.main, evaluate.FLAGS, "", arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 @pytest.mark.parametrize("kind", ["peft", "merged"])

@@ -185,3 +185,25 @@ def test_stories260k_tells_its_story(shared_data):
     out = lm.generate([expected["prompt_ids"]], max_new_tokens=count, steps=count)
     assert out.tokens[0].tolist() == expected["greedy_ids"][len(expected["prompt_ids"]) :]
     assert out.texts[0].strip() == expected["text"].strip()
+
+
+def test_log_likelihood_of_the_base_is_that_of_the_library_and_of_a_diffusion_model_has_an_error(model_dir):
+    lm = difflm_jax.load(model_dir, attention="prefix", logit_shift=True, dtype="float32")
+    answers = ["Yes.", "No, never.", "0"]
+    found = lm.base().log_likelihood(PROMPTS, answers)
+    torch_model = AutoModelForCausalLM.from_pretrained(model_dir)
+    for i, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
+        rows = lm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        ids = lm.tokenizer(answer)["input_ids"] + [lm.tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = torch_model(torch.tensor([rows + ids])).logits[0, len(rows) - 1 : -1]
+        logits[:, lm.mask_token_id] = -torch.inf
+        expected = torch.log_softmax(logits, -1)[torch.arange(len(ids)), torch.tensor(ids)].sum()
+        assert found.values[i] == pytest.approx(float(expected), rel=1e-4)
+        assert (found.tokens[i], found.standard_errors[i]) == (len(ids), 0)
+    diffusion = lm.log_likelihood(PROMPTS, answers, samples=8)
+    assert (diffusion.values < 0).all() and (diffusion.standard_errors > 0).all()
+    as_tokens = lm.log_likelihood([rows], [ids], samples=8)
+    assert as_tokens.values[0] == pytest.approx(diffusion.values[2], rel=1e-4)

@@ -1,5 +1,6 @@
 """Where rows come from: local files, a directory of them, the built-in sets, or the hub. Rows are streamed."""
 
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -20,8 +21,8 @@ _BATCH_ROWS = 1000
 _TEXT_PIECE_BYTES = 1 << 16
 _DOCUMENT_END = b"<|endoftext|>"
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
-_UNREAD_ENDINGS = (".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
-_LOCAL_ALTERNATIVES = "a local .jsonl, .json, .parquet or .txt file, a directory of these, or builtin:NAME"
+_UNREAD_ENDINGS = (".tsv", ".gz", ".zst", ".zip", ".arrow")
+_LOCAL_ALTERNATIVES = "a local .jsonl, .json, .parquet, .csv or .txt file, a directory of these, or builtin:NAME"
 
 
 class RowError(UserError):
@@ -183,6 +184,25 @@ def _identity(value: Any) -> Any:
     return value
 
 
+def _read_csv(name: str, path: Path) -> Iterator[Row]:
+    """Rows of texts under the names of the first line."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                yield Row(f"{name}:{reader.line_num}", functools.partial(_csv_row, row, len(reader.fieldnames)))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except csv.Error as error:
+        raise UserError(f"{name}:{reader.line_num}: not CSV ({one_line(error)})") from error
+
+
+def _csv_row(row: dict[str | None, Any], columns: int) -> dict[str, str]:
+    if None in row or None in row.values():
+        raise RowError(f"does not have {columns} columns, as the first line")
+    return row
+
+
 def _read_parquet(name: str, path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -244,4 +264,5 @@ _READERS: dict[str, Callable[[str, Path], Iterator[Row]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
+    ".csv": _read_csv,
 }

@@ -15,6 +15,7 @@ from difflm_jax.diffusion.denoiser import Canvas, generate, row_sampling_keys
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.sampler import Plan
 from difflm_jax.diffusion.schedule import quotas
+from difflm_jax.diffusion.watching import Watcher, generate_watched
 from difflm_jax.errors import UserError
 from difflm_jax.mesh import row_shards, to_host
 from difflm_jax.models.transformer import Transformer
@@ -78,15 +79,30 @@ def answer_plan(
 
 
 def fill_answers(
-    decoder: Decoder, prompts: Sequence[np.ndarray], plan: Plan, sampling: Sampling, seed: int, batch_size: int
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    plan: Plan,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    watch: Watcher | None = None,
 ) -> Filled:
-    """Answers of `plan.num_blocks` blocks to `prompts`, which hold at least one token each."""
+    """Answers of `plan.num_blocks` blocks to `prompts`, which hold at least one token each.
+
+    `watch` is called after every pass.
+    """
     answer = np.full(plan.num_blocks * plan.block_length, decoder.model.mask_token_id, np.int32)
-    return _fill(decoder, prompts, [answer] * len(prompts), plan, sampling, seed, batch_size)
+    return _fill(decoder, prompts, [answer] * len(prompts), plan, sampling, seed, batch_size, watch)
 
 
 def fill_masks(
-    decoder: Decoder, rows: Sequence[np.ndarray], steps: int, sampling: Sampling, seed: int, batch_size: int
+    decoder: Decoder,
+    rows: Sequence[np.ndarray],
+    steps: int,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    watch: Watcher | None = None,
 ) -> Filled:
     """`rows` with their masks filled; what precedes the first mask of a row is its prompt. Raises `UserError`."""
     check_positive("steps", steps)
@@ -110,7 +126,7 @@ def fill_masks(
         steps = _useful_steps(-(-steps // blocks), block_length, sampling)  # shared by the blocks that hold masks
         plan = Plan(0, -(-width // block_length), block_length, steps)
     sampling = sampling.replace(stop_at_eos=False)  # an end of sequence ends an answer, but not a text with gaps
-    filled = _fill(decoder, prompts, rests, plan, sampling, seed, batch_size)
+    filled = _fill(decoder, prompts, rests, plan, sampling, seed, batch_size, watch)
     whole = [np.concatenate(parts) for parts in zip(prompts, filled.rows, strict=True)]
     return dataclasses.replace(filled, rows=whole)
 
@@ -134,9 +150,12 @@ def _fill(
     sampling: Sampling,
     seed: int,
     batch_size: int,
+    watch: Watcher | None,
 ) -> Filled:
     """Samples in batches of equal shape; the last one is filled up with copies of its first row."""
     check_positive("batch_size", batch_size)
+    if watch is not None and decoder.mesh is not None:
+        raise UserError("watching: this model is divided over devices: load it on one for that")
     if not prompts:
         return Filled([], np.zeros(0, np.int32), np.zeros(0, np.int32))
     # The first window of block decoding reaches one block and one token back.
@@ -159,7 +178,7 @@ def _fill(
         answers = fillable[:, plan.first_column :].reshape(len(index), plan.num_blocks, plan.block_length)
         schedule = quotas(sampling.schedule, answers.sum(axis=2), plan.steps_per_block)
         canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], schedule, keys[index])
-        carry = generate(
+        arguments = (
             decoder.model,
             decoder.variables,
             decoder.logit_shift,
@@ -167,8 +186,11 @@ def _fill(
             decoder.eos_token_ids,
             canvas,
             sampling,
-            decoder.mesh,
         )
+        if watch is None:
+            carry = generate(*arguments, decoder.mesh)
+        else:
+            carry = generate_watched(*arguments, range(first, first + count), watch)
         tokens, used = to_host(carry.tokens), to_host(carry.passes)
         filled += [tokens[i, plan.first_column :][: len(rests[index[i]])] for i in range(count)]
         committed += (fillable & (tokens != decoder.model.mask_token_id)).sum(axis=1)[:count].tolist()

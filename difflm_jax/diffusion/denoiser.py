@@ -25,7 +25,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from difflm_jax.diffusion.options import Sampling
-from difflm_jax.diffusion.sampler import Carry, Plan, Predict, sample
+from difflm_jax.diffusion.sampler import Carry, Loop, Plan, Predict, prepare
 from difflm_jax.mesh import over_rows
 from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
@@ -67,23 +67,36 @@ def generate(
     """
 
     def fill(variables: Variables, canvas: Canvas) -> Carry:
-        predict, cache = make_predict(model, variables, logit_shift, plan, sampling, canvas)
-        carry = sample(
-            predict,
-            cache,
-            canvas.tokens,
-            canvas.fillable,
-            canvas.quotas,
-            canvas.keys,
-            plan,
-            sampling,
-            model.mask_token_id,
-            eos_token_ids,
-            real_BL=canvas.valid,
-        )
-        return carry.replace(cache=None, block=None, step=None)
+        loop, start = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling)
+        return loop.run(start).replace(cache=None, block=None, step=None)
 
     return over_rows(fill, mesh, variables, canvas)
+
+
+def loop_of(
+    model: Transformer,
+    variables: Variables,
+    logit_shift: bool,
+    plan: Plan,
+    eos_token_ids: tuple[int, ...],
+    canvas: Canvas,
+    sampling: Sampling,
+) -> tuple[Loop, Carry]:
+    """The sampler's loop over a model, and its first carry."""
+    predict, cache = make_predict(model, variables, logit_shift, plan, sampling, canvas)
+    return prepare(
+        predict,
+        cache,
+        canvas.tokens,
+        canvas.fillable,
+        canvas.quotas,
+        canvas.keys,
+        plan,
+        sampling,
+        model.mask_token_id,
+        eos_token_ids,
+        real_BL=canvas.valid,
+    )
 
 
 def cache_kind(attention: str, plan: Plan, logit_shift: bool, cache: str) -> str:

@@ -51,9 +51,8 @@ def loss_sums(
     seeds_BL = None
     if train:
         seeds_BL = token_seeds(jax.random.fold_in(key, _DROPOUT_STREAM), batch.example_ids, batch.positions)
-    states = _block_states if model.attention == "block" else _states
     variables = {"params": params, "lora": lora}
-    hidden_BLD = states(model, variables, noisy, batch, seeds_BL, corruption.logit_shift)
+    hidden_BLD = predicting_states_of(model, variables, noisy, batch, seeds_BL, corruption.logit_shift)
     loss, nll_M, correct_M = scored_cross_entropy(
         hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
         head_weight(model.config, params),
@@ -77,6 +76,14 @@ def loss_sums(
         masked_count=by_rate(jnp.ones(noisy.tokens.shape)),
         tokens=(batch.segments > 0).sum().astype(jnp.float32),
     )
+
+
+def predicting_states_of(
+    model, variables, noisy: NoisyBatch, batch: CleanBatch, seeds_BL, logit_shift: bool
+) -> jax.Array:
+    """[B, L, D] the states that predict each token of a corrupted batch; `batch` is the clean one."""
+    states = _block_states if model.attention == "block" else _states
+    return states(model, variables, noisy, batch, seeds_BL, logit_shift)
 
 
 def _states(model, variables, noisy: NoisyBatch, batch: CleanBatch, seeds_BL, logit_shift: bool) -> jax.Array:

@@ -18,6 +18,7 @@ class Proposal:
     tokens: jax.Array  # [B, T] int32
     score: jax.Array  # [B, T] float32, by which positions are ranked
     probability: jax.Array  # [B, T] float32, of the token among those that it is drawn from
+    logits: jax.Array  # [B, T, V] float32, of the distribution that tokens are drawn from
 
 
 def propose(
@@ -50,7 +51,8 @@ def propose(
         score_BT = confidence.value(score_BT) / sampling.alg_temp + gumbel_BT
     if sampling.eos_last:
         score_BT = jnp.where(jnp.isin(tokens_BT, eos), -jnp.inf, score_BT)
-    return Proposal(tokens_BT, score_BT, jax.nn.sigmoid(log_odds(drawn_BTV, tokens_BT, noise_BT)))
+    probability_BT = jax.nn.sigmoid(log_odds(drawn_BTV, tokens_BT, noise_BT))
+    return Proposal(tokens_BT, score_BT, probability_BT, drawn_BTV)
 
 
 def drawn_from(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:

@@ -52,7 +52,7 @@ class Carry:
     cache: Any  # what `predict` keeps
 
 
-def sample(
+def prepare(
     predict: Predict,
     cache: Any,
     tokens_BL: jax.Array,
@@ -64,23 +64,22 @@ def sample(
     mask_token_id: int,
     eos_token_ids: tuple[int, ...],
     real_BL: jax.Array | None = None,
-) -> Carry:
-    """Fills the masks of `tokens_BL` where `fillable_BL`; returns the last carry.
+) -> tuple["Loop", Carry]:
+    """The loop that fills the masks of `tokens_BL` where `fillable_BL`, and the carry that it starts from.
 
     `quotas_BNS`: masks to commit at each step, at least (`schedule.quotas`). `keys_B`: one key a row. `real_BL` is
     False at padding (for `repetition_penalty`). The mask token is never produced.
     """
     real_BL = jnp.ones_like(fillable_BL) if real_BL is None else real_BL
-    loop = _Loop(predict, fillable_BL, quotas_BNS, keys_B, real_BL, plan, sampling, mask_token_id, tuple(eos_token_ids))
+    loop = Loop(predict, fillable_BL, quotas_BNS, keys_B, real_BL, plan, sampling, mask_token_id, tuple(eos_token_ids))
     zeros_B = varying_with(jnp.zeros(tokens_BL.shape[0], jnp.int32), tokens_BL)
     no_confidence_BL = varying_with(jnp.zeros(tokens_BL.shape), tokens_BL)
     zero = jnp.zeros((), jnp.int32)
-    start = Carry(tokens_BL, no_confidence_BL, zeros_B, zeros_B > 0, zeros_B, zero, zero, cache)
-    return jax.lax.while_loop(loop.unfinished, loop.step, start)
+    return loop, Carry(tokens_BL, no_confidence_BL, zeros_B, zeros_B > 0, zeros_B, zero, zero, cache)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loop:
+class Loop:
     """What stays the same over all passes, and the body that makes one."""
 
     predict: Predict
@@ -103,8 +102,16 @@ class _Loop:
         nothing_open = everywhere(~self._open(carry.tokens).any())
         return (carry.block < self.plan.num_blocks) & ((carry.step > 0) | ~nothing_open)
 
+    def run(self, carry: Carry) -> Carry:
+        """Passes until nothing is left to fill."""
+        return jax.lax.while_loop(self.unfinished, self.step, carry)
+
     def step(self, carry: Carry) -> Carry:
         """One pass, and to the next block if no row has anything left to do in this one."""
+        return self.seen_step(carry)[0]
+
+    def seen_step(self, carry: Carry) -> tuple[Carry, Proposal]:
+        """`step`, with what the pass proposed for the block that was active."""
         first = self.plan.first_column + carry.block * self.plan.block_length
 
         def active(x_BL: jax.Array) -> jax.Array:
@@ -137,7 +144,7 @@ class _Loop:
         if self.sampling.remask is not None:
             settled_B = jnp.zeros_like(done_B)  # a full block may be opened again until its time is over
         leave = everywhere((done_B | settled_B).all()) | (carry.step + 1 == self.most_steps)
-        return Carry(
+        carry = Carry(
             tokens=tokens_BL,
             confidence=put(carry.confidence, confidence_BT),
             passes=carry.passes + ~done_B,
@@ -147,6 +154,7 @@ class _Loop:
             step=jnp.where(leave, 0, carry.step + 1),
             cache=cache,
         )
+        return carry, proposal
 
     def _open(self, tokens_BL: jax.Array) -> jax.Array:
         """[B, L] bool: masks that are to be filled, given the end-of-sequence tokens that are there."""

@@ -76,7 +76,7 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     schedule = learning_rate_schedule(config, total)
     train_step = make_train_step(options, make_optimizer(config), schedule, phase.mesh)
     evaluate = make_evaluator(phase, options)
-    key = jax.random.fold_in(jax.random.key(config.seed), _PHASE_STREAM[phase.name])
+    key = phase_key(phase)
 
     print(f"{phase.name}: {data_line(phase, len(data))}", flush=True)
     done, state, saved = (resumed.step, resumed.state, resumed.metrics["meter"]) if resumed else (0, initial, None)
@@ -158,6 +158,11 @@ def _stop_at_signal(phase: Phase, signal: str, step: int, total: int, out: Outpu
         f"stopped by {signal} after step {step} of {total} of {phase.name}; the same command goes on from checkpoint "
         f"{out.checkpoints.latest()}"
     )
+
+
+def phase_key(phase: Phase) -> jax.Array:
+    """The key from which all noise of a phase comes; step `index` (from 0) folds its number in."""
+    return jax.random.fold_in(jax.random.key(phase.config.seed), _PHASE_STREAM[phase.name])
 
 
 def rows_of_step(phase: Phase, data: Any, step: int) -> dict[str, Any]:

@@ -39,20 +39,8 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     for note in notes(config):
         print(note)
 
-    lm = open_model(
-        config.model,
-        attention=config.attention,
-        logit_shift=config.logit_shift,
-        dtype=config.dtype,
-        adapter=config.adapter or None,
-        mask_token=config.mask_token or None,
-        revision=config.revision or None,
-        algorithm=config.algorithm,
-        quantization=quantization(config),
-        block_length=config.block_length or None,
-    )
-    print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
-    rows = {phase: _read_rows(config, phase, lm) for phase in config.phases}
+    lm = open_configured(config)
+    rows = {phase: read_rows(config, phase, lm) for phase in config.phases}
     data = {phase: describe_data(*rows[phase]) for phase in config.phases}
     check_data(directory, data, force)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -73,6 +61,24 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     finally:
         tracker.finish()
     return lm.with_adapter(state.lora, lm.model.lora)
+
+
+def open_configured(config: ConfigDict) -> LanguageModel:
+    """The model that `config` names, without its weights; says which mask token it has."""
+    lm = open_model(
+        config.model,
+        attention=config.attention,
+        logit_shift=config.logit_shift,
+        dtype=config.dtype,
+        adapter=config.adapter or None,
+        mask_token=config.mask_token or None,
+        revision=config.revision or None,
+        algorithm=config.algorithm,
+        quantization=quantization(config),
+        block_length=config.block_length or None,
+    )
+    print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
+    return lm
 
 
 def start_adapter(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
@@ -153,7 +159,7 @@ def _run(
         checkpoints.close()
 
 
-def _read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, Any]:
+def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, Any]:
     """(training rows, test rows) of a phase."""
     settings = phase_config(config, name)
     rows = tokenize(

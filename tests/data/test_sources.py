@@ -141,10 +141,28 @@ def test_mistyped_file_of_a_directory_that_is_there(tmp_path: Path, monkeypatch:
         open_source("data/chats")
 
 
+def test_csv_rows_are_texts_under_the_names_of_the_first_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('\ufeffquestion,answer\n"1, 2?",0003\n"two\nlines",x\n', encoding="utf-8")
+    path = str(tmp_path / "a.csv")
+    assert read(path) == [
+        (f"{path}:2", {"question": "1, 2?", "answer": "0003"}),
+        (f"{path}:4", {"question": "two\nlines", "answer": "x"}),
+    ]
+    (tmp_path / "a.csv").write_text("a,b\nshort\n")
+    with pytest.raises(RowError, match="does not have 2 columns"):
+        read(path)
+    (tmp_path / "a.csv").write_bytes(b'a,b\n1,"2\n')
+    with pytest.raises(UserError, match=r"a\.csv:\d+: not CSV"):
+        list(open_source(path).rows())
+    (tmp_path / "a.csv").write_bytes(b"a,b\n1,\xff\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(open_source(path).rows())
+
+
 def test_unread_ending(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(UserError, match=r"files that end in \.csv are not read; give \.jsonl"):
-        open_source(str(tmp_path / "a.csv"))
+    (tmp_path / "a.tsv").touch()
+    with pytest.raises(UserError, match=r"files that end in \.tsv are not read; give \.jsonl"):
+        open_source(str(tmp_path / "a.tsv"))
 
 
 def test_unknown_builtin_lists_the_known() -> None:
@@ -180,6 +198,6 @@ def test_unreachable_hub_names_the_local_alternatives(monkeypatch: pytest.Monkey
         open_source("owner/name")
     assert "\n" not in str(caught.value)
     assert "owner/name: there is no local file or directory of this name" in str(caught.value)
-    assert "give a local .jsonl, .json, .parquet or .txt file, a directory of these, or builtin:NAME" in str(
+    assert "give a local .jsonl, .json, .parquet, .csv or .txt file, a directory of these, or builtin:NAME" in str(
         caught.value
     )

@@ -9,7 +9,7 @@ import torch
 
 from difflm_jax.diffusion.denoiser import row_sampling_keys
 from difflm_jax.diffusion.options import sampling_options
-from difflm_jax.diffusion.sampler import Carry, Plan, sample
+from difflm_jax.diffusion.sampler import Carry, Plan, prepare
 from difflm_jax.diffusion.schedule import quotas
 
 VOCABULARY, MASK, EOS = 11, 10, 9
@@ -45,7 +45,8 @@ def _sampled(arrays, tokens_BL, fillable_BL, quotas_BNS, keys_B, sampling, plan,
         logits_BLV = jnp.einsum("bid,dv->biv", logits_BLV, head, precision="highest") + bias
         return jax.lax.dynamic_slice_in_dim(logits_BLV, first, plan.block_length, axis=1), cache
 
-    return sample(predict, None, tokens_BL, fillable_BL, quotas_BNS, keys_B, plan, sampling, MASK, eos)
+    loop, start = prepare(predict, None, tokens_BL, fillable_BL, quotas_BNS, keys_B, plan, sampling, MASK, eos)
+    return loop.run(start)
 
 
 def run(denoiser: Rigged, tokens, plan: Plan, seed=0, eos=(EOS,), fillable=None, **options) -> Carry:

@@ -12,7 +12,7 @@ import pytest
 
 from difflm_jax.diffusion.options import sampling_options
 from difflm_jax.diffusion.proposal import draw, drawn_from
-from difflm_jax.diffusion.sampler import Plan, sample
+from difflm_jax.diffusion.sampler import Plan, prepare
 from difflm_jax.diffusion.schedule import quotas, timesteps
 from tests.oracles.samplers import remdm_rates
 
@@ -39,9 +39,10 @@ def _when(bias_T, quotas_BNS, keys_B, sampling, length, steps):
         return jnp.broadcast_to(logits_TV, (tokens_BL.shape[0], length, MASK + 1)), cache
 
     tokens = jnp.full((ROWS, length), MASK)
-    return sample(
+    loop, start = prepare(
         predict, None, tokens, tokens == MASK, quotas_BNS, keys_B, Plan(0, 1, length, steps), sampling, MASK, ()
     )
+    return loop.run(start)
 
 
 def when(bias, steps, **options) -> np.ndarray:

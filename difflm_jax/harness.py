@@ -1,0 +1,200 @@
+"""A model of lm-evaluation-harness (`pip install difflm_jax[lm_eval]`), so that its tasks score a converted model.
+
+    python -m difflm_jax.harness run --model difflm_jax --model_args run=runs/quickstart,samples=32 --tasks arc_easy
+
+is lm-eval's own command line with this model registered. From Python:
+
+    lm_eval.simple_evaluate(DiffusionHarness(difflm_jax.load(...)), tasks=[...])
+
+Log-likelihoods are LLaDA's Monte-Carlo bound (`causal=True`: those of the base, exact); answers are decoded by filling
+masks.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import difflm_jax
+from difflm_jax.cli import last_adapter, read_run_config
+from difflm_jax.errors import UserError
+from difflm_jax.lm import LanguageModel
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError as error:
+    missing = UserError(f"lm-evaluation-harness is not installed ({error}): pip install 'difflm_jax[lm_eval]'")
+    if __name__ == "__main__":
+        sys.exit(f"error: {missing}")
+    raise missing from error
+
+_TRUE = ("true", "1", "yes")
+
+
+@register_model("difflm_jax")
+class DiffusionHarness(TemplateLM):
+    """`lm`, or what `model` (with `adapter`) or `run` name, behind the interface of lm-eval.
+
+    samples: masked copies of a row by which its log-likelihood is bounded. max_gen_toks: the answer's canvas where a
+    task names none. tokens_per_pass: tokens committed in a forward pass, so that `steps` follows the canvas.
+    check_greedy: whether to find out if decoding would give a scored text (costs a pass a token; tasks that read
+    `acc` of a single continuation need it). All other arguments are options of `LanguageModel.generate`.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel | None = None,
+        model: str = "",
+        adapter: str = "",
+        run: str = "",
+        causal: bool | str = False,
+        dtype: str | None = None,
+        quantization: str | None = None,
+        batch_size: int | str = 16,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        device: str | None = None,
+        samples: int = 128,
+        seed: int = 0,
+        max_gen_toks: int = 128,
+        tokens_per_pass: float = 1,
+        check_greedy: bool | str = True,
+        **options: Any,
+    ):
+        super().__init__()
+        if lm is None:
+            lm = _load(model, adapter, run, dtype, quantization)
+        self._lm = lm.base() if _flag(causal) else lm
+        try:
+            self._batch_size = int(batch_size)
+        except ValueError as error:
+            raise UserError(f"batch_size={batch_size!r}: must be a number of rows") from error
+        self._samples, self._seed, self._check_greedy = int(samples), int(seed), _flag(check_greedy)
+        self._max_gen_toks, self._tokens_per_pass = int(max_gen_toks), float(tokens_per_pass)
+        self.max_length = min(int(max_length or 4096), self._lm.config.max_position_embeddings)
+        self._options = options
+        self.tokenizer = self._lm.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._lm.source.name.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text; without a generation prompt the last turn stays open."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; a chat template has written special tokens out, so none is added unless it is asked for."""
+        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of `max_length` that overlap by a token."""
+        windows, owners = [], []
+        for index, request in enumerate(requests):
+            rolling = utils.get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length - 1, 1
+            )
+            found = [utils.make_disjoint_window(window) for window in rolling]
+            windows += found
+            owners += [index] * len(found)
+        values = self._values([window for window, _ in windows], [part for _, part in windows])
+        totals = [float(values[np.equal(owners, index)].sum()) for index in range(len(requests))]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether decoding gives it) of continuations; contexts are cut from the left."""
+        rows = []
+        for (context, continuation), before, after in requests:
+            if not after:
+                raise UserError(f"lm-eval asks for the likelihood of nothing: {context[-40:]!r} then {continuation!r}")
+            if len(after) >= self.max_length:
+                raise UserError(f"a continuation of {len(after)} tokens is longer than max_length={self.max_length}")
+            rows.append((before[len(after) - self.max_length :], after))
+        values = self._values([before for before, _ in rows], [after for _, after in rows])
+        greedy = self._greedy(rows) if self._check_greedy else [False] * len(rows)
+        found = [(float(value), bool(same)) for value, same in zip(values, greedy, strict=True)]
+        for (key, *_), answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", key, answer)
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers up to the first of a request's `until` texts, requests with equal options together."""
+        answers: list[str] = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items(), key=lambda item: item[0])), []).append(index)
+        for members in groups.values():
+            kwargs = normalize_gen_kwargs(requests[members[0]].args[1], self._max_gen_toks)
+            kwargs.pop("do_sample")
+            until, length = [text for text in kwargs.pop("until") if text], kwargs.pop("max_gen_toks")
+            if length >= self.max_length:
+                raise UserError(f"max_gen_toks={length} leaves no room for a prompt in max_length={self.max_length}")
+            steps = length if self._lm.attention == "causal" else max(1, round(length / self._tokens_per_pass))
+            prompts = [self._prompt(requests[i].args[0], self.max_length - length) for i in members]
+            options = {"seed": self._seed, "batch_size": self._batch_size, **self._options, **kwargs}
+            texts = self._lm.generate(prompts, length, steps, stop=until, **options).texts
+            for index, text in zip(members, texts, strict=True):
+                answers[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return answers
+
+    def _prompt(self, text: str, longest: int) -> list[int]:
+        return (self.tok_encode(text) or [self.prefix_token_id])[-longest:]
+
+    def _values(self, prompts: list[list[int]], answers: list[list[int]]) -> np.ndarray:
+        if not prompts:
+            return np.zeros(0)
+        return self._lm.log_likelihood(prompts, answers, self._samples, self._seed, self._batch_size).values
+
+    def _greedy(self, rows: list[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether filling as many masks as a continuation has tokens, the surest first, gives that continuation."""
+        mask = self._lm.mask_token_id
+        canvases = [[*before, *[mask] * len(after)] for before, after in rows]
+        steps = max((len(after) for _, after in rows), default=1)
+        algorithm = None if self._lm.attention == "causal" else "probability"
+        filled = self._lm.infill(canvases, steps, algorithm=algorithm, batch_size=self._batch_size).tokens
+        return [tokens[len(before) :].tolist() == after for tokens, (before, after) in zip(filled, rows, strict=True)]
+
+
+def _load(model: str, adapter: str, run: str, dtype: str | None, quantization: str | None) -> LanguageModel:
+    if run:
+        config = read_run_config(Path(run))
+        adapter = adapter or str(last_adapter(Path(run), config.phases))
+        model, dtype = model or config.model, dtype or config.dtype
+    if not model:
+        raise UserError("name a model with model=, or a training run with run=")
+    return difflm_jax.load(model, adapter=adapter or None, dtype=dtype or "bfloat16", quantization=quantization)
+
+
+def _flag(value: bool | str) -> bool:
+    return value if isinstance(value, bool) else str(value).lower() in _TRUE
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.exit(cli_evaluate())

@@ -1,0 +1,131 @@
+"""Draws the metrics of training runs: loss, masked NLL, and evaluations by mask rate.
+
+    python -m difflm_jax.plot --run=DIR[,DIR ...] --out=FILE.png
+
+The ending of FILE names the format (png, svg, pdf). Needs matplotlib: pip install 'difflm_jax[plot]'.
+"""
+
+import io
+import itertools
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from difflm_jax.cli import run_command
+from difflm_jax.errors import UserError, one_line
+from difflm_jax.results import check_writable, write_whole
+from difflm_jax.training.metrics import read_metrics
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_list("run", [], "Output directories of training runs, separated by commas.", flag_values=FLAGS)
+flags.DEFINE_string("out", "", "The picture to write.", flag_values=FLAGS)
+
+FORMATS = ("png", "svg", "pdf")
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    """Writes one picture of all runs."""
+    if not flag_values.run:
+        raise UserError("name a training run with --run")
+    out = Path(flag_values.out)
+    if out.suffix.removeprefix(".") not in FORMATS:
+        raise UserError(f"--out={flag_values.out}: must end in {', '.join('.' + name for name in FORMATS)}")
+    check_writable(out)
+    runs = {name: read_run(name) for name in flag_values.run}
+    picture = io.BytesIO()
+    draw(runs).savefig(picture, format=out.suffix[1:], dpi=150)
+    write_whole(out, picture.getvalue())
+    print(f"wrote {out}")
+
+
+def read_run(directory: str) -> list[dict[str, Any]]:
+    """The records of a run with `at`: steps since the start of its first phase. Raises `UserError` if there is none."""
+    records, before, phase, last = [], 0, None, 0
+    for record in read_metrics(directory):
+        if "phase" not in record or "step" not in record:
+            continue
+        if record["phase"] != phase:
+            before, phase, last = before + last, record["phase"], 0
+        last = max(last, record["step"])
+        records.append({**record, "at": before + record["step"]})
+    if not any("loss" in record or "eval_loss" in record for record in records):
+        raise UserError(f"{directory}: its metrics hold no step yet")
+    return records
+
+
+def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
+    """A matplotlib figure of four panels; several runs share them, each in its colour."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"plots need matplotlib ({one_line(error)}): pip install 'difflm_jax[plot]'") from error
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    (loss, nll), (by_time, by_rate) = figure.subplots(2, 2)
+    for number, (name, records) in enumerate(runs.items()):
+        colour, label = f"C{number % 10}", Path(name).name
+        for axes, key in ((loss, "loss"), (nll, "masked_nll")):
+            axes.plot(*_series(records, key), color=colour, linewidth=1, alpha=0.8, label=label)
+            evaluated = _series(records, f"eval_{key}")
+            axes.plot(*evaluated, "o-", color=colour, markersize=4, markerfacecolor="white", label=f"{label}, held out")
+        _draw_evaluations(by_time, by_rate, records, label, colour, only=len(runs) == 1)
+        if len(runs) == 1:
+            for axes in (loss, nll, by_time):
+                _mark_phases(axes, records)
+    for axes, title, unit in (
+        (loss, "Loss (as trained on)", "weighted nats a token"),
+        (nll, "Masked NLL", "nats a hidden token"),
+        (by_time, "Held out, by mask rate", "nats a hidden token"),
+        (by_rate, "Last evaluation of each phase", "nats a hidden token"),
+    ):
+        axes.set(title=title, ylabel=unit, xlabel="mask rate" if axes is by_rate else "optimiser steps")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    return figure
+
+
+def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) where there is one; what has diverged leaves a gap."""
+    found = [(record["at"], record[key]) for record in records if record.get(key) is not None]
+    return [at for at, _ in found], [y if math.isfinite(y) else math.nan for _, y in found]
+
+
+def _draw_evaluations(by_time: Any, by_rate: Any, records: list[dict[str, Any]], label: str, colour: str, only: bool):
+    """NLL by mask rate: over the steps, a line a bucket, and over the rates, a line for each phase's last one."""
+    evaluations = [record for record in records if record.get("eval_by_mask_rate")]
+    buckets = sorted({bucket for record in evaluations for bucket in record["eval_by_mask_rate"]})
+    styles = (":", "--", "-.", "-", (0, (5, 1)))
+    for number, bucket in enumerate(buckets):
+        points = [(r["at"], r["eval_by_mask_rate"][bucket]["masked_nll"]) for r in evaluations
+                  if bucket in r["eval_by_mask_rate"]]  # fmt: skip
+        name = bucket if only else f"{label} {bucket}"
+        by_time.plot(
+            *zip(*points, strict=True),
+            color=f"C{number}" if only else colour,
+            linestyle="-" if only else styles[number % len(styles)],
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    last = {record["phase"]: record["eval_by_mask_rate"] for record in evaluations}
+    for number, (phase, rates) in enumerate(last.items()):
+        middles = [sum(map(float, bucket.split("-"))) / 2 for bucket in sorted(rates)]
+        values = [rates[bucket]["masked_nll"] for bucket in sorted(rates)]
+        style = {"marker": "o", "linestyle": styles[-2 - number % 3], "color": f"C{number}" if only else colour}
+        by_rate.plot(middles, values, label=phase if only else f"{label}, {phase}", **style)
+
+
+def _mark_phases(axes: Any, records: list[dict[str, Any]]) -> None:
+    """A line where a phase ends and the next begins."""
+    for before, after in itertools.pairwise(records):
+        if before["phase"] != after["phase"]:
+            axes.axvline(before["at"], color="0.5", linewidth=0.8, linestyle="--")
+            axes.annotate(after["phase"], (before["at"], 1), xycoords=("data", "axes fraction"), xytext=(3, -12),
+                          textcoords="offset points", fontsize="small", color="0.4")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, FLAGS, __doc__))

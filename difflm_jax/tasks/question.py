@@ -1,0 +1,28 @@
+"""A question, and what rows of several tasks have in common."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from difflm_jax.data.sources import RowError
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A prompt (messages up to the answer), the reference answer as text, and the row that they come from."""
+
+    messages: list[dict]
+    reference: str
+    row: Any = None
+
+
+def ask(text: str) -> list[dict]:
+    """A conversation of one user turn."""
+    return [{"role": "user", "content": text}]
+
+
+def text_field(row: Any, name: str) -> str:
+    """The text of a field. Raises `RowError`."""
+    if not isinstance(row, Mapping) or not isinstance(row.get(name), str) or not row[name].strip():
+        raise RowError(f"has no text under {name!r}")
+    return row[name]

@@ -1,0 +1,107 @@
+"""What training would see, without training: the rows of the first step of each phase, with the very masks it draws."""
+
+import os
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from difflm_jax.config import notes, phase_config
+from difflm_jax.data.pipeline import describe
+from difflm_jax.diffusion.corruption import CleanBatch, NoisyBatch, corrupt
+from difflm_jax.lm import LanguageModel
+from difflm_jax.mesh import make_mesh
+from difflm_jax.training.loop import Phase, make_batches, phase_key, step_options
+from difflm_jax.training.run import open_configured, read_rows
+from difflm_jax.view.pieces import Pieces, ansi, printable
+
+SHOWN_ROWS = 6
+_COUNTED_STEPS = 20
+_PROMPT, _ANSWER, _MASKED = ("2",), (), ("30", "43")  # dim, plain, black on yellow
+
+
+def preview(config: ConfigDict) -> None:
+    """Prints rows and figures of every phase of `config`. Reads the data and the tokenizer, but no weights."""
+    for note in notes(config):
+        print(note)
+    lm = open_configured(config)
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for name in config.phases:
+        train_rows, test_rows = read_rows(config, name, lm)
+        resolved = phase_config(config, name)
+        phase = Phase(
+            name,
+            resolved,
+            lm.model,
+            {},
+            make_mesh(1),
+            train_rows,
+            test_rows,
+            lm.pad_token_id,
+            lm.tokenizer.eos_token_id,
+        )
+        print(f"\n{name}: {describe(train_rows)}\n  held out: {describe(test_rows)}")
+        batches = make_batches(phase, train_rows, train=True)
+        first, noisy = _first_step(phase, batches)
+        _print_rows(lm, train_rows, first, noisy, colours)
+        _print_figures(batches, noisy)
+
+
+def _first_step(phase: Phase, batches: Any) -> tuple[CleanBatch, NoisyBatch]:
+    """The first step's rows, of all micro-batches, and what is masked in them."""
+    rows = {name: field.reshape(-1, *field.shape[2:]) for name, field in batches[0].items()}
+    batch = CleanBatch(**rows)
+    key = jax.random.fold_in(phase_key(phase), 0)
+    corruption = step_options(phase).corruption
+    return batch, corrupt(key, batch, corruption, phase.model.mask_token_id, len(batch.tokens))
+
+
+def _print_rows(lm: LanguageModel, rows: Any, batch: CleanBatch, noisy: NoisyBatch, colours: bool) -> None:
+    pieces = Pieces(lm.tokenizer, lm.mask_token_id)
+    how = "on yellow" if colours else "in ⟦⟧"
+    print(f"  masked tokens stand {how}, prompts {'dim' if colours else 'before ▸'}")
+    masked, prompts = np.asarray(noisy.masked), np.asarray(noisy.prompt_lengths)
+    used = [row for row, example in enumerate(batch.example_ids) if example >= 0][:SHOWN_ROWS]
+    for row in used:
+        length, prompt = int(batch.lengths[row]), int(min(prompts[row], batch.lengths[row]))
+        hidden = int(masked[row].sum())
+        origin = printable(rows[int(batch.example_ids[row])]["origin"])
+        share = f" ({hidden / (length - prompt):.0%})" if length > prompt else ""
+        print(f"\n  {origin}: {length} tokens, prompt {prompt}, {hidden} of {length - prompt} masked{share}")
+        shown = [printable(pieces(int(token))) for token in batch.tokens[row][:length]]
+        print("  " + _coloured(shown, masked[row], prompt, colours))
+
+
+def _coloured(shown: list[str], masked: np.ndarray, prompt: int, colours: bool) -> str:
+    """The row as text, neighbours of one kind together."""
+    text, start = "", 0
+    kinds = [_MASKED if masked[i] else _PROMPT if i < prompt else _ANSWER for i in range(len(shown))]
+    for i in range(1, len(shown) + 1):
+        if i < len(shown) and kinds[i] == kinds[start] and i != prompt:
+            continue
+        part = "".join(shown[start:i])
+        if colours:
+            part = ansi(part, *kinds[start])
+        elif kinds[start] == _MASKED:
+            part = f"⟦{part}⟧"
+        text += part + ("▸" if i == prompt and not colours else "")
+        start = i
+    return text
+
+
+def _print_figures(batches: Any, noisy: NoisyBatch) -> None:
+    steps = min(len(batches), _COUNTED_STEPS)
+    shapes, real, places = set(), 0, 0
+    for step in range(steps):
+        batch = batches[step]
+        shapes.add(batch["tokens"].shape)
+        real, places = real + int(batch["lengths"].sum()), places + batch["tokens"].size
+    micro, rows, width = max(shapes)
+    masked, valid = np.asarray(noisy.masked), np.asarray(noisy.valid)
+    print(
+        f"\n  a step: {micro} x {rows} rows of up to {width} columns; {len(batches)} steps in all\n"
+        f"  real tokens: {real / places:.1%} of the columns of {'the first ' if steps < len(batches) else ''}{steps} "
+        f"steps; masked in the first: {masked.sum() / max(valid.sum(), 1):.1%} of its tokens"
+    )

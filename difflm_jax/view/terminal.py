@@ -1,0 +1,69 @@
+"""Denoising live in a terminal: the answer as it stands after every pass, tokens coloured by their confidence."""
+
+import os
+import shutil
+from typing import IO, Any
+
+import numpy as np
+
+from difflm_jax.diffusion.watching import Pass
+from difflm_jax.view.pieces import Pieces, ansi, confidence_code, printable, width
+
+
+class TerminalView:
+    """A watcher (`on_pass=`) that draws into `stream`: in place on a terminal, else a line a pass without colours.
+
+    Tokens that the last pass committed are underlined; `NO_COLOR` turns colours off.
+    """
+
+    def __init__(self, tokenizer: Any, mask_token_id: int, eos_token_ids: tuple[int, ...], stream: IO[str]):
+        self._pieces, self._mask, self._eos = Pieces(tokenizer, mask_token_id), mask_token_id, eos_token_ids
+        self._stream, self._drawn = stream, 0
+        self._live = stream.isatty()
+        self._colours = self._live and "NO_COLOR" not in os.environ
+
+    def __call__(self, seen: Pass) -> None:
+        """Draws every row of the batch."""
+        columns, lines = shutil.get_terminal_size()
+        drawn = []
+        for at, row in enumerate(seen.rows):
+            masks = int((seen.real[at] & (seen.tokens[at] == self._mask)).sum())
+            name = f"row {row + 1}, " if len(seen.rows) > 1 else ""
+            drawn.append(f"{name}pass {seen.number}: {int(seen.written[at].sum())} committed, {masks} masks left")
+            drawn += self._text(seen, at, columns) if self._live else ["".join(self._row(seen, at))]
+        if seen.number == 1:
+            self._drawn = 0
+        if self._live:
+            drawn = drawn[-max(lines - 1, 2) :]  # what has scrolled away cannot be drawn again
+            up = f"\x1b[{self._drawn}F" if self._drawn else ""
+            self._stream.write(up + "\x1b[J" + "\n".join(drawn) + "\n")
+            self._drawn = len(drawn)
+        else:
+            self._stream.write("  ".join(drawn) + "\n")
+        self._stream.flush()
+
+    def _row(self, seen: Pass, at: int) -> list[str]:
+        """The printable piece of each token, up to the first end of sequence."""
+        tokens = seen.tokens[at][seen.real[at]]
+        ends = np.flatnonzero(np.isin(tokens, self._eos))
+        shown = tokens[: ends[0]] if len(ends) else tokens
+        return [printable(self._pieces(int(token))) for token in shown]
+
+    def _text(self, seen: Pass, at: int, columns: int) -> list[str]:
+        """The row in lines of at most `columns`, coloured."""
+        lines, line, used = [], "", 0
+        for i, piece in enumerate(self._row(seen, at)):
+            taken = width(piece)
+            if used + taken > columns and used:
+                lines, line, used = [*lines, line], "", 0
+            line, used = line + self._coloured(seen, at, i, piece), used + taken
+        return [*lines, line]
+
+    def _coloured(self, seen: Pass, at: int, i: int, piece: str) -> str:
+        if not self._colours:
+            return piece
+        if seen.tokens[at, i] == self._mask:
+            return ansi(piece, "2")
+        confidence = float(seen.confidence[at, i])
+        codes = [confidence_code(confidence)] if confidence > 0 else []  # a token that was given has none
+        return ansi(piece, *codes, *(["1", "4"] if seen.written[at, i] else []))
