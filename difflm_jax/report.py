@@ -4,6 +4,8 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from difflm_jax.data.formats import Conversation, parse_row
 from difflm_jax.data.sources import RowError, open_source
 from difflm_jax.errors import UserError
@@ -26,6 +28,7 @@ class Column:
     answers: list[str]
     matches: int
     seconds: float
+    passes: float  # forward passes that an answer used, on average
 
 
 def read_questions(dataset: str, rows: int = 0) -> list[Question]:
@@ -78,16 +81,17 @@ def print_report(
             same = normalised(column.answers[i]) == normalised(question.reference)
             print(f"   {'=' if same else ' '} {column.name:<16} {' '.join(column.answers[i].split())}")
     base = columns[0].matches
-    print(f"\n  {'decoding':<18}{'exact match':>14}{'of the base':>14}{'seconds':>10}")
+    print(f"\n  {'decoding':<18}{'exact match':>14}{'of the base':>14}{'passes':>10}{'seconds':>10}")
     for column in columns:
         share = f"{column.matches}/{len(questions)} = {column.matches / len(questions):.2f}"
         relative = f"{column.matches / base:.2f}" if base else "-"
-        print(f"  {column.name:<18}{share:>14}{relative:>14}{column.seconds:>10.1f}")
+        print(f"  {column.name:<18}{share:>14}{relative:>14}{column.passes:>10.1f}{column.seconds:>10.1f}")
     return columns
 
 
 def _answer(lm: LanguageModel, name: str, questions: Sequence[Question], max_new_tokens: int, steps: int) -> Column:
     start = time.perf_counter()
-    answers = lm.generate([q.messages for q in questions], max_new_tokens, steps, batch_size=len(questions)).texts
+    out = lm.generate([q.messages for q in questions], max_new_tokens, steps, batch_size=len(questions))
+    answers = out.texts
     matches = sum(normalised(a) == normalised(q.reference) for a, q in zip(answers, questions, strict=True))
-    return Column(name, answers, matches, time.perf_counter() - start)
+    return Column(name, answers, matches, time.perf_counter() - start, float(np.mean(out.steps)))
