@@ -20,7 +20,7 @@ EOS = 7
 
 
 def drawn(rows=6, length=12, rate=0.4, seed=0):
-    """(candidates, masked, segments, rates, clean) with a prompt of three and answers that end in one to three EOS tokens."""
+    """(candidates, masked, segments, rates, clean): a prompt of three, answers that end in one to three EOS tokens."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(8, length + 1, rows)
     valid = np.arange(length) < lengths[:, None]
