@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # on these CPUs XLA multiplies bfloat16 no faster
     config.qlora_config.bnb_4bit_compute_dtype = "float32"  # for --config.use_qlora=true
 
+    config.remat = "none"  # the activations of so small a model fit
+
     config.attention = "prefix"
     config.logit_shift = True
     config.mask_rate = "row"
@@ -32,10 +34,11 @@ def get_config() -> ConfigDict:
     config.max_mask_probability = 1.0
     config.loss_tokens = "masked"
     config.loss_chunk = 128
-    config.algorithm = "probability"
+    config.algorithm = "steady"
+    config.on_policy = 0.75
 
     config.max_length = 96
-    config.length_multiple = 16
+    config.length_multiple = 8
     config.answer_padding = 16
     config.test_size = 0.05
 
