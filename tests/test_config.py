@@ -116,7 +116,7 @@ def test_a_python_file_starts_from_the_defaults(tmp_path):
     assert (config.phases, config.sft.learning_rate, config.lora_config.r) == (("sft",), 1e-4, 4)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "two_phase", "qlora_12gb"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "two_phase", "qlora_12gb", "recommended"])
 def test_the_shipped_configs_load(name, pytestconfig):
     config = load_config(str(pytestconfig.rootpath / "configs" / f"{name}.py"))
     assert config.model == ORIGINAL["model"] and config.learning_rate == ORIGINAL["learning_rate"]
