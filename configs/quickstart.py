@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     config.loss_tokens = "masked"
     config.loss_chunk = 128
     config.algorithm = "steady"
-    config.on_policy = 0.75
 
     config.max_length = 96
     config.length_multiple = 8
