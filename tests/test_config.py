@@ -116,7 +116,14 @@ def test_a_python_file_starts_from_the_defaults(tmp_path):
     assert (config.phases, config.sft.learning_rate, config.lora_config.r) == (("sft",), 1e-4, 4)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "two_phase", "qlora_12gb", "recommended"])
+@pytest.mark.parametrize("name", ["recommended", "quickstart"])
+def test_the_configs_of_our_own_recipe_share_it(name, pytestconfig):
+    config = load_config(str(pytestconfig.rootpath / "configs" / f"{name}.py"))
+    assert (config.attention, config.logit_shift, config.algorithm) == ("prefix", True, "steady")
+    assert (config.mask_rate, config.loss_tokens, config.answer_padding) == ("row", "masked", 16)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "two_phase", "qlora_12gb"])
 def test_the_shipped_configs_load(name, pytestconfig):
     config = load_config(str(pytestconfig.rootpath / "configs" / f"{name}.py"))
     assert config.model == ORIGINAL["model"] and config.learning_rate == ORIGINAL["learning_rate"]
