@@ -3,7 +3,7 @@
 Command:   bash scripts/quickstart.sh     (makes the environment, fetches the model, then runs this config)
            python -m difflm_jax.train --config=configs/quickstart.py
            The original system's rule: --config.attention=full --config.logit_shift=false
-Hardware:  2 CPU cores without an accelerator, 2.7 GB of memory; 6 min 30 s with the environment (Xeon, AVX-512).
+Hardware:  2 CPU cores without an accelerator, 3.5 GB of memory; 6 min 30 s with the environment (Xeon, AVX-512).
 Expect:    masked NLL of answers from about 3 to below 1; at the end, on 60 held-out questions, the causal base's greedy
            exact match (0.70) beside the converted model's at 1, 2 and 4 tokens a forward pass. README.md shows it all.
 
