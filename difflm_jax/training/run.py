@@ -180,9 +180,7 @@ def _check_sizes(config: ConfigDict, lm: LanguageModel, mesh: Mesh) -> None:
             raise UserError(f"batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp = {parts}")
     check_model(lm.config, lm.quantization.block_size if lm.quantization else 1, mesh)
     if mesh.shape[FSDP] > 1 and config.remat == "none":
-        raise UserError(
-            "remat=none: with mesh.fsdp above 1 it would keep the gathered weights of all layers; use full"
-        )
+        raise UserError("remat=none: with mesh.fsdp above 1 it would keep the gathered weights of all layers; use full")
     longest = lm.config.max_position_embeddings
     if config.max_length > longest:
         raise UserError(f"max_length={config.max_length}: the model's max_position_embeddings are {longest}")
