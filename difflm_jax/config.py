@@ -85,6 +85,16 @@ def default_config() -> ConfigDict:
             "max_mask_probability": 0.95,
             "loss_tokens": "all",
             "loss_weight": "uniform",
+            "loss_average": "tokens",  # answers: every answer counts the same
+            "eos_loss": "all",  # first: the tokens that fill an answer up are not scored
+            "complementary_masks": False,  # each row twice, with its mask and with the complement
+            "on_policy": 0.0,  # share of rows in states of the model's own decoding
+            "on_policy_passes": 1,
+            "on_policy_tokens": "reference",
+            "distillation_weight": 0.0,  # of the divergence from the causal base
+            "anneal_steps": 0,  # steps in which edges to later tokens are opened at random; 0: open from the start
+            "anneal_power": 1.0,  # above 1: slowly first
+            "block_growth_steps": 0,  # steps in which blocks grow from 1 to block_length; 0: they do not
             "loss_chunk": 512,  # positions whose logits exist at once
             # Optimisation.
             "epochs": 1,

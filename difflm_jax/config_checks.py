@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.names import PROJECTIONS
 from difflm_jax.data.packing import BATCHING
-from difflm_jax.diffusion.confidence import CONFIDENCES
+from difflm_jax.diffusion.options import ALGORITHMS
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import REMAT
 from difflm_jax.quant import QuantConfig
@@ -21,8 +21,11 @@ _CHOICES = {
     "mask_rate": ("batch", "row", "block"),
     "batching": BATCHING,
     "loss_tokens": ("all", "masked"),
-    "loss_weight": ("uniform", "inverse_rate"),
-    "algorithm": tuple(CONFIDENCES),
+    "loss_weight": ("uniform", "inverse_rate", "context"),
+    "loss_average": ("tokens", "answers"),
+    "eos_loss": ("all", "first"),
+    "on_policy_tokens": ("reference", "own"),
+    "algorithm": ALGORITHMS,
     "answers": ("last", "all"),
     "overlong": ("cut", "drop"),
     "lr_schedule": ("linear", "cosine", "constant"),
@@ -40,6 +43,7 @@ _RANGES = (
             "log_frequency_per_epoch", "diffusion_steps", "length_multiple", "loss_chunk",
             "keep_checkpoints", "adam_eps", "lora_config.r", "lora_config.lora_alpha", "sample_tokens",
             "report.max_new_tokens", "max_nonfinite_steps", "profile.first_step",
+            "on_policy_passes", "anneal_power",
         ),
     ),
     (
@@ -48,12 +52,13 @@ _RANGES = (
         (
             "dataloader_num_workers", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_batches",
             "sample_prompts", "answer_padding", "report.rows", "heartbeat_seconds", "profile.steps", "block_length",
+            "distillation_weight", "anneal_steps", "block_growth_steps",
         ),
     ),
     ("2 or more", lambda x: x >= 2, ("max_length",)),
     ("in [0, 2^31)", lambda x: 0 <= x < 2**31, ("seed",)),
     ("in [0, 1)", lambda x: 0 <= x < 1, ("test_size", "lora_config.lora_dropout", "adam_b1", "adam_b2")),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, ("bad_row_budget",)),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, ("bad_row_budget", "on_policy")),
     ("in (0, 1]", lambda x: 0 < x <= 1, ("min_mask_probability", "max_mask_probability")),
     ("-1 (all devices) or greater than 0", lambda x: x == -1 or x > 0, ("mesh.data", "mesh.fsdp", "mesh.tensor")),
 )  # fmt: skip
@@ -119,7 +124,26 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"answers='all' needs attention='full': under {config.attention!r} a row is one prompt and one answer"
         )
+    _check_objective(config)
     _check_quantization(config)
+
+
+def _check_objective(config: ConfigDict) -> None:
+    if config.on_policy and config.complementary_masks:
+        raise UserError("on_policy with complementary_masks: what the model leaves open has no complement; set one off")
+    if config.on_policy and config.answers == "all":
+        raise UserError("on_policy with answers='all': decoding fills one answer; set answers='last' or on_policy=0")
+    if config.on_policy_tokens == "own" and not (config.on_policy and config.distillation_weight):
+        raise UserError(
+            "on_policy_tokens='own' needs on_policy and distillation_weight above 0: only a teacher can judge the "
+            "model's own tokens"
+        )
+    if config.block_growth_steps and config.attention != "block":
+        raise UserError(
+            f"block_growth_steps needs attention='block', not {config.attention!r}: blocks grow up to block_length"
+        )
+    if config.loss_weight == "context" and config.loss_tokens != "masked":
+        raise UserError("loss_weight='context' weighs hidden tokens: it needs loss_tokens='masked'")
 
 
 def _check_quantization(config: ConfigDict) -> None:

@@ -78,7 +78,9 @@ def print_report(
             print(f"   {'=' if column.correct[i] else ' '} {column.name:<16} {_line(column.answers[i])}")
     base = columns[0]
     score = "exact match" if task == "exact" else "correct"
-    print(f"\n  {'decoding':<18}{score:>14}{'95 %':>14}{'of the base':>14}{'minus base, 95 %':>24}{'seconds':>10}")
+    print(
+        f"\n  {'decoding':<18}{score:>14}{'95 %':>14}{'of the base':>14}{'minus base, 95 %':>24}{'passes':>8}{'seconds':>10}"
+    )
     for column in columns:
         share = f"{column.matches}/{len(questions)} = {column.matches / len(questions):.2f}"
         low, high = mean_interval(column.correct)
@@ -89,7 +91,7 @@ def print_report(
             difference = f"{(column.matches - base.matches) / len(questions):+.2f} [{least:+.2f}, {most:+.2f}]"
         print(
             f"  {column.name:<18}{share:>14}{f'[{low:.2f}, {high:.2f}]':>14}{relative:>14}{difference:>24}"
-            f"{column.seconds:>10.1f}"
+            f"{sum(column.passes) / len(questions):>8.1f}{column.seconds:>10.1f}"
         )
     return columns
 

@@ -116,6 +116,13 @@ def test_a_python_file_starts_from_the_defaults(tmp_path):
     assert (config.phases, config.sft.learning_rate, config.lora_config.r) == (("sft",), 1e-4, 4)
 
 
+@pytest.mark.parametrize("name", ["recommended", "quickstart"])
+def test_the_configs_of_our_own_recipe_share_it(name, pytestconfig):
+    config = load_config(str(pytestconfig.rootpath / "configs" / f"{name}.py"))
+    assert (config.attention, config.logit_shift, config.algorithm) == ("prefix", True, "steady")
+    assert (config.mask_rate, config.loss_tokens, config.answer_padding) == ("row", "masked", 16)
+
+
 @pytest.mark.parametrize("name", ["pretrain", "sft", "two_phase", "qlora_12gb"])
 def test_the_shipped_configs_load(name, pytestconfig):
     config = load_config(str(pytestconfig.rootpath / "configs" / f"{name}.py"))
@@ -137,6 +144,11 @@ def test_a_quantised_base_is_chosen_by_either_switch():
     [
         (["use_qlora=true", "dtype=float32"], "bnb_4bit_compute_dtype='bfloat16' contradicts dtype='float32'"),
         (["use_qlora=true", "quantization=int8"], "contradicts use_qlora"),
+        (["on_policy=0.5", "complementary_masks=true"], "has no complement"),
+        (["on_policy=0.5", "answers=all"], "decoding fills one answer"),
+        (["on_policy=0.5", "on_policy_tokens=own"], "needs on_policy and distillation_weight"),
+        (["loss_weight=context"], "needs loss_tokens='masked'"),
+        (["block_growth_steps=10"], "block_growth_steps needs attention='block'"),
         (["use_qlora=true", "qlora_config.bnb_4bit_quant_type=fp4"], "bnb_4bit_quant_type must be 'nf4'"),
         (["use_qlora=true", "qlora_config.load_in_4bit=false"], "load_in_4bit=false"),
     ],

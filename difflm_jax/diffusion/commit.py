@@ -18,6 +18,23 @@ def ranks(score_BT: jax.Array, open_BT: jax.Array) -> jax.Array:
     return jnp.argsort(order_BT, axis=1)
 
 
+def deadline_quota(open_BT: jax.Array, passes_left: jax.Array) -> jax.Array:
+    """[B] how many to commit now so that an even pace from here on is done in `passes_left` [].
+
+    What a rule has committed beyond its share, or an end of sequence has closed, makes the passes that follow slower.
+    """
+    return -(-open_BT.sum(axis=1) // jnp.maximum(passes_left, 1))
+
+
+def leftmost_first(score_BT: jax.Array, open_BT: jax.Array) -> jax.Array:
+    """The score with that of each row's leftmost open position raised above all: every rule commits it.
+
+    Nothing before it is open: it is the one mask whose context is all there, as in the causal model.
+    """
+    is_first_BT = open_BT & (jnp.cumsum(open_BT, axis=1) == 1)
+    return jnp.where(is_first_BT, jnp.inf, score_BT)
+
+
 def most_confident(score_BT: jax.Array, open_BT: jax.Array, quota_B: jax.Array) -> jax.Array:
     """The `quota_B` open positions of highest score."""
     return open_BT & (ranks(score_BT, open_BT) < quota_B[:, None])
@@ -46,7 +63,7 @@ def within_entropy(
     ΣH - max H bounds how far tokens drawn independently are from a joint draw (EB-Sampler, arXiv:2505.24857).
     """
     rank_BT = ranks(negative_entropy_BT, open_BT)
-    entropy_BT = jnp.where(open_BT, -negative_entropy_BT, 0.0)
+    entropy_BT = jnp.where(open_BT & ~jnp.isposinf(negative_entropy_BT), -negative_entropy_BT, 0.0)  # inf: leftmost
     before_BTT = rank_BT[:, None, :] < rank_BT[:, :, None]
     total_before_BT = (before_BTT * entropy_BT[:, None, :]).sum(axis=-1)
     return open_BT & ((total_before_BT <= bound) | (rank_BT < quota_B[:, None]))

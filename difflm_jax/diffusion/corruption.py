@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.diffusion.weights import behind_eos, loss_weights
 from difflm_jax.noise import token_seeds, uniform
 
 # Streams folded into the key of a step; the example id is folded in after them.
@@ -27,8 +28,12 @@ class Corruption:
       (arXiv:2107.00630, section I.1), so that every step sees low and high rates; "block" one a block, stratified over
       rows and over the blocks of a row (BD3-LM, arXiv:2503.09573).
     loss_tokens: "all" scores every token that could have been hidden, "masked" only those that were.
-    loss_weight: "uniform", or "inverse_rate" for the 1/t weight of the diffusion bound (MDLM, arXiv:2406.07524;
-      LLaDA, arXiv:2502.09992).
+    loss_weight, loss_average, eos_loss, eos_token_id: see `difflm_jax.diffusion.weights.loss_weights`.
+    complementary: each row is used twice, with its mask and with the complement (`difflm_jax.diffusion.complementary`).
+    on_policy, on_policy_passes, on_policy_tokens: share of examples that are trained on states of the model's own
+      decoding (`difflm_jax.diffusion.on_policy`).
+    distillation: weight of the divergence from the causal base (`difflm_jax.diffusion.distillation`).
+    anneal_steps, anneal_power, block_growth_steps: a gentle start, off at 0 steps (`difflm_jax.diffusion.annealing`).
     attention, logit_shift, block_length: the attention rule, shift and blocks of the model that is trained. Under
       "prefix" and "block" a row without a prompt of its own (scope "all") is cut at a random place, and what precedes
       the cut is its clean prompt.
@@ -40,9 +45,31 @@ class Corruption:
     max_rate: float = 0.95
     loss_tokens: str = "all"
     loss_weight: str = "uniform"
+    loss_average: str = "tokens"
+    eos_loss: str = "all"
+    eos_token_id: int = -1
+    complementary: bool = False
+    on_policy: float = 0.0
+    on_policy_passes: int = 1
+    on_policy_tokens: str = "reference"
+    distillation: float = 0.0
+    anneal_steps: int = 0
+    anneal_power: float = 1.0
+    block_growth_steps: int = 0
     attention: str = "full"
     logit_shift: bool = False
     block_length: int = 0
+
+    def for_evaluation(self) -> "Corruption":
+        """What evaluations hide and score: random masks at rates over all examples, against the reference alone."""
+        plain = {
+            "complementary": False,
+            "on_policy": 0.0,
+            "distillation": 0.0,
+            "anneal_steps": 0,
+            "block_growth_steps": 0,
+        }
+        return dataclasses.replace(self, mask_rate="row", **plain)
 
 
 @struct.dataclass
@@ -84,10 +111,17 @@ class NoisyBatch:
     """What the model sees and what it is scored on. `weights` is zero where a position is not scored."""
 
     tokens: jax.Array  # [B, L] int32 with mask ids in it
-    masked: jax.Array  # [B, L] bool
-    weights: jax.Array  # [B, L] float32
-    rates: jax.Array  # [B, L] float32, the mask rate that each position was drawn with
+    clean: jax.Array  # [B, L] int32, the same without masks
+    segments: jax.Array  # [B, L] int32, as in `CleanBatch`
+    positions: jax.Array  # [B, L] int32, as in `CleanBatch`
     prompt_lengths: jax.Array  # [B, L] int32, of the clean prompt of the token's example
+    candidates: jax.Array  # [B, L] bool, what could have been hidden
+    masked: jax.Array  # [B, L] bool
+    rates: jax.Array  # [B, L] float32, the mask rate that each position was drawn with
+    weights: jax.Array  # [B, L] float32, of the cross-entropy with `clean`
+    teacher_weights: jax.Array  # [B, L] float32, of the divergence from the teacher
+    counts: jax.Array  # [B, L] float32, what each position adds to the divisor of the loss
+    open: jax.Array | None = None  # [B, L, L] bool, `open_BTS` of the attention mask
 
 
 def mask_rates(key: jax.Array, corruption: Corruption, strata_BL: jax.Array, block_BL: jax.Array) -> jax.Array:
@@ -112,14 +146,48 @@ def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption, mask_toke
     seeds = token_seeds(jax.random.fold_in(key, _MASK_STREAM), batch.example_ids, batch.positions)
     masked = candidates & (uniform(seeds) < rates)
 
-    scored = candidates if corruption.loss_tokens == "all" else masked
-    weight = 1.0 / rates if corruption.loss_weight == "inverse_rate" else jnp.ones_like(rates)
-    return NoisyBatch(
-        tokens=jnp.where(masked, mask_token_id, batch.tokens),
-        masked=masked,
-        weights=scored * weight,
-        rates=rates,
+    zeros = jnp.zeros_like(rates)
+    everything = NoisyBatch(
+        tokens=batch.tokens,
+        clean=batch.tokens,
+        segments=batch.segments,
+        positions=batch.positions,
         prompt_lengths=prompt_lengths,
+        candidates=candidates,
+        masked=masked,
+        rates=rates,
+        weights=zeros,
+        teacher_weights=zeros,
+        counts=zeros,
+    )
+    return hide(everything, masked, rates, corruption, mask_token_id)
+
+
+def hide(
+    noisy: NoisyBatch, masked_BL: jax.Array, rates_BL: jax.Array, corruption: Corruption, mask_token_id: int
+) -> NoisyBatch:
+    """The same rows with another choice of hidden tokens, drawn at `rates_BL`."""
+    weights_BL = loss_weights(
+        masked_BL,
+        noisy.candidates,
+        noisy.segments,
+        rates_BL,
+        noisy.clean,
+        tokens=corruption.loss_tokens,
+        weight=corruption.loss_weight,
+        average=corruption.loss_average,
+        eos=corruption.eos_loss,
+        eos_token_id=corruption.eos_token_id,
+    )
+    # The base never saw an answer filled up with end-of-sequence tokens: behind the first it has nothing to teach.
+    taught_BL = masked_BL & ~behind_eos(noisy.clean, noisy.candidates, noisy.segments, corruption.eos_token_id)
+    return noisy.replace(
+        tokens=jnp.where(masked_BL, mask_token_id, noisy.clean),
+        masked=masked_BL,
+        rates=rates_BL,
+        weights=weights_BL,
+        teacher_weights=jnp.where(taught_BL, corruption.distillation * weights_BL, 0.0),
+        counts=weights_BL,
     )
 
 

@@ -1,12 +1,32 @@
 """Cross-entropy at scored positions only, in chunks: logits of all positions never exist at once."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from difflm_jax.parallel import first_row, largest, over_vocabulary, own_rows, rows_apart, rows_together
 from difflm_jax.quant import matmul
+
+
+@struct.dataclass
+class Teacher:
+    """A second distribution over the vocabulary at every position, that of the same head over other hidden states."""
+
+    hidden: jax.Array  # [M, D]
+    weights: jax.Array  # [M] float32, of the KL divergence at each position
+
+
+class Scores(NamedTuple):
+    """What is known of each scored position, [M], float32 but for the last; zero where both weights are zero."""
+
+    nll: jax.Array  # -log p of the target, nats
+    correct: jax.Array  # 1 where the target is the likeliest token
+    confidence: jax.Array  # log p of the likeliest token
+    divergence: jax.Array  # KL(teacher || model), nats; zero without a teacher
+    choice: jax.Array  # int32, the likeliest token
 
 
 def scored_cross_entropy(
@@ -17,39 +37,44 @@ def scored_cross_entropy(
     forbidden_id: int,
     chunk: int,
     vocab_size: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(sum of weight * nll, nll [M], correct [M]), float32, all zero where the weight is zero.
+    teacher: Teacher | None = None,
+) -> tuple[jax.Array, Scores]:
+    """(sum of weight * nll + teacher's weight * KL(teacher || model), `Scores`).
 
-    `forbidden_id` (the mask token) is never an output: it has no share in the softmax. Only the sum is differentiable,
-    and only with respect to `hidden_MD`: the head is frozen, so the gradient of the hidden states is made together
-    with the loss and the backward pass costs no product with the head. The number of chunks follows the number of
-    scored positions, not M. `vocab_size` is V where `head_VD` is one device's part of the head, with padding behind it.
+    `forbidden_id` (the mask token) is never an output: it has no share in the softmax, nor in the teacher's. Only the
+    sum is differentiable, and only with respect to `hidden_MD`: the head is frozen, so the gradient of the hidden
+    states is made together with the loss and the backward pass costs no product with the head. The number of chunks
+    follows the number of scored positions, not M. `vocab_size` is V where `head_VD` is one device's part of the head,
+    with padding behind it.
     """
-    return _cross_entropy(chunk, forbidden_id, vocab_size or head_VD.shape[0], hidden_MD, head_VD, targets_M, weights_M)
+    static = (chunk, forbidden_id, vocab_size or head_VD.shape[0])
+    return _cross_entropy(*static, hidden_MD, head_VD, targets_M, weights_M, teacher)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, weights_M):
+def _cross_entropy(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, weights_M, teacher):
     static = (chunk, forbidden_id, vocab_size)
-    outputs, _ = _in_chunks(*static, hidden_MD, head_VD, targets_M, weights_M, with_gradient=False)
+    outputs, _ = _in_chunks(*static, hidden_MD, head_VD, targets_M, weights_M, teacher, with_gradient=False)
     return outputs
 
 
-def _forward(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, weights_M):
+def _forward(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, weights_M, teacher):
     static = (chunk, forbidden_id, vocab_size)
-    return _in_chunks(*static, hidden_MD, head_VD, targets_M, weights_M, with_gradient=True)
+    return _in_chunks(*static, hidden_MD, head_VD, targets_M, weights_M, teacher, with_gradient=True)
 
 
 def _backward(chunk, forbidden_id, vocab_size, gradient_MD, cotangents):
-    return cotangents[0].astype(gradient_MD.dtype) * gradient_MD, None, None, None
+    return cotangents[0].astype(gradient_MD.dtype) * gradient_MD, None, None, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _in_chunks(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, weights_M, with_gradient):
+def _in_chunks(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, weights_M, teacher, with_gradient):
     positions = hidden_MD.shape[0]
     scored_M = weights_M != 0
+    if teacher is not None:
+        scored_M |= teacher.weights != 0
     # Scored positions first; the tail is padded with an index out of range, which reads clamp and writes drop.
     order_M = jnp.argsort(~scored_M, stable=True)
     order_M = jnp.where(jnp.arange(positions) < scored_M.sum(), order_M, positions)
@@ -61,37 +86,58 @@ def _in_chunks(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, w
     ids_V = start + jnp.arange(rows)
     is_output_V = (ids_V != forbidden_id) & (ids_V < vocab_size)
 
-    def body(index, carry):
-        nll_M, correct_M, gradient_MD = carry
-        at_C = jax.lax.dynamic_slice_in_dim(order_M, index * chunk, chunk)
-        hidden_CD = rows_together(hidden_MD[at_C], head_VD)
-        targets_C = rows_together(targets_M[at_C], head_VD)
-        logits_CV = jnp.where(is_output_V, matmul(hidden_CD, head_VD).astype(jnp.float32), -jnp.inf)
-        own_largest_C = logits_CV.max(axis=-1)
-        largest_C = over_vocabulary(jax.lax.pmax, own_largest_C, head_VD)
+    def together(x_M: jax.Array, at_C: jax.Array) -> jax.Array:
+        return rows_together(x_M[at_C], head_VD)
+
+    def log_probabilities(hidden_MD: jax.Array, at_C: jax.Array) -> jax.Array:
+        """log p [C, V] of this part of the vocabulary."""
+        logits_CV = matmul(together(hidden_MD, at_C), head_VD).astype(jnp.float32)
+        logits_CV = jnp.where(is_output_V, logits_CV, -jnp.inf)
+        largest_C = over_vocabulary(jax.lax.pmax, logits_CV.max(axis=-1), head_VD)
         total_C = over_vocabulary(jax.lax.psum, jnp.exp(logits_CV - largest_C[:, None]).sum(axis=-1), head_VD)
-        log_total_C = jnp.log(total_C) + largest_C
+        return logits_CV - (largest_C + jnp.log(total_C))[:, None]
+
+    def body(index, carry):
+        scores, gradient_MD = carry
+        at_C = jax.lax.dynamic_slice_in_dim(order_M, index * chunk, chunk)
+        log_p_CV = log_probabilities(hidden_MD, at_C)
+        own_best_C = log_p_CV.max(axis=-1)
+        best_C = over_vocabulary(jax.lax.pmax, own_best_C, head_VD)
+        targets_C = together(targets_M, at_C)
         own_C = targets_C - start
         is_here_C = (own_C >= 0) & (own_C < rows)
         own_C = jnp.where(is_here_C, own_C, 0)
-        target_C = jnp.take_along_axis(logits_CV, own_C[:, None], axis=-1)[:, 0]
-        target_C = over_vocabulary(jax.lax.psum, jnp.where(is_here_C, target_C, 0.0), head_VD)
-        chosen_C = jnp.where(own_largest_C == largest_C, start + logits_CV.argmax(axis=-1), vocab_size)
+        target_C = jnp.where(is_here_C, jnp.take_along_axis(log_p_CV, own_C[:, None], axis=-1)[:, 0], 0.0)
+        target_C = over_vocabulary(jax.lax.psum, target_C, head_VD)
+        chosen_C = jnp.where(own_best_C == best_C, start + log_p_CV.argmax(axis=-1), vocab_size)
         chosen_C = over_vocabulary(jax.lax.pmin, chosen_C, head_VD)
-        nll_C = own_rows(log_total_C - target_C, head_VD)
-        correct_C = own_rows((chosen_C == targets_C).astype(jnp.float32), head_VD)
-        nll_M = nll_M.at[at_C].set(nll_C, mode="drop")
-        correct_M = correct_M.at[at_C].set(correct_C, mode="drop")
+        divergence_C = jnp.zeros_like(best_C)
+        if teacher is not None:
+            log_q_CV = log_probabilities(teacher.hidden, at_C)
+            q_CV = jnp.exp(log_q_CV)
+            divergence_C = jnp.where(is_output_V, q_CV * (log_q_CV - log_p_CV), 0.0).sum(axis=-1)
+            divergence_C = over_vocabulary(jax.lax.psum, divergence_C, head_VD)
+        correct_C = (chosen_C == targets_C).astype(jnp.float32)
+        found = (-target_C, correct_C, best_C, divergence_C, chosen_C)
+        scores = Scores(
+            *(all_M.at[at_C].set(own_rows(x_C, head_VD), mode="drop") for all_M, x_C in zip(scores, found, strict=True))
+        )
         if with_gradient:
-            error_CV = jnp.exp(logits_CV - log_total_C[:, None])
-            error_CV = error_CV.at[jnp.arange(len(own_C)), own_C].add(-is_here_C.astype(jnp.float32))
-            error_CV = (error_CV * rows_together(weights_M[at_C], head_VD)[:, None]).astype(hidden_MD.dtype)
-            gradient_CD = rows_apart(error_CV @ head_VD.astype(hidden_MD.dtype), head_VD)
+            # of weight * nll it is weight * (p - onehot), of the divergence weight * (p - q)
+            p_CV, weights_C = jnp.exp(log_p_CV), together(weights_M, at_C)
+            error_CV = p_CV * weights_C[:, None]
+            error_CV = error_CV.at[jnp.arange(len(own_C)), own_C].add(-jnp.where(is_here_C, weights_C, 0.0))
+            if teacher is not None:
+                error_CV += together(teacher.weights, at_C)[:, None] * (p_CV - q_CV)
+            gradient_CD = rows_apart(error_CV.astype(hidden_MD.dtype) @ head_VD.astype(hidden_MD.dtype), head_VD)
             gradient_MD = gradient_MD.at[at_C].set(gradient_CD, mode="drop")
-        return nll_M, correct_M, gradient_MD
+        return scores, gradient_MD
 
     zeros_M = jnp.zeros_like(weights_M)
-    carry = (zeros_M, zeros_M, jnp.zeros_like(hidden_MD))
     chunks = largest((scored_M.sum() + chunk - 1) // chunk)  # those who score together must stop together
-    nll_M, correct_M, gradient_MD = jax.lax.fori_loop(0, chunks, body, carry)
-    return ((weights_M * nll_M).sum(), nll_M, correct_M), gradient_MD
+    start_of_all = (Scores(*[zeros_M] * 4, jnp.zeros_like(targets_M)), jnp.zeros_like(hidden_MD))
+    scores, gradient_MD = jax.lax.fori_loop(0, chunks, body, start_of_all)
+    loss = (weights_M * scores.nll).sum()
+    if teacher is not None:
+        loss += (teacher.weights * scores.divergence).sum()
+    return (loss, scores), gradient_MD

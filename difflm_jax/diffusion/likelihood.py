@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from difflm_jax.diffusion.canvas import Decoder, check_positive, width_bucket
-from difflm_jax.diffusion.corruption import NoisyBatch
+from difflm_jax.diffusion.corruption import Corruption, NoisyBatch
 from difflm_jax.diffusion.cross_entropy import scored_cross_entropy
 from difflm_jax.diffusion.objective import predicting_states_of
 from difflm_jax.errors import UserError
 from difflm_jax.mesh import over_rows, row_shards, to_host
+from difflm_jax.models.attention import positions_of
 from difflm_jax.models.transformer import Transformer, head_weight
 
 CHUNK = 256  # positions whose logits exist at once
@@ -199,16 +200,23 @@ def _token_nll(model: Transformer, logit_shift: bool, mesh: Any, variables: Any,
 
     def nll(variables: Any, tokens_BL, masked_BL, real_BL, prompt_lengths_B) -> jax.Array:
         hidden_BL = masked_BL & (model.attention != "causal")
+        zeros_BL = jnp.zeros(tokens_BL.shape)
         noisy = NoisyBatch(
             tokens=jnp.where(hidden_BL, model.mask_token_id, tokens_BL),
-            valid=real_BL,
+            clean=tokens_BL,
+            segments=real_BL.astype(jnp.int32),
+            positions=positions_of(real_BL),
+            prompt_lengths=jnp.broadcast_to(prompt_lengths_B[:, None], tokens_BL.shape),
+            candidates=masked_BL,
             masked=masked_BL,
+            rates=zeros_BL,
             weights=masked_BL.astype(jnp.float32),
-            rates=jnp.zeros(tokens_BL.shape),
-            prompt_lengths=prompt_lengths_B,
+            teacher_weights=zeros_BL,
+            counts=zeros_BL,
         )
-        states_BLD = predicting_states_of(model, variables, noisy, tokens_BL, None, logit_shift)
-        _, nll_M, _ = scored_cross_entropy(
+        rule = Corruption(attention=model.attention, logit_shift=logit_shift, block_length=model.block_length)
+        states_BLD = predicting_states_of(model, variables, noisy, None, rule)
+        _, scores = scored_cross_entropy(
             states_BLD.reshape(-1, states_BLD.shape[-1]),
             head_weight(model.config, variables["params"]),
             tokens_BL.reshape(-1),
@@ -217,6 +225,6 @@ def _token_nll(model: Transformer, logit_shift: bool, mesh: Any, variables: Any,
             CHUNK,
             model.config.vocab_size,
         )
-        return nll_M.reshape(tokens_BL.shape)
+        return scores.nll.reshape(tokens_BL.shape)
 
     return over_rows(nll, mesh, variables, *rows)

@@ -1,26 +1,32 @@
 """The loss of a corrupted batch, as sums: what is divided, and by what, is for the caller who sees all devices."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.diffusion.annealing import grown_block_length, open_edges, open_share
+from difflm_jax.diffusion.complementary import complementary_pairs
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, NoisyBatch, corrupt
-from difflm_jax.diffusion.cross_entropy import scored_cross_entropy
+from difflm_jax.diffusion.cross_entropy import Scores, Teacher, scored_cross_entropy
+from difflm_jax.diffusion.distillation import teacher_of
+from difflm_jax.diffusion.on_policy import on_policy_states
 from difflm_jax.models.attention import block_starts
 from difflm_jax.models.transformer import Transformer, head_weight
-from difflm_jax.noise import fold_seeds, token_seeds
+from difflm_jax.noise import fold_seeds, token_seeds, uniform
 
 RATE_BUCKETS = 5  # mask rates are reported in [0, 0.2), [0.2, 0.4), ... [0.8, 1]
-_DROPOUT_STREAM = 3  # the streams below it are those of `corruption`
+_DROPOUT_STREAM, _POLICY_STREAM, _OPENING_STREAM = 3, 4, 5  # the streams below them are those of `corruption`
 
 
 @struct.dataclass
 class LossSums:
     """Sums over the positions of a batch; adding two of them gives those of both batches. All float32."""
 
-    loss: jax.Array  # [] sum of weight * cross-entropy
+    loss: jax.Array  # [] sum of weight * cross-entropy, and of what a teacher adds
     weight: jax.Array  # [] sum of weights
     masked_nll: jax.Array  # [RATE_BUCKETS] nats, over hidden tokens by the mask rate that they were drawn with
     masked_correct: jax.Array  # [RATE_BUCKETS]
@@ -42,88 +48,140 @@ def loss_sums(
     corruption: Corruption,
     chunk: int,
     train: bool,
+    index: jax.Array | int = 0,
 ) -> tuple[jax.Array, LossSums]:
-    """(sum of weight * cross-entropy, all sums); the first is differentiable with respect to `lora`.
+    """(the loss as a sum, all sums); the first is differentiable with respect to `lora`.
 
-    `key` is that of the step; `train` turns dropout on.
+    `key` is that of the step; `train` turns dropout on; `index` is the number of the step, for what changes on the way.
     """
+    if corruption.block_growth_steps:
+        block_length = grown_block_length(index, corruption.block_growth_steps, corruption.block_length)
+        corruption = dataclasses.replace(corruption, block_length=block_length)
+
+    def seeds(stream: int, positions_BL: jax.Array = batch.positions) -> jax.Array:
+        return token_seeds(jax.random.fold_in(key, stream), batch.example_ids, positions_BL)
+
+    score = functools.partial(_score, model, params, corruption, chunk)
+    dropout_seeds = seeds(_DROPOUT_STREAM) if train else None
     noisy = corrupt(key, batch, corruption, model.mask_token_id)
-    seeds_BL = None
-    if train:
-        seeds_BL = token_seeds(jax.random.fold_in(key, _DROPOUT_STREAM), batch.example_ids, batch.positions)
-    variables = {"params": params, "lora": lora}
-    hidden_BLD = predicting_states_of(model, variables, noisy, batch, seeds_BL, corruption.logit_shift)
-    loss, nll_M, correct_M = scored_cross_entropy(
-        hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
-        head_weight(model.config, params),
-        batch.tokens.reshape(-1),
-        noisy.weights.reshape(-1),
-        model.mask_token_id,
-        chunk,
-        model.config.vocab_size,
-    )
+    if corruption.anneal_steps:
+        share = open_share(index, corruption.anneal_steps, corruption.anneal_power)
+        noisy = noisy.replace(open=open_edges(seeds(_OPENING_STREAM), batch.positions, share))
+    if corruption.complementary:
+        noisy = complementary_pairs(noisy, corruption, model.mask_token_id)
+        dropout_seeds = (
+            None if dropout_seeds is None else jnp.concatenate([dropout_seeds, fold_seeds(dropout_seeds, 1)])
+        )
+    if corruption.on_policy:
+        draws_BL = uniform(seeds(_POLICY_STREAM, jnp.zeros_like(batch.positions)))  # one an example
+        own_score = functools.partial(score, jax.lax.stop_gradient(lora), None, None)
+        groups_BL = _groups(noisy, corruption)
+        noisy = on_policy_states(draws_BL, noisy, groups_BL, own_score, corruption, model.mask_token_id)
+    teacher = teacher_of(model, params, noisy) if corruption.distillation else None
+    loss, scores = score(lora, dropout_seeds, teacher, noisy, noisy.weights)
+
+    counted_BL = noisy.masked & (noisy.weights != 0)
     bucket_BL = jnp.minimum((noisy.rates * RATE_BUCKETS).astype(jnp.int32), RATE_BUCKETS - 1)
 
     def by_rate(values_BL: jax.Array) -> jax.Array:
-        hidden = (noisy.masked * values_BL).reshape(-1)
-        return jax.ops.segment_sum(hidden, bucket_BL.reshape(-1), num_segments=RATE_BUCKETS)
+        return jax.ops.segment_sum(_flat(counted_BL * values_BL), _flat(bucket_BL), num_segments=RATE_BUCKETS)
 
     return loss, LossSums(
         loss=jax.lax.stop_gradient(loss),
-        weight=noisy.weights.sum(),
-        masked_nll=by_rate(nll_M.reshape(noisy.tokens.shape)),
-        masked_correct=by_rate(correct_M.reshape(noisy.tokens.shape)),
+        weight=noisy.counts.sum(),
+        masked_nll=by_rate(scores.nll),
+        masked_correct=by_rate(scores.correct),
         masked_count=by_rate(jnp.ones(noisy.tokens.shape)),
         tokens=(batch.segments > 0).sum().astype(jnp.float32),
     )
 
 
-def predicting_states_of(
-    model, variables, noisy: NoisyBatch, batch: CleanBatch, seeds_BL, logit_shift: bool
-) -> jax.Array:
-    """[B, L, D] the states that predict each token of a corrupted batch; `batch` is the clean one."""
+def _score(
+    model: Transformer,
+    params: dict[str, Any],
+    corruption: Corruption,
+    chunk: int,
+    lora: dict[str, Any],
+    dropout_seeds_BL: jax.Array | None,
+    teacher: Teacher | None,
+    noisy: NoisyBatch,
+    weights_BL: jax.Array,
+) -> tuple[jax.Array, Scores]:
+    """(the loss as a sum, scores [B, L]) of the model on `noisy`, against its clean tokens by `weights_BL`."""
+    hidden_BLD = predicting_states_of(model, {"params": params, "lora": lora}, noisy, dropout_seeds_BL, corruption)
+    loss, scores = scored_cross_entropy(
+        _flat(hidden_BLD),
+        head_weight(model.config, params),
+        _flat(noisy.clean),
+        _flat(weights_BL),
+        model.mask_token_id,
+        chunk,
+        model.config.vocab_size,
+        jax.tree.map(_flat, teacher),
+    )
+    return loss, Scores(*(x_M.reshape(noisy.tokens.shape) for x_M in scores))
+
+
+def _flat(x_BL: jax.Array) -> jax.Array:
+    """[B, L, ...] as [M, ...]."""
+    return x_BL.reshape(-1, *x_BL.shape[2:])
+
+
+def _groups(noisy: NoisyBatch, corruption: Corruption) -> jax.Array:
+    """[B, L] int32: what a sampler fills together, a block or all of an answer, numbered within the row."""
+    if corruption.attention != "block":
+        return noisy.segments
+    first_BL = block_starts(noisy.positions, noisy.prompt_lengths, corruption.block_length)
+    return noisy.segments * noisy.tokens.shape[1] + first_BL
+
+
+def predicting_states_of(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruption) -> jax.Array:
+    """[B, L, D] the states that predict each token of a corrupted batch; `seeds_BL` are those of dropout, or None."""
     states = _block_states if model.attention == "block" else _states
-    return states(model, variables, noisy, batch, seeds_BL, logit_shift)
+    return states(model, variables, noisy, seeds_BL, corruption)
 
 
-def _states(model, variables, noisy: NoisyBatch, batch: CleanBatch, seeds_BL, logit_shift: bool) -> jax.Array:
+def _states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruption) -> jax.Array:
     """[B, L, D] the states that predict each token."""
     hidden_BLD = model.apply(
         variables,
         noisy.tokens,
-        batch.positions,
-        batch.segments > 0,
+        noisy.positions,
+        noisy.segments > 0,
         noisy.prompt_lengths,
         seeds_BL,
-        segments_BT=batch.segments,
+        segments_BT=noisy.segments,
+        open_BTS=noisy.open,
     )
-    return predicting_states(hidden_BLD, logit_shift)
+    return predicting_states(hidden_BLD, corruption.logit_shift)
 
 
-def _block_states(model, variables, noisy: NoisyBatch, batch: CleanBatch, seeds_BL, logit_shift: bool) -> jax.Array:
+def _block_states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruption) -> jax.Array:
     """The same under `block` attention: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
 
     A noisy block sees the clean blocks before it, as it does when text is generated. With the shift the first token of
     a block is predicted from the block before it, which is finished by then: from its clean copy.
     """
-    length = batch.tokens.shape[1]
+    length = noisy.clean.shape[1]
 
     def twice(x_BL: jax.Array) -> jax.Array:
         return jnp.concatenate([x_BL, x_BL], axis=1)
 
     hidden_BLD = model.apply(
         variables,
-        jnp.concatenate([noisy.tokens, batch.tokens], axis=1),
-        twice(batch.positions),
-        twice(batch.segments > 0),
+        jnp.concatenate([noisy.tokens, noisy.clean], axis=1),
+        twice(noisy.positions),
+        twice(noisy.segments > 0),
         twice(noisy.prompt_lengths),
         None if seeds_BL is None else jnp.concatenate([seeds_BL, fold_seeds(seeds_BL, 0)], axis=1),
         noisy_T=jnp.arange(2 * length) < length,
-        segments_BT=twice(batch.segments),
+        segments_BT=twice(noisy.segments),
+        open_BTS=None if noisy.open is None else jnp.tile(noisy.open, (1, 2, 2)),
+        block_length=corruption.block_length,
     )
     noisy_BLD, clean_BLD = jnp.split(hidden_BLD, 2, axis=1)
-    if not logit_shift:
+    if not corruption.logit_shift:
         return noisy_BLD
-    opens_BL = block_starts(batch.positions, noisy.prompt_lengths, model.block_length) == batch.positions
+    opens_BL = block_starts(noisy.positions, noisy.prompt_lengths, corruption.block_length) == noisy.positions
     shifted = (predicting_states(clean_BLD, True), predicting_states(noisy_BLD, True))
     return jnp.where(opens_BL[..., None], *shifted)

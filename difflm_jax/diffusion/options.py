@@ -14,7 +14,7 @@ from flax import struct
 
 from difflm_jax.diffusion.confidence import CONFIDENCES
 from difflm_jax.diffusion.revise import REMASKINGS
-from difflm_jax.diffusion.schedule import SCHEDULES
+from difflm_jax.diffusion.schedule import DEADLINE, SCHEDULES
 from difflm_jax.errors import UserError
 
 CACHES = ("auto", "none", "prefix", "dual")
@@ -32,12 +32,15 @@ def _static(default: Any, kind: type, description: str) -> Any:
 class Sampling:
     """How masks are filled. Every field is an option of `generate` and `infill` and a flag of the command line."""
 
-    algorithm: str | None = _static(None, str, f"Which masks come first: {', '.join(CONFIDENCES)}.")
+    algorithm: str | None = _static(
+        None, str, f"Which masks come first: {', '.join(CONFIDENCES)}; or steady: all above a threshold, the leftmost."
+    )
     temperature: float | None = _number("Above 0 draws tokens from softmax(logits / temperature); 0: the likeliest.")
     top_p: float | None = _number("Draws from the likeliest tokens whose probabilities add up to this.")
     top_k: int | None = _static(None, int, "Draws from this many of the likeliest tokens.")
     alg_temp: float | None = _number("Above 0 draws which masks are committed from softmax(confidence / alg_temp).")
     schedule: str | None = _static(None, str, f"Masks committed a pass: {', '.join(SCHEDULES)}.")
+    leftmost: bool = _static(False, bool, "Every pass commits the leftmost mask too, as the causal base would.")
     threshold: float | None = _number("Commits every mask of at least this probability (Fast-dLLM).")
     factor: float | None = _number("Commits ranks r of probability at least 1 - factor / (r + 1) (Fast-dLLM).")
     entropy_bound: float | None = _number("Commits masks while their entropies add up to at most this (EB-Sampler).")
@@ -64,6 +67,14 @@ class Sampling:
         return not (self.threshold is None and self.factor is None and self.entropy_bound is None)
 
 
+# Names for several options at once; an option that is given beside one takes the place of its own.
+PRESETS: dict[str, dict[str, Any]] = {
+    "steady": {"algorithm": "probability", "threshold": 0.9, "leftmost": True, "schedule": DEADLINE},
+}
+ALGORITHMS = (*CONFIDENCES, *PRESETS)
+# Options that say themselves what is committed: beside them the preset of an adapter is only its algorithm.
+_INSTEAD_OF_PRESETS = {"algorithm", "schedule", "factor", "entropy_bound", "remask", "alg_temp", "eos_last"}
+
 # The algorithms whose score a rule understands; the first is taken where none is named.
 _OF_PROBABILITY = ("probability", "maskgit_plus")
 _ALGORITHMS_OF = {
@@ -82,7 +93,7 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("factor", "repetition_penalty"), "a number greater than 0", lambda x: 0 < x < math.inf),
     (("top_k", "edit_passes", "refresh_interval"), "a positive integer", lambda x: x > 0),
 )
-_CHOICES = {"algorithm": CONFIDENCES, "schedule": SCHEDULES, "remask": REMASKINGS, "cache": CACHES}
+_CHOICES = {"algorithm": ALGORITHMS, "schedule": SCHEDULES, "remask": REMASKINGS, "cache": CACHES}
 # Values that mean the same as leaving the option out.
 _OFF = {"temperature": 0, "top_p": 1, "alg_temp": 0, "cfg_scale": 0, "repetition_penalty": 1, "eos_penalty": 0}
 
@@ -98,12 +109,26 @@ def sampling_options(attention: str, default_algorithm: str, options: Mapping[st
     for name, value in given.items():
         given[name] = _converted(name, value, fields[name].metadata["type"])
     given = {name: value for name, value in given.items() if not (name in _OFF and value == _OFF[name])}
+    default_algorithm, given = _expanded(attention, default_algorithm, given)
     _check_together(given, attention)
     if "algorithm" not in given:
         ruled = [algorithms[0] for rule, algorithms in _ALGORITHMS_OF.items() if rule in given]
         given["algorithm"] = ruled[0] if ruled else default_algorithm
     given.setdefault("schedule", "even")
     return Sampling(**given)
+
+
+def _expanded(attention: str, default_algorithm: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(algorithm where none is given, options) with presets replaced by what they stand for."""
+    if given.get("algorithm") in PRESETS:
+        preset = PRESETS[given.pop("algorithm")]
+        return default_algorithm, {**preset, **given}
+    if default_algorithm in PRESETS:
+        preset = PRESETS[default_algorithm]
+        if attention != "causal" and not _INSTEAD_OF_PRESETS & given.keys():
+            given = {**preset, **given}
+        return preset["algorithm"], given
+    return default_algorithm, given
 
 
 def check_algorithm(algorithm: str) -> None:
@@ -146,7 +171,7 @@ def _check_together(given: Mapping[str, Any], attention: str) -> None:
             refuse("algorithm", f"{rule} needs {' or '.join(_ALGORITHMS_OF[rule])}")
     by_chance = algorithm in ("random", "origin") or "remask" in given
     variable = any(rule in given for rule in ("threshold", "factor", "entropy_bound"))
-    if "schedule" in given and (variable or (by_chance and algorithm != "random")):
+    if "schedule" in given and ((variable and given["schedule"] != DEADLINE) or (by_chance and algorithm != "random")):
         refuse("schedule", "what is committed follows another rule here, not a schedule: leave one of them out")
     if "alg_temp" in given and (variable or by_chance):
         refuse("alg_temp", "draws from the ranking of a fixed schedule; the rule that is given uses none")
@@ -158,12 +183,16 @@ def _check_together(given: Mapping[str, Any], attention: str) -> None:
         refuse("edit_threshold", "does not go with remask: a token is replaced or masked again, not both")
     if "edit_passes" in given and "edit_threshold" not in given:
         refuse("edit_passes", "has no effect without edit_threshold")
+    if "leftmost" in given and by_chance:
+        refuse("leftmost", "which masks are committed is left to chance here")
+    if "leftmost" in given and "eos_last" in given:
+        refuse("leftmost", "contradicts eos_last where an end-of-sequence token is the leftmost: give one")
     cache = given.get("cache", "auto")
     if "refresh_interval" in given and cache not in ("prefix", "dual"):
         refuse("refresh_interval", "belongs to cache=prefix and cache=dual")
     if cache in ("prefix", "dual") and attention in ("block", "causal"):
         refuse("cache", f"the cache of {attention} attention is exact already: leave it at auto")
     if attention == "causal":
-        for name in (*rules, "schedule", "alg_temp", "edit_threshold", "eos_last"):
+        for name in (*rules, "schedule", "alg_temp", "edit_threshold", "eos_last", "leftmost"):
             if name in given:
                 refuse(name, "causal attention decodes one token a pass from left to right")

@@ -17,7 +17,7 @@ from flax import struct
 from difflm_jax.diffusion import commit, revise
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.proposal import REMASK_STREAM, Proposal, noise, propose, seen_tokens
-from difflm_jax.diffusion.schedule import timesteps
+from difflm_jax.diffusion.schedule import DEADLINE, timesteps
 from difflm_jax.parallel import everywhere, varying_with
 
 # (cache, tokens [B, L], first column of the active block, step in the block)
@@ -175,8 +175,12 @@ class Loop:
         """[B, T] bool: the masks to commit, by the rule that the options name."""
         sampling, scheduled = self.sampling, self._scheduled(carry.step)
         is_last = scheduled == self.plan.steps_per_block - 1
-        quota_B = jnp.where(is_last, self.plan.block_length, self.quotas[:, carry.block, scheduled])
-        known = (proposal.score, open_BT)
+        quota_B = self.quotas[:, carry.block, scheduled]
+        if sampling.schedule == DEADLINE:
+            quota_B = commit.deadline_quota(open_BT, self.plan.steps_per_block - scheduled)
+        quota_B = jnp.where(is_last, self.plan.block_length, quota_B)
+        score_BT = commit.leftmost_first(proposal.score, open_BT) if sampling.leftmost else proposal.score
+        known = (score_BT, open_BT)
         if sampling.threshold is not None:
             return commit.above_threshold(*known, jnp.maximum(quota_B, 1), sampling.threshold)
         if sampling.factor is not None:

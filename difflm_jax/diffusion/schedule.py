@@ -42,7 +42,18 @@ def dllm(masks: int, steps: int) -> list[int]:
     return quotas + [0] * (steps - len(quotas))
 
 
-SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {"even": even, "dream": dream, "dllm": dllm}
+def deadline(_masks: int, steps: int) -> list[int]:
+    """Nothing is fixed beforehand: `commit.deadline_quota` says in each pass what the passes that are left need."""
+    return [0] * steps
+
+
+DEADLINE = "deadline"
+SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
+    "even": even,
+    "dream": dream,
+    "dllm": dllm,
+    DEADLINE: deadline,
+}
 
 
 def timesteps(steps: int) -> np.ndarray:

@@ -28,9 +28,10 @@ def attention_mask(
     key_positions_BS: jax.Array,
     key_valid_BS: jax.Array,
     prompt_lengths: jax.Array,
-    block_length: int = 0,
+    block_length: jax.Array | int = 0,
     noisy_T: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
+    open_BTS: jax.Array | None = None,
 ) -> jax.Array:
     """[B, T, S] bool: True where a query may see a key. Positions count real tokens from 0.
 
@@ -44,10 +45,13 @@ def attention_mask(
     token sees clean tokens by the rule.
 
     `segments_BT` (T = S) is for rows of several examples, whose positions each begin at 0: a token sees its own example.
+    `open_BTS` bool is for attention annealing: of what the rule allows, a later token is seen only where it is True.
     """
     valid_BTS = jnp.broadcast_to(key_valid_BS[:, None, :], (*query_positions_BT.shape, key_positions_BS.shape[1]))
     if segments_BT is not None:
         valid_BTS = valid_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    if open_BTS is not None:
+        valid_BTS &= (key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]) | open_BTS
     if rule == "full":
         return valid_BTS
     first_BT, last_BT = _own_block(rule, query_positions_BT, _at_tokens(prompt_lengths), block_length)
@@ -61,7 +65,7 @@ def attention_mask(
     return valid_BTS & seen_BTS
 
 
-def block_starts(positions_BL: jax.Array, prompt_lengths: jax.Array, block_length: int) -> jax.Array:
+def block_starts(positions_BL: jax.Array, prompt_lengths: jax.Array, block_length: jax.Array | int) -> jax.Array:
     """[B, L] first position of the block that each position is in; a prompt token is a block of its own."""
     return _own_block("block", positions_BL, _at_tokens(prompt_lengths), block_length)[0]
 
@@ -71,7 +75,7 @@ def _at_tokens(prompt_lengths: jax.Array) -> jax.Array:
     return prompt_lengths[:, None] if prompt_lengths.ndim == 1 else prompt_lengths
 
 
-def _own_block(rule: str, positions_BT: jax.Array, prompts_BT: jax.Array, block_length: int):
+def _own_block(rule: str, positions_BT: jax.Array, prompts_BT: jax.Array, block_length: jax.Array | int):
     """(first, last) position of the span in which a token sees everything, besides all that precedes the span."""
     if rule == "causal":
         return positions_BT, positions_BT
@@ -79,7 +83,7 @@ def _own_block(rule: str, positions_BT: jax.Array, prompts_BT: jax.Array, block_
     if rule == "prefix":
         first_BT, last = prompts_BT, jnp.iinfo(jnp.int32).max
     elif rule == "block":
-        if block_length < 1:
+        if isinstance(block_length, int) and block_length < 1:
             raise ValueError(f"attention rule 'block' needs a block length, not {block_length}")
         first_BT = positions_BT - (positions_BT - prompts_BT) % block_length
         last = first_BT + block_length - 1

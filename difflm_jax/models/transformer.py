@@ -50,12 +50,15 @@ class Transformer(nn.Module):
         window: Window | None = None,
         noisy_T: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
+        open_BTS: jax.Array | None = None,
+        block_length: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] hidden states after the final norm, in `dtype`.
 
         `positions_BT` counts real tokens, `valid_BT` is False at padding. `window` places the tokens in a canvas whose
-        keys are in the `cache` collection; `prompt_lengths`, `noisy_T` and `segments_BT` are those of `attention_mask`;
-        `dropout_seeds_BT` are those of `difflm_jax.lora.dropout` (None: no dropout).
+        keys are in the `cache` collection; `prompt_lengths`, `noisy_T`, `segments_BT` and `open_BTS` are those of
+        `attention_mask`; `dropout_seeds_BT` are those of `difflm_jax.lora.dropout` (None: no dropout). `block_length`
+        [] takes the place of the model's own, for blocks that grow.
         """
         key_positions_BS, key_valid_BS = positions_BT, valid_BT
         if window is not None:
@@ -66,9 +69,10 @@ class Transformer(nn.Module):
             key_positions_BS,
             key_valid_BS,
             prompt_lengths,
-            self.block_length,
+            self.block_length if block_length is None else block_length,
             noisy_T,
             segments_BT,
+            open_BTS,
         )
         rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
 

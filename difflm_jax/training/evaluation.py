@@ -61,8 +61,8 @@ class Evaluator:
         num_examples: int,
         key: jax.Array,
     ):
-        corruption = dataclasses.replace(options.corruption, mask_rate="row")
-        self._step = make_eval_step(dataclasses.replace(options, corruption=corruption), mesh)
+        plain = dataclasses.replace(options, corruption=options.corruption.for_evaluation())
+        self._step = make_eval_step(plain, mesh)
         self._batches = [
             CleanBatch(**{**batch, "strata": (np.maximum(batch["example_ids"], 0) / num_examples).astype(np.float32)})
             for batch in batches

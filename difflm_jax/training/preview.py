@@ -55,23 +55,24 @@ def _first_step(phase: Phase, batches: Any) -> tuple[CleanBatch, NoisyBatch]:
     batch = CleanBatch(**rows)
     key = jax.random.fold_in(phase_key(phase), 0)
     corruption = step_options(phase).corruption
-    return batch, corrupt(key, batch, corruption, phase.model.mask_token_id, len(batch.tokens))
+    return batch, corrupt(key, batch, corruption, phase.model.mask_token_id)
 
 
 def _print_rows(lm: LanguageModel, rows: Any, batch: CleanBatch, noisy: NoisyBatch, colours: bool) -> None:
     pieces = Pieces(lm.tokenizer, lm.mask_token_id)
     how = "on yellow" if colours else "in ⟦⟧"
     print(f"  masked tokens stand {how}, prompts {'dim' if colours else 'before ▸'}")
-    masked, prompts = np.asarray(noisy.masked), np.asarray(noisy.prompt_lengths)
-    used = [row for row, example in enumerate(batch.example_ids) if example >= 0][:SHOWN_ROWS]
-    for row in used:
-        length, prompt = int(batch.lengths[row]), int(min(prompts[row], batch.lengths[row]))
-        hidden = int(masked[row].sum())
-        origin = printable(rows[int(batch.example_ids[row])]["origin"])
+    masked, prompts, segments = (np.asarray(x) for x in (noisy.masked, noisy.prompt_lengths, batch.segments))
+    examples = [(row, number) for row in range(len(segments)) for number in range(1, segments[row].max() + 1)]
+    for row, number in examples[:SHOWN_ROWS]:
+        at = np.flatnonzero(segments[row] == number)
+        length, prompt = len(at), int(min(prompts[row, at[0]], len(at)))
+        hidden = int(masked[row, at].sum())
+        origin = printable(rows[int(batch.example_ids[row, at[0]])]["origin"])
         share = f" ({hidden / (length - prompt):.0%})" if length > prompt else ""
         print(f"\n  {origin}: {length} tokens, prompt {prompt}, {hidden} of {length - prompt} masked{share}")
-        shown = [printable(pieces(int(token))) for token in batch.tokens[row][:length]]
-        print("  " + _coloured(shown, masked[row], prompt, colours))
+        shown = [printable(pieces(int(token))) for token in batch.tokens[row, at]]
+        print("  " + _coloured(shown, masked[row, at], prompt, colours))
 
 
 def _coloured(shown: list[str], masked: np.ndarray, prompt: int, colours: bool) -> str:
@@ -97,9 +98,9 @@ def _print_figures(batches: Any, noisy: NoisyBatch) -> None:
     for step in range(steps):
         batch = batches[step]
         shapes.add(batch["tokens"].shape)
-        real, places = real + int(batch["lengths"].sum()), places + batch["tokens"].size
+        real, places = real + int((batch["segments"] > 0).sum()), places + batch["tokens"].size
     micro, rows, width = max(shapes)
-    masked, valid = np.asarray(noisy.masked), np.asarray(noisy.valid)
+    masked, valid = np.asarray(noisy.masked), np.asarray(noisy.segments) > 0
     print(
         f"\n  a step: {micro} x {rows} rows of up to {width} columns; {len(batches)} steps in all\n"
         f"  real tokens: {real / places:.1%} of the columns of {'the first ' if steps < len(batches) else ''}{steps} "

@@ -63,7 +63,7 @@ def make_train_step(
         lora = jax.lax.pcast(state.lora, ROW_AXES, to="varying")
 
         def micro_batch(totals: tuple[LossSums, Tree], rows: CleanBatch):
-            sums_of = functools.partial(_loss_of, options, params, rows, key)
+            sums_of = functools.partial(_loss_of, options, params, rows, key, index)
             gradient, sums = jax.grad(sums_of, has_aux=True)(lora)
             return jax.tree.map(jnp.add, totals, (sums, gradient)), None
 
@@ -114,8 +114,9 @@ def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
     return jax.jit(sharded)
 
 
-def _loss_of(options, params, rows, key, lora):
-    return loss_sums(options.model, params, lora, rows, key, options.corruption, options.chunk, train=True)
+def _loss_of(options, params, rows, key, index, lora):
+    corruption, chunk = options.corruption, options.chunk
+    return loss_sums(options.model, params, lora, rows, key, corruption, chunk, train=True, index=index)
 
 
 def _zero_sums() -> LossSums:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.diffusion.cross_entropy import scored_cross_entropy
+from difflm_jax.diffusion.cross_entropy import Teacher, scored_cross_entropy
 
 POSITIONS, WIDTH, VOCABULARY, FORBIDDEN = 23, 8, 37, 5
 
@@ -23,20 +23,47 @@ def inputs(scored_share: float):
 
 def whole(hidden, head, targets, weights):
     logits = (hidden @ head.T).at[:, FORBIDDEN].set(-jnp.inf)
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
-    return (weights * nll).sum(), nll * (weights > 0), (logits.argmax(1) == targets) * (weights > 0)
+    log_p = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
+    correct, confidence = logits.argmax(1) == targets, log_p.max(1)
+    return (weights * nll).sum(), *(x * (weights > 0) for x in (nll, correct, confidence))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 23, 64])
 @pytest.mark.parametrize("scored", [0.0, 0.3, 1.0])
 def test_value_and_gradient_equal_the_whole_softmax(chunk, scored):
     hidden, head, targets, weights = inputs(scored)
-    got = scored_cross_entropy(hidden, head, targets, weights, FORBIDDEN, chunk)
-    for a, b in zip(got, whole(hidden, head, targets, weights), strict=True):
+    loss, scores = scored_cross_entropy(hidden, head, targets, weights, FORBIDDEN, chunk)
+    assert not scores.divergence.any()
+    for a, b in zip((loss, *scores[:3]), whole(hidden, head, targets, weights), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
     gradient = jax.grad(lambda h: 2.5 * scored_cross_entropy(h, head, targets, weights, FORBIDDEN, chunk)[0])(hidden)
     expected = jax.grad(lambda h: 2.5 * whole(h, head, targets, weights)[0])(hidden)
     np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_distillation_adds_the_divergence_from_the_teacher_and_its_gradient(chunk):
+    """KL(teacher || model) over the vocabulary without the mask token, against `jax.scipy` and automatic gradients."""
+    hidden, head, targets, weights = inputs(0.6)
+    rng = np.random.default_rng(1)
+    taught = jnp.asarray(rng.normal(size=hidden.shape), jnp.float32)
+    teacher = Teacher(taught, jnp.asarray(rng.uniform(0.2, 2.0, POSITIONS), jnp.float32) * (weights > 0.9))
+
+    def expected(hidden):
+        allowed = jnp.delete(head, FORBIDDEN, axis=0)
+        q, p = jax.nn.softmax(taught @ allowed.T), jax.nn.softmax(hidden @ allowed.T)
+        divergence = jax.scipy.special.kl_div(q, p).sum(axis=1)
+        return whole(hidden, head, targets, weights)[0] + (teacher.weights * divergence).sum(), divergence
+
+    def got(hidden):
+        return scored_cross_entropy(hidden, head, targets, weights, FORBIDDEN, chunk, teacher=teacher)
+
+    (loss, divergence), (own, scores) = expected(hidden), got(hidden)
+    np.testing.assert_allclose(own, loss, rtol=2e-5)
+    np.testing.assert_allclose(scores.divergence, divergence * (weights > 0), rtol=2e-4, atol=2e-5)
+    gradient = jax.grad(lambda h: 2.5 * got(h)[0])(hidden)
+    np.testing.assert_allclose(gradient, jax.grad(lambda h: 2.5 * expected(h)[0])(hidden), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.usefixtures("optimised")

@@ -95,3 +95,42 @@ def test_numbers_are_data_and_names_are_not():
         0.9,
     ]
     assert isinstance(sampling_options("full", "confidence", {}), Sampling)
+
+
+STEADY = {"algorithm": "probability", "threshold": 0.9, "leftmost": True, "schedule": "deadline"}
+
+
+@pytest.mark.parametrize(
+    ("default", "options", "expected"),
+    [
+        ("confidence", {"algorithm": "steady"}, STEADY),
+        ("steady", {}, STEADY),
+        ("steady", {"threshold": 0.7}, {**STEADY, "threshold": 0.7}),
+        ("confidence", {"algorithm": "steady", "leftmost": False}, {**STEADY, "leftmost": False}),
+        ("steady", {"factor": 1.0}, {"algorithm": "probability", "factor": 1.0}),
+        ("steady", {"algorithm": "entropy"}, {"algorithm": "entropy"}),
+        ("steady", {"entropy_bound": 0.1}, {"algorithm": "entropy", "entropy_bound": 0.1}),
+        ("steady", {"temperature": 0.5}, {**STEADY, "temperature": 0.5}),
+    ],
+    ids=str,
+)
+def test_a_preset_stands_for_its_options_and_gives_way_to_those_that_are_named(default, options, expected):
+    assert sampling_options("full", default, options) == Sampling(**{"schedule": "even", **expected})
+
+
+def test_the_preset_of_an_adapter_does_not_reach_its_causal_base():
+    assert sampling_options("causal", "steady", {}) == Sampling(algorithm="probability", schedule="even")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"leftmost": True, "algorithm": "random"}, "left to chance"),
+        ({"leftmost": True, "eos_last": True}, "contradicts eos_last"),
+        ({"algorithm": "steady", "schedule": "dream"}, "what is committed follows another rule"),
+    ],
+    ids=str,
+)
+def test_leftmost_and_presets_are_refused_where_they_contradict(options, message):
+    with pytest.raises(UserError, match=message):
+        sampling_options("full", "confidence", options)

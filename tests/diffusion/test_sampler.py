@@ -6,6 +6,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,9 @@ WAYS = {
     "dream-drawn": {"algorithm": "topk_margin", "schedule": "dream", "alg_temp": 0.5, "temperature": 0.9, "top_p": 0.8},
     "dllm": {"schedule": "dllm", "temperature": 1.0, "top_k": 3},
     "threshold": {"threshold": 0.4},
+    "leftmost": {"threshold": 0.4, "leftmost": True, "schedule": "deadline"},
+    "leftmost-factor": {"factor": 1.0, "leftmost": True},
+    "deadline": {"schedule": "deadline"},
     "factor": {"factor": 1.0, "temperature": 0.7},
     "entropy-bound": {"entropy_bound": 0.7},
     "remdm-cap": {"remask": "cap", "remask_eta": 0.3, "temperature": 1.0},
@@ -179,7 +183,7 @@ def test_probabilities_that_float32_rounds_to_one_are_still_ranked():
 
 
 @pytest.mark.parametrize(("masks", "steps"), [(10, 4), (3, 5), (0, 2), (128, 128), (7, 16)])
-@pytest.mark.parametrize("name", schedule.SCHEDULES)
+@pytest.mark.parametrize("name", sorted(set(schedule.SCHEDULES) - {schedule.DEADLINE}))
 def test_every_schedule_spends_every_mask(name, masks, steps):
     quotas = schedule.SCHEDULES[name](masks, steps)
     assert len(quotas) == steps
@@ -205,3 +209,35 @@ def test_copies_of_a_row_draw_differently():
     draw = functools.partial(run, Rigged(6, 0, mix=False, scale=0.5), plan=Plan(1, 1, 5, 5), temperature=1.0)
     batch = np.asarray(draw([[2] + [MASK] * 5, [3] + [MASK] * 5, [3] + [MASK] * 5]).tokens)
     assert (batch[1] != batch[2]).any()
+
+
+def test_leftmost_alone_is_greedy_decoding_from_left_to_right():
+    """One a pass: the committed positions come in their order, whatever the scores are."""
+    plan, seed = Plan(2, 1, 6, 6), 4
+    denoiser = Rigged(length(plan), seed)
+    tokens = np.full((1, length(plan)), MASK)
+    tokens[:, :2] = 1
+    carry = run(denoiser, tokens, plan, seed=seed, leftmost=True, stop_at_eos=False)
+    for position in range(2, length(plan)):
+        logits = denoiser(torch.tensor(tokens[0]))[position].numpy()
+        logits[MASK] = -np.inf
+        tokens[0, position] = logits.argmax()
+    np.testing.assert_array_equal(carry.tokens, tokens)
+
+
+def test_a_deadline_gives_the_passes_that_are_saved_to_what_is_unsure():
+    """Of 9 masks in 4 passes: 3 at first (ceil 9/4); if a rule takes 7 then 1, 1; the last takes all that is left."""
+    quota = commit.deadline_quota(jnp.array([[True] * 9, [True] * 2 + [False] * 7]), jnp.array(4))
+    np.testing.assert_array_equal(quota, [3, 1])
+    np.testing.assert_array_equal(commit.deadline_quota(jnp.ones((1, 9), bool), jnp.array(1)), [9])
+
+
+def test_the_leftmost_open_mask_comes_first_in_every_rule():
+    score, opened = jnp.array([[9.0, -3.0, 5.0, 4.0]]), jnp.array([[False, True, True, True]])
+    first = commit.leftmost_first(score, opened)
+    two = jnp.array([2])
+    np.testing.assert_array_equal(commit.most_confident(first, opened, two)[0], [False, True, True, False])
+    np.testing.assert_array_equal(commit.above_threshold(first, opened, two // 2, 0.99)[0], [False, True, True, False])
+    np.testing.assert_array_equal(commit.within_factor(first, opened, two // 2, 0.001)[0], [False, True, False, False])
+    entropy = commit.leftmost_first(jnp.array([[0.0, -3.0, -0.5, -0.4]]), opened)
+    np.testing.assert_array_equal(commit.within_entropy(entropy, opened, two // 2, 0.3)[0], [False, True, False, True])

@@ -4,6 +4,7 @@ python -m tests.multi_device.same_numbers '[{"micro_batches": 2, "mesh": [2, 2, 
 step in that many micro-batches on a mesh of data x fsdp x tensor devices.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -74,8 +75,24 @@ def micro_batched(count: int) -> CleanBatch:
     return CleanBatch(**{k: field.reshape(count, ROWS // count, *field.shape[1:]) for k, field in rows.items()})
 
 
-def numbers(micro_batches: int, mesh: list[int], quantization: str | None = None, evaluated: bool = True) -> dict:
+# Beside the plain rule: everything that runs the model more than once, or each row twice.
+OBJECTIVES = {
+    "plain": {},
+    "distillation": {"distillation": 0.7, "on_policy": 0.6, "on_policy_tokens": "own", "eos_token_id": 5},
+    "complementary": {"complementary": True, "anneal_steps": 6, "loss_average": "answers"},
+}
+
+
+def numbers(
+    micro_batches: int,
+    mesh: list[int],
+    quantization: str | None = None,
+    evaluated: bool = True,
+    objective: str = "plain",
+) -> dict:
     params, options, lora = setting(quantization)
+    corruption = dataclasses.replace(options.corruption, **OBJECTIVES[objective])
+    options = dataclasses.replace(options, corruption=corruption)
     mesh = make_mesh(*mesh)
     optimizer = optax.chain(clip_by_global_norm(1.0), optax.scale_by_adam())
     step = make_train_step(options, optimizer, lambda index: 1e-2, mesh)

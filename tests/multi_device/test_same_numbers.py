@@ -20,25 +20,35 @@ QUANTISED = [
     {"quantization": "nf4", "micro_batches": 2, "mesh": [1, 8, 1], "evaluated": False},
     {"quantization": "int8", "micro_batches": 2, "mesh": [1, 4, 2], "evaluated": False},
 ]
+OBJECTIVES = [
+    {"objective": "distillation", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
+    {"objective": "complementary", "micro_batches": 2, "mesh": [1, 4, 2], "evaluated": False},
+]
+
+
+def kind(case: dict) -> tuple:
+    """What the numbers of a case depend on."""
+    return case.get("quantization"), case.get("objective", "plain")
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    """{format of the base: numbers on a single device}."""
-    evaluated = {None: True, "nf4": True, "int8": False}
-    return {held: numbers(1, [1, 1, 1], held, evaluated=each) for held, each in evaluated.items()}
+    """{(format of the base, objective): numbers on a single device}."""
+    evaluated = {(None, "plain"): True, ("nf4", "plain"): True, ("int8", "plain"): False}
+    evaluated |= {(None, "distillation"): False, (None, "complementary"): False}
+    return {each: numbers(1, [1, 1, 1], each[0], scored, each[1]) for each, scored in evaluated.items()}
 
 
 @pytest.mark.slow
 def test_every_mesh_gives_the_numbers_of_one_device(on_devices, one_device):
-    """Six meshes and micro-batch counts, three more over a quantised base; dropout is on."""
-    cases = CASES + QUANTISED
+    """Six meshes and micro-batch counts, three more over a quantised base, two of other objectives; dropout is on."""
+    cases = CASES + QUANTISED + OBJECTIVES
     code = (
         "import json; from tests.multi_device.same_numbers import numbers;"
         f"print(json.dumps([numbers(**case) for case in {cases!r}]))"
     )
     for case, found in zip(cases, json.loads(on_devices(8, code)), strict=True):
-        expected = one_device[case.get("quantization")]
+        expected = one_device[kind(case)]
         # A gradient summed once too often over 8 devices would be 8 times too large, whatever the loss says.
         np.testing.assert_allclose(found["norms"], expected["norms"], rtol=1e-4, err_msg=str(case))
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5, err_msg=str(case))

@@ -1,0 +1,66 @@
+"""What each token counts in the loss: functions of what is hidden, at which rate, and where answers end."""
+
+import jax
+import jax.numpy as jnp
+
+CART_P = 0.3  # Dream's: how fast the worth of a visible token falls with its distance
+_LOWEST_RATE = 1e-3  # below it nothing is drawn; keeps 1 / rate finite where nothing is hidden
+
+
+def loss_weights(
+    masked_BL: jax.Array,
+    candidates_BL: jax.Array,
+    segments_BL: jax.Array,
+    rates_BL: jax.Array,
+    clean_BL: jax.Array,
+    *,
+    tokens: str = "all",
+    weight: str = "uniform",
+    average: str = "tokens",
+    eos: str = "all",
+    eos_token_id: int = -1,
+) -> jax.Array:
+    """[B, L] float32 weights of the cross-entropy, zero where a token is not scored.
+
+    `segments_BL` numbers the examples of a row from 1, 0 is padding; they do not weigh on each other.
+
+    tokens: "all" scores every candidate, "masked" those that are hidden.
+    weight: "uniform"; "inverse_rate", the 1/t of the diffusion bound (MDLM, arXiv:2406.07524; LLaDA,
+      arXiv:2502.09992); "context", Dream's context-adaptive rescheduling (CART, arXiv:2508.15487), by which a hidden
+      token counts the more the nearer visible ones are.
+    average: "tokens", or "answers": divided by the number of candidates of the example, so that every answer counts the
+      same whatever its length (LLaDA's SFT loss).
+    eos: "all", or "first": end-of-sequence tokens behind the first of an answer, which only fill it up, are not scored.
+    """
+    scored_BL = candidates_BL if tokens == "all" else masked_BL
+    if eos == "first":
+        scored_BL = scored_BL & ~behind_eos(clean_BL, candidates_BL, segments_BL, eos_token_id)
+    weights_BL = jnp.ones_like(rates_BL)
+    if weight == "inverse_rate":
+        weights_BL = 1.0 / jnp.maximum(rates_BL, _LOWEST_RATE)
+    elif weight == "context":
+        weights_BL = context_weights(~masked_BL, segments_BL)
+    if average == "answers":
+        weights_BL = weights_BL / jnp.maximum(in_group(segments_BL, candidates_BL), 1)
+    return jnp.where(scored_BL, weights_BL, 0.0)
+
+
+def context_weights(visible_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:
+    """[B, L] float32: half the sum over visible m != n of p (1 - p)^(|m - n| - 1), p = 0.3 (Dream's CART)."""
+    position_L = jnp.arange(visible_BL.shape[1])
+    distance_LL = jnp.abs(position_L[:, None] - position_L[None, :])
+    worth_LL = jnp.where(distance_LL > 0, CART_P * (1 - CART_P) ** (distance_LL - 1.0), 0.0)
+    return 0.5 * in_group(segments_BL, visible_BL & (segments_BL > 0), worth_LL[None])
+
+
+def behind_eos(clean_BL: jax.Array, candidates_BL: jax.Array, segments_BL: jax.Array, eos_token_id: int) -> jax.Array:
+    """[B, L] bool: end-of-sequence tokens that follow another one of their answer."""
+    is_eos_BL = candidates_BL & (clean_BL == eos_token_id)
+    follows_BL = is_eos_BL[:, :-1] & (segments_BL[:, :-1] == segments_BL[:, 1:])
+    return is_eos_BL & jnp.pad(follows_BL, ((0, 0), (1, 0)))
+
+
+def in_group(group_BL: jax.Array, counted_BL: jax.Array, worth_BLL: jax.Array | float = 1.0) -> jax.Array:
+    """[B, L] float32: the worth (of query n, other m) of all counted positions in the group of each position."""
+    same_BLL = (group_BL[:, :, None] == group_BL[:, None, :]) & counted_BL[:, None, :]
+    return jnp.where(same_BLL, worth_BLL, 0.0).sum(axis=2)
