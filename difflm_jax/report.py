@@ -79,7 +79,8 @@ def print_report(
     base = columns[0]
     score = "exact match" if task == "exact" else "correct"
     print(
-        f"\n  {'decoding':<18}{score:>14}{'95 %':>14}{'of the base':>14}{'minus base, 95 %':>24}{'passes':>8}{'seconds':>10}"
+        f"\n  {'decoding':<18}{score:>14}{'95 %':>14}{'of the base':>14}{'minus base, 95 %':>24}{'passes':>8}"
+        f"{'seconds':>10}"
     )
     for column in columns:
         share = f"{column.matches}/{len(questions)} = {column.matches / len(questions):.2f}"
