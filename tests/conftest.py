@@ -12,15 +12,32 @@ _SHARED = _PROJECT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once(tmp_path_factory):
-    """What one test has compiled another need not, in this process or in one that it starts."""
+    """What one test has compiled another need not, in any process of the session or one that it starts; and tiny models
+    are not worth LLVM's optimisation, which is half of the time of compiling them (`optimised` turns it on)."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(shared / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
     }
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture
+def optimised():
+    """Compiles as users do, for tests of single bits and of what is in the compiled program."""
+    name = "jax_disable_most_optimizations"
+    jax.clear_caches()
+    jax.config.update(name, False)
+    os.environ[name.upper()] = "False"
+    yield
+    jax.clear_caches()
+    jax.config.update(name, True)
+    os.environ[name.upper()] = "True"
 
 
 @pytest.fixture(scope="session")

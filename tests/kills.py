@@ -40,7 +40,7 @@ def kill_and_compare(directory: Path, kills: int, seed: int) -> dict[str, int]:
     draw = random.Random(seed)
     model = _in_child(lambda: bool(make_model(directory / "model"))) and directory / "model"
     rows = make_rows(directory / "rows.jsonl")
-    compiled = str(directory / "compiled")
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory / "compiled"))
 
     def life(name: str) -> int:
         arguments = train_arguments(model, rows, directory / name, f"--config.cache_dir={directory / 'cache'}",

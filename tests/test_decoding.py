@@ -14,14 +14,14 @@ from difflm_jax import UserError
 from difflm_jax.diffusion import denoiser
 from tests.oracles import samplers as oracle
 from tests.oracles.torch_decoding import FastDllmCache, Uncached
-from tests.tiny_checkpoint import save_tiny_qwen3
+from tests.tiny_checkpoint import save_tiny_model
 
 MASK = 259
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return save_tiny_qwen3(tmp_path_factory.mktemp("model"))
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

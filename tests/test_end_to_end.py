@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import difflm_jax
 from difflm_jax import evaluate, export, generate
@@ -18,37 +18,19 @@ from difflm_jax.cli import run_command
 from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training.metrics import read_metrics
-from tests.byte_tokenizer import byte_tokenizer
-from tests.tiny_run import TIMED, train_arguments
+from tests.tiny_checkpoint import save_tiny_model
+from tests.tiny_run import TIMED, make_rows, train_arguments
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_tiny_model(directory, "llama", noise=0.0, max_position_embeddings=128, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"{i + 1}."}) + "\n" for i in range(24)))
-    return path
+    return make_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 import difflm_jax
 from difflm_jax import UserError
 from difflm_jax.lora import LoraConfig, init_lora
-from tests.tiny_checkpoint import save_tiny_qwen3
+from tests.tiny_checkpoint import save_tiny_model
 
 PROMPTS = ["Hi", "A rather longer prompt than the first one.", "42?"]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return save_tiny_qwen3(tmp_path_factory.mktemp("model"))
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module", params=[("full", False), ("full", True), ("prefix", False), ("prefix", True)])

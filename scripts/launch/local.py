@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--devices", type=int, default=0)
+    parser.add_argument("--grace", type=float, default=10, help="seconds that the others have after a failure")
     options = parser.parse_args(own)
     if not command:
         parser.error("name the command behind --")
@@ -47,15 +48,15 @@ def main(arguments: list[str]) -> int:
     ]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: [process.send_signal(received) for process in processes])
-    return _wait(processes)
+    return _wait(processes, options.grace)
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
-    """The first exit status that is not 0; the others have then ten seconds to end by themselves."""
+def _wait(processes: list[subprocess.Popen], grace: float) -> int:
+    """The first exit status that is not 0; the others have then `grace` seconds to end by themselves."""
     while None in (statuses := [process.poll() for process in processes]):
         failed = [status for status in statuses if status]
         if failed:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + grace
             for process in processes:
                 try:
                     process.wait(max(0.0, deadline - time.monotonic()))

@@ -39,6 +39,7 @@ def test_value_and_gradient_equal_the_whole_softmax(chunk, scored):
     np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_logits_of_all_positions_never_exist():
     hidden, head = jnp.zeros((4096, WIDTH)), jnp.zeros((5003, WIDTH))
     targets, weights = jnp.zeros(4096, jnp.int32), jnp.ones(4096)

@@ -73,7 +73,7 @@ def micro_batched(count: int) -> CleanBatch:
     return CleanBatch(**{k: field.reshape(count, ROWS // count, *field.shape[1:]) for k, field in rows.items()})
 
 
-def numbers(micro_batches: int, mesh: list[int], quantization: str | None = None) -> dict:
+def numbers(micro_batches: int, mesh: list[int], quantization: str | None = None, evaluated: bool = True) -> dict:
     params, options, lora = setting(quantization)
     mesh = make_mesh(*mesh)
     optimizer = optax.chain(clip_by_global_norm(1.0), optax.scale_by_adam())
@@ -86,8 +86,10 @@ def numbers(micro_batches: int, mesh: list[int], quantization: str | None = None
         state, metrics = step(params, state, batch, jax.random.key(5), index)
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
         norms.append(float(metrics["grad_norm"]))
-    evaluate = Evaluator(options, mesh, [vars(micro_batched(1))], ROWS, jax.random.key(9))
-    evaluation = summarise(evaluate(params, state.lora))
+    evaluation = {}
+    if evaluated:
+        evaluate = Evaluator(options, mesh, [vars(micro_batched(1))], ROWS, jax.random.key(9))
+        evaluation = summarise(evaluate(params, state.lora))
     adapters = {jax.tree_util.keystr(k): np.abs(v).sum() for k, v in jax.tree_util.tree_leaves_with_path(state.lora)}
     return {
         "losses": losses,

@@ -11,11 +11,13 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from difflm_jax import generate
+from difflm_jax import evaluate, generate
 from difflm_jax.cli import run_command
 from difflm_jax.hosts import _on_a_cluster
 from difflm_jax.train import command
+from difflm_jax.training import loop
 from difflm_jax.training.metrics import read_metrics
+from tests.multi_device.whole_run import stopping
 from tests.tiny_run import make_model, make_rows, train_arguments
 
 PROJECT = Path(__file__).parents[2]
@@ -39,6 +41,10 @@ def whole(parts, tmp_path_factory) -> Path:
 
 def life(parts, directory: Path, stop_after: int, devices: int, processes: int = 1, mesh: tuple = (-1, 1, 1)) -> int:
     """The exit status of one stretch of a run, ended by SIGTERM (to process 1 where there are two) or by itself."""
+    if devices == processes == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.Meter, "add", stopping(loop.Meter.add, stop_after))
+            return command(train_arguments(*parts, directory, *ONE_PHASE))
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
     run = [sys.executable, "-m", "tests.multi_device.whole_run", str(stop_after), str(processes - 1)]
     run += [*map(str, parts), str(directory), *ONE_PHASE, *sizes]
@@ -57,8 +63,8 @@ def life(parts, directory: Path, stop_after: int, devices: int, processes: int =
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one_to_two_processes(parts, whole, tmp_path, capfd):
     """Elastic resume 8 devices -> 1 -> 2 processes, which SIGTERM to one of them stops together -> 2 processes."""
-    assert life(parts, tmp_path, 3, devices=8, mesh=(2, 2, 2)) == 75
-    assert life(parts, tmp_path, 2, devices=1) == 75
+    assert life(parts, tmp_path, 2, devices=8, mesh=(2, 2, 2)) == 75
+    assert life(parts, tmp_path, 3, devices=1) == 75
     assert life(parts, tmp_path, 2, devices=2, processes=2, mesh=(1, 4, 1)) == 75
     assert life(parts, tmp_path, 99, devices=2, processes=2, mesh=(2, 1, 2)) == 0
 
@@ -91,15 +97,14 @@ def test_two_processes_answer_and_score_as_one(parts, whole, capfd):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == alone
-    score = ["-m", "difflm_jax.evaluate", f"--run={whole}", f"--data={parts[1]}", "--rows=6", "--max_new_tokens=4"]
-    outputs = [
-        subprocess.run(
-            [*start, sys.executable, *score], env=environment, cwd=PROJECT, capture_output=True, text=True, check=False
-        )
-        for start in ([], launcher)
-    ]
-    tables = [re.findall(r"^ +(?:\d\.\d-\d\.\d|all) .*$", each.stdout, re.M) for each in outputs]
-    assert tables[0] and tables[0] == tables[1], outputs[1].stderr[-3000:]
+    score = [f"--run={whole}", f"--data={parts[1]}", "--rows=6", "--max_new_tokens=4"]
+    assert run_command(evaluate.main, evaluate.FLAGS, "", ["evaluate", *score]) == 0
+    done = subprocess.run(
+        [*launcher, sys.executable, "-m", "difflm_jax.evaluate", *score],
+        env=environment, cwd=PROJECT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    one, two = (re.findall(r"^ +(?:\d\.\d-\d\.\d|all) .*$", out, re.M) for out in (capfd.readouterr().out, done.stdout))
+    assert one and one == two, done.stderr[-3000:]
 
 
 def test_flags_that_do_not_belong_together_are_refused(capfd):
@@ -128,8 +133,8 @@ def test_clusters_are_known_by_their_environment(environment, found):
 
 def test_the_launcher_gives_the_first_failure_and_ends_the_others(tmp_path):
     code = "import sys, time; time.sleep(0 if '--process_id=1' in sys.argv else 60); sys.exit(3)"
-    command_line = [sys.executable, str(LAUNCH / "local.py"), "--processes=2", "--", sys.executable, "-c", code]
-    assert subprocess.run(command_line, timeout=30, check=False).returncode == 3
+    launcher = [sys.executable, str(LAUNCH / "local.py"), "--processes=2", "--grace=1", "--"]
+    assert subprocess.run([*launcher, sys.executable, "-c", code], timeout=30, check=False).returncode == 3
 
 
 @pytest.mark.parametrize("script", ["slurm.sh", "tpu_pod.sh"])

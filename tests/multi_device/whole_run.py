@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from difflm_jax.train import command
@@ -14,9 +15,9 @@ from difflm_jax.training import loop
 from tests.tiny_run import train_arguments
 
 
-def stop_after(steps: int, pause: float) -> None:
-    """SIGTERM while the metrics of step number `steps` of this process are read; each step takes `pause` more."""
-    plain, seen = loop.Meter.add, []
+def stopping(plain: Callable[..., None], steps: int, pause: float = 0.0) -> Callable[..., None]:
+    """`Meter.add` with SIGTERM while the metrics of step number `steps` are read; each step takes `pause` more."""
+    seen = []
 
     def add(self, *arguments):
         seen.append(1)
@@ -25,13 +26,14 @@ def stop_after(steps: int, pause: float) -> None:
         time.sleep(pause)
         return plain(self, *arguments)
 
-    loop.Meter.add = add
+    return add
 
 
 def main(steps: str, process: str, model: str, rows: str, directory: str, *more: str) -> int:
     if f"--process_id={process}" in more or not any(flag.startswith("--process_id") for flag in more):
         # Processes need some time to agree on where to stop, which a run of tiny steps does not give them.
-        stop_after(int(steps), pause=0.8 if int(process) else 0.0)
+        pause = 0.8 if int(process) and int(steps) < 99 else 0.0
+        loop.Meter.add = stopping(loop.Meter.add, int(steps), pause)
     return command(train_arguments(Path(model), Path(rows), Path(directory), *more))
 
 

@@ -108,6 +108,7 @@ def test_a_stack_is_dequantised_layer_by_layer_and_sliced_by_a_scan(config):
     np.testing.assert_allclose(scanned[2], matmul(x, layers[2]), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_a_backward_pass_without_remat_keeps_no_dense_weights():
     """What is kept from the forward pass grows with the activations of a layer, not with its dense weight (256 KB)."""
 
