@@ -20,8 +20,8 @@ REMAT = ("none", "full")
 class Transformer(nn.Module):
     """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
 
-    Without a `lora` collection it is the base. `attention` is the rule ("full", "prefix", "block", "causal") and
-    `block_length` that of "block". `remat="full"` keeps only the input of each layer for the backward pass.
+    Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and
+    `block_length` that of "block" and "block_causal". `remat="full"` keeps only the input of each layer for the backward pass.
     """
 
     config: ModelConfig
