@@ -20,7 +20,7 @@ SMALL = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 1024,
 }  # fmt: skip
 SHAPE = ("dtype=float32", "batch_size=8", "max_length=128", "gradient_accumulation_steps=2")
-TOLERANCE = 0.25  # of the temporaries; arguments are exact
+TOLERANCE = 0.25  # of the temporaries
 CASES = {
     "full remat": (),
     "no remat": ("remat=none",),
@@ -32,7 +32,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, "sampling"])
 def test_memory_is_what_xla_assigns(case):
-    """Arguments to the byte, temporaries to 25 %, of compiled steps and a generation on one CPU device."""
+    """Arguments but for what is not read, temporaries to 25 %, of compiled steps and a generation on one CPU device."""
     config = load_config("", [*SHAPE, *CASES.get(case, ())])
     model_config, mesh = ModelConfig.from_hf(SMALL), make_mesh(1)
     if case == "sampling":
@@ -42,7 +42,8 @@ def test_memory_is_what_xla_assigns(case):
     measured, _ = compiled_parts(job)
     found = estimate(job, mesh, model_config.num_layers, fused_random=False).parts
     arguments = sum(found[name] for name in ("weights", "adapters", "moments", "batch") if name in found)
-    assert arguments == pytest.approx(measured["arguments"], abs=64)  # keys are counted by their words
+    unread = measured["arguments"] - arguments  # answers and prompts, where the objective does not ask for them
+    assert -4096 < unread <= 0
     temporaries = found["activations"] + found["gradients"] + found["working"]
     assert temporaries == pytest.approx(measured["temporaries"], rel=TOLERANCE), (found, measured)
 
