@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_dict
 
 from difflm_jax.config_checks import PHASES, validate
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.lora import LoraConfig
 from difflm_jax.quant import QuantConfig
 
 # Keys that a phase may have for itself, under `pretrain` and `sft`; None there means: as the common key.
@@ -201,6 +202,18 @@ def quantization(config: ConfigDict) -> QuantConfig | None:
     if not kind:
         return None
     return QuantConfig(kind, config.quantization_block_size, config.qlora_config.bnb_4bit_use_double_quant)
+
+
+def lora_config(config: ConfigDict) -> LoraConfig:
+    """The shape of the adapters that are trained."""
+    settings = config.lora_config
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=tuple(settings.target_modules),
+        use_rslora=settings.use_rslora,
+    )
 
 
 def notes(config: ConfigDict) -> list[str]:

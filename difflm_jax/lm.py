@@ -18,7 +18,7 @@ from difflm_jax.checkpoint.hf import check_quantization, load_params, save_pretr
 from difflm_jax.checkpoint.peft import load_adapter, save_adapter
 from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.data.chat import encode_chat, encode_prompt
-from difflm_jax.data.mask_token import choose_mask_token
+from difflm_jax.data.mask_token import choose_mask_token, token_of_id
 from difflm_jax.diffusion.canvas import Decoder, answer_plan, fill_answers, fill_masks
 from difflm_jax.diffusion.likelihood import LogLikelihood, log_likelihoods
 from difflm_jax.diffusion.options import Sampling, check_algorithm, sampling_options
@@ -26,7 +26,7 @@ from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, merge_lora
 from difflm_jax.mesh import over_rows, place, row_shards, to_host
-from difflm_jax.models.attention import ATTENTION_RULES, positions_of
+from difflm_jax.models.attention import ATTENTION_RULES, BLOCK_RULES, positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.quant import QuantConfig
@@ -164,9 +164,8 @@ class LanguageModel:
         plan = answer_plan(self.model, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
         stops = stop_strings(stop)
-        filled = fill_answers(self._decoder, rows, plan, sampling, seed, batch_size, on_pass)
-        rows = [answer[:max_new_tokens] for answer in filled.rows]
-        answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in rows]
+        filled = fill_answers(self._decoder, rows, max_new_tokens, plan, sampling, seed, batch_size, on_pass)
+        answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in filled.rows]
         texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
         return Generation(texts, tokens, filled.passes, filled.committed)
 
@@ -274,7 +273,7 @@ class LanguageModel:
             "attention": self.attention,
             "logit_shift": self.logit_shift,
             "algorithm": self.algorithm,
-            **({"block_length": self.model.block_length} if self.attention == "block" else {}),
+            **({"block_length": self.model.block_length} if self.attention in BLOCK_RULES else {}),
         }
 
     def _prompt_tokens(self, prompt: Prompt) -> np.ndarray:
@@ -397,10 +396,18 @@ def open_model(
     check_quantization(opened, quantization)
     tokenizer = opened.load_tokenizer()
     loaded = load_adapter(adapter, opened.config) if adapter is not None else None
-    trained_for = (loaded.diffusion_config if loaded else read_diffusion_config(opened.path)) or {}
+    own = (loaded.diffusion_config if loaded else read_diffusion_config(opened.path)) or {}
+    trained_for = {**opened.diffusion, **own}
     mask_token_id = choose_mask_token(
-        tokenizer, opened.config.vocab_size, mask_token or trained_for.get("mask_token") or ""
+        tokenizer,
+        opened.config.vocab_size,
+        mask_token or own.get("mask_token") or token_of_id(tokenizer, opened.diffusion.get("mask_token_id")),
     )
+    if not mask_token and mask_token_id != trained_for.get("mask_token_id", mask_token_id):
+        raise UserError(
+            f"{source}: the mask token was {trained_for['mask_token_id']} in training, but the tokenizer's "
+            f"{tokenizer.mask_token!r} is {mask_token_id}: name the right one with mask_token"
+        )
     if loaded is not None and loaded.mask_token_id not in (None, mask_token_id):
         raise UserError(
             f"{adapter}: the adapter's mask row has id {loaded.mask_token_id}, but the mask token "
@@ -433,14 +440,14 @@ def open_model(
 
 
 def _block_length(attention: str, block_length: int | None, trained_for: Mapping[str, Any]) -> int:
-    """The block length of `block` attention, 0 for every other rule. Raises `UserError`."""
-    if attention != "block":
+    """The block length of attention in blocks, 0 for every other rule. Raises `UserError`."""
+    if attention not in BLOCK_RULES:
         if block_length:
             raise UserError(f"block_length={block_length} belongs to attention='block', not to {attention!r}")
         return 0
     length = block_length or trained_for.get("block_length")
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise UserError(f"attention='block' needs block_length, a positive integer, not {length!r}")
+        raise UserError(f"attention={attention!r} needs block_length, a positive integer, not {length!r}")
     return length
 
 

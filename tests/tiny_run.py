@@ -60,6 +60,10 @@ def train_arguments(model: Path, rows: Path, directory: Path, *more: str) -> lis
     ]
 
 
+# A base in four bits, which the model's 32 inputs divide into blocks of.
+NF4 = ("--config.quantization=nf4", "--config.quantization_block_size=16")
+
+
 def results(run: Path) -> dict[str, Any]:
     """All that two runs of the same numbers have in common: adapters to the byte, samples, untimed metrics."""
     return {

@@ -6,6 +6,7 @@ transpose nothing.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,38 @@ PROJECTIONS = {path.split(".")[1]: tuple(path.split(".")) for path in _LAYER_MOD
 
 # Buffers and copies that old checkpoints carry beside the weights; they hold nothing that `config.json` does not say.
 REDUNDANT_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+# Names of others' tensors: pattern -> Hugging Face's name for the same.
+FOREIGN = {
+    "llada": {
+        "model.transformer.wte.weight": "model.embed_tokens.weight",
+        "model.transformer.ln_f.weight": "model.norm.weight",
+        "model.transformer.ff_out.weight": "lm_head.weight",
+        **{
+            f"model.transformer.blocks.{{layer}}.{theirs}.weight": f"model.layers.{{layer}}.{ours}.weight"
+            for theirs, ours in {
+                "attn_norm": "input_layernorm",
+                "q_proj": "self_attn.q_proj",
+                "k_proj": "self_attn.k_proj",
+                "v_proj": "self_attn.v_proj",
+                "attn_out": "self_attn.o_proj",
+                "ff_norm": "post_attention_layernorm",
+                "ff_proj": "mlp.gate_proj",
+                "up_proj": "mlp.up_proj",
+                "ff_out": "mlp.down_proj",
+            }.items()
+        },
+    },
+}
+
+
+def from_foreign(names: str, tensor: str) -> str:
+    """Hugging Face's name of a tensor in a table of `FOREIGN`; one that is not in it keeps its own."""
+    layer = re.search(r"\.(\d+)\.", tensor)
+    pattern = tensor.replace(layer[0], ".{layer}.", 1) if layer else tensor
+    found = FOREIGN[names].get(pattern)
+    return tensor if found is None else found.format(layer=layer and layer[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,17 +4,19 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from difflm_jax.checkpoint.bitsandbytes import open_quantised
+from difflm_jax.checkpoint.field import read_field_config
 from difflm_jax.checkpoint.gguf import open_gguf
+from difflm_jax.checkpoint.names import from_foreign
 from difflm_jax.checkpoint.shards import TensorFiles, open_shards, read_json
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.models.config import ModelConfig, unknown_keys
@@ -31,7 +33,8 @@ class Source:
     `path` is the local directory or file (a hub id's snapshot); `hf_config` is `config.json` as it stands, or the same
     in Hugging Face's spelling made from GGUF metadata; `shapes` maps Hugging Face tensor names to shapes; `read(name)`
     gives one tensor, [out, in], in its stored dtype (float32 for quantised GGUF types), or a `QTensor` where `stored`
-    says that the checkpoint holds it so; `defects` are faults of the files that `load_params` reports with its own.
+    says that the checkpoint holds it so; `defects` are faults of the files that `load_params` reports with its own;
+    `diffusion` is what a diffusion checkpoint of others was trained for (`checkpoint.field`).
     """
 
     name: str
@@ -44,6 +47,7 @@ class Source:
     defects: tuple[str, ...]
     stored: Mapping[str, QuantConfig]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """A hash of the names, sizes and times of the files of weights: another one means that they have changed."""
@@ -74,6 +78,26 @@ def open_source(source: str, revision: str | None = None) -> Source:
     return _open_directory(source, revision, _download(source, revision))
 
 
+def read_model_config(source: str, revision: str | None = None) -> ModelConfig:
+    """The shape of the model that `source` names, or of the `config.json` that it is; no tensors are looked for.
+
+    Of a hub id that file alone is fetched. Raises `UserError` as `open_source` does.
+    """
+    path = _expanded(source)
+    if path.suffix == ".gguf":
+        return open_source(source, revision).config
+    if not (path.exists() or _looks_like_path(source)):
+        path = _download(source, revision, ("config.json",))
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the model is known by its config.json")
+    hf_config = read_json(path)
+    hf_config.pop("quantization_config", None)
+    field = _named(str(path), lambda: read_field_config(hf_config, source))
+    return _named(str(path), lambda: ModelConfig.from_hf(hf_config if field is None else field.hf_config))
+
+
 def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
@@ -82,11 +106,15 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
     hf_config = read_json(directory / "config.json")
     quantization_config = hf_config.pop("quantization_config", None)  # from here on the tensors tell
     files = open_quantised(directory, quantization_config) if quantization_config else open_shards(directory)
+    field = _named(name, lambda: read_field_config(hf_config, name))
+    if field is not None:
+        hf_config, files = field.hf_config, _renamed(files, field.names)
     if unknown := unknown_keys(hf_config):
         logging.getLogger(__name__).warning(
             "%s: config.json has keys that are not read here: %s", name, ", ".join(unknown)
         )
-    return _open(name, revision, directory, hf_config, files, lambda: _load_tokenizer(directory))
+    diffusion = field.diffusion if field is not None else {}
+    return _open(name, revision, directory, hf_config, files, lambda: _load_tokenizer(directory), diffusion)
 
 
 def _open(
@@ -96,13 +124,41 @@ def _open(
     hf_config: dict[str, Any],
     files: TensorFiles,
     load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+    diffusion: Mapping[str, Any] | None = None,
 ) -> Source:
+    config = _named(name, lambda: ModelConfig.from_hf(hf_config))
+    return Source(
+        name,
+        revision,
+        path,
+        hf_config,
+        config,
+        files.shapes,
+        files.read,
+        files.defects,
+        files.stored,
+        load_tokenizer,
+        diffusion or {},
+    )
+
+
+def _named(name: str, read: Callable[[], Any]) -> Any:
+    """What `read` gives; the messages of its errors begin with `name`."""
     try:
-        config = ModelConfig.from_hf(hf_config)
+        return read()
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    return Source(
-        name, revision, path, hf_config, config, files.shapes, files.read, files.defects, files.stored, load_tokenizer
+
+
+def _renamed(files: TensorFiles, names: str) -> TensorFiles:
+    """`files` with their tensors under Hugging Face's names."""
+    if not names:
+        return files
+    theirs = {from_foreign(names, name): name for name in files.shapes}
+    return dataclasses.replace(
+        files,
+        shapes={ours: files.shapes[name] for ours, name in theirs.items()},
+        read=lambda name: files.read(theirs[name]),
     )
 
 
@@ -117,10 +173,10 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, wanted: Sequence[str] = _WANTED) -> Path:
     """The local snapshot of a hub model, fetched or already in the cache."""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except (HTTPError, HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
@@ -130,7 +186,15 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    configs = logging.getLogger("transformers.configuration_utils")
+    level = configs.level
+    configs.setLevel(logging.ERROR)  # it warns of a config.json whose model transformers does not have
     try:
+        named = directory / "tokenizer_config.json"
+        if named.is_file() and read_json(named).get("tokenizer_class") == "DreamTokenizer":
+            return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)  # which it is a copy of
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries beneath raise anything, bare `Exception` included, for a bad file
         raise UserError(f"{directory}: its tokenizer cannot be loaded ({one_line(error)[:200]})") from error
+    finally:
+        configs.setLevel(level)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from difflm_jax.errors import UserError, one_line
 from difflm_jax.mesh import agreed, is_writer, wait_for_all
 
 Tree = Any
+_METADATA_BYTES = 1 << 20  # what orbax writes besides the arrays is a few kilobytes
 
 
 class DamagedCheckpointError(UserError):
@@ -89,6 +91,10 @@ class Checkpoints:
             "metrics_checksum": _json_checksum(metrics),
         }
         self._writing = step
+        if jax.process_count() > 1 and not agreed(self._has_room(step, state)):
+            # In the middle of a save the others would wait for the one that cannot go on.
+            self._announce_failure(OSError("the disk of one of the processes has no room for its part"))
+            return
         try:
             self._manager.save(
                 step,
@@ -99,6 +105,21 @@ class Checkpoints:
             )
         except (OSError, ValueError) as error:
             self._announce_failure(error)
+
+    def _has_room(self, step: int, state: Tree) -> bool:
+        """Whether this process's part of `state` fits on its disk, which is asked to set the room aside."""
+        shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + _METADATA_BYTES
+        probe = self._directory / f"room-for-{step}-{jax.process_index()}"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, needed)
+        except OSError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+        return True
 
     def settle(self) -> None:
         """Waits until the save under way is on disk, or has failed and is announced."""

@@ -10,6 +10,13 @@ DEFAULT_MASK_TOKEN = "<|mask|>"
 _RESERVED = ("<file_sep>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<unused0>", "[control_8]", "<reserved_0>")
 
 
+def token_of_id(tokenizer: Any, token_id: int | None) -> str:
+    """The token with that id, or "" where the tokenizer has none (or no id is given)."""
+    if token_id is None or not 0 <= token_id < len(tokenizer):
+        return ""
+    return tokenizer.convert_ids_to_tokens(token_id) or ""
+
+
 def choose_mask_token(tokenizer: Any, embedding_rows: int, override: str = "") -> int:
     """Returns the id of the mask token and makes it `tokenizer.mask_token`, so that a saved tokenizer names it.
 

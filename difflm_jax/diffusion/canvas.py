@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.diffusion.denoiser import Canvas, generate, row_sampling_keys
+from difflm_jax.diffusion.denoiser import BLOCK_CACHE_RULES, Canvas, generate, row_sampling_keys
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.sampler import Plan
 from difflm_jax.diffusion.schedule import quotas
@@ -60,14 +60,15 @@ def answer_plan(
     check_positive("max_new_tokens", max_new_tokens)
     check_positive("steps", steps)
     steps = _useful_steps(steps, max_new_tokens, sampling)
-    if model.attention in ("block", "causal"):
+    if model.attention in BLOCK_CACHE_RULES:
         trained = 1 if model.attention == "causal" else model.block_length
         if block_length not in (None, trained):
             raise UserError(f"block_length={block_length}: {model.attention} attention decodes in blocks of {trained}")
         if model.attention == "causal" and steps < max_new_tokens:
             raise UserError("generate: causal attention decodes one token a pass (steps >= max_new_tokens)")
         blocks = -(-max_new_tokens // trained)  # the last block is whole; the answer is cut
-        return Plan(0, blocks, trained, -(-steps // blocks))
+        given = trained - 1 if model.attention == "block_causal" else 0  # of a prompt that ends within a block
+        return Plan(0, -(-(max_new_tokens + given) // trained), trained, -(-steps // blocks))
     block_length = max_new_tokens if block_length is None else block_length
     check_positive("block_length", block_length)
     if max_new_tokens % block_length:
@@ -81,18 +82,28 @@ def answer_plan(
 def fill_answers(
     decoder: Decoder,
     prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
     plan: Plan,
     sampling: Sampling,
     seed: int,
     batch_size: int,
     watch: Watcher | None = None,
 ) -> Filled:
-    """Answers of `plan.num_blocks` blocks to `prompts`, which hold at least one token each.
+    """Answers of `max_new_tokens` to `prompts`, which hold at least one token each.
 
-    `watch` is called after every pass.
+    The last block is whole. But under `block_causal` attention, where the prompt may end within a block, which the
+    answer then completes, it is as long as what is left. `watch` is called after every pass.
     """
-    answer = np.full(plan.num_blocks * plan.block_length, decoder.model.mask_token_id, np.int32)
-    return _fill(decoder, prompts, [answer] * len(prompts), plan, sampling, seed, batch_size, watch)
+    whole = max_new_tokens if decoder.model.attention == "block_causal" else plan.num_blocks * plan.block_length
+    answer = np.full(whole, decoder.model.mask_token_id, np.int32)
+    cuts = [_prompt_end(decoder.model, len(prompt)) for prompt in prompts]
+    rests = [np.concatenate([prompt[cut:], answer]) for prompt, cut in zip(prompts, cuts, strict=True)]
+    prefixes = [prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)]
+    filled = _fill(decoder, prefixes, rests, plan, sampling, seed, batch_size, watch)
+    answers = [
+        row[len(prompt) - cut :][:max_new_tokens] for row, prompt, cut in zip(filled.rows, prompts, cuts, strict=True)
+    ]
+    return dataclasses.replace(filled, rows=answers)
 
 
 def fill_masks(
@@ -115,12 +126,12 @@ def fill_masks(
         return Filled(list(rows), np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32))
     if model.attention == "causal" and steps < most:
         raise UserError("infill: causal attention fills one mask a pass (steps >= number of masks)")
-    cuts = [int(at[0]) if len(at) else len(row) for row, at in zip(rows, masks, strict=True)]
+    cuts = [_prompt_end(model, int(at[0]) if len(at) else len(row)) for row, at in zip(rows, masks, strict=True)]
     prompts = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
     rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
     width = width_bucket(max(len(rest) for rest in rests))
     plan = Plan(0, 1, width, _useful_steps(steps, most, sampling))
-    if model.attention in ("block", "causal"):
+    if model.attention in BLOCK_CACHE_RULES:
         block_length = 1 if model.attention == "causal" else model.block_length
         blocks = max(len(set((at - cut) // block_length)) for at, cut in zip(masks, cuts, strict=True))
         steps = _useful_steps(-(-steps // blocks), block_length, sampling)  # shared by the blocks that hold masks
@@ -199,7 +210,12 @@ def _fill(
 
 
 def _in_blocks(decoder: Decoder) -> bool:
-    return decoder.model.attention in ("block", "causal")
+    return decoder.model.attention in BLOCK_CACHE_RULES
+
+
+def _prompt_end(model: Transformer, given: int) -> int:
+    """How many of the `given` first tokens of a row lie before the block in which the first mask is."""
+    return given - given % model.block_length if model.attention == "block_causal" else given
 
 
 def _padded(

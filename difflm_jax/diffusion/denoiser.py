@@ -27,14 +27,14 @@ from jax.sharding import Mesh
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.sampler import Carry, Loop, Plan, Predict, prepare
 from difflm_jax.mesh import over_rows
-from difflm_jax.models.attention import Window, positions_of
+from difflm_jax.models.attention import BLOCK_RULES, Window, positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
 
 Variables = dict[str, Any]  # {"params": ..., "lora": ...}
 
 # Rules under which the keys of a prompt do not depend on what follows it, and those under which that holds for blocks.
-PROMPT_CACHE_RULES = ("prefix", "block", "causal")
-BLOCK_CACHE_RULES = ("block", "causal")
+BLOCK_CACHE_RULES = (*BLOCK_RULES, "causal")
+PROMPT_CACHE_RULES = ("prefix", *BLOCK_CACHE_RULES)
 
 
 @struct.dataclass

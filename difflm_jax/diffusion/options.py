@@ -16,6 +16,7 @@ from difflm_jax.diffusion.confidence import CONFIDENCES
 from difflm_jax.diffusion.revise import REMASKINGS
 from difflm_jax.diffusion.schedule import DEADLINE, SCHEDULES
 from difflm_jax.errors import UserError
+from difflm_jax.models.attention import BLOCK_RULES
 
 CACHES = ("auto", "none", "prefix", "dual")
 
@@ -190,7 +191,7 @@ def _check_together(given: Mapping[str, Any], attention: str) -> None:
     cache = given.get("cache", "auto")
     if "refresh_interval" in given and cache not in ("prefix", "dual"):
         refuse("refresh_interval", "belongs to cache=prefix and cache=dual")
-    if cache in ("prefix", "dual") and attention in ("block", "causal"):
+    if cache in ("prefix", "dual") and attention in (*BLOCK_RULES, "causal"):
         refuse("cache", f"the cache of {attention} attention is exact already: leave it at auto")
     if attention == "causal":
         for name in (*rules, "schedule", "alg_temp", "edit_threshold", "eos_last", "leftmost"):

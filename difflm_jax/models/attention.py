@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-ATTENTION_RULES = ("full", "prefix", "block", "causal")
+ATTENTION_RULES = ("full", "prefix", "block", "block_causal", "causal")
+BLOCK_RULES = ("block", "block_causal")  # those that have a block length
 QUERY_CHUNK = 256  # queries whose scores exist at once
 
 
@@ -36,9 +37,11 @@ def attention_mask(
     """[B, T, S] bool: True where a query may see a key. Positions count real tokens from 0.
 
     `full`: every real token. `causal`: the key is not after the query. `prefix`: a prompt token (position below
-    `prompt_lengths`, [B] or [B, T]) sees what `causal` lets it see, an answer token sees everything, so that the keys and values
-    of a prompt do not depend on its answer. `block`: an answer is cut into blocks of `block_length` from its start; a
+    `prompt_lengths`, [B] or [B, T]) sees what `causal` lets it see, an answer token sees everything, so that the keys
+    and values of a prompt do not depend on its answer. `block`: an answer is cut into blocks of `block_length` from its start; a
     token sees its own block and what precedes it, so that neither a prompt nor a finished block depends on what follows.
+    `block_causal`: the same with blocks counted from the first token on, whether it is of the prompt or not (SDAR,
+    arXiv:2510.06303).
 
     `noisy_T` [T] bool (T = S) is for block diffusion's training input, a noisy and a clean copy of each row
     (BD3-LM, arXiv:2503.09573): a noisy token sees its own noisy block and the clean tokens before that block; a clean
@@ -79,12 +82,15 @@ def _own_block(rule: str, positions_BT: jax.Array, prompts_BT: jax.Array, block_
     """(first, last) position of the span in which a token sees everything, besides all that precedes the span."""
     if rule == "causal":
         return positions_BT, positions_BT
+    if rule in BLOCK_RULES and isinstance(block_length, int) and block_length < 1:
+        raise ValueError(f"attention rule {rule!r} needs a block length, not {block_length}")
+    if rule == "block_causal":
+        first_BT = positions_BT - positions_BT % block_length
+        return first_BT, first_BT + block_length - 1
     in_prompt_BT = positions_BT < prompts_BT
     if rule == "prefix":
         first_BT, last = prompts_BT, jnp.iinfo(jnp.int32).max
     elif rule == "block":
-        if isinstance(block_length, int) and block_length < 1:
-            raise ValueError(f"attention rule 'block' needs a block length, not {block_length}")
         first_BT = positions_BT - (positions_BT - prompts_BT) % block_length
         last = first_BT + block_length - 1
     else:

@@ -49,6 +49,8 @@ _NEUTRAL = {
     "problem_type", "name_or_path", "is_decoder", "mask_token_id",
 }  # fmt: skip
 
+KNOWN_KEYS = _READ | _NEUTRAL | set(_ONLY)
+
 # What a key must be if it is there and not null; integers are checked where they are read.
 _TYPES = {
     "a string": (str, ("model_type",)),
@@ -136,7 +138,7 @@ class ModelConfig:
 
 def unknown_keys(hf: dict[str, Any]) -> list[str]:
     """Keys of a `config.json` that nothing here reads, to be announced rather than skipped in silence."""
-    return sorted(set(hf) - _READ - _NEUTRAL - set(_ONLY))
+    return sorted(set(hf) - KNOWN_KEYS)
 
 
 def _check_types(hf: dict[str, Any]) -> None:

@@ -27,8 +27,8 @@ REMAT = {
 class Transformer(nn.Module):
     """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
 
-    Without a `lora` collection it is the base. `attention` is the rule ("full", "prefix", "block", "causal") and
-    `block_length` that of "block". `remat` (a key of `REMAT`) says what the backward pass computes again.
+    Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
+    "block" and "block_causal". `remat` (a key of `REMAT`) says what the backward pass computes again.
     """
 
     config: ModelConfig

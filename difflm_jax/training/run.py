@@ -6,17 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.state import Checkpoints
-from difflm_jax.config import CONVERTED, notes, phase_config, quantization, to_json
+from difflm_jax.config import CONVERTED, lora_config, notes, phase_config, quantization, to_json
 from difflm_jax.data.pipeline import describe, split, tokenize
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel, open_model
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.mesh import check_model, is_writer, make_mesh, place, row_shards, to_host, wait_for_all
+from difflm_jax.models.config import ModelConfig
 from difflm_jax.parallel import FSDP
+from difflm_jax.quant import QuantConfig
 from difflm_jax.training.loop import Outputs, Phase, initial_state, run_phase
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.resume import check_config, check_data, describe_data, write_identity
@@ -44,7 +46,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     data = {phase: describe_data(*rows[phase]) for phase in config.phases}
     check_data(directory, data, force)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _check_sizes(config, lm, mesh)
+    check_sizes(config, lm.config, lm.quantization, mesh)
     converted = directory / CONVERTED if config.convert_cache else None
     lm = start_adapter(lm.with_weights(converted, mesh if mesh.size > 1 else None), config)
     params = place(lm.params, mesh)
@@ -87,22 +89,15 @@ def start_adapter(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
     The mask row starts at the mean of the embeddings of the tokenizer's tokens: unused rows of a pretrained table are
     near zero, a known cause of spikes at high mask rates.
     """
-    settings = config.lora_config
-    lora_config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=tuple(settings.target_modules),
-        use_rslora=settings.use_rslora,
-    )
+    settings = lora_config(config)
     rows = min(len(lm.tokenizer), lm.config.vocab_size)
     mask_row_D = jnp.mean(lm.params["embed_tokens"]["weight"][:rows].astype(jnp.float32), axis=0)
     if lm.lora is None:
-        lora = init_lora(jax.random.key(config.seed), lm.params, lora_config, mask_row_D)
+        lora = init_lora(jax.random.key(config.seed), lm.params, settings, mask_row_D)
     else:
-        _check_same_shape(lm.model.lora, lora_config, config.adapter)
+        _check_same_shape(lm.model.lora, settings, config.adapter)
         lora = {"mask_row": mask_row_D, **lm.lora}
-    lm = lm.with_adapter(lora, lora_config)
+    lm = lm.with_adapter(lora, settings)
     return lm.with_model(lm.model.clone(remat=config.remat))
 
 
@@ -178,16 +173,19 @@ def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, An
     return split(rows, settings.test_size, settings.seed)
 
 
-def _check_sizes(config: ConfigDict, lm: LanguageModel, mesh: Mesh) -> None:
+def check_sizes(
+    config: ConfigDict, model_config: ModelConfig, held: QuantConfig | None, mesh: Mesh | AbstractMesh
+) -> None:
+    """Raises `UserError` where rows or a model, held as `held` says, do not divide over a mesh."""
     parts = row_shards(mesh)
     for name in config.phases:
         batch_size = phase_config(config, name).batch_size
         if batch_size % parts:
             raise UserError(f"batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp = {parts}")
-    check_model(lm.config, lm.quantization.block_size if lm.quantization else 1, mesh)
+    check_model(model_config, held.block_size if held else 1, mesh)
     if mesh.shape[FSDP] > 1 and config.remat == "none":
         raise UserError("remat=none: with mesh.fsdp above 1 it would keep the gathered weights of all layers; use full")
-    longest = lm.config.max_position_embeddings
+    longest = model_config.max_position_embeddings
     if config.max_length > longest:
         raise UserError(f"max_length={config.max_length}: the model's max_position_embeddings are {longest}")
 

@@ -4,10 +4,16 @@ import json
 
 import pytest
 
-CODE = """
+from difflm_jax.training.hlo import collective_bytes
+
+CHUNKS = 5  # of 8 scored positions, in the 2 rows of 20 that a device has of a micro-batch
+CODE = (
+    f"CHUNKS = {CHUNKS}"
+    + """
 import json, re
 import jax, optax
 from difflm_jax.mesh import batch_sharding, make_mesh, place, place_rows
+from difflm_jax.training.costs import costs
 from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import TrainState, make_train_step
 from tests.multi_device.same_numbers import micro_batched, setting
@@ -19,8 +25,12 @@ step = make_train_step(options, optimizer, lambda index: 1e-2, mesh)
 state = place(TrainState(lora, optimizer.init(lora)), mesh)
 arguments = (place(params, mesh), state, place_rows(micro_batched(2), batch_sharding(mesh)), jax.random.key(5), 0)
 text = step.lower(*arguments).compile().as_text()
-print(json.dumps(text))
+moved = {}
+for each in costs(step.trace(*arguments).jaxpr, dict(mesh.shape), CHUNKS).transfers:
+    moved[each.kind] = moved.get(each.kind, 0) + each.size * each.times
+print(json.dumps([text, moved]))
 """
+)
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -38,11 +48,27 @@ def computations(text: str) -> dict[str, list[str]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def compiled(on_devices):
+    """(text of the compiled step, what its trace says that it moves)"""
+    return json.loads(on_devices(8, CODE))
+
+
 @pytest.mark.slow
-def test_packed_weights_are_gathered_inside_the_loops_over_layers(on_devices):
+def test_the_estimate_of_what_is_moved_is_what_is_compiled(compiled):
+    """Bytes of collectives in a step, loops counted, from the trace and from the compiled program."""
+    text, estimated = compiled
+    found = collective_bytes(text, CHUNKS)
+    assert found.keys() == estimated.keys()
+    for kind, size in estimated.items():
+        assert found[kind] == pytest.approx(size, rel=0.05), (kind, found, estimated)
+
+
+@pytest.mark.slow
+def test_packed_weights_are_gathered_inside_the_loops_over_layers(compiled):
     """Every u8 all-gather is in a while body, once in the forward and once in the backward loop; no weight is moved
     dequantised, and never that of all layers at once."""
-    parts = computations(json.loads(on_devices(8, CODE)))
+    parts = computations(compiled[0])
     gathers = {
         name: [line for line in lines if " all-gather(" in line or " all-gather-start(" in line]
         for name, lines in parts.items()

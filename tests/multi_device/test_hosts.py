@@ -39,12 +39,14 @@ def whole(parts, tmp_path_factory) -> Path:
     return directory / "run"
 
 
-def life(parts, directory: Path, stop_after: int, devices: int, processes: int = 1, mesh: tuple = (-1, 1, 1)) -> int:
-    """The exit status of one stretch of a run, ended by SIGTERM (to process 1 where there are two) or by itself."""
+def life(
+    parts, directory: Path, stop_after: int, devices: int, processes: int = 1, mesh: tuple = (-1, 1, 1)
+) -> tuple[int, str]:
+    """(exit status, output) of one stretch of a run, ended by SIGTERM (to process 1 of two) or by itself."""
     if devices == processes == 1:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop.Meter, "add", stopping(loop.Meter.add, stop_after))
-            return command(train_arguments(*parts, directory, *ONE_PHASE))
+            return command(train_arguments(*parts, directory, *ONE_PHASE)), ""
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
     run = [sys.executable, "-m", "tests.multi_device.whole_run", str(stop_after), str(processes - 1)]
     run += [*map(str, parts), str(directory), *ONE_PHASE, *sizes]
@@ -57,16 +59,19 @@ def life(parts, directory: Path, stop_after: int, devices: int, processes: int =
         [*launcher, *run], env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode in (0, 75), done.stderr[-3000:] + done.stdout[-3000:]
-    return done.returncode
+    return done.returncode, done.stdout
 
 
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one_to_two_processes(parts, whole, tmp_path, capfd):
-    """Elastic resume 8 devices -> 1 -> 2 processes, which SIGTERM to one of them stops together -> 2 processes."""
-    assert life(parts, tmp_path, 2, devices=8, mesh=(2, 2, 2)) == 75
-    assert life(parts, tmp_path, 3, devices=1) == 75
-    assert life(parts, tmp_path, 2, devices=2, processes=2, mesh=(1, 4, 1)) == 75
-    assert life(parts, tmp_path, 99, devices=2, processes=2, mesh=(2, 1, 2)) == 0
+    """Elastic resume 8 devices -> 1 -> 2 processes, which SIGTERM to one of them stops together -> 2 processes, of
+    which one has a full disk when a checkpoint is due: it is left out everywhere, and the run goes on."""
+    assert life(parts, tmp_path, 2, devices=8, mesh=(2, 2, 2))[0] == 75
+    assert life(parts, tmp_path, 3, devices=1)[0] == 75
+    assert life(parts, tmp_path, 2, devices=2, processes=2, mesh=(1, 4, 1))[0] == 75
+    status, said = life(parts, tmp_path, 99, devices=2, processes=2, mesh=(2, 1, 2))
+    assert status == 0
+    assert len(re.findall(r"checkpoint \d+ could not be written \(the disk of one of the processes", said)) == 1
 
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(whole)
     assert [(r["step"], sorted(r)) for r in ours] == [(r["step"], sorted(r)) for r in theirs]  # written once

@@ -17,7 +17,7 @@ from difflm_jax.train import command
 from difflm_jax.training import loop, meter, run
 from difflm_jax.training.interruption import stop_request
 from difflm_jax.training.metrics import MetricsLog, read_metrics
-from tests.tiny_run import make_model, make_rows, results, train_arguments
+from tests.tiny_run import NF4, make_model, make_rows, results, train_arguments
 
 NAN_BYTE = "Z"
 
@@ -36,7 +36,7 @@ def rows(tmp_path_factory) -> Path:
 def whole(model, rows, tmp_path_factory) -> Path:
     """The directory of a run that nothing has disturbed (not to be changed)."""
     directory = tmp_path_factory.mktemp("whole")
-    assert command(train_arguments(model, rows, directory)) == 0
+    assert command(train_arguments(model, rows, directory, *NF4)) == 0
     return directory / "run"
 
 
@@ -55,8 +55,9 @@ def signal_at(monkeypatch, steps: set[int], number: signal.Signals = signal.SIGT
 
 @pytest.mark.slow
 def test_a_terminated_run_saves_and_goes_on_to_the_same_bits(model, rows, whole, tmp_path, monkeypatch, capfd):
-    """SIGTERM between two metric lines, and inside the second phase: N steps are k steps and the rest, bit by bit."""
-    arguments = train_arguments(model, rows, tmp_path)
+    """SIGTERM between two metric lines, and inside the second phase: N steps are k steps and the rest, bit by bit, over
+    a base in NF4, with dropout and accumulation."""
+    arguments = train_arguments(model, rows, tmp_path, *NF4)
     signal_at(monkeypatch, {2, 7})  # the second life of the process begins behind step 3
     assert command(arguments) == 75
     error = capfd.readouterr().err
@@ -142,7 +143,7 @@ def test_nonfinite_steps_in_a_row_end_the_run_with_batch_and_checkpoint(model, r
     assert "goes on behind them from checkpoint" in capfd.readouterr().err
 
 
-def test_another_data_set_is_refused_with_the_difference_or_forced(model, rows, whole, tmp_path, capfd):
+def test_another_data_set_is_refused_with_the_difference_or_forced(model, rows, tmp_path, capfd):
     data = tmp_path / "rows.jsonl"
     shutil.copy(rows, data)
     arguments = train_arguments(model, data, tmp_path)
@@ -162,7 +163,7 @@ def test_another_data_set_is_refused_with_the_difference_or_forced(model, rows, 
 def test_what_changes_no_number_may_change_on_resume(model, rows, whole, tmp_path, capfd, monkeypatch):
     """Other micro-batches of the same rows, another mesh: no force is needed; a learning rate is refused, or forced."""
     signal_at(monkeypatch, {2})
-    arguments = train_arguments(model, rows, tmp_path)
+    arguments = train_arguments(model, rows, tmp_path, *NF4)
     assert command(arguments) == 75
     free = ("--config.batch_size=8", "--config.gradient_accumulation_steps=1", "--config.mesh.data=1")
     assert command([*arguments, *free, "--config.learning_rate=1e-3"]) == 1
@@ -245,7 +246,7 @@ def save(self, step, state, metrics):  # the disk is full while the first checkp
 Checkpoints.save = save
 sys.exit(command(sys.argv[2:]))
 """
-        arguments = train_arguments(model, rows, mount, f"--config.cache_dir={tmp_path}")
+        arguments = train_arguments(model, rows, mount, f"--config.cache_dir={tmp_path}", *NF4)
         done = subprocess.run([sys.executable, "-c", code, str(mount), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "sft: checkpoint 3 could not be written" in done.stdout

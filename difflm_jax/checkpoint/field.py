@@ -1,0 +1,151 @@
+"""Diffusion checkpoints of others: their `config.json` in our families' terms, and what they were trained for.
+
+They are decoders that this package has, under other keys and names, with attention that is not causal. Nothing of
+their code is run: what a key means is written down here, from their papers and published configurations, and a key
+that is not known is refused, since it might change the result.
+
+  llada      LLaDA-8B (arXiv:2502.09992): Llama with OLMo's keys and tensor names; full attention, no shift
+  dream      Dream-7B (arXiv:2508.15487): Qwen2.5; full attention, logit shift
+  a2d-*      dLLM's converted Qwen and Llama (github.com/ZHZisZZ/dllm): full attention, or blocks of 32 (`bd3lm`)
+  sdar       SDAR (arXiv:2510.06303): Qwen3; blocks counted from the first token, of 4 unless the config says otherwise
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from difflm_jax.errors import UserError
+from difflm_jax.models.config import KNOWN_KEYS
+
+A2D_BLOCK_LENGTH = 32  # of dLLM's own block-diffusion recipes and sampler
+SDAR_BLOCK_LENGTH = 4
+_QWEN_MASK_TOKEN_ID = 151669
+_DREAM_MASK_TOKEN_ID = 151666
+_LLADA_MASK_TOKEN_ID = 126336
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldCheckpoint:
+    """`hf_config` in the spelling of a family of ours; `diffusion` as `diffusion_config.json` would have it; `names`:
+    the table of `checkpoint.names` that its tensors are named by, or ""."""
+
+    hf_config: dict[str, Any]
+    diffusion: dict[str, Any]
+    names: str = ""
+
+
+def read_field_config(hf_config: Mapping[str, Any], name: str) -> FieldCheckpoint | None:
+    """What a `config.json` of the field says; None for the families that are ours. `name` is the checkpoint's own.
+
+    Raises `UserError` for a key or a value that could change the result in a way that is not known here.
+    """
+    model_type = hf_config.get("model_type")
+    reader = _READERS.get(model_type.lower()) if isinstance(model_type, str) else None
+    return reader(dict(hf_config), name) if reader is not None else None
+
+
+# LLaDA's keys that select what this model does not represent, with the value (or none at all) that it has.
+_LLADA_ONLY = {
+    "activation_type": ("silu", "swiglu"), "alibi": (False,), "attention_layer_norm": (False,),
+    "bias_for_layer_norm": (False, None), "block_group_size": (1,), "block_type": ("llama",), "clip_qkv": (None,),
+    "include_bias": (False,), "include_qkv_bias": (False,), "input_emb_norm": (False,), "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,), "multi_query_attention": (None, False), "rope": (True,),
+    "rope_full_precision": (True,), "scale_logits": (False,),
+}  # fmt: skip
+_LLADA_SIZES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "mlp_hidden_size",
+    "max_position_embeddings": "max_sequence_length",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+_LLADA_READ = {*_LLADA_SIZES.values(), "embedding_size", "vocab_size", "weight_tying", "mlp_ratio", "mask_token_id"}
+_LLADA_NEUTRAL = {
+    "alibi_bias_max", "attention_layer_norm_with_affine", "embedding_dropout", "flash_attention", "init_cutoff_factor",
+    "init_device", "init_fn", "init_std", "precision", "residual_dropout",
+}  # fmt: skip
+
+# Keys of the others that concern training or serving only.
+_NEUTRAL = {"auto_map", "block_length", "block_size", "debug", "fuse_cross_entropy", "use_regular_causal"}
+_DREAM_ONLY = {"use_mrope": (False, None)}
+
+
+def _llada(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+    _check("llada", hf_config, {**_LLADA_ONLY}, _LLADA_READ | _LLADA_NEUTRAL)
+    for key in ("block_type", "layer_norm_type", "activation_type", "rope"):
+        if key not in hf_config:
+            raise UserError(f"config.json: {key} is missing (model_type 'llada' needs it)")
+    translated = {ours: hf_config.get(theirs) for ours, theirs in _LLADA_SIZES.items()}
+    if translated["intermediate_size"] is None and isinstance(translated["hidden_size"], int):
+        translated["intermediate_size"] = hf_config.get("mlp_ratio", 4) * translated["hidden_size"]
+    translated |= {
+        "model_type": "llama",
+        "vocab_size": hf_config.get("embedding_size") or hf_config.get("vocab_size"),
+        "tie_word_embeddings": hf_config.get("weight_tying"),
+        "eos_token_id": hf_config.get("eos_token_id"),
+        "pad_token_id": hf_config.get("pad_token_id"),
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    diffusion = _diffusion(hf_config, _LLADA_MASK_TOKEN_ID, attention="full", logit_shift=False)
+    return FieldCheckpoint(translated, diffusion, names="llada")
+
+
+def _dream(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+    _check("dream", hf_config, _DREAM_ONLY, KNOWN_KEYS | _NEUTRAL)
+    diffusion = _diffusion(hf_config, _DREAM_MASK_TOKEN_ID, attention="full", logit_shift=True, algorithm="entropy")
+    return FieldCheckpoint(_ours(hf_config, "qwen2", tuple(_DREAM_ONLY)), diffusion)
+
+
+def _a2d(hf_config: dict[str, Any], name: str) -> FieldCheckpoint:
+    """Whether attention is full or in blocks stands in the name of dLLM's checkpoints alone."""
+    family = hf_config["model_type"].lower().removeprefix("a2d-")
+    _check(f"a2d-{family}", hf_config, {}, KNOWN_KEYS | _NEUTRAL)
+    rule: dict[str, Any] = {"attention": "full"}
+    if "bd3lm" in name.lower():
+        rule = {"attention": "block_causal", "block_length": hf_config.get("block_size") or A2D_BLOCK_LENGTH}
+        print(f"{name}: named as block diffusion, so decoded in blocks of {rule['block_length']} (attention overrides)")
+    default = None if family == "llama" else _QWEN_MASK_TOKEN_ID
+    return FieldCheckpoint(_ours(hf_config, family), _diffusion(hf_config, default, logit_shift=False, **rule))
+
+
+def _sdar(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+    _check("sdar", hf_config, {}, KNOWN_KEYS | _NEUTRAL)
+    length = hf_config.get("block_size") or hf_config.get("block_length") or SDAR_BLOCK_LENGTH
+    rule = {"attention": "block_causal", "block_length": length}
+    return FieldCheckpoint(
+        _ours(hf_config, "qwen3"), _diffusion(hf_config, _QWEN_MASK_TOKEN_ID, logit_shift=False, **rule)
+    )
+
+
+_READERS = {
+    "llada": _llada, "dream": _dream, "sdar": _sdar, "a2d-qwen2": _a2d, "a2d-qwen3": _a2d, "a2d-llama": _a2d,
+}  # fmt: skip
+
+
+def _ours(hf_config: Mapping[str, Any], model_type: str, dropped: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys that `ModelConfig` reads, under a family of its own."""
+    kept = {key: value for key, value in hf_config.items() if key not in (*_NEUTRAL, *dropped, "architectures")}
+    return {**kept, "model_type": model_type}
+
+
+def _diffusion(hf_config: Mapping[str, Any], mask_token_id: int | None, **rule: Any) -> dict[str, Any]:
+    named = hf_config.get("mask_token_id")
+    found = {"algorithm": "probability", "mask_token_id": mask_token_id if named is None else named, **rule}
+    for key in ("mask_token_id", "block_length"):
+        if isinstance(found.get(key), bool) or not isinstance(found.get(key, 0), int | None):
+            raise UserError(f"config.json: {key} must be an integer, not {str(found[key])[:60]!r}")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _check(family: str, hf_config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], known: set[str]) -> None:
+    for key, allowed in only.items():
+        if key in hf_config and hf_config[key] not in allowed:
+            raise UserError(f"config.json: {key}={str(hf_config[key])[:60]} is not supported for model_type {family!r}")
+    if unknown := sorted(set(hf_config) - known - KNOWN_KEYS - set(only) - _NEUTRAL):
+        raise UserError(
+            f"config.json: {', '.join(unknown[:5])}: not known for model_type {family!r}, and might change the result"
+        )
