@@ -11,7 +11,7 @@ import pytest
 
 from difflm_jax import generate
 from difflm_jax.cli import run_command
-from tests.tiny_checkpoint import save_tiny_qwen3
+from tests.tiny_checkpoint import save_tiny_model
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -44,7 +44,7 @@ def chromium() -> str:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("page")
-    model = save_tiny_qwen3(directory / "model")
+    model = save_tiny_model(directory / "model")
     path = directory / "page.html"
     arguments = [
         "generate", f"--model={model}", "--dtype=float32", "--prompt=<b>Hi</b> & </script>", "--max_new_tokens=24",

@@ -7,7 +7,7 @@ import pytest
 
 import difflm_jax
 from difflm_jax import UserError
-from tests.tiny_checkpoint import save_tiny_qwen3
+from tests.tiny_checkpoint import save_tiny_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval")
 
@@ -46,7 +46,7 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
-    directory = save_tiny_qwen3(tmp_path_factory.mktemp("model"))
+    directory = save_tiny_model(tmp_path_factory.mktemp("model"))
     return difflm_jax.load(directory, attention="prefix", logit_shift=True, dtype="float32")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_checkpoint import save_tiny_qwen3
+from tests.tiny_checkpoint import save_tiny_model
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "diffusion_llm.ipynb"
 
@@ -16,7 +16,7 @@ def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat", reason="notebooks need nbformat: pip install 'difflm_jax[notebook]'")
     nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient: pip install 'difflm_jax[notebook]'")
     pytest.importorskip("ipykernel", reason="notebooks need ipykernel: pip install 'difflm_jax[notebook]'")
-    monkeypatch.setenv("DIFFLM_MODEL", str(save_tiny_qwen3(tmp_path / "model")))
+    monkeypatch.setenv("DIFFLM_MODEL", str(save_tiny_model(tmp_path / "model")))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

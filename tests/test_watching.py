@@ -14,14 +14,14 @@ from difflm_jax.view.page import PageRecorder
 from difflm_jax.view.pieces import Pieces, printable, width
 from difflm_jax.view.terminal import TerminalView
 from tests.byte_tokenizer import byte_tokenizer
-from tests.tiny_checkpoint import save_tiny_qwen3
+from tests.tiny_checkpoint import save_tiny_model
 
 PROMPTS = ["Hi", "A rather longer prompt than the first one."]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return save_tiny_qwen3(tmp_path_factory.mktemp("model"))
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def main(steps: str, process: str, model: str, rows: str, directory: str, *more:
         pause = 0.8 if int(process) and int(steps) < 99 else 0.0
         loop.Meter.add = stopping(loop.Meter.add, int(steps), pause)
         if int(process) and int(steps) >= 99:
-            Checkpoints.save = full_disk(Checkpoints.save, at=1)
+            Checkpoints.save = full_disk(Checkpoints.save, at=0)
     return command(train_arguments(Path(model), Path(rows), Path(directory), *more))
 
 

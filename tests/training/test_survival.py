@@ -79,7 +79,7 @@ def test_a_second_ctrl_c_is_meant_at_once(capfd):
 
 
 def poisoned(rows: Path, directory: Path, bad: set[int], monkeypatch) -> Path:
-    """`rows` with a token in some of them whose embedding is NaN."""
+    """`rows` with a token in the questions of some, which nothing masks, whose embedding is NaN."""
     plain = run.start_adapter
 
     def start_adapter(lm, config):
@@ -90,7 +90,7 @@ def poisoned(rows: Path, directory: Path, bad: set[int], monkeypatch) -> Path:
     monkeypatch.setattr(run, "start_adapter", start_adapter)
     lines = rows.read_text().splitlines()
     path = directory / "poisoned.jsonl"
-    made = [{**json.loads(line), **({"answer": NAN_BYTE} if i in bad else {})} for i, line in enumerate(lines)]
+    made = [{**json.loads(line), **({"question": NAN_BYTE} if i in bad else {})} for i, line in enumerate(lines)]
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return path
 
