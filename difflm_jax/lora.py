@@ -19,6 +19,8 @@ from difflm_jax.noise import element_bits
 from difflm_jax.parallel import TENSOR, varies
 from difflm_jax.quant import QTensor, dequantize, matmul
 
+ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -27,7 +29,7 @@ class LoraConfig:
     r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] = ADAPTABLE
     use_rslora: bool = False
 
     @property
@@ -80,21 +82,20 @@ def init_lora(key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_r
     Raises `UserError` for a target module that the model lacks.
     """
     lora: dict[str, Any] = {"mask_row": mask_row_D.astype(jnp.float32)}
-    found = set()
-    for block, projections in params["layers"].items():
-        for name, leaves in projections.items():
-            if name not in config.target_modules:
-                continue
-            found.add(name)
-            layers, out_dim, in_dim = leaves["weight"].shape
-            bound = 1.0 / math.sqrt(in_dim)
-            factor = jax.random.uniform(
-                jax.random.fold_in(key, len(found)), (layers, config.r, in_dim), jnp.float32, -bound, bound
-            )
-            module = {"lora_A": factor, "lora_B": jnp.zeros((layers, out_dim, config.r), jnp.float32)}
-            lora.setdefault("layers", {}).setdefault(block, {})[name] = module
-    if missing := set(config.target_modules) - found:
+    block_of = {name: block for block, projections in params["layers"].items() for name in projections}
+    if missing := set(config.target_modules) - block_of.keys():
         raise UserError(f"lora_config.target_modules: the model has no {', '.join(sorted(missing))}")
+    # In an order of our own: that of `params` depends on which files the weights were read from.
+    targets = [name for name in ADAPTABLE if name in config.target_modules]
+    for stream, name in enumerate(targets, start=1):
+        block = block_of[name]
+        layers, out_dim, in_dim = params["layers"][block][name]["weight"].shape
+        bound = 1.0 / math.sqrt(in_dim)
+        factor_A = jax.random.uniform(
+            jax.random.fold_in(key, stream), (layers, config.r, in_dim), jnp.float32, -bound, bound
+        )
+        module = {"lora_A": factor_A, "lora_B": jnp.zeros((layers, out_dim, config.r), jnp.float32)}
+        lora.setdefault("layers", {}).setdefault(block, {})[name] = module
     return lora
 
 

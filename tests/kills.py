@@ -2,9 +2,9 @@
 
     python -m tests.kills --kills=50 --seed=0
 
-It has a base in NF4, dropout and accumulation. Each life of the run is a process forked off this one, which has the
-imports done and no devices touched yet, and dies by SIGKILL: at a random moment, or (every third time) while the
-directory of a checkpoint that is being written is there. A run that reaches its end is compared, and the remaining
+It has a base in NF4, packed rows, dropout and accumulation. Each life of the run is a process forked off this one,
+which has the imports done and no devices touched yet, and dies by SIGKILL: at a random moment, or (every third time) while
+the directory of a checkpoint that is being written is there. A run that reaches its end is compared, and the remaining
 kills go to another one.
 """
 
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from difflm_jax import train
-from tests.tiny_run import NF4, make_model, make_rows, results, train_arguments
+from tests.tiny_run import NF4_PACKED, make_model, make_rows, results, train_arguments
 
 LIFE = 6.0  # seconds within which a random kill falls
 
@@ -45,7 +45,7 @@ def kill_and_compare(directory: Path, kills: int, seed: int) -> dict[str, int]:
 
     def life(name: str) -> int:
         arguments = train_arguments(model, rows, directory / name, f"--config.cache_dir={directory / 'cache'}",
-                                    "--config.log_frequency_per_epoch=3", *NF4)  # fmt: skip
+                                    "--config.log_frequency_per_epoch=3", *NF4_PACKED)  # fmt: skip
         return _fork(lambda: train.command(arguments), directory / f"{name}.log", compiled)
 
     assert _wait(life("undisturbed")) == 0, (directory / "undisturbed.log").read_text()
