@@ -3,9 +3,9 @@
     python -m tests.kills --kills=50 --seed=0
 
 It has a base in NF4, packed rows, dropout and accumulation. Each life of the run is a process forked off this one,
-which has the imports done and no devices touched yet, and dies by SIGKILL: at a random moment, or (every third time) while
-the directory of a checkpoint that is being written is there. A run that reaches its end is compared, and the remaining
-kills go to another one.
+which has the imports done and no devices touched yet, and dies by SIGKILL: at a random moment, or (every third time)
+while the directory of a checkpoint that is being written is there. A run that reaches its end is compared, and the
+remaining kills go to another one.
 """
 
 import argparse
