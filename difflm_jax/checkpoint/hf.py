@@ -124,7 +124,18 @@ _compiled_convert = jax.jit(_convert, static_argnums=(0, 1))
 def _put(leaf, tensor, index, dtype, quantization):
     """`leaf` with the converted `tensor` at `index`, in place."""
     converted = _convert(dtype, quantization, tensor)
-    return jax.tree.map(lambda stack, part: stack.at[index].set(part), leaf, converted)
+    return jax.tree.map(lambda stack, part: _with_layer(stack, part, index), leaf, converted)
+
+
+def _with_layer(stack: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
+    """`stack` with `part` at `index`.
+
+    As integers: XLA's CPU backend turns a whole bfloat16 stack into float32 and back to change a part of it.
+    """
+    bits = np.dtype(f"uint{8 * stack.dtype.itemsize}")
+    stack_bits, part_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (stack, part))
+    changed = jax.lax.dynamic_update_index_in_dim(stack_bits, part_bits, index, axis=0)
+    return jax.lax.bitcast_convert_type(changed, stack.dtype)
 
 
 def _put_on_mesh(leaf: Any, row: Row, index: int, layers: int, converted: Any, mesh: Mesh) -> Any:
@@ -145,7 +156,7 @@ def _set_layer(leaf, part, index, layout):
     """`leaf` with `part` at `index`, in place; `layout` holds the shardings of its arrays."""
 
     def put(stack, one, sharding):
-        return jax.lax.with_sharding_constraint(stack.at[index].set(one), sharding)
+        return jax.lax.with_sharding_constraint(_with_layer(stack, one, index), sharding)
 
     return jax.tree.map(put, leaf, part, jax.tree.unflatten(jax.tree.structure(leaf), layout))
 
