@@ -27,6 +27,13 @@ def _compiled_once(tmp_path_factory):
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module():
+    """Programs of a module are let go with it: thousands of them in one process end in a crash of XLA."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def optimised():
     """Compiles as users do, for tests of single bits and of what is in the compiled program."""

@@ -52,10 +52,11 @@ def test_peak_memory_is_the_loaded_model_and_two_of_the_largest_tensors(tmp_path
     """Proves on a checkpoint of 460 MB that host memory does not grow with the checkpoint."""
     for layers in (18, 1):
         _write_checkpoint(tmp_path / str(layers), layers)
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(tmp_path / "18"), str(tmp_path / "1"), quantization],
-        capture_output=True, text=True, check=False, env={**os.environ, **_ONE_ARENA},
-    )  # fmt: skip
+    for _ in range(2):  # the first process compiles, which takes memory too, and leaves the programs to the second
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURE, str(tmp_path / "18"), str(tmp_path / "1"), quantization],
+            capture_output=True, text=True, check=False, env={**os.environ, **_ONE_ARENA},
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     peak, loaded = map(int, done.stdout.split())
     checkpoint, largest = (tmp_path / "18" / "model.safetensors").stat().st_size, VOCABULARY * 1024 * 2
