@@ -1,0 +1,36 @@
+"""Queries taken in turn give what all of them at once give, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difflm_jax.models import attention
+
+
+@pytest.mark.parametrize("length", [17, 256, 257, 600])
+def test_chunks_of_queries_change_nothing(length):
+    rng = np.random.default_rng(length)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    mask = jnp.asarray(rng.random((2, length, length)) < 0.5).at[0, 3].set(False)  # a query that sees nothing
+
+    def total(attend):
+        return lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v, mask)))
+
+    found = jax.jit(jax.value_and_grad(total(attention.attend), argnums=(0, 1, 2)))(q, k, v)
+    expected = jax.jit(jax.value_and_grad(total(attention._attend), argnums=(0, 1, 2)))(q, k, v)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_scores_of_all_queries_never_exist_at_once():
+    """float32 scores of [2, 4, 1024, 1024] are 34 MB; with their softmax and gradients several times that."""
+    q = k = v = jax.ShapeDtypeStruct((2, 1024, 4, 8), jnp.float32)
+    mask = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.bool_)
+
+    def loss(q, k, v, mask):
+        return attention.attend(q, k, v, mask).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, mask).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 40e6
