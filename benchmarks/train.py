@@ -1,6 +1,6 @@
 """LoRA steps on real chat rows beside torch + peft: real tokens a second, padding not counted.
 
-    python -m benchmarks.train [--model=models/SmolLM2-135M-Instruct.Q4_1.gguf] [--data=builtin:quickstart_facts]
+    python -m benchmarks.train [--model=models/SmolLM2-135M-Instruct.Q4_1.gguf] [--data=builtin:quickstart]
                                [--dtype=float32] [--examples=8] [--rounds=5] [--out=DIR]
 
 The same work for all: rank 16 on the seven projections, only answers masked and scored, AdamW. The peer "as the
@@ -37,12 +37,12 @@ EQUAL = (8, 128)  # rows and tokens of the step of equal shapes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--data", default="builtin:quickstart_facts")
+    parser.add_argument("--data", default="builtin:quickstart")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--examples", type=int, default=8, help="examples of a step")
     parser.add_argument("--max_length", type=int, default=768)
     parser.add_argument("--row_length", type=int, default=256, help="of packed rows; no example may be longer")
-    parser.add_argument("--remat", default="none", help="of our steps")
+    parser.add_argument("--remat", default="save_dots", help="of our steps")
     parser.add_argument("--only", default="", help="words of the ways to run, separated by commas")
     add_report_flags(parser, rounds=5)
     options = parser.parse_args()

@@ -22,10 +22,8 @@ def get_config() -> ConfigDict:
     config.model = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.dataset = "builtin:quickstart"
     config.output_dir = "runs/quickstart"
-    config.dtype = "float32"  # on these CPUs XLA multiplies bfloat16 no faster
-    config.qlora_config.bnb_4bit_compute_dtype = "float32"  # for --config.use_qlora=true
-
-    config.remat = "none"  # the activations of so small a model fit
+    config.dtype = "bfloat16"  # nearly twice as fast as float32 where the processor multiplies it (AMX)
+    config.remat = "save_dots"  # faster than to keep everything: less memory to touch
 
     config.attention = "prefix"
     config.logit_shift = True
@@ -41,9 +39,9 @@ def get_config() -> ConfigDict:
     config.answer_padding = 16
     config.test_size = 0.05
 
-    config.epochs = 4
+    config.epochs = 5
     config.pretrain.max_steps = 10
-    config.sft.max_steps = 110
+    config.sft.max_steps = 220
     config.batch_size = 8
     config.gradient_accumulation_steps = 1
     config.learning_rate = 1e-3

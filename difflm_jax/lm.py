@@ -426,6 +426,7 @@ def open_model(
         mask_token_id=mask_token_id,
         dtype=DTYPES[dtype],
         block_length=block_length,
+        on_cpu=jax.default_backend() == "cpu",
     )
     return LanguageModel(
         source=opened,

@@ -17,7 +17,7 @@ import numpy as np
 from difflm_jax.errors import UserError
 from difflm_jax.noise import element_bits
 from difflm_jax.parallel import TENSOR, varies
-from difflm_jax.quant import QTensor, dequantize, matmul
+from difflm_jax.quant import QTensor, dequantize, trained_matmul
 
 ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -53,14 +53,14 @@ def lora_down(
         return []
     if seeds_BL is not None and config.lora_dropout > 0:
         x_BLD = dropout(x_BLD, config.lora_dropout, seeds_BL)
-    low_BLR = matmul(x_BLD, jnp.concatenate(factors_A))
+    low_BLR = trained_matmul(x_BLD, jnp.concatenate(factors_A))
     ends = np.cumsum([len(factor) for factor in factors_A])[:-1]
     return jnp.split(low_BLR, ends, axis=-1)
 
 
 def lora_up(low_BLR: jax.Array, lora_B: jax.Array, config: LoraConfig) -> jax.Array:
     """The update scaling * B (A dropout(x)), [B, L, out], of what `lora_down` gave."""
-    return matmul(low_BLR * jnp.asarray(config.scaling, low_BLR.dtype), lora_B)
+    return trained_matmul(low_BLR * jnp.asarray(config.scaling, low_BLR.dtype), lora_B)
 
 
 def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:

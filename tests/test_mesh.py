@@ -12,27 +12,38 @@ from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.mesh import check_model, make_mesh, rows_of_process, specs
 from difflm_jax.quant import QuantConfig, quantize
+from difflm_jax.training.fit import abstract_mesh
 from tests.tiny import tiny_config, tiny_params
 
 
 def test_specs_of_every_kind_of_leaf():
     config = tiny_config()
     params = tiny_params(config)
-    found = specs(params)
+    mesh = abstract_mesh(2, 2, 2)
+    found = specs(params, mesh)
     layer = found["layers"]
     assert layer["self_attn"]["q_proj"]["weight"] == P(None, ("tensor", "fsdp"), None)
     assert layer["mlp"]["down_proj"]["weight"] == P(None, "fsdp", "tensor")
     assert layer["input_layernorm"]["weight"] == layer["self_attn"]["q_norm"]["weight"] == P()
     assert found["embed_tokens"]["weight"] == P(("fsdp", "tensor"), None)
     lora = init_lora(jax.random.key(0), params, LoraConfig(r=2), params["embed_tokens"]["weight"][0])
-    found = specs({"mu": lora})["mu"]["layers"]["mlp"]
+    found = specs({"mu": lora}, mesh)["mu"]["layers"]["mlp"]
     assert found["up_proj"] == {"lora_A": P(), "lora_B": P(None, "tensor", None)}
     assert found["down_proj"] == {"lora_A": P(None, None, "tensor"), "lora_B": P()}
     weight = jax.vmap(lambda w: quantize(w, QuantConfig("nf4", 16)))(params["layers"]["mlp"]["up_proj"]["weight"])
-    found = specs({"layers": {"mlp": {"up_proj": {"weight": weight}}}})["layers"]["mlp"]["up_proj"]["weight"]
+    found = specs({"layers": {"mlp": {"up_proj": {"weight": weight}}}}, mesh)["layers"]["mlp"]["up_proj"]["weight"]
     assert found.codes == P(None, ("tensor", "fsdp"), None)
     assert found.scales.codes == P(None, "fsdp", None)  # nested scales are whole along `tensor`
     assert found.scales.absmax == found.scales.offset == P()
+
+
+def test_an_axis_of_one_device_divides_nothing():
+    params = tiny_params(tiny_config())
+    assert set(jax.tree.leaves(specs(params, abstract_mesh(8, 1, 1)))) == {P()}
+    found = specs(params, abstract_mesh(2, 4, 1))
+    assert found["layers"]["self_attn"]["q_proj"]["weight"] == P(None, "fsdp", None)
+    assert found["layers"]["mlp"]["down_proj"]["weight"] == P(None, "fsdp", None)
+    assert found["embed_tokens"]["weight"] == P("fsdp", None)
 
 
 def test_a_mesh_that_is_too_large_or_not_told_is_refused():

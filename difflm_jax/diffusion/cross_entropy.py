@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from difflm_jax.parallel import first_row, largest, over_vocabulary, own_rows, rows_apart, rows_together
-from difflm_jax.quant import matmul
+from difflm_jax.quant import matmul, summed_product
 
 
 @struct.dataclass
@@ -91,7 +91,7 @@ def _in_chunks(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, w
 
     def log_probabilities(hidden_MD: jax.Array, at_C: jax.Array) -> jax.Array:
         """log p [C, V] of this part of the vocabulary."""
-        logits_CV = matmul(together(hidden_MD, at_C), head_VD).astype(jnp.float32)
+        logits_CV = matmul(together(hidden_MD, at_C), head_VD, jnp.float32)
         logits_CV = jnp.where(is_output_V, logits_CV, -jnp.inf)
         largest_C = over_vocabulary(jax.lax.pmax, logits_CV.max(axis=-1), head_VD)
         total_C = over_vocabulary(jax.lax.psum, jnp.exp(logits_CV - largest_C[:, None]).sum(axis=-1), head_VD)
@@ -129,7 +129,9 @@ def _in_chunks(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, w
             error_CV = error_CV.at[jnp.arange(len(own_C)), own_C].add(-jnp.where(is_here_C, weights_C, 0.0))
             if teacher is not None:
                 error_CV += together(teacher.weights, at_C)[:, None] * (p_CV - q_CV)
-            gradient_CD = rows_apart(error_CV.astype(hidden_MD.dtype) @ head_VD.astype(hidden_MD.dtype), head_VD)
+            dtype = hidden_MD.dtype
+            gradient_CD = summed_product(error_CV.astype(dtype), head_VD.astype(dtype), (1, 0), dtype)
+            gradient_CD = rows_apart(gradient_CD, head_VD)
             gradient_MD = gradient_MD.at[at_C].set(gradient_CD, mode="drop")
         return scores, gradient_MD
 

@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.bits import kept
+
 ATTENTION_RULES = ("full", "prefix", "block", "block_causal", "causal")
 BLOCK_RULES = ("block", "block_causal")  # those that have a block length
 QUERY_CHUNK = 256  # queries whose scores exist at once
+ATTENTION_OUTPUT = "attention_output"  # what the backward pass needs of the forward pass: its name in remat policies
+_UNSEEN = -1e30  # the score of a key that a query does not see; finite, so that differences of scores are
 
 
 @struct.dataclass
@@ -103,28 +107,122 @@ def positions_of(valid_BL: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(valid_BL.astype(jnp.int32), axis=1) - 1, 0)
 
 
+@jax.custom_vjp
 def attend(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in float32; a query row that sees nothing gives finite values, not NaN.
+    """[B, T, H, E]: grouped-query attention, softmax in float32; a query that sees nothing gives zero.
 
-    More than `QUERY_CHUNK` queries are taken in turn, and their scores made again in the backward pass: scores of all
-    queries at once were the largest arrays of a training step (float32 [B, H, T, S], several times over).
+    The backward pass is FlashAttention-2's (arXiv:2307.08691, algorithm 2): it keeps the result and one number for each
+    query and head, and makes the scores again. No more than `QUERY_CHUNK` queries have scores at once; those of all
+    were the largest arrays of a training step (float32 [B, H, T, S], several times over).
     """
-    length = q_BTHE.shape[1]
+    return _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)[0]
+
+
+def _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
+    """(the result, log of the sum of exp(scores) of each query [B, K, T, G])."""
+    k_BKSE, v_BKSE = _heads_first(k_BSKE), _heads_first(v_BSKE)
+
+    def of_chunk(chunk):
+        q_BKTGE, mask_BTS = chunk
+        scores_BKTGS = _scores(q_BKTGE, k_BKSE, mask_BTS)
+        largest_BKTG = scores_BKTGS.max(axis=-1)
+        p_BKTGS = _seen(jnp.exp(scores_BKTGS - largest_BKTG[..., None]), mask_BTS)
+        sum_BKTG = jnp.maximum(p_BKTGS.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
+        y_BKTGE = _einsum("bktgs,bkse->bktge", p_BKTGS.astype(v_BKSE.dtype), v_BKSE) / sum_BKTG[..., None]
+        return y_BKTGE.astype(v_BKSE.dtype), largest_BKTG + jnp.log(sum_BKTG)
+
+    y_BKTGE, lse_BKTG = _in_chunks(of_chunk, (_grouped(q_BTHE, k_BSKE), mask_BTS), q_BTHE.shape[1])
+    return _ungrouped(y_BKTGE), lse_BKTG
+
+
+def _attend_forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
+    y_BTHE, lse_BKTG = _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
+    y_BTHE, lse_BKTG = (kept(x, ATTENTION_OUTPUT) for x in (y_BTHE, lse_BKTG))
+    return y_BTHE, (q_BTHE, k_BSKE, v_BSKE, mask_BTS, y_BTHE, lse_BKTG)
+
+
+def _attend_backward(saved, dy_BTHE):
+    q_BTHE, k_BSKE, v_BSKE, mask_BTS, y_BTHE, lse_BKTG = saved
+    k_BKSE, v_BKSE = _heads_first(k_BSKE), _heads_first(v_BSKE)
+    dtype = q_BTHE.dtype
+    inner_BTH = (dy_BTHE.astype(jnp.float32) * y_BTHE.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+
+    def of_chunk(chunk):
+        q_BKTGE, dy_BKTGE, mask_BTS, lse_BKTG, inner_BKTG1 = chunk
+        p_BKTGS = _seen(jnp.exp(_scores(q_BKTGE, k_BKSE, mask_BTS) - lse_BKTG[..., None]), mask_BTS)
+        dp_BKTGS = _einsum("bktge,bkse->bktgs", dy_BKTGE, v_BKSE)
+        ds_BKTGS = (p_BKTGS * (dp_BKTGS - inner_BKTG1) * _scale(q_BTHE)).astype(dtype)
+        dq_BKTGE = _einsum("bktgs,bkse->bktge", ds_BKTGS, k_BKSE).astype(dtype)
+        dk_BKSE = _einsum("bktgs,bktge->bkse", ds_BKTGS, q_BKTGE)
+        return dq_BKTGE, dk_BKSE, _einsum("bktgs,bktge->bkse", p_BKTGS.astype(dtype), dy_BKTGE)
+
+    grouped = (_grouped(q_BTHE, k_BSKE), _grouped(dy_BTHE, k_BSKE))
+    chunks = (*grouped, mask_BTS, lse_BKTG, _grouped(inner_BTH, k_BSKE))
+    dq_BKTGE, *of_keys = _in_chunks(of_chunk, chunks, q_BTHE.shape[1], sums=2)
+    return _ungrouped(dq_BKTGE), *(_heads_first(x_BKSE).astype(dtype) for x_BKSE in of_keys), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _in_chunks(function, arrays, length: int, sums: int = 0):
+    """`function(arrays)`, by chunks of their queries where there are more than `QUERY_CHUNK` of the `length`.
+
+    Queries are the last axis but two, but of masks [B, T, S] and of numbers [B, K, T, G] the last but one. The last
+    `sums` results are summed over the chunks, the others joined again.
+    """
     if length <= QUERY_CHUNK:
-        return _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
+        return function(arrays)
     chunks = -(-length // QUERY_CHUNK)
     size = -(-length // chunks)
 
-    def split(x_BT: jax.Array) -> jax.Array:
-        padded = jnp.pad(x_BT, [(0, 0), (0, chunks * size - length), *[(0, 0)] * (x_BT.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(x_BT.shape[0], chunks, size, *x_BT.shape[2:]), 1, 0)
+    def split(x):
+        axis = _query_axis(x)
+        padding = [(0, chunks * size - length) if i == axis else (0, 0) for i in range(x.ndim)]
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
 
-    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(chunk[0], k_BSKE, v_BSKE, chunk[1])
+    def joined(x):
+        axis = _query_axis(x[0])
+        x = jnp.moveaxis(x, 0, axis)
+        return jax.lax.slice_in_dim(x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), 0, length, axis=axis)
 
-    y = jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), (split(q_BTHE), split(mask_BTS)))
-    return jnp.moveaxis(y, 0, 1).reshape(q_BTHE.shape[0], chunks * size, *q_BTHE.shape[2:])[:, :length]
+    results = jax.lax.map(function, tuple(split(x) for x in arrays))
+    return *(joined(x) for x in results[: len(results) - sums]), *(x.sum(axis=0) for x in results[len(results) - sums :])
 
 
-def _attend(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q_BTHE, k_BSKE, v_BSKE, mask=mask_BTS[:, None], implementation="xla")
+def _query_axis(x) -> int:
+    return 2 if x.ndim > 3 else 1
+
+
+def _scores(q_BKTGE, k_BKSE, mask_BTS):
+    scores_BKTGS = _einsum("bktge,bkse->bktgs", q_BKTGE, k_BKSE) * _scale(q_BKTGE)
+    return _seen(scores_BKTGS, mask_BTS, otherwise=_UNSEEN)
+
+
+def _seen(x_BKTGS, mask_BTS, otherwise: float = 0.0):
+    return jnp.where(mask_BTS[:, None, :, None], x_BKTGS, otherwise)
+
+
+def _scale(q) -> float:
+    return q.shape[-1] ** -0.5
+
+
+def _einsum(formula: str, a, b):
+    return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+
+
+def _heads_first(x_BSKE):
+    """The heads before the tokens, or behind them again."""
+    return jnp.swapaxes(x_BSKE, 1, 2)
+
+
+def _grouped(x_BTHE, k_BSKE):
+    """[B, K, T, G, E]: the queries of a key's heads side by side, so that a product with it has T * G rows."""
+    batch, length, heads, width = x_BTHE.shape
+    kv_heads = k_BSKE.shape[2]
+    return _heads_first(x_BTHE.reshape(batch, length, kv_heads, heads // kv_heads, width))
+
+
+def _ungrouped(x_BKTGE):
+    x_BTKGE = _heads_first(x_BKTGE)
+    return x_BTKGE.reshape(*x_BTKGE.shape[:2], -1, x_BTKGE.shape[-1])

@@ -10,8 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from difflm_jax.bits import kept
 from difflm_jax.lora import LoraConfig, lora_down, lora_up
 from difflm_jax.models.attention import Window, attend
 from difflm_jax.models.config import ModelConfig
@@ -20,7 +20,8 @@ from difflm_jax.models.rope import rotate
 from difflm_jax.noise import fold_seeds
 from difflm_jax.quant import matmul
 
-ATTENTION_OUTPUT = "attention_output"  # its name in remat policies
+# Names in remat policies.
+PROJECTION, LOW_RANK = "projection", "low_rank"
 
 # Each input of projections has a dropout of its own.
 _ATTENTION_INPUT, _ATTENTION_OUTPUT, _MLP_INPUT, _MLP_HIDDEN = range(4)
@@ -61,7 +62,7 @@ class Linear(nn.Module):
             y = summed(y)
         if self.has_variable("params", "bias"):
             y = y + self.variable("params", "bias", stored).value.astype(y.dtype)
-        return y
+        return kept(y, PROJECTION)
 
     def factor_A(self) -> jax.Array | None:
         """The factor that reads the input; None where this projection is not adapted."""
@@ -78,7 +79,7 @@ def adapted(
         seeds_BL = fold_seeds(seeds_BL, stream)
     low = iter(lora_down(x_BLD, [A for A in factors if A is not None], projections[0].lora, seeds_BL))
     return [
-        projection(x_BLD, None if factor is None else next(low))
+        projection(x_BLD, None if factor is None else kept(next(low), LOW_RANK))
         for projection, factor in zip(projections, factors, strict=True)
     ]
 
@@ -114,7 +115,7 @@ class Attention(nn.Module):
             k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
         q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
         k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
-        y_BTHE = checkpoint_name(attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS), ATTENTION_OUTPUT)
+        y_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
         output = Linear(self.lora, name="o_proj")
         return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT)[0]
 
@@ -142,7 +143,9 @@ class MLP(nn.Module):
         projections = [Linear(self.lora, name=name) for name in ("gate_proj", "up_proj")]
         gate_BLF, up_BLF = adapted(projections, x_BLD, seeds_BL, _MLP_INPUT)
         down = Linear(self.lora, name="down_proj")
-        return adapted([down], nn.silu(gate_BLF) * up_BLF, seeds_BL, _MLP_HIDDEN)[0]
+        # One rounding: between operations in bfloat16 there would be one each, and half of the time is theirs on a CPU.
+        hidden_BLF = nn.silu(gate_BLF.astype(jnp.float32)) * up_BLF.astype(jnp.float32)
+        return adapted([down], hidden_BLF.astype(x_BLD.dtype), seeds_BL, _MLP_HIDDEN)[0]
 
 
 class Layer(nn.Module):

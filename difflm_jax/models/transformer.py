@@ -6,10 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from difflm_jax.bits import bits_of
 from difflm_jax.lora import LoraConfig
-from difflm_jax.models.attention import Window, attention_mask
+from difflm_jax.models.attention import ATTENTION_OUTPUT, Window, attention_mask
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.layers import ATTENTION_OUTPUT, Layer, RMSNorm, stored
+from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
 from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
 from difflm_jax.models.rope import rope_tables
 from difflm_jax.quant import matmul
@@ -18,7 +19,7 @@ from difflm_jax.quant import matmul
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": _policies.everything_saveable,
-    "save_dots": _policies.dots_with_no_batch_dims_saveable,  # the results of projections, not attention's scores
+    "save_dots": _policies.save_only_these_names(PROJECTION, LOW_RANK, ATTENTION_OUTPUT),  # the results of products
     "save_attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
     "full": _policies.nothing_saveable,
 }
@@ -28,7 +29,8 @@ class Transformer(nn.Module):
     """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
 
     Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
-    "block" and "block_causal". `remat` (a key of `REMAT`) says what the backward pass computes again.
+    "block" and "block_causal". `remat` (a key of `REMAT`) says what the backward pass computes again. `on_cpu`: the loop
+    over layers takes its slices of bfloat16 weights as `difflm_jax.bits`.
     """
 
     config: ModelConfig
@@ -38,6 +40,7 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     block_length: int = 0
+    on_cpu: bool = False
 
     @nn.compact
     def __call__(
@@ -84,9 +87,12 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.config.num_layers,
             check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
-        )(self.config, self.lora, name="layers")
+        )
+        if self.on_cpu:
+            layers = nn.map_variables(layers, "params", _matrices_as_bits)
         x_BTD = self.embed(tokens_BT)
-        x_BTD, _ = layers(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_seeds_BT, window)
+        stack = layers(self.config, self.lora, name="layers")
+        x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_seeds_BT, window)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
@@ -96,6 +102,11 @@ class Transformer(nn.Module):
             mask_row_D = self.get_variable("lora", "mask_row").astype(self.dtype)
             x_BTD = jnp.where((tokens_BT == self.mask_token_id)[..., None], mask_row_D, x_BTD)
         return x_BTD
+
+
+def _matrices_as_bits(params: dict[str, Any]) -> dict[str, Any]:
+    """Stacked matrices as `matmul` takes them from a loop; norms and biases, which are small, as they are."""
+    return jax.tree.map(lambda leaf: bits_of(leaf) if leaf.ndim > 2 else leaf, params)
 
 
 class Embedding(nn.Module):
@@ -123,9 +134,9 @@ def head_logits(
     A trained mask row is an output row too where embeddings are tied, as it is for `peft` and in a merged export.
     """
     head_VD = head_weight(config, params)
-    logits = matmul(rows_together(hidden, head_VD), head_VD).astype(jnp.float32)
+    logits = matmul(rows_together(hidden, head_VD), head_VD, jnp.float32)
     logits = whole_vocabulary(logits, head_VD, config.vocab_size)
     if lora is not None and "mask_row" in lora and mask_token_id is not None and config.tie_word_embeddings:
-        own = matmul(hidden, lora["mask_row"][None]).astype(jnp.float32)
+        own = matmul(hidden, lora["mask_row"][None], jnp.float32)
         logits = logits.at[..., mask_token_id].set(own[..., 0])
     return logits

@@ -4,8 +4,18 @@
 quantised in turn. Nothing here knows files or models.
 """
 
-from difflm_jax.quant.matmul import matmul
+from difflm_jax.quant.matmul import matmul, summed_product, trained_matmul
 from difflm_jax.quant.nested import NestedScales
 from difflm_jax.quant.qtensor import FORMATS, QTensor, QuantConfig, dequantize, quantize
 
-__all__ = ["FORMATS", "NestedScales", "QTensor", "QuantConfig", "dequantize", "matmul", "quantize"]
+__all__ = [
+    "FORMATS",
+    "NestedScales",
+    "QTensor",
+    "QuantConfig",
+    "dequantize",
+    "matmul",
+    "quantize",
+    "summed_product",
+    "trained_matmul",
+]

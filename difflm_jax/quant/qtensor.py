@@ -116,7 +116,7 @@ def own_scales(w: QTensor) -> QTensor:
     Nested scales cannot be divided with them (`NestedScales`): every device of the axis holds all, and takes its part
     of them here.
     """
-    if not isinstance(w.scales, NestedScales) or not varies(w.codes, TENSOR) or jax.lax.axis_size(TENSOR) == 1:
+    if not isinstance(w.scales, NestedScales) or not varies(w.codes, TENSOR):
         return w
     scales, part = unnest(w.scales), jax.lax.axis_index(TENSOR)
     axis = 1 if scales.shape[0] == w.codes.shape[0] else 0  # divided along the input, or along the output

@@ -85,11 +85,11 @@ def make_train_step(
     whole = PartitionSpec()
 
     def sharded(params: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
-        state_specs = specs(state)
+        state_specs = specs(state, mesh)
         mapped = jax.shard_map(
             step,
             mesh=mesh,
-            in_specs=(specs(params), state_specs, rows_spec(), whole, whole),
+            in_specs=(specs(params, mesh), state_specs, rows_spec(), whole, whole),
             out_specs=(state_specs, whole),
         )
         return mapped(params, state, batch, key, index)
@@ -108,7 +108,7 @@ def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
     whole = PartitionSpec()
 
     def sharded(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
-        in_specs = (specs(params), specs(lora), rows_spec(), whole)
+        in_specs = (specs(params, mesh), specs(lora, mesh), rows_spec(), whole)
         return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=whole)(params, lora, batch, key)
 
     return jax.jit(sharded)

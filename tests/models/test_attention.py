@@ -1,4 +1,4 @@
-"""Queries taken in turn give what all of them at once give, forward and backward."""
+"""The attention product and its gradient are those of jax's own, however many queries are taken at once."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,13 @@ import pytest
 from difflm_jax.models import attention
 
 
+def of_jax(q, k, v, mask):
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
+    return jnp.where(mask.any(axis=-1)[..., None, None], y, 0)
+
+
 @pytest.mark.parametrize("length", [17, 256, 257, 600])
-def test_chunks_of_queries_change_nothing(length):
+def test_values_and_gradients_are_those_of_jax(length):
     rng = np.random.default_rng(length)
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     mask = jnp.asarray(rng.random((2, length, length)) < 0.5).at[0, 3].set(False)  # a query that sees nothing
@@ -18,7 +23,7 @@ def test_chunks_of_queries_change_nothing(length):
         return lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v, mask)))
 
     found = jax.jit(jax.value_and_grad(total(attention.attend), argnums=(0, 1, 2)))(q, k, v)
-    expected = jax.jit(jax.value_and_grad(total(attention._attend), argnums=(0, 1, 2)))(q, k, v)
+    expected = jax.jit(jax.value_and_grad(total(of_jax), argnums=(0, 1, 2)))(q, k, v)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
@@ -33,4 +38,4 @@ def test_scores_of_all_queries_never_exist_at_once():
         return attention.attend(q, k, v, mask).sum()
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, mask).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 40e6
+    assert compiled.memory_analysis().temp_size_in_bytes < 50e6
