@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import difflm_jax
@@ -33,6 +34,9 @@ from difflm_jax.tasks.exact import normalised
 ONE_BLOCK = {
     "one token a pass, no cache": {"cache": "none"},
     "one token a pass": {},
+    "leftmost, one token a pass": {"leftmost": True},
+    "steady": {"algorithm": "steady"},
+    "steady, no cache": {"algorithm": "steady", "cache": "none"},
     "original (max logit)": {"algorithm": "confidence"},
     "two tokens a pass": {"passes": 2},
     "LLaDA random": {"algorithm": "random"},
@@ -58,6 +62,7 @@ LONG_CANVAS = {
     "long: block, one token a pass, no cache": ("block", {"cache": "none"}),
     "long: block, one token a pass": ("block", {}),
     "long: block, threshold 0.9": ("block", {"threshold": 0.9}),
+    "long: block, steady": ("block", {"algorithm": "steady"}),
 }
 
 
@@ -71,11 +76,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="with --torch")
     parser.add_argument("--only", default="", help="words, separated by commas")
     parser.add_argument("--torch", action="store_true", help="the comparison with a plain torch loop instead")
+    parser.add_argument("--dtype", default="", help="of our model, and of torch's; by default that of the run")
     parser.add_argument("--out", default="")
     arguments = parser.parse_args()
     questions = read_questions(arguments.data, arguments.rows)
     prompts = [question.messages for question in questions]
-    lms = load_models(Path(arguments.run), arguments.max_new_tokens)
+    lms = load_models(Path(arguments.run), arguments.max_new_tokens, arguments.dtype)
     if arguments.torch:
         table = against_torch(lms[None], prompts, arguments)
     else:
@@ -85,10 +91,10 @@ def main() -> None:
         Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def load_models(run: Path, block_length: int) -> dict[str | None, LanguageModel]:
+def load_models(run: Path, block_length: int, dtype: str) -> dict[str | None, LanguageModel]:
     """The run's model under its own attention rule, and under `block` attention of `block_length`."""
     config = read_run_config(run)
-    options = {"adapter": last_adapter(run, config.phases), "dtype": config.dtype}
+    options = {"adapter": last_adapter(run, config.phases), "dtype": dtype or config.dtype}
     lm = difflm_jax.load(config.model, **options).merge()
     return {None: lm, "block": lm.with_model(lm.model.clone(attention="block", block_length=block_length))}
 
@@ -98,12 +104,12 @@ def samplers(lms, prompts, references, arguments) -> list[dict]:
     n, batch = arguments.max_new_tokens, arguments.batch_size
     ways: dict[str, Callable] = {}
     for name, options in ONE_BLOCK.items():
-        options = {"algorithm": None, **options}
+        options = {"algorithm": "probability", **options}
         steps = n // options.pop("passes", 1)
         ways[name] = lambda rows, o=options, s=steps: lms[None].generate(rows, n, s, batch_size=batch, **o)
     for name, (attention, options) in LONG_CANVAS.items():
         blocks = {} if attention else {"block_length": n}
-        ways[name] = lambda rows, o={**options, **blocks}, a=attention: lms[a].generate(
+        ways[name] = lambda rows, o={"algorithm": "probability", **options, **blocks}, a=attention: lms[a].generate(
             rows, 8 * n, 8 * n, batch_size=batch, **o
         )
     words = [word for word in arguments.only.split(",") if word]
@@ -197,16 +203,17 @@ def make_torch_loop(lm: LanguageModel, rows: list[np.ndarray], new_tokens: int) 
     import torch
     from transformers import AutoModelForCausalLM
 
+    dtype = getattr(torch, jnp.dtype(lm.model.dtype).name)
     with tempfile.TemporaryDirectory() as directory:
         lm.save_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
     width, mask_id = max(len(row) for row in rows) + new_tokens, lm.mask_token_id
     canvas = torch.full((len(rows), width), lm.pad_token_id)
     valid = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
         start = width - new_tokens - len(row)
         canvas[i, start:], valid[i, start:] = torch.tensor([*row.tolist(), *[mask_id] * new_tokens]), True
-    bias = torch.where(valid[:, None, None, :], 0.0, torch.finfo(torch.float32).min).expand(-1, 1, width, -1)
+    bias = torch.where(valid[:, None, None, :], 0.0, torch.finfo(dtype).min).expand(-1, 1, width, -1)
     positions = (valid.cumsum(1) - 1).clamp_min(0)
 
     first = width - new_tokens  # the answer: torch need not take the softmax of anything else
@@ -218,7 +225,7 @@ def make_torch_loop(lm: LanguageModel, rows: list[np.ndarray], new_tokens: int) 
             logits = model(tokens, attention_mask=bias, position_ids=positions, use_cache=False).logits
             logits = logits[:, first - 1 : -1] if lm.logit_shift else logits[:, first:]
             logits[..., mask_id] = -torch.inf
-            probability, chosen = torch.softmax(logits, -1).max(-1)
+            probability, chosen = torch.softmax(logits.float(), -1).max(-1)
             best = torch.where(tokens[:, first:] == mask_id, probability, -torch.inf).argmax(1, keepdim=True)
             tokens[:, first:].scatter_(1, best, chosen.gather(1, best))
         return tokens.numpy()
