@@ -48,7 +48,7 @@ ONE_BLOCK = {
     "threshold 0.9": {"threshold": 0.9},
     "threshold 0.7": {"threshold": 0.7},
     "factor 1": {"factor": 1.0},
-    "entropy bound 0.3": {"entropy_bound": 0.3},
+    "entropy bound 0.3": {"entropy_bound": 0.3, "algorithm": "entropy"},
     "LLaDA2.1 edit": {"threshold": 0.7, "edit_threshold": 0.9},
     "ReMDM cap 0.1": {"remask": "cap", "remask_eta": 0.1},
     "ReMDM conf": {"remask": "conf"},

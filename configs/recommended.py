@@ -5,8 +5,8 @@ Command:   bash scripts/run.sh configs/recommended.py
            A base in NF4: --config.quantization=nf4
 Hardware:  as configs/two_phase.py for Qwen3-4B-Instruct-2507, whose weights have not been run with it; with
            SmolLM2-135M-Instruct it is the quickstart, on 2 CPU cores.
-Expect:    with SmolLM2, after 120 steps of 8 short rows, about as many exact answers as the causal base at 4 to 5
-           passes for 16 tokens (docs/recipes.md). With `full` attention and no shift such a budget gives next to none.
+Expect:    with SmolLM2, after 230 steps of 8 short rows, about as many exact answers as the causal base at 3 passes for
+           16 tokens (docs/recipes.md). With `full` attention and no shift such a budget gives next to none.
 
 Prefix attention and the logit shift leave the prompt's states and the head's meaning as the base knows them; rates of
 0.3 to 1 train what a sampler meets that starts from masks alone; `steady` commits what is sure, and the leftmost.

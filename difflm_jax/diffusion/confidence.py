@@ -26,7 +26,7 @@ def log_odds(logits_BTV: jax.Array, tokens_BT: jax.Array, noise_BT: jax.Array) -
 
 def margin(logits_BTV: jax.Array, _tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
     """Probability of the likeliest token minus that of the second: Dream's `topk_margin`."""
-    # Two maxima: `jax.lax.top_k` sorts the vocabulary on a CPU, which took seven times as long as all the rest of a pass.
+    # Two maxima: `jax.lax.top_k` sorts the vocabulary on a CPU, which took most of a pass.
     p_BTV = jax.nn.softmax(logits_BTV, axis=-1)
     is_best_BTV = jnp.arange(p_BTV.shape[-1]) == p_BTV.argmax(axis=-1, keepdims=True)
     return p_BTV.max(axis=-1) - jnp.where(is_best_BTV, 0.0, p_BTV).max(axis=-1)

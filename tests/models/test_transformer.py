@@ -182,3 +182,21 @@ def test_dropout_of_a_row_depends_on_its_seeds_alone():
     np.testing.assert_allclose(both[1:], states([1], 12), atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(both, states([0, 1], 16), atol=1e-5, rtol=1e-4)
     assert np.abs(both - hidden(lora=lora, lora_config=config)).max() > 1e-2
+
+
+@pytest.mark.usefixtures("optimised")
+def test_on_a_cpu_a_bfloat16_base_is_neither_copied_to_float32_nor_changed():
+    """Without `on_cpu` XLA makes a float32 copy of every stack of weights before the loop over layers."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params(CONFIG))
+    tokens = jnp.arange(6, dtype=jnp.int32)[None]
+    arguments = (tokens, jnp.arange(6)[None], jnp.ones((1, 6), bool), jnp.array([2]))
+
+    def hidden(on_cpu):
+        model = Transformer(CONFIG, attention="prefix", dtype=jnp.bfloat16, on_cpu=on_cpu)
+        compiled = jax.jit(lambda params: model.apply({"params": params}, *arguments)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+    (plain, plain_bytes), (found, found_bytes) = hidden(False), hidden(True)
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(plain, np.float32), atol=3e-2)
+    stacks = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
+    assert found_bytes < plain_bytes - stacks / 2
