@@ -42,8 +42,9 @@ def attention_mask(
 
     `full`: every real token. `causal`: the key is not after the query. `prefix`: a prompt token (position below
     `prompt_lengths`, [B] or [B, T]) sees what `causal` lets it see, an answer token sees everything, so that the keys
-    and values of a prompt do not depend on its answer. `block`: an answer is cut into blocks of `block_length` from its start; a
-    token sees its own block and what precedes it, so that neither a prompt nor a finished block depends on what follows.
+    and values of a prompt do not depend on its answer. `block`: an answer is cut into blocks of `block_length` from its
+    start; a token sees its own block and what precedes it, so neither a prompt nor a finished block depends on what
+    follows.
     `block_causal`: the same with blocks counted from the first token on, whether it is of the prompt or not (SDAR,
     arXiv:2510.06303).
 
@@ -51,7 +52,7 @@ def attention_mask(
     (BD3-LM, arXiv:2503.09573): a noisy token sees its own noisy block and the clean tokens before that block; a clean
     token sees clean tokens by the rule.
 
-    `segments_BT` (T = S) is for rows of several examples, whose positions each begin at 0: a token sees its own example.
+    `segments_BT` (T = S) is for rows of several examples, whose positions each begin at 0: a token sees its own.
     `open_BTS` bool is for attention annealing: of what the rule allows, a later token is seen only where it is True.
     """
     valid_BTS = jnp.broadcast_to(key_valid_BS[:, None, :], (*query_positions_BT.shape, key_positions_BS.shape[1]))
@@ -68,8 +69,8 @@ def attention_mask(
         return valid_BTS & not_after_BTS
     before_BTS = key_B1S < first_BT[:, :, None]
     noisy_query, noisy_key = noisy_T[:, None], noisy_T[None, :]
-    seen_BTS = jnp.where(noisy_key, noisy_query & not_after_BTS & ~before_BTS, not_after_BTS & (~noisy_query | before_BTS))
-    return valid_BTS & seen_BTS
+    own_BTS, clean_BTS = noisy_query & not_after_BTS & ~before_BTS, not_after_BTS & (~noisy_query | before_BTS)
+    return valid_BTS & jnp.where(noisy_key, own_BTS, clean_BTS)
 
 
 def block_starts(positions_BL: jax.Array, prompt_lengths: jax.Array, block_length: jax.Array | int) -> jax.Array:
@@ -187,7 +188,8 @@ def _in_chunks(function, arrays, length: int, sums: int = 0):
         return jax.lax.slice_in_dim(x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), 0, length, axis=axis)
 
     results = jax.lax.map(function, tuple(split(x) for x in arrays))
-    return *(joined(x) for x in results[: len(results) - sums]), *(x.sum(axis=0) for x in results[len(results) - sums :])
+    first_sum = len(results) - sums
+    return *(joined(x) for x in results[:first_sum]), *(x.sum(axis=0) for x in results[first_sum:])
 
 
 def _query_axis(x) -> int:

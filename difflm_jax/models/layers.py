@@ -15,9 +15,9 @@ from difflm_jax.bits import kept
 from difflm_jax.lora import LoraConfig, lora_down, lora_up
 from difflm_jax.models.attention import Window, attend
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.parallel import ROW_PARALLEL, gathered, summed
 from difflm_jax.models.rope import rotate
 from difflm_jax.noise import fold_seeds
+from difflm_jax.parallel import ROW_PARALLEL, gathered, summed
 from difflm_jax.quant import matmul
 
 # Names in remat policies.
@@ -64,7 +64,7 @@ class Linear(nn.Module):
             y = y + self.variable("params", "bias", stored).value.astype(y.dtype)
         return kept(y, PROJECTION)
 
-    def factor_A(self) -> jax.Array | None:
+    def down_factor(self) -> jax.Array | None:
         """The factor that reads the input; None where this projection is not adapted."""
         is_adapted = self.lora is not None and self.has_variable("lora", "lora_A")
         return self.get_variable("lora", "lora_A") if is_adapted else None
@@ -74,7 +74,7 @@ def adapted(
     projections: Sequence[Linear], x_BLD: jax.Array, seeds_BL: jax.Array | None, stream: int
 ) -> list[jax.Array]:
     """What each of `projections` makes of the input that they share; `stream` is that of its dropout."""
-    factors = [projection.factor_A() for projection in projections]
+    factors = [projection.down_factor() for projection in projections]
     if seeds_BL is not None:
         seeds_BL = fold_seeds(seeds_BL, stream)
     low = iter(lora_down(x_BLD, [A for A in factors if A is not None], projections[0].lora, seeds_BL))
@@ -172,4 +172,3 @@ class Layer(nn.Module):
         x_BTD = x_BTD + attention(h_BTD, rope, mask_BTS, seeds_BT, window)
         h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
         return x_BTD + MLP(self.lora, name="mlp")(h_BTD, seeds_BT), None
-

@@ -11,8 +11,8 @@ from difflm_jax.lora import LoraConfig
 from difflm_jax.models.attention import ATTENTION_OUTPUT, Window, attention_mask
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
-from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
 from difflm_jax.models.rope import rope_tables
+from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
 from difflm_jax.quant import matmul
 
 # What a layer keeps for its backward pass beside its input; the rest is computed again there.
@@ -29,8 +29,8 @@ class Transformer(nn.Module):
     """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
 
     Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
-    "block" and "block_causal". `remat` (a key of `REMAT`) says what the backward pass computes again. `on_cpu`: the loop
-    over layers takes its slices of bfloat16 weights as `difflm_jax.bits`.
+    "block" and "block_causal". `remat` (a key of `REMAT`) says what the backward pass computes again. `on_cpu`: the
+    loop over layers takes its slices of bfloat16 weights as `difflm_jax.bits`.
     """
 
     config: ModelConfig
