@@ -100,6 +100,8 @@ def _in_chunks(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, w
     def body(index, carry):
         scores, gradient_MD = carry
         at_C = jax.lax.dynamic_slice_in_dim(order_M, index * chunk, chunk)
+        # Where there is one chunk at most, XLA would take what it gathers out of the loop, and so out of its turn.
+        at_C, _ = jax.lax.optimization_barrier((at_C, index))
         log_p_CV = log_probabilities(hidden_MD, at_C)
         own_best_C = log_p_CV.max(axis=-1)
         best_C = over_vocabulary(jax.lax.pmax, own_best_C, head_VD)
@@ -136,7 +138,11 @@ def _in_chunks(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, w
         return scores, gradient_MD
 
     zeros_M = jnp.zeros_like(weights_M)
-    chunks = largest((scored_M.sum() + chunk - 1) // chunk)  # those who score together must stop together
+    # Those who score together must stop together. To agree on it they wait for the hidden states: XLA's CPU backend
+    # starts what devices exchange as soon as its operands are there, so that between processes the order must follow
+    # from data. (Of states that are not numbers all are scored.)
+    count = jnp.where(jnp.isnan(hidden_MD[0, 0]), positions, scored_M.sum())
+    chunks = largest((count + chunk - 1) // chunk)
     start_of_all = (Scores(*[zeros_M] * 4, jnp.zeros_like(targets_M)), jnp.zeros_like(hidden_MD))
     scores, gradient_MD = jax.lax.fori_loop(0, chunks, body, start_of_all)
     loss = (weights_M * scores.nll).sum()
