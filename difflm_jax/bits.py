@@ -1,7 +1,7 @@
 """bfloat16 arrays as integers of the same bits, where a loop takes slices of a stack or puts them into one.
 
 XLA's CPU backend moves no bfloat16: it turns the whole stack into float32 before the loop, twice the base in memory,
-and every slice back. Integers it moves as they are, though the change of type is a copy of the stack too, once the base.
+and every slice back. Integers it moves as they are, though the change of type is a copy of the stack, once the base.
 Other backends need none of this: weights are left as they are there (`Transformer.on_cpu`).
 """
 
