@@ -26,15 +26,16 @@ def floats_of(tree: Any) -> Any:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def kept(x: jax.Array, name: str) -> jax.Array:
     """`x`, which a remat policy knows as `name`; a stack of them over layers holds bits."""
-    return _named(x, name)
+    return named(x, name)
 
 
 @kept.defjvp
 def _kept_jvp(name: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _named(primals[0], name), tangents[0]  # a policy does not look into a call of `kept` itself
+    return named(primals[0], name), tangents[0]  # a policy does not look into a call of `kept` itself
 
 
-def _named(x: jax.Array, name: str) -> jax.Array:
+def named(x: jax.Array, name: str) -> jax.Array:
+    """What `kept` is once it was differentiated: for rules that are written by hand, which nothing differentiates."""
     return floats_of(checkpoint_name(bits_of(x), name))
 
 

@@ -89,44 +89,51 @@ def _in_chunks(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, w
     def together(x_M: jax.Array, at_C: jax.Array) -> jax.Array:
         return rows_together(x_M[at_C], head_VD)
 
-    def log_probabilities(hidden_MD: jax.Array, at_C: jax.Array) -> jax.Array:
-        """log p [C, V] of this part of the vocabulary."""
+    def logits_of(hidden_MD: jax.Array, at_C: jax.Array) -> jax.Array:
+        """[C, V] of this part of the vocabulary."""
         logits_CV = matmul(together(hidden_MD, at_C), head_VD, jnp.float32)
-        logits_CV = jnp.where(is_output_V, logits_CV, -jnp.inf)
+        return jnp.where(is_output_V, logits_CV, -jnp.inf)
+
+    def normalised(logits_CV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(the largest logit [C], exp(logit - largest) [C, V], their sum [C]), over the whole vocabulary."""
         largest_C = over_vocabulary(jax.lax.pmax, logits_CV.max(axis=-1), head_VD)
-        total_C = over_vocabulary(jax.lax.psum, jnp.exp(logits_CV - largest_C[:, None]).sum(axis=-1), head_VD)
-        return logits_CV - (largest_C + jnp.log(total_C))[:, None]
+        powers_CV = jnp.exp(logits_CV - largest_C[:, None])
+        return largest_C, powers_CV, over_vocabulary(jax.lax.psum, powers_CV.sum(axis=-1), head_VD)
 
     def body(index, carry):
         scores, gradient_MD = carry
         at_C = jax.lax.dynamic_slice_in_dim(order_M, index * chunk, chunk)
         # Where there is one chunk at most, XLA would take what it gathers out of the loop, and so out of its turn.
         at_C, _ = jax.lax.optimization_barrier((at_C, index))
-        log_p_CV = log_probabilities(hidden_MD, at_C)
-        own_best_C = log_p_CV.max(axis=-1)
-        best_C = over_vocabulary(jax.lax.pmax, own_best_C, head_VD)
+        logits_CV = logits_of(hidden_MD, at_C)
+        largest_C, powers_CV, total_C = normalised(logits_CV)
+        log_total_C = largest_C + jnp.log(total_C)
         targets_C = together(targets_M, at_C)
         own_C = targets_C - start
         is_here_C = (own_C >= 0) & (own_C < rows)
         own_C = jnp.where(is_here_C, own_C, 0)
-        target_C = jnp.where(is_here_C, jnp.take_along_axis(log_p_CV, own_C[:, None], axis=-1)[:, 0], 0.0)
-        target_C = over_vocabulary(jax.lax.psum, target_C, head_VD)
-        chosen_C = jnp.where(own_best_C == best_C, start + log_p_CV.argmax(axis=-1), vocab_size)
+        target_C = jnp.where(is_here_C, jnp.take_along_axis(logits_CV, own_C[:, None], axis=-1)[:, 0], 0.0)
+        target_C = over_vocabulary(jax.lax.psum, target_C, head_VD) - log_total_C
+        is_best_C = logits_CV.max(axis=-1) == largest_C
+        chosen_C = jnp.where(is_best_C, start + logits_CV.argmax(axis=-1), vocab_size)
         chosen_C = over_vocabulary(jax.lax.pmin, chosen_C, head_VD)
-        divergence_C = jnp.zeros_like(best_C)
+        divergence_C = jnp.zeros_like(target_C)
         if teacher is not None:
-            log_q_CV = log_probabilities(teacher.hidden, at_C)
-            q_CV = jnp.exp(log_q_CV)
-            divergence_C = jnp.where(is_output_V, q_CV * (log_q_CV - log_p_CV), 0.0).sum(axis=-1)
-            divergence_C = over_vocabulary(jax.lax.psum, divergence_C, head_VD)
+            teacher_CV = logits_of(teacher.hidden, at_C)
+            teacher_largest_C, q_CV, teacher_total_C = normalised(teacher_CV)
+            q_CV = q_CV / teacher_total_C[:, None]
+            # log q - log p, of outputs alone: what is none has a logit of -inf in both
+            ratio_CV = jnp.where(is_output_V, teacher_CV - logits_CV, 0.0)
+            divergence_C = over_vocabulary(jax.lax.psum, (q_CV * ratio_CV).sum(axis=-1), head_VD)
+            divergence_C += log_total_C - (teacher_largest_C + jnp.log(teacher_total_C))
         correct_C = (chosen_C == targets_C).astype(jnp.float32)
-        found = (-target_C, correct_C, best_C, divergence_C, chosen_C)
+        found = (-target_C, correct_C, -jnp.log(total_C), divergence_C, chosen_C)
         scores = Scores(
             *(all_M.at[at_C].set(own_rows(x_C, head_VD), mode="drop") for all_M, x_C in zip(scores, found, strict=True))
         )
         if with_gradient:
             # of weight * nll it is weight * (p - onehot), of the divergence weight * (p - q)
-            p_CV, weights_C = jnp.exp(log_p_CV), together(weights_M, at_C)
+            p_CV, weights_C = powers_CV / total_C[:, None], together(weights_M, at_C)
             error_CV = p_CV * weights_C[:, None]
             error_CV = error_CV.at[jnp.arange(len(own_C)), own_C].add(-jnp.where(is_here_C, weights_C, 0.0))
             if teacher is not None:
