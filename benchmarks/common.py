@@ -14,14 +14,20 @@ import jax
 import numpy as np
 
 
-def alternating(ways: Mapping[str, Callable[[int], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+def alternating(
+    ways: Mapping[str, Callable[[int], Any]], rounds: int, warm_up: int = 1, settle: int = 0
+) -> dict[str, list[float]]:
     """Seconds of each way in each round; a way is called with the number of the round, and the ways take turns.
 
-    Rounds below `warm_up` compile and fill caches; they get the numbers -warm_up ... -1, and are not counted.
+    Rounds below `warm_up` compile and fill caches; they get the numbers -warm_up ... -1, and are not counted. With
+    `settle` a way runs so often at each of its turns before it is timed: the first step of a library after one of
+    another is up to 1.4 times as slow as those that follow, in which a run consists.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-warm_up, rounds):
         for name, way in ways.items():
+            for _ in range(settle if number >= 0 else 0):
+                jax.block_until_ready(way(number))
             start = time.perf_counter()
             jax.block_until_ready(way(number))
             if number >= 0:

@@ -50,8 +50,8 @@ ONE_BLOCK = {
     "factor 1": {"factor": 1.0},
     "entropy bound 0.3": {"entropy_bound": 0.3, "algorithm": "entropy"},
     "LLaDA2.1 edit": {"threshold": 0.7, "edit_threshold": 0.9},
-    "ReMDM cap 0.1": {"remask": "cap", "remask_eta": 0.1},
-    "ReMDM conf": {"remask": "conf"},
+    "ReMDM cap 0.1": {"algorithm": "origin", "remask": "cap", "remask_eta": 0.1},
+    "ReMDM conf": {"algorithm": "origin", "remask": "conf"},
     "guidance 0.5, threshold 0.9": {"threshold": 0.9, "cfg_scale": 0.5},
 }
 LONG_CANVAS = {

@@ -27,7 +27,8 @@ from difflm_jax.data.pipeline import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.lm import LanguageModel
 from difflm_jax.mesh import make_mesh, place
-from difflm_jax.report import normalised, read_questions
+from difflm_jax.tasks import read_questions
+from difflm_jax.tasks.exact import normalised
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
 from difflm_jax.training.run import train
 from difflm_jax.training.step import StepOptions

@@ -236,8 +236,7 @@ class LanguageModel:
         """
         if self.lora is None:
             raise UserError("merge: this model has no adapter")
-        self._check_one_device("merge")
-        params = merge_lora(self.params, self.lora, self.model.lora, self.mask_token_id)
+        params = merge_lora(self.params, self.lora, self.model.lora, self.mask_token_id, self.mesh)
         merged = dataclasses.replace(
             self, model=self.model.clone(lora=None), params=params, lora=None, quantization=None
         )
@@ -253,7 +252,11 @@ class LanguageModel:
         """
         if self.lora is not None:
             raise UserError("save_pretrained: the adapter is not merged: call merge() first, or save_adapter()")
-        self._check_one_device("save_pretrained")
+        if jax.process_count() > 1:
+            raise UserError(
+                "save_pretrained: the weights are divided over several processes: save the adapter, and merge it with "
+                "python -m difflm_jax.export in one"
+            )
         card = _model_card(self.source.name, self.diffusion_config(), self.provenance)
         save_pretrained(
             directory,
@@ -315,10 +318,6 @@ class LanguageModel:
         if not masks_allowed and (tokens == self.mask_token_id).any():
             raise UserError(f"{what} holds the mask token {self.tokenizer.mask_token!r}: use infill")
         return tokens
-
-    def _check_one_device(self, what: str) -> None:
-        if self.mesh is not None:
-            raise UserError(f"{what}: this model is divided over {self.mesh.size} devices: load it on one for that")
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:

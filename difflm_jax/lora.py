@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from difflm_jax.errors import UserError
+from difflm_jax.mesh import place_leaf
 from difflm_jax.noise import element_bits
 from difflm_jax.parallel import TENSOR, varies
 from difflm_jax.quant import QTensor, dequantize, trained_matmul
@@ -100,13 +102,21 @@ def init_lora(key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_r
 
 
 def merge_lora(
-    params: dict[str, Any], lora: dict[str, Any], config: LoraConfig, mask_token_id: int | None
+    params: dict[str, Any],
+    lora: dict[str, Any],
+    config: LoraConfig,
+    mask_token_id: int | None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """The base with scaling * B A added to each adapted weight and the mask row put in its place.
 
     Sums are made in float32, a layer at a time. Quantised weights, adapted or not, become dense ones in the dtype
-    of the embedding.
+    of the embedding. With a `mesh`, over which all of it is divided, so is the result.
     """
+
+    def laid(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if mesh is None else place_leaf(path, leaf, mesh)
+
     dtype = params["embed_tokens"]["weight"].dtype
     merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries around the same arrays
     for block, projections in params["layers"].items():
@@ -114,10 +124,12 @@ def merge_lora(
             factors = lora.get("layers", {}).get(block, {}).get(name)
             weight = leaves["weight"] if isinstance(leaves, dict) else leaves
             if factors is not None or isinstance(weight, QTensor):
-                merged["layers"][block][name]["weight"] = _merged_stack(weight, factors, config.scaling, dtype)
+                dense = _merged_stack(weight, factors, config.scaling, dtype)
+                merged["layers"][block][name]["weight"] = laid(("layers", block, name, "weight"), dense)
     if "mask_row" in lora and mask_token_id is not None:
         table = params["embed_tokens"]["weight"]
-        merged["embed_tokens"]["weight"] = table.at[mask_token_id].set(lora["mask_row"].astype(table.dtype))
+        table = table.at[mask_token_id].set(lora["mask_row"].astype(table.dtype))
+        merged["embed_tokens"]["weight"] = laid(("embed_tokens", "weight"), table)
     return merged
 
 

@@ -19,7 +19,7 @@ from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, Row, get_path, set_p
 from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
 from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import UserError
-from difflm_jax.mesh import place_leaf, shardings_of, to_mesh
+from difflm_jax.mesh import place_leaf, shardings_of, to_host, to_mesh
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.quant import QTensor, QuantConfig, dequantize, quantize
 
@@ -236,13 +236,13 @@ def _write_tensors(directory: Path, params: Mapping[str, Any], config: ModelConf
     if len(shards) == 1:
         write_file(directory / SINGLE_FILE, _tensors(params, config, shards[0]))
         return
-    weight_map = {}
+    weight_map, total = {}, 0
     for index, names in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         tensors = _tensors(params, config, names)
         write_file(directory / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -270,7 +270,8 @@ def _tensors(params: Mapping[str, Any], config: ModelConfig, wanted: Iterable[st
         names = row.hf_names(config.num_layers)
         if wanted.isdisjoint(names):
             continue
-        leaf = jax.device_get(get_path(params, row.path))
+        leaf = jax.tree.map(to_host, get_path(params, row.path))
+        leaf = leaf if row.stacked else leaf[: row.shape[0]]  # a table on a mesh has padding behind its rows
         for index, name in enumerate(names):
             if name not in wanted:
                 continue

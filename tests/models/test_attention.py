@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from difflm_jax.models import attention
+from difflm_jax.models.transformer import REMAT
 
 
 def of_jax(q, k, v, mask):
@@ -39,3 +40,16 @@ def test_scores_of_all_queries_never_exist_at_once():
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, mask).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 50e6
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("save_dots", 1), ("save_attention", 1), ("full", 2)])
+def test_a_backward_pass_that_keeps_the_result_does_not_attend_again(remat, times):
+    """The largest score of a query is found in the forward pass alone."""
+    q = k = v = jnp.ones((1, 8, 2, 4))
+    mask = jnp.ones((1, 8, 8), bool)
+
+    def loss(q):
+        return jnp.sin(attention.attend(jnp.sin(q), k, v, mask)).sum()
+
+    loss = jax.checkpoint(loss, policy=REMAT[remat], prevent_cse=False)
+    assert str(jax.make_jaxpr(jax.grad(loss))(q)).count(" reduce_max[") == times

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.tiny_run import make_model
 
@@ -14,6 +16,7 @@ import difflm_jax
 from difflm_jax.checkpoint.hf import load_params
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.lm import open_model
+from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.mesh import make_mesh, place
 from difflm_jax.quant import QuantConfig
 
@@ -37,16 +40,34 @@ many = open_model({model!r}, dtype="float32").with_weights(mesh=mesh)
 np.testing.assert_allclose(np.asarray(many(tokens)), np.asarray(one(tokens)), atol=2e-4)
 asked = dict(max_new_tokens=8, steps=4, batch_size=3)
 assert one.generate(["1+1", "2"], **asked).texts == many.generate(["1+1", "2"], **asked).texts
-try:
-    many.save_pretrained("nowhere")
-except difflm_jax.UserError as error:
-    print(error)
+
+config = LoraConfig(r=4)
+lora = init_lora(jax.random.key(0), one.params, config, jnp.ones(one.config.hidden_size))
+lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), lora)
+for held in (None, "nf4"):
+    held = held and QuantConfig(held, block_size=16)
+    one = difflm_jax.load({model!r}, dtype="float32", quantization=held).with_adapter(lora, config)
+    many = open_model({model!r}, dtype="float32", quantization=held).with_weights(mesh=mesh)
+    merged = many.with_adapter(place(lora, mesh), config).merge()
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(merged.params), jax.tree.leaves(many.params)):
+        if held is None:  # the sums lie where the weights did
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim), jax.tree_util.keystr(path)
+    one.merge().save_pretrained({out!r} + f"/one-{{held}}")
+    merged.save_pretrained({out!r} + f"/many-{{held}}")
 """
 
 
 @pytest.mark.slow
 def test_sharded_weights_are_those_of_one_device(on_devices, tmp_path):
-    """Dense, NF4 and int8 from one file, on 1 device and on 2 x 2 x 2: equal bits, a part on each; equal answers."""
+    """Dense, NF4 and int8 from one file, on 1 device and on 2 x 2 x 2: equal bits, a part on each; equal answers. And
+    an adapter merged there is written as it is from one device, without the padding of the tables."""
     model = make_model(tmp_path / "model")
-    said = on_devices(8, CODE.format(model=str(Path(model))))
-    assert "save_pretrained: this model is divided over 8 devices: load it on one for that" in said
+    on_devices(8, CODE.format(model=str(Path(model)), out=str(tmp_path)))
+    written = sorted(path.name for path in tmp_path.glob("one-*"))
+    assert len(written) == 2
+    for directory in written:
+        expected = load_file(tmp_path / directory / "model.safetensors")
+        found = load_file(tmp_path / directory.replace("one-", "many-", 1) / "model.safetensors")
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(found[name], tensor, rtol=1e-6, atol=1e-6, err_msg=name)
