@@ -2,9 +2,10 @@
 
     python benchmarks/answer_nll.py --train=gsm8k_train.jsonl --test=gsm8k_test.jsonl [--steps=90] [--out=runs/answers]
 
-Trains the quickstart's model on the rows of `--train` that fit into `--max_length` tokens, and prints nats a hidden
-token at fixed mask rates on the first `--rows` such rows of `--test`, the seconds and the CPU seconds of the training.
-More keys of the configuration follow as `key=value`. The same command resumes.
+Trains the quickstart's model on the rows of `--train` that fit into `--max_length` tokens (into another number of them
+with `max_length=N` behind the flags), and prints nats a hidden token at fixed mask rates on the first `--rows` such rows
+of `--test`, the seconds and the CPU seconds of the training. More keys of the configuration follow as `key=value`. The
+same command resumes.
 """
 
 import argparse
@@ -24,7 +25,6 @@ RATES = (0.15, 0.5, 0.8, 1.0)
 # Complementary pairs: every token of an answer is scored once in each pair of rows.
 RECIPE = {
     "phases": "sft",
-    "remat": "none",
     "overlong": "drop",
     "answer_padding": 0,
     "test_size": 0,
@@ -35,7 +35,6 @@ RECIPE = {
     "min_mask_probability": 0.05,
     "max_mask_probability": 0.95,
     "length_multiple": 32,
-    "loss_chunk": 256,
     "seed": 0,
 }
 

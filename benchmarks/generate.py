@@ -168,7 +168,7 @@ def in_turns(ways: dict[str, Callable], prompts, batch: int) -> tuple[dict[str, 
 def against_torch(lm: LanguageModel, prompts, arguments) -> list[dict]:
     """One batch, the same number of forward passes: transformers in a plain loop, and ways of ours beside it."""
     n, batch = arguments.max_new_tokens, arguments.batch_size
-    rows = [np.asarray(lm._prompt_tokens(prompt)) for prompt in prompts[:batch]]
+    rows = [lm.prompts.prompt(prompt) for prompt in prompts[:batch]]
     torch_loop = make_torch_loop(lm, rows, n)
     full = lm.with_model(lm.model.clone(attention="full"))
     same = {"max_new_tokens": n, "steps": n, "batch_size": batch, "stop_at_eos": False, "algorithm": "probability"}

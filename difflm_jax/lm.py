@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 
 from difflm_jax.answers import Generation, as_list, cut_answer, stop_strings
 from difflm_jax.checkpoint.converted import load_converted
-from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
+from difflm_jax.checkpoint.diffusion_config import model_card, read_diffusion_config
 from difflm_jax.checkpoint.hf import check_quantization, load_params, save_pretrained
 from difflm_jax.checkpoint.peft import load_adapter, save_adapter
 from difflm_jax.checkpoint.source import Source, open_source
-from difflm_jax.data.chat import encode_chat, encode_prompt
 from difflm_jax.data.mask_token import choose_mask_token, token_of_id
 from difflm_jax.diffusion.canvas import Decoder, answer_plan, fill_answers, fill_masks
 from difflm_jax.diffusion.likelihood import LogLikelihood, log_likelihoods
@@ -29,12 +28,10 @@ from difflm_jax.mesh import over_rows, place, row_shards, to_host
 from difflm_jax.models.attention import ATTENTION_RULES, BLOCK_RULES, positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer, head_logits
+from difflm_jax.prompts import Prompt, Prompts
 from difflm_jax.quant import QuantConfig
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +156,7 @@ class LanguageModel:
         string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
         called after every forward pass with a `difflm_jax.diffusion.watching.Pass`.
         """
-        rows = [self._prompt_tokens(prompt) for prompt in as_list(prompts)]
+        rows = [self.prompts.prompt(prompt) for prompt in as_list(prompts)]
         sampling = self._sampling(temperature, algorithm, options)
         plan = answer_plan(self.model, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
@@ -185,7 +182,7 @@ class LanguageModel:
         `tokens` and `texts` are the whole canvas. What precedes the first mask is the prompt for the attention rules
         "prefix" and "block". The other arguments are those of `generate`.
         """
-        rows = [self._canvas_tokens(row) for row in as_list(canvas)]
+        rows = [self.prompts.canvas(row) for row in as_list(canvas)]
         if "stop_at_eos" in options:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)
@@ -207,7 +204,7 @@ class LanguageModel:
         Prompts are those of `generate`. An answer is tokens, or text that ends its turn as in training. `samples`:
         masked copies of each row; see `difflm_jax.diffusion.likelihood`.
         """
-        rows = [self._scored_row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = [self.prompts.scored(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         self._check_length(max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
         return log_likelihoods(
             self._decoder, [prompt for prompt, _ in rows], [answer for _, answer in rows], samples, seed, batch_size
@@ -257,7 +254,7 @@ class LanguageModel:
                 "save_pretrained: the weights are divided over several processes: save the adapter, and merge it with "
                 "python -m difflm_jax.export in one"
             )
-        card = _model_card(self.source.name, self.diffusion_config(), self.provenance)
+        card = model_card(self.source.name, self.diffusion_config(), self.provenance)
         save_pretrained(
             directory,
             self.params,
@@ -279,52 +276,17 @@ class LanguageModel:
             **({"block_length": self.model.block_length} if self.attention in BLOCK_RULES else {}),
         }
 
-    def _prompt_tokens(self, prompt: Prompt) -> np.ndarray:
-        if isinstance(prompt, str) and self.tokenizer.chat_template is None:
-            tokens = np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
-        elif isinstance(prompt, str):
-            tokens = encode_prompt(self.tokenizer, [{"role": "user", "content": prompt}])
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            tokens = encode_prompt(self.tokenizer, prompt)
-        else:
-            tokens = np.asarray(prompt, np.int32)
-        if tokens.ndim != 1 or tokens.size == 0:
-            raise UserError("generate: a prompt must hold at least one token")
-        return self._checked(tokens, "generate: the prompt", masks_allowed=False)
-
-    def _scored_row(self, prompt: Prompt, answer: str | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt tokens, answer tokens); the tokens of both may be none."""
-        if not isinstance(answer, str):
-            is_tokens = not len(prompt) or isinstance(prompt[0], (int, np.integer))
-            given = np.asarray(prompt, np.int32) if is_tokens else self._prompt_tokens(prompt)
-            parts = given, np.asarray(answer, np.int32)
-        elif isinstance(prompt, str) and self.tokenizer.chat_template is None:
-            given = self._prompt_tokens(prompt)
-            parts = given, np.asarray(self.tokenizer(answer, add_special_tokens=False)["input_ids"], np.int32)
-        else:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            encoded = encode_chat(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
-            parts = encoded.tokens[: encoded.prompt_length], encoded.tokens[encoded.prompt_length :]
-        given, answer = (self._checked(part, "log_likelihood: a row", masks_allowed=False) for part in parts)
-        return given, answer
-
-    def _canvas_tokens(self, canvas: str | Sequence[int]) -> np.ndarray:
-        tokens = self.tokenizer(canvas)["input_ids"] if isinstance(canvas, str) else canvas
-        return self._checked(np.asarray(tokens, np.int32), "infill: the canvas", masks_allowed=True)
-
-    def _checked(self, tokens: np.ndarray, what: str, masks_allowed: bool) -> np.ndarray:
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-            raise UserError(f"{what} holds a token outside 0..{self.config.vocab_size - 1}")
-        if not masks_allowed and (tokens == self.mask_token_id).any():
-            raise UserError(f"{what} holds the mask token {self.tokenizer.mask_token!r}: use infill")
-        return tokens
-
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:
             raise UserError(
                 f"{length} tokens are more than the model's max_position_embeddings="
                 f"{self.config.max_position_embeddings}"
             )
+
+    @property
+    def prompts(self) -> Prompts:
+        """What makes tokens of what a user gives."""
+        return Prompts(self.tokenizer, self.config.vocab_size, self.mask_token_id)
 
     @property
     def _decoder(self) -> Decoder:
@@ -460,13 +422,3 @@ def _logits(
         return head_logits(model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BLD)
 
     return over_rows(logits, mesh, variables, tokens_BL, valid_BL, prompt_lengths_B)
-
-
-def _model_card(base_model: str, diffusion_config: dict[str, Any], provenance: str) -> str:
-    facts = "\n".join(f"- `{key}`: `{value}`" for key, value in diffusion_config.items())
-    return (
-        f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [masked-diffusion, difflm_jax]\n---\n\n"
-        f"# A masked-diffusion language model made from {base_model}\n\nAnswers are decoded by filling masks, not from "
-        f"left to right. What a decoder must know (also in `diffusion_config.json`):\n\n{facts}\n"
-        f"{provenance and chr(10) + provenance + chr(10)}"
-    )

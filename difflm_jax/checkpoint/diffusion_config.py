@@ -28,3 +28,14 @@ def read_diffusion_config(directory: str | Path) -> dict[str, Any] | None:
         if values.get(key) is not None and type(values[key]) is not kind:
             raise UserError(f"{path}: {key} must be of type {kind.__name__}, not {str(values[key])[:60]!r}")
     return values
+
+
+def model_card(base_model: str, diffusion_config: dict[str, Any], provenance: str) -> str:
+    """The README.md of a merged checkpoint; `provenance` says what else was done to the weights, if anything."""
+    facts = "\n".join(f"- `{key}`: `{value}`" for key, value in diffusion_config.items())
+    return (
+        f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [masked-diffusion, difflm_jax]\n---\n\n"
+        f"# A masked-diffusion language model made from {base_model}\n\nAnswers are decoded by filling masks, not from "
+        f"left to right. What a decoder must know (also in `diffusion_config.json`):\n\n{facts}\n"
+        f"{provenance and chr(10) + provenance + chr(10)}"
+    )

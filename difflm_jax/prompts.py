@@ -1,0 +1,68 @@
+"""What a user gives to be answered, scored or filled, as tokens: strings, chats, or tokens already."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from difflm_jax.data.chat import encode_chat, encode_prompt
+from difflm_jax.errors import UserError
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The tokens of prompts, answers and canvases, int32 [L], checked; raises `UserError` for what cannot be given."""
+
+    tokenizer: Any
+    vocab_size: int
+    mask_token_id: int
+
+    def prompt(self, prompt: Prompt) -> np.ndarray:
+        """A string (a user's turn, where there is a chat template), messages, or tokens; without a mask."""
+        if isinstance(prompt, str) and self.tokenizer.chat_template is None:
+            tokens = np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
+        elif isinstance(prompt, str):
+            tokens = encode_prompt(self.tokenizer, _user(prompt))
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            tokens = encode_prompt(self.tokenizer, prompt)
+        else:
+            tokens = np.asarray(prompt, np.int32)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise UserError("generate: a prompt must hold at least one token")
+        return self._checked(tokens, "generate: the prompt", masks_allowed=False)
+
+    def scored(self, prompt: Prompt, answer: str | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(prompt, answer). Text of an answer ends its turn as in training; the tokens of both may be none."""
+        if not isinstance(answer, str):
+            is_tokens = not len(prompt) or isinstance(prompt[0], (int, np.integer))
+            given = np.asarray(prompt, np.int32) if is_tokens else self.prompt(prompt)
+            parts = given, np.asarray(answer, np.int32)
+        elif isinstance(prompt, str) and self.tokenizer.chat_template is None:
+            answered = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            parts = self.prompt(prompt), np.asarray(answered, np.int32)
+        else:
+            messages = _user(prompt) if isinstance(prompt, str) else list(prompt)
+            encoded = encode_chat(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
+            parts = encoded.tokens[: encoded.prompt_length], encoded.tokens[encoded.prompt_length :]
+        given, answer = (self._checked(part, "log_likelihood: a row", masks_allowed=False) for part in parts)
+        return given, answer
+
+    def canvas(self, canvas: str | Sequence[int]) -> np.ndarray:
+        """Text that holds the mask token, or tokens; masks are what is to be filled."""
+        tokens = self.tokenizer(canvas)["input_ids"] if isinstance(canvas, str) else canvas
+        return self._checked(np.asarray(tokens, np.int32), "infill: the canvas", masks_allowed=True)
+
+    def _checked(self, tokens: np.ndarray, what: str, masks_allowed: bool) -> np.ndarray:
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise UserError(f"{what} holds a token outside 0..{self.vocab_size - 1}")
+        if not masks_allowed and (tokens == self.mask_token_id).any():
+            raise UserError(f"{what} holds the mask token {self.tokenizer.mask_token!r}: use infill")
+        return tokens
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
