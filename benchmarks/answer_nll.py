@@ -3,9 +3,9 @@
     python benchmarks/answer_nll.py --train=gsm8k_train.jsonl --test=gsm8k_test.jsonl [--steps=90] [--out=runs/answers]
 
 Trains the quickstart's model on the rows of `--train` that fit into `--max_length` tokens (into another number of them
-with `max_length=N` behind the flags), and prints nats a hidden token at fixed mask rates on the first `--rows` such rows
-of `--test`, the seconds and the CPU seconds of the training. More keys of the configuration follow as `key=value`. The
-same command resumes.
+with `max_length=N` behind the flags), and prints nats a hidden token at fixed mask rates on the first `--rows` such
+rows of `--test`, the seconds and the CPU seconds of the training. More keys of the configuration follow as `key=value`.
+The same command resumes.
 """
 
 import argparse
