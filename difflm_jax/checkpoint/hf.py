@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,6 @@ def _load_leaf(
         # A scan needs layers of one kind. Quantising those that the checkpoint left out would change the model.
         print(f"{row.hf}: quantised in some layers only; all of them are held in {dtype.name}", flush=True)
         quantization = None
-    as_they_are = stored == {None} and quantization is None
-    if row.stacked and mesh is None and as_they_are and jax.default_backend() == "cpu":
-        first = source.read(names[0])
-        if first.dtype == dtype:
-            return _stacked_on_host(source, names, first)
     leaf = None
     for index, name in enumerate(names):
         tensor = source.read(name)
@@ -107,21 +102,6 @@ def _load_leaf(
         # Waiting for the tensor before keeps the device from piling up tensors that it has not converted yet.
         leaf = _put(jax.block_until_ready(leaf), tensor, index, dtype, quantization)
     return leaf
-
-
-def _stacked_on_host(source: Source, names: Sequence[str], first: np.ndarray) -> jax.Array:
-    """Tensors that need no conversion, in the memory of the host, which is that of a CPU's device.
-
-    jax takes an array as it is, without a copy, where it begins at a multiple of 64 bytes.
-    """
-    shape = (len(names), *first.shape)
-    memory = np.empty(len(names) * first.nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    stack = memory[start : start + len(names) * first.nbytes].view(first.dtype).reshape(shape)
-    stack[0] = first
-    for index, name in enumerate(names[1:], start=1):
-        stack[index] = source.read(name)
-    return jax.device_put(stack)
 
 
 def _convert(dtype: Any, quantization: QuantConfig | None, tensor: jax.Array | QTensor) -> jax.Array | QTensor:
