@@ -99,8 +99,8 @@ def _load_leaf(
         if leaf is None:
             shapes = jax.eval_shape(functools.partial(_convert, dtype, quantization), tensor)
             leaf = jax.tree.map(lambda part: jnp.empty(part.shape, part.dtype), _stack_of(shapes, len(names)))
-        # Waiting for the tensor before keeps the device from piling up tensors that it has not converted yet.
-        leaf = _put(jax.block_until_ready(leaf), tensor, index, dtype, quantization)
+        # Waiting for each tensor keeps those of a faster disk from piling up before the device.
+        leaf = jax.block_until_ready(_put(leaf, tensor, index, dtype, quantization))
     return leaf
 
 
