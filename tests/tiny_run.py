@@ -16,10 +16,10 @@ TIMED = {
 }  # fmt: skip
 
 
-def make_model(directory: Path) -> Path:
+def make_model(directory: Path, vocab_size: int = 264) -> Path:
     """A two-layer Qwen3 with a byte tokenizer."""
     tokenizer = byte_tokenizer()
-    hf = {**HF, "vocab_size": 264, "num_hidden_layers": 2, "intermediate_size": 64, "tie_word_embeddings": False}
+    hf = {**HF, "vocab_size": vocab_size, "num_hidden_layers": 2, "intermediate_size": 64, "tie_word_embeddings": False}
     config = tiny_config(**hf)
     save_pretrained(directory, tiny_params(config), config, hf, tokenizer, "", {"mask_token": "<|mask|>"})
     return directory

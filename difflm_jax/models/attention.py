@@ -8,7 +8,7 @@ from difflm_jax.bits import named
 
 ATTENTION_RULES = ("full", "prefix", "block", "block_causal", "causal")
 BLOCK_RULES = ("block", "block_causal")  # those that have a block length
-QUERY_CHUNK = 256
+QUERY_CHUNK = 256  # queries whose scores exist at once
 ATTENTION_OUTPUT = "attention_output"  # what the backward pass needs of the forward pass: its name in remat policies
 _UNSEEN = -1e30  # the score of a key that a query does not see; finite, so that differences of scores are
 
