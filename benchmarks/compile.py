@@ -77,12 +77,12 @@ def _lowered(layers: int, width: int) -> jax.stages.Lowered:
     step = make_train_step(StepOptions(model, Corruption(), settings.loss_chunk), optimizer, schedule, mesh)
     row = jax.ShapeDtypeStruct((width,), jnp.float32)
     lora = jax.eval_shape(lambda p, r: init_lora(jax.random.key(0), p, lora_config, r), params, row)
-    state = abstract(TrainState(lora, jax.eval_shape(optimizer.init, lora)), mesh)
+    state = abstract(TrainState({"lora": lora}, jax.eval_shape(optimizer.init, {"lora": lora})), mesh)
     tokens, of_rows = jax.ShapeDtypeStruct((1, 16, 768), jnp.int32), jax.ShapeDtypeStruct((1, 16), jnp.int32)
     answers = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
     batch = jax.eval_shape(CleanBatch.of_rows, tokens, of_rows, answers, of_rows, of_rows, of_rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return step.lower(params, state, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
+    return step.lower({"params": params}, state, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 if __name__ == "__main__":

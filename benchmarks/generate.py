@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import difflm_jax
-from difflm_jax.cli import last_adapter, read_run_config
+from difflm_jax.cli import read_run_config, trained_model
 from difflm_jax.lm import LanguageModel
 from difflm_jax.tasks import read_questions
 from difflm_jax.tasks.exact import normalised
@@ -94,8 +94,9 @@ def main() -> None:
 def load_models(run: Path, block_length: int, dtype: str) -> dict[str | None, LanguageModel]:
     """The run's model under its own attention rule, and under `block` attention of `block_length`."""
     config = read_run_config(run)
-    options = {"adapter": last_adapter(run, config.phases), "dtype": dtype or config.dtype}
-    lm = difflm_jax.load(config.model, **options).merge()
+    model, adapter = trained_model(run, config)
+    lm = difflm_jax.load(model, adapter=adapter, dtype=dtype or config.dtype)
+    lm = lm.merge() if adapter else lm
     return {None: lm, "block": lm.with_model(lm.model.clone(attention="block", block_length=block_length))}
 
 

@@ -101,7 +101,7 @@ def _our_step(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Call
         StepOptions(model, Corruption(), 256), optimizer, learning_rate_schedule(settings, 1000), make_mesh(1)
     )
     lora = init_lora(jax.random.key(0), lm.params, LORA, jnp.zeros(lm.config.hidden_size))
-    state = TrainState(lora, optimizer.init(lora))
+    state = TrainState({"lora": lora}, optimizer.init({"lora": lora}))
     shape = (1, options.rows)
     row, full = np.arange(options.rows, dtype=np.int32)[None], np.full(shape, options.length, np.int32)
     tokens = _tokens(lm.config.vocab_size, options)[None]
@@ -111,7 +111,7 @@ def _our_step(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Call
 
     def run() -> object:
         nonlocal state
-        state, metrics = step(lm.params, state, batch, jax.random.key(1), 0)
+        state, metrics = step({"params": lm.params}, state, batch, jax.random.key(1), 0)
         return metrics
 
     return run

@@ -120,7 +120,8 @@ def _our_way(lm: difflm_jax.LanguageModel, options: argparse.Namespace, data: An
     schedule = learning_rate_schedule(settings, 1000)
     step = make_train_step(StepOptions(model, RULE, options.loss_chunk), optimizer, schedule, make_mesh(1))
     lora = init_lora(jax.random.key(0), lm.params, LORA, jnp.zeros(lm.config.hidden_size))
-    state = TrainState(lora, optimizer.init(lora))
+    frozen = {"params": lm.params}
+    state = TrainState({"lora": lora}, optimizer.init({"lora": lora}))
     compiled = set()
 
     def run(number: int) -> tuple[int, Any]:
@@ -131,8 +132,8 @@ def _our_way(lm: difflm_jax.LanguageModel, options: argparse.Namespace, data: An
                 shape = data[each % len(data)]["tokens"].shape
                 if shape not in compiled:
                     compiled.add(shape)
-                    state, _ = step(lm.params, state, CleanBatch(**data[each % len(data)]), jax.random.key(1), 0)
-        state, metrics = step(lm.params, state, CleanBatch(**batch), jax.random.key(1), 0)
+                    state, _ = step(frozen, state, CleanBatch(**data[each % len(data)]), jax.random.key(1), 0)
+        state, metrics = step(frozen, state, CleanBatch(**batch), jax.random.key(1), 0)
         return int((batch["segments"] > 0).sum()), metrics
 
     return run

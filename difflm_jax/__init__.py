@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from difflm_jax.errors import UserError
-from difflm_jax.lm import Generation, LanguageModel, load
+from difflm_jax.lm import Generation, LanguageModel
+from difflm_jax.loading import load
 
 __all__ = ["Generation", "LanguageModel", "UserError", "load"]

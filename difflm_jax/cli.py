@@ -1,11 +1,13 @@
 """What the commands share: flags parsed by absl, errors as one line, the model that flags name."""
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -14,7 +16,8 @@ from difflm_jax.compilation import keep_compiled
 from difflm_jax.config import CONVERTED, load_config, quantization
 from difflm_jax.errors import UserError, exit_with_errors, one_line
 from difflm_jax.hosts import connect, define_host_flags
-from difflm_jax.lm import LanguageModel, open_model
+from difflm_jax.lm import LanguageModel
+from difflm_jax.loading import open_model
 from difflm_jax.mesh import check_model, make_mesh
 from difflm_jax.quant import FORMATS, QuantConfig
 
@@ -77,28 +80,42 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     )
 
 
-def last_adapter(run: Path, phases: Sequence[str]) -> Path:
-    """The adapter directory of the last finished phase of a run."""
-    for phase in reversed(phases):
-        if (run / f"{phase}_model" / "adapter_config.json").is_file():
-            return run / f"{phase}_model"
-    raise UserError(f"{run}: no phase of this run is finished (no {' or '.join(f'{p}_model' for p in phases)})")
+def trained_model(run: Path, config: ConfigDict, model: str = "") -> tuple[str, str | None]:
+    """(model, adapter) that the last finished phase of a run has made; `model` is where its base lies now.
+
+    Of a run that trained every weight it is the phase's own checkpoint, without an adapter.
+    """
+    for phase in reversed(config.phases):
+        made = run / f"{phase}_model"
+        if config.trained == "adapter" and (made / "adapter_config.json").is_file():
+            return model or config.model, str(made)
+        if config.trained == "all" and (made / "config.json").is_file():
+            if model:
+                raise UserError(f"--model={model}: {run} trained every weight and needs no base; leave --model out")
+            return str(made), None
+    raise UserError(f"{run}: no phase of this run is finished (no {' or '.join(f'{p}_model' for p in config.phases)})")
 
 
-def load_from_flags(flag_values: flags.FlagValues) -> LanguageModel:
-    """Loads what `--model`, `--adapter` and `--run` name, onto the devices of `--mesh`, of all processes."""
+def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> LanguageModel:
+    """Loads what `--model`, `--adapter` and `--run` name, onto the devices of `--mesh`, of all processes.
+
+    `with_base`: and the `origin` of a run that trained every weight.
+    """
     connect(flag_values)
     model, adapter, dtype = flag_values.model, flag_values.adapter, flag_values.dtype
     mask_token, revision = flag_values.mask_token, flag_values.revision
-    held, converted = None, None
+    held, converted, origin = None, None, ""
     if flag_values.run:
         if adapter:
             raise UserError("give --adapter or --run, not both")
         run = Path(flag_values.run)
         config = read_run_config(run)
-        adapter = str(last_adapter(run, config.phases))
-        model, dtype = model or config.model, dtype or config.dtype
-        revision = revision or config.revision
+        model, adapter = trained_model(run, config, model)
+        dtype = dtype or config.dtype
+        if config.trained == "all":
+            origin = config.model
+        else:
+            revision = revision or config.revision
         held = quantization(config)
         converted = run / CONVERTED if config.convert_cache else None
     if not model:
@@ -113,7 +130,15 @@ def load_from_flags(flag_values: flags.FlagValues) -> LanguageModel:
         revision=revision or None,
         quantization=held,
     )
-    return lm.with_weights(converted, _mesh(flag_values.mesh, lm))
+    lm = lm.with_weights(converted, _mesh(flag_values.mesh, lm))
+    return with_origin(lm, origin, config.revision) if with_base and origin else lm
+
+
+def with_origin(lm: LanguageModel, source: str, revision: str = "") -> LanguageModel:
+    """`lm`, every weight of which was trained, beside the causal model at `source` that it was made from."""
+    dtype = jnp.dtype(lm.model.dtype).name
+    base = open_model(source, "causal", True, dtype, mask_token=lm.tokenizer.mask_token, revision=revision or None)
+    return dataclasses.replace(lm, origin=base.with_weights(mesh=lm.mesh))
 
 
 def _mesh(sizes: Sequence[str], lm: LanguageModel) -> Mesh | None:

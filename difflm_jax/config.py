@@ -44,6 +44,7 @@ def default_config() -> ConfigDict:
             "phases": ("pretrain", "sft"),
             "debug": False,  # 100 examples, and names that begin with "debug-" on Weights & Biases
             "seed": 42,
+            "trained": "adapter",  # or all: every weight, held in float32
             # Model.
             "dtype": "bfloat16",
             "quantization": "",  # of the frozen projections: nf4, int4 or int8; empty: none
@@ -62,6 +63,7 @@ def default_config() -> ConfigDict:
                 "bias": "none",
                 "use_rslora": False,
             },
+            "train_mask_row": True,  # False: the adapter is LoRA alone, and the mask's embedding is the base's
             "use_qlora": False,  # the original system's switch: quantization by qlora_config
             "qlora_config": {
                 "load_in_4bit": True,

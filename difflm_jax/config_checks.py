@@ -15,6 +15,7 @@ from difflm_jax.quant import QuantConfig
 PHASES = ("pretrain", "sft")
 
 _CHOICES = {
+    "trained": ("adapter", "all"),
     "dtype": ("bfloat16", "float32"),
     "remat": tuple(REMAT),
     "attention": ("full", "prefix", "block"),
@@ -126,6 +127,7 @@ def _check_together(config: ConfigDict) -> None:
         )
     _check_objective(config)
     _check_quantization(config)
+    _check_trained(config)
 
 
 def _check_objective(config: ConfigDict) -> None:
@@ -162,6 +164,22 @@ def _check_quantization(config: ConfigDict) -> None:
             f"qlora_config.bnb_4bit_compute_dtype={qlora.bnb_4bit_compute_dtype!r} contradicts dtype={config.dtype!r}: "
             "make them equal"
         )
+
+
+def _check_trained(config: ConfigDict) -> None:
+    if config.trained != "all":
+        return
+    if config.quantization or config.use_qlora:
+        raise UserError("trained='all' with a quantised base: codes cannot be trained; set trained='adapter'")
+    if config.adapter:
+        raise UserError(
+            f"trained='all' with adapter={config.adapter!r}: merge it first (python -m difflm_jax.export --to=merged), "
+            "and name the result with model"
+        )
+    if config.distillation_weight:
+        raise UserError("distillation_weight needs trained='adapter': with 'all' there is no frozen base to teach")
+    if not config.train_mask_row:
+        raise UserError("train_mask_row=false contradicts trained='all'")
 
 
 def _values(config: ConfigDict, key: str) -> list[tuple[str, Any]]:

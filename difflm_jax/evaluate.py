@@ -68,7 +68,7 @@ def main(flag_values: flags.FlagValues) -> None:
     questions = []  # read before the model: bad rows cost no load
     if flag_values.data:
         questions = read_questions(flag_values.data, flag_values.rows, flag_values.task)
-    lm = load_from_flags(flag_values)
+    lm = load_from_flags(flag_values, with_base=True)
     record = {"model": lm.source.name, "diffusion_config": lm.diffusion_config(), "seed": flag_values.seed}
     if flag_values.text:
         record["text"] = _text_scores(lm, flag_values)
@@ -178,7 +178,7 @@ def masked_scores(
         len(examples),
         jax.random.key(seed),
     )
-    sums = evaluate(place(lm.params, mesh), place(lm.lora or {}, mesh))
+    sums = evaluate(place(lm.variables, mesh))
     return {**summarise(sums), "by_mask_rate": by_rate(sums)}
 
 

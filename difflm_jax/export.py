@@ -1,4 +1,4 @@
-"""Writes what a training run made as a PEFT adapter or as a merged Hugging Face checkpoint.
+"""Writes what a training run made as a PEFT adapter or as a (merged) Hugging Face checkpoint.
 
     python -m difflm_jax.export --run=DIR --to=peft|merged --out=DIR
 
@@ -23,13 +23,15 @@ def main(flag_values: flags.FlagValues) -> None:
     if not flag_values.out:
         raise UserError("name the directory to write with --out")
     lm = load_from_flags(flag_values)
-    if lm.lora is None:
+    if lm.lora is None and not flag_values.run:
         raise UserError("there is no adapter to export: name one with --adapter, or a run with --run")
     if flag_values.to == "merged":
-        merged = lm.merge()
+        merged = lm.merge() if lm.lora is not None else lm
         if merged.provenance:
             print(merged.provenance)
         merged.save_pretrained(flag_values.out)
+    elif lm.lora is None:
+        raise UserError(f"{flag_values.run} trained every weight, and has no adapter: export it with --to=merged")
     else:
         lm.save_adapter(flag_values.out)
     print(f"wrote {flag_values.out}")

@@ -52,7 +52,7 @@ def main(flag_values: flags.FlagValues) -> None:
     if flag_values.watch_html:
         check_writable(flag_values.watch_html)
     lines = _lines(flag_values)  # before the model: a missing file should not cost a load
-    lm = load_from_flags(flag_values)
+    lm = load_from_flags(flag_values, with_base=flag_values.causal)
     if flag_values.causal:
         lm = lm.base()
     options = _options(flag_values)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import difflm_jax
-from difflm_jax.cli import last_adapter, read_run_config
+from difflm_jax.cli import read_run_config, trained_model
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 
@@ -183,8 +183,8 @@ class DiffusionHarness(TemplateLM):
 def _load(model: str, adapter: str, run: str, dtype: str | None, quantization: str | None) -> LanguageModel:
     if run:
         config = read_run_config(Path(run))
-        adapter = adapter or str(last_adapter(Path(run), config.phases))
-        model, dtype = model or config.model, dtype or config.dtype
+        made_model, made_adapter = trained_model(Path(run), config, model)
+        model, adapter, dtype = made_model, adapter or made_adapter, dtype or config.dtype
     if not model:
         raise UserError("name a model with model=, or a training run with run=")
     return difflm_jax.load(model, adapter=adapter or None, dtype=dtype or "bfloat16", quantization=quantization)

@@ -13,19 +13,18 @@ from jax.sharding import Mesh
 
 from difflm_jax.answers import Generation, as_list, cut_answer, stop_strings
 from difflm_jax.checkpoint.converted import load_converted
-from difflm_jax.checkpoint.diffusion_config import model_card, read_diffusion_config
-from difflm_jax.checkpoint.hf import check_quantization, load_params, save_pretrained
-from difflm_jax.checkpoint.peft import load_adapter, save_adapter
-from difflm_jax.checkpoint.source import Source, open_source
-from difflm_jax.data.mask_token import choose_mask_token, token_of_id
+from difflm_jax.checkpoint.diffusion_config import model_card
+from difflm_jax.checkpoint.hf import load_params, save_pretrained
+from difflm_jax.checkpoint.peft import save_adapter
+from difflm_jax.checkpoint.source import Source
 from difflm_jax.diffusion.canvas import Decoder, answer_plan, fill_answers, fill_masks
 from difflm_jax.diffusion.likelihood import LogLikelihood, log_likelihoods
-from difflm_jax.diffusion.options import Sampling, check_algorithm, sampling_options
+from difflm_jax.diffusion.options import Sampling, sampling_options
 from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, merge_lora
-from difflm_jax.mesh import over_rows, place, row_shards, to_host
-from difflm_jax.models.attention import ATTENTION_RULES, BLOCK_RULES, positions_of
+from difflm_jax.mesh import is_writer, over_rows, place, row_shards, to_host, wait_for_all
+from difflm_jax.models.attention import BLOCK_RULES, positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.prompts import Prompt, Prompts
@@ -36,7 +35,7 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A converted model. Make one with `load`; its arrays are on the device, everything else is data."""
+    """A converted model. Make one with `difflm_jax.load`; its arrays are on the device, everything else is data."""
 
     source: Source
     model: Transformer
@@ -48,6 +47,7 @@ class LanguageModel:
     quantization: QuantConfig | None = None
     provenance: str = ""  # where the weights come from, if not from the source as it is
     mesh: Mesh | None = None  # over which the arrays are divided; None: they are on one device
+    origin: "LanguageModel | None" = None  # the causal model whose every weight was trained; None: it has these weights
 
     @property
     def config(self) -> ModelConfig:
@@ -103,7 +103,10 @@ class LanguageModel:
         return dataclasses.replace(self, model=self.model.clone(lora=lora_config), lora=lora)
 
     def base(self) -> "LanguageModel":
-        """The causal model that this one was made from: the same weights, no adapter, its own attention."""
+        """The causal model that this one was made from: its `origin`, or the same weights, no adapter, its own
+        attention."""
+        if self.origin is not None:
+            return self.origin
         return dataclasses.replace(
             self, model=self.model.clone(lora=None, attention="causal"), lora=None, logit_shift=True
         )
@@ -249,21 +252,21 @@ class LanguageModel:
         """
         if self.lora is not None:
             raise UserError("save_pretrained: the adapter is not merged: call merge() first, or save_adapter()")
-        if jax.process_count() > 1:
-            raise UserError(
-                "save_pretrained: the weights are divided over several processes: save the adapter, and merge it with "
-                "python -m difflm_jax.export in one"
+        params = self.params
+        if jax.process_count() > 1:  # what is divided over processes goes to all of them, and one writes
+            params = jax.tree.map(to_host, params)
+        if is_writer():
+            card = model_card(self.source.name, self.diffusion_config(), self.provenance)
+            save_pretrained(
+                directory,
+                params,
+                self.config,
+                self.source.hf_config,
+                self.tokenizer,
+                card,
+                self.diffusion_config(),
             )
-        card = model_card(self.source.name, self.diffusion_config(), self.provenance)
-        save_pretrained(
-            directory,
-            self.params,
-            self.config,
-            self.source.hf_config,
-            self.tokenizer,
-            card,
-            self.diffusion_config(),
-        )
+        wait_for_all(f"{directory} is written")
 
     def diffusion_config(self) -> dict[str, Any]:
         """What a user of the weights must know to decode with them: `diffusion_config.json`."""
@@ -298,119 +301,6 @@ class LanguageModel:
 
     def _decode(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-
-
-def load(
-    source: str | Path,
-    causal: bool = False,
-    attention: str | None = None,
-    logit_shift: bool | None = None,
-    quantization: str | QuantConfig | None = None,
-    dtype: str = "bfloat16",
-    adapter: str | Path | None = None,
-    mask_token: str | None = None,
-    revision: str | None = None,
-    block_length: int | None = None,
-) -> LanguageModel:
-    """Loads a Hugging Face directory, a hub id or a `.gguf` file, with a PEFT adapter if one is given.
-
-    `attention` ("full", "prefix", "block" with its `block_length`) and `logit_shift`: None takes what the adapter or
-    the merged checkpoint was trained for, else "full" and False. `causal=True` is the base's own attention (with the
-    shift it was trained with). `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
-    the block size too); a checkpoint that bitsandbytes quantised stays as it is. Without an adapter the model is the
-    checkpoint as stored. Raises `UserError` for anything that cannot be represented.
-    """
-    if causal:
-        attention, logit_shift = "causal", True if logit_shift is None else logit_shift
-    lm = open_model(
-        source,
-        attention,
-        logit_shift,
-        dtype,
-        adapter,
-        mask_token,
-        revision,
-        quantization=quantization,
-        block_length=block_length,
-    )
-    return lm.with_weights()
-
-
-def open_model(
-    source: str | Path,
-    attention: str | None = None,
-    logit_shift: bool | None = None,
-    dtype: str = "bfloat16",
-    adapter: str | Path | None = None,
-    mask_token: str | None = None,
-    revision: str | None = None,
-    algorithm: str | None = None,
-    quantization: str | QuantConfig | None = None,
-    block_length: int | None = None,
-) -> LanguageModel:
-    """As `load`, but without the weights: tokenizer, mask token, adapter and shapes, all checked."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    if isinstance(quantization, str):
-        quantization = QuantConfig(quantization)
-    opened = open_source(str(source), revision)
-    check_quantization(opened, quantization)
-    tokenizer = opened.load_tokenizer()
-    loaded = load_adapter(adapter, opened.config) if adapter is not None else None
-    own = (loaded.diffusion_config if loaded else read_diffusion_config(opened.path)) or {}
-    trained_for = {**opened.diffusion, **own}
-    mask_token_id = choose_mask_token(
-        tokenizer,
-        opened.config.vocab_size,
-        mask_token or own.get("mask_token") or token_of_id(tokenizer, opened.diffusion.get("mask_token_id")),
-    )
-    if not mask_token and mask_token_id != trained_for.get("mask_token_id", mask_token_id):
-        raise UserError(
-            f"{source}: the mask token was {trained_for['mask_token_id']} in training, but the tokenizer's "
-            f"{tokenizer.mask_token!r} is {mask_token_id}: name the right one with mask_token"
-        )
-    if loaded is not None and loaded.mask_token_id not in (None, mask_token_id):
-        raise UserError(
-            f"{adapter}: the adapter's mask row has id {loaded.mask_token_id}, but the mask token "
-            f"{tokenizer.mask_token!r} has id {mask_token_id}: name the adapter's with mask_token"
-        )
-    attention = attention or trained_for.get("attention", "full")
-    if attention not in ATTENTION_RULES:
-        raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION_RULES)}")
-    block_length = _block_length(attention, block_length, trained_for)
-    algorithm = algorithm or trained_for.get("algorithm", "confidence")
-    check_algorithm(algorithm)
-    model = Transformer(
-        config=opened.config,
-        attention=attention,
-        lora=loaded.lora_config if loaded else None,
-        mask_token_id=mask_token_id,
-        dtype=DTYPES[dtype],
-        block_length=block_length,
-        on_cpu=jax.default_backend() == "cpu",
-    )
-    return LanguageModel(
-        source=opened,
-        model=model,
-        params={},
-        tokenizer=tokenizer,
-        logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
-        algorithm=algorithm,
-        lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
-        quantization=quantization or next(iter(opened.stored.values()), None),
-    )
-
-
-def _block_length(attention: str, block_length: int | None, trained_for: Mapping[str, Any]) -> int:
-    """The block length of attention in blocks, 0 for every other rule. Raises `UserError`."""
-    if attention not in BLOCK_RULES:
-        if block_length:
-            raise UserError(f"block_length={block_length} belongs to attention='block', not to {attention!r}")
-        return 0
-    length = block_length or trained_for.get("block_length")
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise UserError(f"attention={attention!r} needs block_length, a positive integer, not {length!r}")
-    return length
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,7 +1,8 @@
 """Low-rank adaptation (arXiv:2106.09685), written by hand: y = W x + scaling * B (A dropout(x)).
 
 The trained tree is the `lora` collection: for every adapted projection `lora_A` [N, R, in] and `lora_B` [N, out, R],
-stacked over layers like the base, and `mask_row` [D], the input embedding of the mask token. All masters are float32.
+stacked over layers like the base, and `mask_row` [D], the input embedding of the mask token, where that is trained.
+All masters are float32.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.mesh import place_leaf
 from difflm_jax.noise import element_bits
 from difflm_jax.parallel import TENSOR, varies
-from difflm_jax.quant import QTensor, dequantize, trained_matmul
+from difflm_jax.quant import QTensor, dequantize, matmul
 
 ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -55,14 +56,14 @@ def lora_down(
         return []
     if seeds_BL is not None and config.lora_dropout > 0:
         x_BLD = dropout(x_BLD, config.lora_dropout, seeds_BL)
-    low_BLR = trained_matmul(x_BLD, jnp.concatenate(factors_A))
+    low_BLR = matmul(x_BLD, jnp.concatenate(factors_A))
     ends = np.cumsum([len(factor) for factor in factors_A])[:-1]
     return jnp.split(low_BLR, ends, axis=-1)
 
 
 def lora_up(low_BLR: jax.Array, lora_B: jax.Array, config: LoraConfig) -> jax.Array:
     """The update scaling * B (A dropout(x)), [B, L, out], of what `lora_down` gave."""
-    return trained_matmul(low_BLR * jnp.asarray(config.scaling, low_BLR.dtype), lora_B)
+    return matmul(low_BLR * jnp.asarray(config.scaling, low_BLR.dtype), lora_B)
 
 
 def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
@@ -77,13 +78,15 @@ def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
     return jnp.where(kept, x_BLD / jnp.asarray(1.0 - rate, x_BLD.dtype), 0)
 
 
-def init_lora(key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_row_D: jax.Array) -> dict[str, Any]:
+def init_lora(
+    key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_row_D: jax.Array | None
+) -> dict[str, Any]:
     """A fresh `lora` tree: A as PEFT draws it (uniform in ±1/sqrt(in), Kaiming with a = sqrt 5), B zero.
 
-    `params` is the base (its stacked projections give the shapes), `mask_row_D` the starting mask embedding.
-    Raises `UserError` for a target module that the model lacks.
+    `params` is the base (its stacked projections give the shapes), `mask_row_D` the starting mask embedding (None: it
+    is not trained, and stays the base's). Raises `UserError` for a target module that the model lacks.
     """
-    lora: dict[str, Any] = {"mask_row": mask_row_D.astype(jnp.float32)}
+    lora: dict[str, Any] = {} if mask_row_D is None else {"mask_row": mask_row_D.astype(jnp.float32)}
     block_of = {name: block for block, projections in params["layers"].items() for name in projections}
     if missing := set(config.target_modules) - block_of.keys():
         raise UserError(f"lora_config.target_modules: the model has no {', '.join(sorted(missing))}")

@@ -26,6 +26,11 @@ def varies(x: Any, axis: str) -> bool:
     return axis in jax.typeof(x).manual_axis_type.varying
 
 
+def divided(x: Any, axis: str) -> bool:
+    """Whether `x` is one of several parts along `axis`: an axis of one device divides nothing."""
+    return varies(x, axis) and jax.lax.axis_size(axis) > 1
+
+
 def axes_of(x: Any, among: tuple[str, ...]) -> tuple[str, ...]:
     """The axes of `among` along which `x` differs, in their order."""
     return tuple(axis for axis in among if varies(x, axis))
@@ -38,7 +43,7 @@ def gathered(weight: Any) -> Any:
     """
 
     def gather(leaf: jax.Array) -> jax.Array:
-        if leaf.ndim < 2 or not varies(leaf, FSDP):
+        if leaf.ndim < 2 or not divided(leaf, FSDP):
             return leaf
         return jax.lax.all_gather(leaf, FSDP, axis=leaf.ndim - 2, tiled=True)
 
@@ -74,7 +79,7 @@ def largest(count: jax.Array) -> jax.Array:
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Rows [B, T, D] of a table that may be divided along its rows."""
-    axes = axes_of(table_VD, VOCABULARY_AXES)
+    axes = _parts_of(table_VD)
     if not axes:
         return table_VD[tokens_BT]
     at_BT = rows_together(tokens_BT, table_VD) - first_row(table_VD)
@@ -86,26 +91,26 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 def first_row(table_VD: jax.Array) -> jax.Array:
     """Index in the vocabulary of the first row that this device holds."""
     index = 0
-    for axis in axes_of(table_VD, VOCABULARY_AXES):
+    for axis in _parts_of(table_VD):
         index = index * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
     return index * table_VD.shape[0]
 
 
 def rows_together(x: jax.Array, table_VD: jax.Array) -> jax.Array:
     """`x` of all devices that share a divided table along `fsdp`, joined along axis 0."""
-    return jax.lax.all_gather(x, FSDP, axis=0, tiled=True) if varies(table_VD, FSDP) else x
+    return jax.lax.all_gather(x, FSDP, axis=0, tiled=True) if divided(table_VD, FSDP) else x
 
 
 def rows_apart(x: jax.Array, table_VD: jax.Array) -> jax.Array:
     """The way back from `rows_together`: partial results are summed over the parts of the table, each to its device."""
-    if varies(table_VD, TENSOR):
+    if divided(table_VD, TENSOR):
         x = jax.lax.psum(x, TENSOR)
-    return jax.lax.psum_scatter(x, FSDP, scatter_dimension=0, tiled=True) if varies(table_VD, FSDP) else x
+    return jax.lax.psum_scatter(x, FSDP, scatter_dimension=0, tiled=True) if divided(table_VD, FSDP) else x
 
 
 def own_rows(x: jax.Array, table_VD: jax.Array) -> jax.Array:
     """This device's part along axis 0 of what all that share a table have computed alike."""
-    if not varies(table_VD, FSDP):
+    if not divided(table_VD, FSDP):
         return x
     count = x.shape[0] // jax.lax.axis_size(FSDP)
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * count, count)
@@ -113,19 +118,24 @@ def own_rows(x: jax.Array, table_VD: jax.Array) -> jax.Array:
 
 def over_vocabulary(reduce: Any, x: jax.Array, table_VD: jax.Array) -> jax.Array:
     """`reduce` (`jax.lax.psum`, `pmax` or `pmin`) of `x` over the devices that share a divided table."""
-    axes = axes_of(table_VD, VOCABULARY_AXES)
+    axes = _parts_of(table_VD)
     return reduce(x, axes) if axes else x
 
 
 def whole_vocabulary(logits_BTV: jax.Array, table_VD: jax.Array, vocab_size: int) -> jax.Array:
     """[B, T, V] logits of this device's rows, from those of the rows of all against its part of the vocabulary."""
     parts = logits_BTV
-    if varies(table_VD, TENSOR):  # not an all-gather: its result would count as differing over `tensor`
+    if divided(table_VD, TENSOR):  # not an all-gather: its result would count as differing over `tensor`
         size, width = jax.lax.axis_size(TENSOR), parts.shape[-1]
         wide = jnp.zeros((*parts.shape[:-1], size * width), parts.dtype)
         wide = jax.lax.pcast(wide, axes_of(parts, (DATA, FSDP, TENSOR)), to="varying")
         start = jax.lax.axis_index(TENSOR) * width
         parts = jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(wide, parts, start, axis=-1), TENSOR)
-    if varies(table_VD, FSDP):
+    if divided(table_VD, FSDP):
         parts = jax.lax.all_to_all(parts, FSDP, split_axis=0, concat_axis=parts.ndim - 1, tiled=True)
     return parts[..., :vocab_size]
+
+
+def _parts_of(table_VD: jax.Array) -> tuple[str, ...]:
+    """The axes along which a table is divided."""
+    return tuple(axis for axis in VOCABULARY_AXES if divided(table_VD, axis))

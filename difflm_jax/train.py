@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from difflm_jax.cli import run_command
+from difflm_jax.cli import run_command, with_origin
 from difflm_jax.config import load_config, take_overrides
 from difflm_jax.errors import exit_with_errors
 from difflm_jax.hosts import connect, define_host_flags
@@ -44,6 +44,8 @@ def command(argv: Sequence[str]) -> int:
             return
         lm = train(config, flag_values.force)
         if lm is not None and questions:
+            if config.trained == "all":
+                lm = with_origin(lm, config.model, config.revision)
             print_report(lm, report.data, questions, report.tokens_per_pass, report.max_new_tokens)
 
     def split_and_run() -> int:

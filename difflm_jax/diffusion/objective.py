@@ -41,8 +41,7 @@ def predicting_states(hidden_BLD: jax.Array, logit_shift: bool) -> jax.Array:
 
 def loss_sums(
     model: Transformer,
-    params: dict[str, Any],
-    lora: dict[str, Any],
+    variables: dict[str, Any],
     batch: CleanBatch,
     key: jax.Array,
     corruption: Corruption,
@@ -50,7 +49,7 @@ def loss_sums(
     train: bool,
     index: jax.Array | int = 0,
 ) -> tuple[jax.Array, LossSums]:
-    """(the loss as a sum, all sums); the first is differentiable with respect to `lora`.
+    """(the loss as a sum, all sums); the first is differentiable with respect to `variables`, the model's collections.
 
     `key` is that of the step; `train` turns dropout on; `index` is the number of the step, for what changes on the way.
     """
@@ -61,7 +60,7 @@ def loss_sums(
     def seeds(stream: int, positions_BL: jax.Array = batch.positions) -> jax.Array:
         return token_seeds(jax.random.fold_in(key, stream), batch.example_ids, positions_BL)
 
-    score = functools.partial(_score, model, params, corruption, chunk)
+    score = functools.partial(_score, model, corruption, chunk)
     dropout_seeds = seeds(_DROPOUT_STREAM) if train else None
     noisy = corrupt(key, batch, corruption, model.mask_token_id)
     if corruption.anneal_steps:
@@ -74,11 +73,11 @@ def loss_sums(
         )
     if corruption.on_policy:
         draws_BL = uniform(seeds(_POLICY_STREAM, jnp.zeros_like(batch.positions)))  # one an example
-        own_score = functools.partial(score, jax.lax.stop_gradient(lora), None, None)
+        own_score = functools.partial(score, jax.lax.stop_gradient(variables), None, None)
         groups_BL = _groups(noisy, corruption)
         noisy = on_policy_states(draws_BL, noisy, groups_BL, own_score, corruption, model.mask_token_id)
-    teacher = teacher_of(model, params, noisy) if corruption.distillation else None
-    loss, scores = score(lora, dropout_seeds, teacher, noisy, noisy.weights)
+    teacher = teacher_of(model, variables["params"], noisy) if corruption.distillation else None
+    loss, scores = score(variables, dropout_seeds, teacher, noisy, noisy.weights)
 
     counted_BL = noisy.masked & (noisy.weights != 0)
     bucket_BL = jnp.minimum((noisy.rates * RATE_BUCKETS).astype(jnp.int32), RATE_BUCKETS - 1)
@@ -98,20 +97,19 @@ def loss_sums(
 
 def _score(
     model: Transformer,
-    params: dict[str, Any],
     corruption: Corruption,
     chunk: int,
-    lora: dict[str, Any],
+    variables: dict[str, Any],
     dropout_seeds_BL: jax.Array | None,
     teacher: Teacher | None,
     noisy: NoisyBatch,
     weights_BL: jax.Array,
 ) -> tuple[jax.Array, Scores]:
     """(the loss as a sum, scores [B, L]) of the model on `noisy`, against its clean tokens by `weights_BL`."""
-    hidden_BLD = predicting_states_of(model, {"params": params, "lora": lora}, noisy, dropout_seeds_BL, corruption)
+    hidden_BLD = predicting_states_of(model, variables, noisy, dropout_seeds_BL, corruption)
     loss, scores = scored_cross_entropy(
         _flat(hidden_BLD),
-        head_weight(model.config, params),
+        head_weight(model.config, variables["params"]),
         _flat(noisy.clean),
         _flat(weights_BL),
         model.mask_token_id,

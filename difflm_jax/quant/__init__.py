@@ -1,10 +1,10 @@
-"""How a frozen weight is stored and multiplied. Layers call `matmul` and never ask how a weight is held.
+"""How a weight is stored and multiplied. Layers call `matmul` and never ask how a weight is held.
 
 `QTensor` is the one quantised weight; `nf4` and `integers` say what its codes mean, `nested` how its scales may be
 quantised in turn. Nothing here knows files or models.
 """
 
-from difflm_jax.quant.matmul import matmul, summed_product, trained_matmul
+from difflm_jax.quant.matmul import matmul, summed_product
 from difflm_jax.quant.nested import NestedScales
 from difflm_jax.quant.qtensor import FORMATS, QTensor, QuantConfig, dequantize, quantize
 
@@ -17,5 +17,4 @@ __all__ = [
     "matmul",
     "quantize",
     "summed_product",
-    "trained_matmul",
 ]

@@ -1,4 +1,4 @@
-"""Products of activations with weights: frozen ones, dense or quantised, and trained factors.
+"""Products of activations with weights: dense or quantised, frozen or trained.
 
 Sums are made in float32 and rounded once, in the forward and in the backward pass. That needs gradients of our own: by
 jax's rule a float32 sum has a float32 gradient, and the products behind it are no longer of bfloat16 numbers. XLA's CPU
@@ -14,29 +14,23 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from difflm_jax.bits import floats_of
+from difflm_jax.differentiated import is_differentiated, values
 from difflm_jax.parallel import varying_with
 from difflm_jax.quant.qtensor import QTensor, dequantize, own_scales
 
 
 def matmul(x: jax.Array, w: jax.Array | QTensor, dtype: Any = None) -> jax.Array:
-    """`x` [..., in] times the frozen `w` [out, in] -> [..., out] in `dtype`, that of `x` by default.
+    """`x` [..., in] times `w` [out, in] -> [..., out] in `dtype`, that of `x` by default.
 
     Weights keep Hugging Face's [out, in] order: the contraction is over the last axis of both, which costs nothing
-    against [in, out] (measured on CPU), and neither import nor export transposes. `w` passes the gradient to `x` and
-    has none itself. It may come as `difflm_jax.bits`.
+    against [in, out] (measured on CPU), and neither import nor export transposes. `w` takes part in the dtype of `x`.
+    It has a gradient, in its own dtype, where it is differentiated (a factor of LoRA, a weight that is trained in
+    full); a frozen one costs neither that product nor the memory for `x`, and may be quantised or come as
+    `difflm_jax.bits`.
     """
-    w = own_scales(w) if isinstance(w, QTensor) else w
+    w = own_scales(w) if isinstance(w, QTensor) else varying_with(w, x)
     rows = _rows(varying_with(x, w))
-    return _frozen_product(jnp.dtype(dtype or x.dtype), x.dtype, rows, w).reshape(*x.shape[:-1], w.shape[0])
-
-
-def trained_matmul(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x` [..., in] times a trained `factor` [out, in] -> [..., out] in the dtype of `x`.
-
-    The factor takes part in the dtype of `x`; its gradient is in its own, float32 for a master.
-    """
-    rows = _rows(varying_with(x, factor))
-    return _trained_product(rows, varying_with(factor, x)).reshape(*x.shape[:-1], factor.shape[0])
+    return _product(jnp.dtype(dtype or x.dtype), x.dtype, rows, w).reshape(*x.shape[:-1], w.shape[0])
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -52,38 +46,25 @@ def summed_product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _frozen_product(dtype: Any, given_dtype: Any, rows: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+def _product(dtype: Any, given_dtype: Any, rows: jax.Array, w: jax.Array | QTensor) -> jax.Array:
     return summed_product(rows, _dense(w, given_dtype), (1, 1), dtype)
 
 
-def _frozen_forward(dtype, given_dtype, rows, w):
-    return _frozen_product(dtype, given_dtype, rows, w), w
+def _forward(dtype, given_dtype, rows, w):
+    is_trained = is_differentiated(w)
+    rows, w = values(rows, w)
+    return _product(dtype, given_dtype, rows, w), (rows if is_trained else None, w)
 
 
-def _frozen_backward(dtype, given_dtype, w, gradient):
+def _backward(dtype, given_dtype, saved, gradient):
+    rows, w = saved
+    gradient = gradient.astype(given_dtype)
     # A quantised weight is decoded once more: keeping the decoded one would hold the model in full.
-    return summed_product(gradient.astype(given_dtype), _dense(w, given_dtype), (1, 0), given_dtype), None
+    of_rows = summed_product(gradient, _dense(w, given_dtype), (1, 0), given_dtype)
+    return of_rows, None if rows is None else summed_product(gradient, rows, (0, 0), w.dtype)
 
 
-_frozen_product.defvjp(_frozen_forward, _frozen_backward)
-
-
-@jax.custom_vjp
-def _trained_product(rows: jax.Array, factor: jax.Array) -> jax.Array:
-    return summed_product(rows, factor.astype(rows.dtype), (1, 1), rows.dtype)
-
-
-def _trained_forward(rows, factor):
-    return _trained_product(rows, factor), (rows, factor)
-
-
-def _trained_backward(saved, gradient):
-    rows, factor = saved
-    of_rows = summed_product(gradient, factor.astype(rows.dtype), (1, 0), rows.dtype)
-    return of_rows, summed_product(gradient, rows, (0, 0), factor.dtype)
-
-
-_trained_product.defvjp(_trained_forward, _trained_backward)
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _dense(w: jax.Array | QTensor, dtype: Any) -> jax.Array:

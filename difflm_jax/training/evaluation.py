@@ -70,9 +70,9 @@ class Evaluator:
         self._sharding = batch_sharding(mesh)
         self._key = key
 
-    def __call__(self, params: Any, lora: Any) -> LossSums:
-        """Sums over all batches, on the host in float64."""
+    def __call__(self, variables: Any) -> LossSums:
+        """Sums over all batches, on the host in float64, of the model applied to `variables`."""
         total = None
         for batch in self._batches:
-            total = add_sums(total, self._step(params, lora, place_rows(batch, self._sharding), self._key))
+            total = add_sums(total, self._step(variables, place_rows(batch, self._sharding), self._key))
         return total

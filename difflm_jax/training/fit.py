@@ -30,6 +30,7 @@ from difflm_jax.training.costs import Buffer, Costs, Transfer, costs
 from difflm_jax.training.loop import Phase, step_options
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import TrainState, make_train_step
+from difflm_jax.training.trained import Collections
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -87,19 +88,24 @@ def training_job(config: ConfigDict, phase: str, model_config: ModelConfig, mesh
     settings = phase_config(config, phase)
     batch_size = batch_size or settings.batch_size
     model = _model(settings, model_config, mesh, settings.remat)
-    params = _params(config, model_config, mesh)
+    frozen, trained = _collections(settings, _params(config, model_config, mesh), model)
     optimizer = make_optimizer(settings)
-    lora = _adapters(params, model)
-    state = abstract(TrainState(lora, jax.eval_shape(optimizer.init, lora)), mesh)
+    state = abstract(TrainState(trained, jax.eval_shape(optimizer.init, trained)), mesh)
     described = Phase(phase, settings, model, {}, mesh, None, None, 0, 0)
     options = step_options(described)
     step = make_train_step(options, optimizer, learning_rate_schedule(settings, 10**6), mesh)
     key, index = abstract((jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)), mesh)
     batch = abstract_batch(settings.gradient_accumulation_steps, batch_size, settings.max_length)
-    arguments = {"params": params, "state": state, "batch": _placed(batch, batch_sharding(mesh)), "key": key}
+    arguments = {
+        "frozen": abstract(frozen, mesh),
+        "state": state,
+        "batch": _placed(batch, batch_sharding(mesh)),
+        "key": key,
+        "index": index,
+    }
     positions = batch_size // row_shards(mesh) * settings.max_length
     chunks = -(-positions // settings.loss_chunk)  # every position scored: what pretraining by the original rule does
-    return Job(phase, step, {**arguments, "index": index}, {}, chunks, donated=("state",))
+    return Job(phase, step, arguments, {}, chunks, donated=("state",))
 
 
 def sampling_job(
@@ -125,7 +131,7 @@ def sampling_job(
     quotas = jax.ShapeDtypeStruct((batch_size, plan.num_blocks, plan.steps_per_block), jnp.int32)
     canvas = _placed(Canvas(tokens, valid, valid, row, quotas, keys), NamedSharding(mesh, rows_spec(leading=0)))
     arguments = {
-        "variables": {"params": params, "lora": abstract(_adapters(params, model), mesh)},
+        "variables": {"params": params, **({"lora": abstract(_adapters(params, model), mesh)} if model.lora else {})},
         "canvas": canvas,
         "sampling": sampling,
     }
@@ -184,11 +190,9 @@ def largest_batch(total: Callable[[int], int], capacity: float, unit: int, most:
 
 def _argument_parts(job: Job) -> dict[str, int]:
     named = dict(job.arguments)
-    variables = named.pop("variables", {})
     state = named.pop("state", None)
-    weights = variables.get("params") or named.pop("params")
-    adapters = variables.get("lora") or state.lora
-    parts = {"weights": _device_bytes(weights), "adapters": _device_bytes(adapters)}
+    variables = named.pop("variables", None) or {**named.pop("frozen"), **state.trained}
+    parts = {"weights": _device_bytes(variables["params"]), "adapters": _device_bytes(variables.get("lora"))}
     if state is not None:
         parts["moments"] = _device_bytes(state.opt_state)
     return {**parts, "batch": _device_bytes(named)}
@@ -197,7 +201,7 @@ def _argument_parts(job: Job) -> dict[str, int]:
 def _temporary_parts(found: Costs, job: Job, layers: int) -> dict[str, int]:
     """The peak of temporaries, by what it consists of."""
     trained = job.arguments.get("state")
-    shapes = {_shard_shape(leaf) for leaf in jax.tree.leaves(trained.lora)} if trained is not None else set()
+    shapes = {_shard_shape(leaf) for leaf in jax.tree.leaves(trained.trained)} if trained is not None else set()
 
     def kind(buffer: Buffer) -> str:
         if buffer.shape in shapes and buffer.dtype == "float32":
@@ -228,7 +232,7 @@ def _model(config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh, remat: 
     return Transformer(
         config=model_config,
         attention=config.attention,
-        lora=lora_config(config),
+        lora=None if config.trained == "all" else lora_config(config),
         mask_token_id=model_config.vocab_size - 1,
         dtype=DTYPES[config.dtype],
         remat=remat,
@@ -239,6 +243,13 @@ def _model(config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh, remat: 
 
 def _params(config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh) -> dict[str, Any]:
     return abstract(abstract_params(model_config, DTYPES[config.dtype], quantization(config)), mesh)
+
+
+def _collections(config: ConfigDict, params: dict[str, Any], model: Transformer) -> tuple[Collections, Collections]:
+    """(frozen, trained), as `difflm_jax.training.trained.collections` makes them."""
+    if config.trained == "all":
+        return {}, {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)}
+    return {"params": params}, {"lora": _adapters(params, model)}
 
 
 def _adapters(params: dict[str, Any], model: Transformer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a LoRA training step, and what share of the hardware's peak they are."""
+"""Floating-point operations of a training step, and what share of the hardware's peak they are."""
 
 from difflm_jax.checkpoint.names import PROJECTIONS, table
 from difflm_jax.lora import LoraConfig
@@ -33,7 +33,7 @@ _PEAK = {
 }
 
 
-def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig, remat: str) -> float:
+def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig | None, remat: str) -> float:
     """FLOPs of matrix products a token of rows of `length` tokens, forward and backward.
 
     With P weights in the projections of all layers, P_lora in the factors, N layers, H heads of E and a head of D x V:
@@ -42,6 +42,8 @@ def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig, re
         backward                2 P + 4 P_lora + 8 N H E length       (the frozen base needs no weight gradient)
         output head             4 D V                                 (logits, and their gradient to the hidden state)
         remat = "full"          F once more
+
+    Without `lora` every weight is trained: backward 4 P + 8 N H E length, and 6 D V for the head.
 
     This is the count of Kaplan et al. (arXiv:2001.08361, section 2.1: 2 FLOPs a weight and token forward, 4 backward)
     with the weight gradients of what is frozen left out, and with attention between all pairs of positions. The mask
@@ -55,12 +57,13 @@ def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig, re
         name = row.path[-2]
         if name in PROJECTIONS and row.path[-1] == "weight":
             base += config.num_layers * row.shape[0] * row.shape[1]
-            if name in lora.target_modules:
+            if lora is not None and name in lora.target_modules:
                 adapted += config.num_layers * lora.r * (row.shape[0] + row.shape[1])
     attention = config.num_layers * config.num_heads * config.head_dim * length
     forward = 2 * base + 2 * adapted + 4 * attention
-    backward = 2 * base + 4 * adapted + 8 * attention
-    head = 4 * config.hidden_size * config.vocab_size
+    weight_gradients = 2 if lora is None else 0  # a weight, of the base's
+    backward = (2 + weight_gradients) * base + 4 * adapted + 8 * attention
+    head = (4 + weight_gradients) * config.hidden_size * config.vocab_size
     return float(forward * (2 if remat == "full" else 1) + backward + head)
 
 

@@ -41,7 +41,7 @@ class Phase:
     name: str
     config: Any
     model: Transformer
-    params: dict[str, Any]
+    frozen: dict[str, Any]  # collections of the model that are not trained
     mesh: Mesh
     train_rows: Any
     test_rows: Any
@@ -58,11 +58,12 @@ class Outputs:
     log: MetricsLog
     samples: MetricsLog
     tracker: Tracker
-    on_evaluation: Callable[[dict[str, Any], int], None]  # (lora, step): logs sample generations
+    on_evaluation: Callable[[dict[str, Any], int], None]  # (what is trained, step): logs sample generations
 
 
 def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: Outputs) -> TrainState:
-    """Trains to the end of the phase, from `resumed` if it is given; returns the best state.
+    """Trains to the end of the phase, from `resumed` if it is given, else from `initial`, which is used up; returns the
+    best state.
 
     Best is the lowest `eval_loss`; without a test split it is the last. Raises `RunInterruptedError` after a signal,
     and `UserError` after `max_nonfinite_steps` steps in a row that were not finite, each with a checkpoint written.
@@ -80,8 +81,6 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
 
     print(f"{phase.name}: {data_line(phase, len(data))}", flush=True)
     done, state, saved = (resumed.step, resumed.state, resumed.metrics["meter"]) if resumed else (0, initial, None)
-    # The initial arrays may be kept elsewhere (the best state of the phase before), and a step donates its state.
-    state = jax.tree.map(lambda x: x.copy(), state)
     everything = make_batches(phase, phase.train_rows, train=True, whole=True)
     speed = throughput(phase.model, config.max_length, phase.mesh.size)
     meter = Meter(
@@ -101,7 +100,7 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
             host_batch = next(iterator)
             waited = time.perf_counter() - began
             batch = place_rows(CleanBatch(**host_batch), sharding)
-            state, metrics = train_step(phase.params, state, batch, key, step - 1)
+            state, metrics = train_step(phase.frozen, state, batch, key, step - 1)
             profile.after(step, metrics)
             if pending is not None:
                 meter.add(*pending)
@@ -130,11 +129,11 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
 
 def _evaluate(evaluate: Evaluator | None, phase: Phase, state: TrainState, step: int, out: Outputs) -> dict[str, Any]:
     """The `eval_*` fields of a metrics line, written and shown together with sample generations."""
-    record = evaluation_record(evaluate, phase, state.lora)
+    record = evaluation_record(evaluate, phase, state.trained)
     if record:
         out.log.append({"phase": phase.name, "step": step, **record})
         out.tracker.log(phase.name, record, step)
-    out.on_evaluation(state.lora, step)
+    out.on_evaluation(state.trained, step)
     return record
 
 
@@ -279,14 +278,14 @@ def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
     return Evaluator(options, phase.mesh, (data[i] for i in range(len(data))), len(rows), key)
 
 
-def evaluation_record(evaluate: Evaluator | None, phase: Phase, lora: dict[str, Any]) -> dict[str, Any]:
+def evaluation_record(evaluate: Evaluator | None, phase: Phase, trained: dict[str, Any]) -> dict[str, Any]:
     """The `eval_*` fields of a metrics line; empty without a test split."""
     if evaluate is None:
         return {}
-    sums = evaluate(phase.params, lora)
+    sums = evaluate({**phase.frozen, **trained})
     return {**{f"eval_{name}": value for name, value in summarise(sums).items()}, "eval_by_mask_rate": by_rate(sums)}
 
 
-def initial_state(config: Any, lora: dict[str, Any], mesh: Mesh) -> TrainState:
-    """Adapters with fresh moments, on the mesh."""
-    return place(TrainState(lora, make_optimizer(config).init(lora)), mesh)
+def initial_state(config: Any, trained: dict[str, Any], mesh: Mesh) -> TrainState:
+    """What is trained (taken over, not copied) with fresh moments, on the mesh."""
+    return place(TrainState(trained, make_optimizer(config).init(trained)), mesh)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from difflm_jax.errors import UserError
-from difflm_jax.parallel import TENSOR, summed, varies
+from difflm_jax.parallel import FSDP, TENSOR, axes_of
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -30,18 +30,21 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The L2 norm over all leaves, and over the devices among which a leaf is divided (`tensor`).
+    """The L2 norm over all leaves, and over the devices among which a leaf is divided (`fsdp`, `tensor`).
 
     `optax.tree.norm` and optax's own clipping would see one device's part only.
     """
-    whole, parts = jnp.float32(0), jnp.float32(0)
+    squares: dict[tuple[str, ...], jax.Array] = {}  # by the axes over which they are to be summed
     for leaf in jax.tree.leaves(tree):
-        square = jnp.sum(jnp.square(leaf))
-        if varies(leaf, TENSOR):
-            parts = parts + square
-        else:
-            whole = whole + square
-    return jnp.sqrt(whole + summed(parts))
+        axes = axes_of(leaf, (FSDP, TENSOR))
+        squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(leaf))
+    for axis in (FSDP, TENSOR):
+        if divided := [axes for axes in squares if axis in axes]:
+            totals = jax.lax.psum([squares.pop(axes) for axes in divided], axis)
+            for axes, total in zip(divided, totals, strict=True):
+                rest = tuple(other for other in axes if other != axis)
+                squares[rest] = squares.get(rest, 0.0) + total
+    return jnp.sqrt(squares[()])
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -1,21 +1,19 @@
-"""A training run: one directory, one or two phases on the same adapters, resumed by starting it again."""
+"""A training run: one directory, one or two phases on the same weights, resumed by starting it again."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.state import Checkpoints
-from difflm_jax.config import CONVERTED, lora_config, notes, phase_config, quantization, to_json
+from difflm_jax.config import CONVERTED, notes, phase_config, quantization, to_json
 from difflm_jax.data.pipeline import describe, split, tokenize
 from difflm_jax.errors import UserError
-from difflm_jax.lm import LanguageModel, open_model
-from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.mesh import check_model, is_writer, make_mesh, place, row_shards, to_host, wait_for_all
+from difflm_jax.lm import LanguageModel
+from difflm_jax.loading import open_model
+from difflm_jax.mesh import check_model, is_writer, make_mesh, row_shards, wait_for_all
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.parallel import FSDP
 from difflm_jax.quant import QuantConfig
@@ -25,6 +23,7 @@ from difflm_jax.training.resume import check_config, check_data, describe_data, 
 from difflm_jax.training.samples import Sampler
 from difflm_jax.training.step import TrainState
 from difflm_jax.training.tracking import Tracker
+from difflm_jax.training.trained import Collections, collections, save, start, with_trained
 
 
 def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
@@ -48,21 +47,23 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_sizes(config, lm.config, lm.quantization, mesh)
     converted = directory / CONVERTED if config.convert_cache else None
-    lm = start_adapter(lm.with_weights(converted, mesh if mesh.size > 1 else None), config)
-    params = place(lm.params, mesh)
+    lm = start(lm.with_weights(converted, mesh if mesh.size > 1 else None), config)
+    frozen, trained = collections(lm, config, mesh)
+    if "params" in trained:
+        lm = dataclasses.replace(lm, params={})  # only the float32 masters stay in memory
 
     if is_writer():
         write_identity(directory, config, data)
     wait_for_all("the run's directory is there")
     log = MetricsLog(directory, enabled=is_writer())
     tracker = Tracker(config, enabled=is_writer())
-    state = initial_state(phase_config(config, config.phases[0]), lm.lora, mesh)
+    state = initial_state(phase_config(config, config.phases[0]), trained, mesh)
     try:
         for name in config.phases:
-            state = _run(name, config, lm, params, mesh, rows[name], state, log, tracker, directory)
+            state = _run(name, config, lm, frozen, mesh, rows[name], state, log, tracker, directory)
     finally:
         tracker.finish()
-    return lm.with_adapter(state.lora, lm.model.lora)
+    return with_trained(lm, state.trained)
 
 
 def open_configured(config: ConfigDict) -> LanguageModel:
@@ -83,29 +84,11 @@ def open_configured(config: ConfigDict) -> LanguageModel:
     return lm
 
 
-def start_adapter(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
-    """The model with the adapter that training starts from: the one loaded, or a fresh one; remat as configured.
-
-    The mask row starts at the mean of the embeddings of the tokenizer's tokens: unused rows of a pretrained table are
-    near zero, a known cause of spikes at high mask rates.
-    """
-    settings = lora_config(config)
-    rows = min(len(lm.tokenizer), lm.config.vocab_size)
-    mask_row_D = jnp.mean(lm.params["embed_tokens"]["weight"][:rows].astype(jnp.float32), axis=0)
-    if lm.lora is None:
-        lora = init_lora(jax.random.key(config.seed), lm.params, settings, mask_row_D)
-    else:
-        _check_same_shape(lm.model.lora, settings, config.adapter)
-        lora = {"mask_row": mask_row_D, **lm.lora}
-    lm = lm.with_adapter(lora, settings)
-    return lm.with_model(lm.model.clone(remat=config.remat))
-
-
 def _run(
     name: str,
     config: ConfigDict,
     lm: LanguageModel,
-    params: dict[str, Any],
+    frozen: Collections,
     mesh: Any,
     rows: tuple[Any, Any],
     state: TrainState,
@@ -113,7 +96,7 @@ def _run(
     tracker: Tracker,
     directory: Path,
 ) -> TrainState:
-    """One phase, from wherever it stands, to its adapter directory; returns its best state."""
+    """One phase, from wherever it stands, to the directory of what it trained; returns its best state."""
     target = directory / f"{name}_model"
     checkpoints = Checkpoints(directory / "checkpoints" / name, keep=config.keep_checkpoints)
     try:
@@ -133,7 +116,7 @@ def _run(
             name=name,
             config=resolved,
             model=lm.model,
-            params=params,
+            frozen=frozen,
             mesh=mesh,
             train_rows=rows[0],
             test_rows=rows[1],
@@ -142,12 +125,9 @@ def _run(
         )
         sampler = Sampler(lm, resolved, name, rows[1], samples, tracker)
         best = run_phase(phase, state, resumed, Outputs(directory, checkpoints, log, samples, tracker, sampler))
-        trained = lm.with_adapter(best.lora, lm.model.lora)
-        trained = dataclasses.replace(trained, lora=jax.tree.map(to_host, trained.lora))
+        save(with_trained(lm, best.trained), target, name)
         if is_writer():
-            trained.save_adapter(target, notes=f"Trained by difflm_jax, phase `{name}`; settings in `config.json`.")
             (target / "training_config.json").write_text(to_json(config), encoding="utf-8")
-        wait_for_all(f"{name} is written")
         print(f"{name}: wrote {target}")
         return best
     finally:
@@ -188,10 +168,3 @@ def check_sizes(
     longest = model_config.max_position_embeddings
     if config.max_length > longest:
         raise UserError(f"max_length={config.max_length}: the model's max_position_embeddings are {longest}")
-
-
-def _check_same_shape(loaded: LoraConfig, wanted: LoraConfig, adapter: str) -> None:
-    for key in ("r", "lora_alpha", "target_modules", "use_rslora"):
-        have, want = getattr(loaded, key), getattr(wanted, key)
-        if (set(have) != set(want)) if key == "target_modules" else (have != want):
-            raise UserError(f"adapter={adapter} has {key}={have}, but lora_config.{key}={want}: make them equal")

@@ -7,6 +7,7 @@ import numpy as np
 from difflm_jax.lm import LanguageModel
 from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.tracking import Tracker
+from difflm_jax.training.trained import with_trained
 
 
 class Sampler:
@@ -16,11 +17,11 @@ class Sampler:
         self._lm, self._config, self._phase, self._log, self._tracker = lm, config, phase, log, tracker
         self._prompts, self._references = _prompts_and_answers(lm, test_rows, config.sample_prompts)
 
-    def __call__(self, lora: dict[str, Any], step: int) -> None:
-        """Generates with the adapter as it is at `step` and logs (prompt, reference, answer)."""
+    def __call__(self, trained: dict[str, Any], step: int) -> None:
+        """Generates with what is trained as it is at `step` and logs (prompt, reference, answer)."""
         if not self._prompts:
             return
-        lm = self._lm.with_adapter(lora, self._lm.model.lora)
+        lm = with_trained(self._lm, trained)
         answers = lm.generate(self._prompts, self._config.sample_tokens, self._config.diffusion_steps).texts
         texts = [lm.tokenizer.decode(prompt.tolist()) for prompt in self._prompts]
         rows = list(zip(texts, self._references, answers, strict=True))

@@ -15,7 +15,7 @@ from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums, loss_sums
 from difflm_jax.mesh import rows_spec, specs
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.parallel import ROW_AXES
+from difflm_jax.parallel import ROW_AXES, varies
 from difflm_jax.training.optimizer import global_norm
 
 Tree = Any
@@ -23,9 +23,12 @@ Tree = Any
 
 @struct.dataclass
 class TrainState:
-    """All that training changes: the adapters (float32 masters) and the optimiser's moments."""
+    """All that training changes: collections of the model (float32 masters) and the optimiser's moments.
 
-    lora: Tree
+    `trained` is {"lora": adapters} over a frozen base, or {"params": weights}.
+    """
+
+    trained: Tree
     opt_state: Tree
 
 
@@ -44,8 +47,9 @@ def make_train_step(
     schedule: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Returns `step(params, state, batch, key, index) -> (state, metrics)`.
+    """Returns `step(frozen, state, batch, key, index) -> (state, metrics)`.
 
+    `frozen` are the collections of the model that are not trained: {"params": the base} under adapters, else {}.
     `batch` holds arrays [A, B, ...] (A micro-batches, B rows over all devices); `key` is that of the phase and `index`
     the number of the step in it. `state` is donated. The loss is Σ weight * CE / Σ weight over all micro-batches and
     devices, so that neither their number nor their split changes it.
@@ -55,68 +59,88 @@ def make_train_step(
     such an update after its limit.)
     """
 
-    def step(params: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
+    def step(frozen: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
         key = jax.random.fold_in(key, index)
         # The gradient of an input that all rows share would be summed over devices inside every micro-batch. Cast to
         # varying, it stays local, and is summed once. (Over `tensor` it is not cast: there the sum over the parts of a
         # layer belongs to the gradient, and jax puts it where a replicated value meets a divided one.)
-        lora = jax.lax.pcast(state.lora, ROW_AXES, to="varying")
+        trained = jax.tree.map(_varying_over_rows, state.trained)
 
         def micro_batch(totals: tuple[LossSums, Tree], rows: CleanBatch):
-            sums_of = functools.partial(_loss_of, options, params, rows, key, index)
-            gradient, sums = jax.grad(sums_of, has_aux=True)(lora)
+            sums_of = functools.partial(_loss_of, options, frozen, rows, key, index)
+            gradient, sums = jax.grad(sums_of, has_aux=True)(trained)
             return jax.tree.map(jnp.add, totals, (sums, gradient)), None
 
-        zeros = (_zero_sums(), jax.tree.map(jnp.zeros_like, lora))
-        totals, _ = jax.lax.scan(micro_batch, zeros, batch)
-        sums, gradient = jax.lax.psum(totals, ROW_AXES)
+        zeros = (_zero_sums(), jax.tree.map(jnp.zeros_like, trained))
+        (sums, gradient), _ = jax.lax.scan(micro_batch, zeros, batch)
+        sums, gradient = _summed_over_rows(sums, gradient, state.trained)
 
         total_weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradient = jax.tree.map(lambda g: g / total_weight, gradient)
         grad_norm = global_norm(gradient)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
         learning_rate = schedule(index)
-        lora = jax.tree.map(lambda leaf, update: leaf - learning_rate * update, state.lora, updates)
-        new_state = jax.tree.map(functools.partial(jnp.where, finite), TrainState(lora, opt_state), state)
+        trained = jax.tree.map(lambda leaf, update: leaf - learning_rate * update, state.trained, updates)
+        new_state = jax.tree.map(functools.partial(jnp.where, finite), TrainState(trained, opt_state), state)
         metrics = {"sums": sums, "grad_norm": grad_norm, "learning_rate": learning_rate, "finite": finite}
         return new_state, metrics
 
     whole = PartitionSpec()
 
-    def sharded(params: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
+    def sharded(frozen: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
         state_specs = specs(state, mesh)
         mapped = jax.shard_map(
             step,
             mesh=mesh,
-            in_specs=(specs(params, mesh), state_specs, rows_spec(), whole, whole),
+            in_specs=(specs(frozen, mesh), state_specs, rows_spec(), whole, whole),
             out_specs=(state_specs, whole),
         )
-        return mapped(params, state, batch, key, index)
+        return mapped(frozen, state, batch, key, index)
 
     return jax.jit(sharded, donate_argnums=1)
 
 
 def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
-    """Returns `step(params, lora, batch, key) -> LossSums` without dropout, for arrays [1, B, ...]."""
+    """Returns `step(variables, batch, key) -> LossSums` without dropout, for arrays [1, B, ...]."""
 
-    def step(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
+    def step(variables: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
         rows = jax.tree.map(lambda x: x[0], batch)
-        _, sums = loss_sums(options.model, params, lora, rows, key, options.corruption, options.chunk, train=False)
+        _, sums = loss_sums(options.model, variables, rows, key, options.corruption, options.chunk, train=False)
         return jax.lax.psum(sums, ROW_AXES)
 
     whole = PartitionSpec()
 
-    def sharded(params: Tree, lora: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
-        in_specs = (specs(params, mesh), specs(lora, mesh), rows_spec(), whole)
-        return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=whole)(params, lora, batch, key)
+    def sharded(variables: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
+        in_specs = (specs(variables, mesh), rows_spec(), whole)
+        return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=whole)(variables, batch, key)
 
     return jax.jit(sharded)
 
 
-def _loss_of(options, params, rows, key, index, lora):
-    corruption, chunk = options.corruption, options.chunk
-    return loss_sums(options.model, params, lora, rows, key, corruption, chunk, train=True, index=index)
+def _loss_of(options, frozen, rows, key, index, trained):
+    variables, corruption, chunk = {**frozen, **trained}, options.corruption, options.chunk
+    return loss_sums(options.model, variables, rows, key, corruption, chunk, train=True, index=index)
+
+
+def _varying_over_rows(leaf: jax.Array) -> jax.Array:
+    missing = tuple(axis for axis in ROW_AXES if not varies(leaf, axis))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def _summed_over_rows(sums: LossSums, gradient: Tree, trained: Tree) -> tuple[LossSums, Tree]:
+    """The totals over all devices; of a gradient over those that hold the same part of what is trained.
+
+    Along an axis where `trained` is divided the transpose of its gathering has summed already. Axis by axis, so that
+    what devices exchange follows from what they exchanged before.
+    """
+    totals, structure = jax.tree.flatten((sums, gradient))
+    parts = [None] * len(jax.tree.leaves(sums)) + jax.tree.leaves(trained)
+    for axis in ROW_AXES:
+        at = [i for i, part in enumerate(parts) if part is None or not varies(part, axis)]
+        for i, total in zip(at, jax.lax.psum([totals[i] for i in at], axis), strict=True):
+            totals[i] = total
+    return jax.tree.unflatten(structure, totals)
 
 
 def _zero_sums() -> LossSums:

@@ -89,31 +89,37 @@ def numbers(
     quantization: str | None = None,
     evaluated: bool = True,
     objective: str = "plain",
+    trained: str = "adapter",
 ) -> dict:
     params, options, lora = setting(quantization)
+    frozen, moving = {"params": params}, {"lora": lora}
+    if trained == "all":
+        frozen, moving = {}, {"params": params}
+        options = dataclasses.replace(options, model=options.model.clone(lora=None))
     corruption = dataclasses.replace(options.corruption, **OBJECTIVES[objective])
     options = dataclasses.replace(options, corruption=corruption)
     mesh = make_mesh(*mesh)
     optimizer = optax.chain(clip_by_global_norm(1.0), optax.scale_by_adam())
     step = make_train_step(options, optimizer, lambda index: 1e-2, mesh)
-    params = place(params, mesh)
-    state = place(TrainState(lora, optimizer.init(lora)), mesh)
+    frozen = place(frozen, mesh)
+    state = place(TrainState(jax.tree.map(jnp.copy, moving), optimizer.init(moving)), mesh)
     losses, norms = [], []
     for index in range(4):
         batch = place_rows(micro_batched(micro_batches), batch_sharding(mesh))
-        state, metrics = step(params, state, batch, jax.random.key(5), index)
+        state, metrics = step(frozen, state, batch, jax.random.key(5), index)
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
         norms.append(float(metrics["grad_norm"]))
     evaluation = {}
     if evaluated:
         evaluate = Evaluator(options, mesh, [vars(micro_batched(1))], ROWS, jax.random.key(9))
-        evaluation = summarise(evaluate(params, state.lora))
-    adapters = {jax.tree_util.keystr(k): np.abs(v).sum() for k, v in jax.tree_util.tree_leaves_with_path(state.lora)}
+        evaluation = summarise(evaluate({**frozen, **state.trained}))
+    leaves = jax.tree_util.tree_leaves_with_path(state.trained)
+    sums = {jax.tree_util.keystr(path): float(np.abs(leaf).sum()) for path, leaf in leaves}
     return {
         "losses": losses,
         "norms": norms,
         "evaluation": evaluation,
-        "adapters": {name: float(jnp.asarray(value)) for name, value in adapters.items()},
+        "trained": sums,
     }
 
 

@@ -24,25 +24,33 @@ OBJECTIVES = [
     {"objective": "distillation", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"objective": "complementary", "micro_batches": 2, "mesh": [1, 4, 2], "evaluated": False},
 ]
+EVERY_WEIGHT = [
+    {"trained": "all", "micro_batches": 2, "mesh": [8, 1, 1], "evaluated": False},
+    {"trained": "all", "micro_batches": 2, "mesh": [2, 2, 2]},
+    {"trained": "all", "micro_batches": 1, "mesh": [1, 4, 2], "evaluated": False},
+    {"trained": "all", "micro_batches": 2, "mesh": [1, 8, 1], "evaluated": False},
+]
 
 
 def kind(case: dict) -> tuple:
     """What the numbers of a case depend on."""
-    return case.get("quantization"), case.get("objective", "plain")
+    return case.get("quantization"), case.get("objective", "plain"), case.get("trained", "adapter")
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    """{(format of the base, objective): numbers on a single device}."""
+    """{(format of the base, objective, what is trained): numbers on a single device}."""
     evaluated = {(None, "plain"): True, ("nf4", "plain"): True, ("int8", "plain"): False}
     evaluated |= {(None, "distillation"): False, (None, "complementary"): False}
-    return {each: numbers(1, [1, 1, 1], each[0], scored, each[1]) for each, scored in evaluated.items()}
+    found = {(*each, "adapter"): numbers(1, [1, 1, 1], each[0], scored, each[1]) for each, scored in evaluated.items()}
+    return {**found, (None, "plain", "all"): numbers(1, [1, 1, 1], trained="all")}
 
 
 @pytest.mark.slow
 def test_every_mesh_gives_the_numbers_of_one_device(on_devices, one_device):
-    """Six meshes and micro-batch counts, three more over a quantised base, two of other objectives; dropout is on."""
-    cases = CASES + QUANTISED + OBJECTIVES
+    """Six meshes and micro-batch counts, three over a quantised base, two of other objectives, four that train every
+    weight; dropout is on."""
+    cases = CASES + QUANTISED + OBJECTIVES + EVERY_WEIGHT
     code = (
         "import json; from tests.multi_device.same_numbers import numbers;"
         f"print(json.dumps([numbers(**case) for case in {cases!r}]))"
@@ -56,5 +64,5 @@ def test_every_mesh_gives_the_numbers_of_one_device(on_devices, one_device):
             assert found["evaluation"].keys() == expected["evaluation"].keys()
         for name, value in found["evaluation"].items():
             assert value == pytest.approx(expected["evaluation"][name], rel=1e-5), case
-        for name, value in expected["adapters"].items():
-            assert found["adapters"][name] == pytest.approx(value, rel=1e-4), (case, name)
+        for name, value in expected["trained"].items():
+            assert found["trained"][name] == pytest.approx(value, rel=1e-4), (case, name)

@@ -197,7 +197,7 @@ def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolera
     optimizer = make_optimizer(SETTINGS)
     schedule = learning_rate_schedule(SETTINGS, STEPS)
     step = make_train_step(StepOptions(model, rule, 16), optimizer, schedule, make_mesh(1))
-    state = TrainState(jax.tree.map(jnp.copy, lora), optimizer.init(lora))
+    state = TrainState({"lora": jax.tree.map(jnp.copy, lora)}, optimizer.init({"lora": lora}))
     key = jax.random.key(3)
     losses, expected = [], []
     for index, batch in enumerate(batches()):
@@ -209,13 +209,13 @@ def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolera
         torch_optimizer.step()
         torch_schedule.step()
         expected.append(loss.item())
-        state, metrics = step(params, state, batch, key, index)
+        state, metrics = step({"params": params}, state, batch, key, index)
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
 
     assert min(expected[-3:]) < expected[0] - 0.3  # it did learn: agreeing on nothing would be no test
     np.testing.assert_allclose(losses, expected, atol=loss_tolerance)
     for torch_key, (block, name, factor, layer) in pairs.items():
-        ours = np.asarray(state.lora["layers"][block][name][factor][layer])
+        ours = np.asarray(state.trained["lora"]["layers"][block][name][factor][layer])
         np.testing.assert_allclose(ours, named[torch_key].detach().numpy(), atol=factor_tolerance)
-    found = np.asarray(state.lora["mask_row"])
+    found = np.asarray(state.trained["lora"]["mask_row"])
     np.testing.assert_allclose(found, named[row_key].detach().numpy()[0], atol=factor_tolerance)

@@ -53,7 +53,7 @@ def rule_of(block, shift):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_loss(model, rule, lora, rows):
-    return loss_sums(model, PARAMS, lora, rows, jax.random.key(5), rule, 8, train=False)
+    return loss_sums(model, {"params": PARAMS, "lora": lora}, rows, jax.random.key(5), rule, 8, train=False)
 
 
 def nll_where(states_of, model, lora, wanted):

@@ -51,7 +51,10 @@ def rows_with_eos():
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run(model, rule, lora, rows):
-    return jax.value_and_grad(loss_sums, argnums=2, has_aux=True)(model, PARAMS, lora, rows, KEY, rule, 8, False)
+    def loss(lora):
+        return loss_sums(model, {"params": PARAMS, "lora": lora}, rows, KEY, rule, 8, False)
+
+    return jax.value_and_grad(loss, has_aux=True)(lora)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

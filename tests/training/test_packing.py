@@ -60,7 +60,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_unpacked_ones(rule: Corru
     @jax.jit
     def run(lora, rows):
         def loss(lora):
-            return loss_sums(model, params, lora, rows, jax.random.key(5), rule, 8, train=True)
+            return loss_sums(model, {"params": params, "lora": lora}, rows, jax.random.key(5), rule, 8, train=True)
 
         return jax.value_and_grad(loss, has_aux=True)(lora)
 
