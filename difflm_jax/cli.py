@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from difflm_jax.compilation import keep_compiled
 from difflm_jax.config import CONVERTED, load_config, quantization
+from difflm_jax.dtypes import AUTO, DTYPES
 from difflm_jax.errors import UserError, exit_with_errors, one_line
 from difflm_jax.hosts import connect, define_host_flags
 from difflm_jax.lm import LanguageModel
@@ -66,7 +67,7 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("revision", "", "Revision of a hub id.", flag_values=flag_values)
     flags.DEFINE_enum(
-        "dtype", None, ["bfloat16", "float32"], "Default: the run's, else bfloat16.", flag_values=flag_values
+        "dtype", None, [*DTYPES], "Default: the run's, else what is fastest here.", flag_values=flag_values
     )
     flags.DEFINE_enum(
         "quantization",
@@ -125,7 +126,7 @@ def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> L
     lm = open_model(
         model,
         adapter=adapter or None,
-        dtype=dtype or "bfloat16",
+        dtype=dtype or AUTO,
         mask_token=mask_token or None,
         revision=revision or None,
         quantization=held,

@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
             "seed": 42,
             "trained": "adapter",  # or all: every weight, held in float32
             # Model.
-            "dtype": "bfloat16",
+            "dtype": "bfloat16",  # float32, or auto: what the machine computes fastest
             "quantization": "",  # of the frozen projections: nf4, int4 or int8; empty: none
             "quantization_block_size": 64,  # weights along the input that share a scale
             "convert_cache": True,  # keep a quantised base in output_dir/converted

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.names import PROJECTIONS
 from difflm_jax.data.packing import BATCHING
 from difflm_jax.diffusion.options import ALGORITHMS
+from difflm_jax.dtypes import AUTO, DTYPES
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import REMAT
 from difflm_jax.quant import QuantConfig
@@ -16,7 +17,7 @@ PHASES = ("pretrain", "sft")
 
 _CHOICES = {
     "trained": ("adapter", "all"),
-    "dtype": ("bfloat16", "float32"),
+    "dtype": (AUTO, *DTYPES),
     "remat": tuple(REMAT),
     "attention": ("full", "prefix", "block"),
     "mask_rate": ("batch", "row", "block"),

@@ -30,8 +30,6 @@ from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.prompts import Prompt, Prompts
 from difflm_jax.quant import QuantConfig
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:

@@ -13,8 +13,9 @@ from difflm_jax.checkpoint.peft import load_adapter
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.data.mask_token import choose_mask_token, token_of_id
 from difflm_jax.diffusion.options import check_algorithm
+from difflm_jax.dtypes import AUTO, DTYPES, fastest_dtype
 from difflm_jax.errors import UserError
-from difflm_jax.lm import DTYPES, LanguageModel
+from difflm_jax.lm import LanguageModel
 from difflm_jax.models.attention import ATTENTION_RULES, BLOCK_RULES
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
@@ -26,7 +27,7 @@ def load(
     attention: str | None = None,
     logit_shift: bool | None = None,
     quantization: str | QuantConfig | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = AUTO,
     adapter: str | Path | None = None,
     mask_token: str | None = None,
     revision: str | None = None,
@@ -37,7 +38,8 @@ def load(
     `attention` ("full", "prefix", "block" with its `block_length`) and `logit_shift`: None takes what the adapter or
     the merged checkpoint was trained for, else "full" and False. `causal=True` is the base's own attention (with the
     shift it was trained with). `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
-    the block size too); a checkpoint that bitsandbytes quantised stays as it is. Without an adapter the model is the
+    the block size too); a checkpoint that bitsandbytes quantised stays as it is. `dtype` "auto" is what this machine
+    computes fastest (`difflm_jax.dtypes`). Without an adapter the model is the
     checkpoint as stored. Raises `UserError` for anything that cannot be represented.
     """
     if causal:
@@ -60,7 +62,7 @@ def open_model(
     source: str | Path,
     attention: str | None = None,
     logit_shift: bool | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = AUTO,
     adapter: str | Path | None = None,
     mask_token: str | None = None,
     revision: str | None = None,
@@ -69,8 +71,10 @@ def open_model(
     block_length: int | None = None,
 ) -> LanguageModel:
     """As `load`, but without the weights: tokenizer, mask token, adapter and shapes, all checked."""
+    if dtype == AUTO:
+        dtype = fastest_dtype()
     if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join((AUTO, *DTYPES))}")
     if isinstance(quantization, str):
         quantization = QuantConfig(quantization)
     opened = open_source(str(source), revision)

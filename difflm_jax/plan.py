@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.source import read_model_config
 from difflm_jax.cli import run_command
 from difflm_jax.config import load_config, phase_config, quantization, take_overrides
+from difflm_jax.dtypes import AUTO, fastest_dtype
 from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.mesh import AXES, row_shards
 from difflm_jax.models.config import ModelConfig
@@ -78,6 +79,9 @@ def command(argv: Sequence[str]) -> int:
 def main(flag_values: flags.FlagValues, overrides: Sequence[str]) -> None:
     """Prints the table."""
     config = load_config(flag_values.config, overrides)
+    if config.dtype == AUTO:
+        with config.unlocked():
+            config.dtype = fastest_dtype() if set(flag_values.chips) <= {"cpu", "this"} else "bfloat16"
     if not 0 < flag_values.peak_share <= 1 or not 0 <= flag_values.memory_share <= 1:
         raise UserError("--peak_share must be in (0, 1], --memory_share in [0, 1]")
     chips = [_chip(name, flag_values.memory_share) for name in flag_values.chips]

@@ -151,6 +151,10 @@ def test_a_quantised_base_is_chosen_by_either_switch():
         (["block_growth_steps=10"], "block_growth_steps needs attention='block'"),
         (["use_qlora=true", "qlora_config.bnb_4bit_quant_type=fp4"], "bnb_4bit_quant_type must be 'nf4'"),
         (["use_qlora=true", "qlora_config.load_in_4bit=false"], "load_in_4bit=false"),
+        (["trained=all", "quantization=int8"], "codes cannot be trained"),
+        (["trained=all", "adapter=there"], "merge it first"),
+        (["trained=all", "distillation_weight=1"], "no frozen base"),
+        (["trained=all", "train_mask_row=false"], "train_mask_row=false contradicts"),
     ],
 )
 def test_contradicting_switches_are_refused(overrides, message):
@@ -275,6 +279,7 @@ def test_a_section_is_no_value_and_a_value_no_section():
         ("attention=causal", "attention must be 'full' or 'prefix' or 'block', not 'causal'"),
         ("algorithm=best", "algorithm must be 'confidence' or"),
         ("dtype=float16", "dtype"),
+        ("trained=lora", "trained must be 'adapter' or 'all'"),
         ("wandb_config.mode=sometimes", "wandb_config.mode"),
         ("quantization=nf5", "quantization='nf5'"),
         ("quantization_block_size=48", "quantization_block_size=48"),

@@ -130,7 +130,7 @@ def test_merging_keeps_the_logits(lm, tmp_path):
 def test_bfloat16_is_near_float32(model_dir):
     tokens = np.random.default_rng(0).integers(0, 250, (2, 20))
     exact = np.asarray(difflm_jax.load(model_dir, dtype="float32")(tokens))
-    rounded = difflm_jax.load(model_dir)(tokens)
+    rounded = difflm_jax.load(model_dir, dtype="bfloat16")(tokens)
     assert rounded.dtype == jnp.float32
     assert np.abs(np.asarray(rounded) - exact).max() < 0.05 * np.abs(exact).max()
 

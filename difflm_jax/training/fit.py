@@ -21,7 +21,7 @@ from difflm_jax.diffusion.canvas import answer_plan
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.diffusion.denoiser import Canvas, generate
 from difflm_jax.diffusion.options import sampling_options
-from difflm_jax.lm import DTYPES
+from difflm_jax.dtypes import DTYPES
 from difflm_jax.lora import init_lora
 from difflm_jax.mesh import AXES, abstract, batch_sharding, row_shards, rows_spec
 from difflm_jax.models.config import ModelConfig

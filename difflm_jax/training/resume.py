@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.directory import write_whole
 from difflm_jax.checkpoint.shards import read_json
 from difflm_jax.config import difference, load_config, to_json
+from difflm_jax.dtypes import AUTO, fastest_dtype
 from difflm_jax.errors import UserError
 
 CONFIG_FILE, DATA_FILE = "config.json", "checkpoints/data.json"
@@ -24,6 +25,18 @@ _FREE = (
     "wandb_config.", "report.", "remat", "loss_chunk", "max_nonfinite_steps",
 )  # fmt: skip
 _READ_ROWS = 10_000
+
+
+def settle_dtype(config: ConfigDict) -> ConfigDict:
+    """`config` with a dtype in place of "auto": that of the run which it goes on with, else the machine's fastest."""
+    if config.dtype != AUTO:
+        return config
+    begun = Path(config.output_dir) / CONFIG_FILE
+    settled = config.copy_and_resolve_references()
+    with settled.unlocked():
+        settled.dtype = load_config(str(begun)).dtype if begun.is_file() else fastest_dtype()
+    print(f"dtype: {settled.dtype}")
+    return settled.lock()
 
 
 def check_config(directory: Path, config: ConfigDict, force: bool) -> None:

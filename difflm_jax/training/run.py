@@ -19,7 +19,7 @@ from difflm_jax.parallel import FSDP
 from difflm_jax.quant import QuantConfig
 from difflm_jax.training.loop import Outputs, Phase, initial_state, run_phase
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
-from difflm_jax.training.resume import check_config, check_data, describe_data, write_identity
+from difflm_jax.training.resume import check_config, check_data, describe_data, settle_dtype, write_identity
 from difflm_jax.training.samples import Sampler
 from difflm_jax.training.step import TrainState
 from difflm_jax.training.tracking import Tracker
@@ -33,6 +33,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     `force` goes on with a run whose configuration or data have changed.
     """
     directory = Path(config.output_dir)
+    config = settle_dtype(config)
     check_config(directory, config, force)
     if all((directory / f"{phase}_model").is_dir() for phase in config.phases):
         print(f"{directory}: this run is finished (remove the directory, or change output_dir, to train again)")

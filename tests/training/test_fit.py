@@ -25,6 +25,7 @@ CASES = {
     "full remat": (),
     "no remat": ("remat=none",),
     "nf4, no dropout": ("quantization=nf4", "lora_config.lora_dropout=0"),
+    "every weight": ("trained=all",),
     "prefix, masked tokens scored": ("attention=prefix", "logit_shift=true", "loss_tokens=masked"),
 }
 
@@ -48,17 +49,16 @@ def test_memory_is_what_xla_assigns(case):
     assert temporaries == pytest.approx(measured["temporaries"], rel=TOLERANCE), (found, measured)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_products_are_those_of_the_formula(remat):
-    config = load_config("", [*SHAPE, f"remat={remat}", "lora_config.lora_dropout=0"])
+@pytest.mark.parametrize(("remat", "trained"), [("none", "adapter"), ("full", "adapter"), ("none", "all")])
+def test_products_are_those_of_the_formula(remat, trained):
+    config = load_config("", [*SHAPE, f"remat={remat}", f"trained={trained}", "lora_config.lora_dropout=0"])
     model_config, mesh = ModelConfig.from_hf(SMALL), abstract_mesh(1, 1, 1)
     found = estimate(training_job(config, "pretrain", model_config, mesh), mesh, model_config.num_layers)
     tokens = config.batch_size * config.gradient_accumulation_steps * config.max_length
-    expected = tokens * train_flops_per_token(model_config, config.max_length, lora_config(config), remat)
-    if (
-        remat == "full"
-    ):  # the formula has it made again, but nothing in the backward pass reads the layer's last product
-        rank = lora_config(config).r
+    lora = lora_config(config) if trained == "adapter" else None
+    expected = tokens * train_flops_per_token(model_config, config.max_length, lora, remat)
+    if remat == "full":  # the formula has it made again, but nothing in the backward pass reads a layer's last product
+        rank = lora.r
         last = model_config.intermediate_size * model_config.hidden_size + rank * model_config.hidden_size
         expected -= 2 * tokens * model_config.num_layers * last
     assert found.flops == pytest.approx(expected, rel=0.02)
