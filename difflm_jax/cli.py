@@ -67,7 +67,11 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("revision", "", "Revision of a hub id.", flag_values=flag_values)
     flags.DEFINE_enum(
-        "dtype", None, [*DTYPES], "Default: the run's, else what is fastest here.", flag_values=flag_values
+        "dtype",
+        None,
+        [*DTYPES, AUTO],
+        "Default: the run's, else bfloat16; auto: what is fastest here.",
+        flag_values=flag_values,
     )
     flags.DEFINE_enum(
         "quantization",
@@ -126,7 +130,7 @@ def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> L
     lm = open_model(
         model,
         adapter=adapter or None,
-        dtype=dtype or AUTO,
+        dtype=dtype or "bfloat16",
         mask_token=mask_token or None,
         revision=revision or None,
         quantization=held,

@@ -187,7 +187,7 @@ def _load(model: str, adapter: str, run: str, dtype: str | None, quantization: s
         model, adapter, dtype = made_model, adapter or made_adapter, dtype or config.dtype
     if not model:
         raise UserError("name a model with model=, or a training run with run=")
-    return difflm_jax.load(model, adapter=adapter or None, dtype=dtype or "auto", quantization=quantization)
+    return difflm_jax.load(model, adapter=adapter or None, dtype=dtype or "bfloat16", quantization=quantization)
 
 
 def _flag(value: bool | str) -> bool:

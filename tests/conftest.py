@@ -10,6 +10,12 @@ _PROJECT = Path(__file__).parents[1]
 _SHARED = _PROJECT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: at the end of the session both workers have small ones left to share."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once(tmp_path_factory):
     """What one test has compiled another need not, in any process of the session or one that it starts; and tiny models

@@ -38,5 +38,7 @@ def test_a_run_keeps_what_it_began_with(tmp_path, capsys):
     assert settle_dtype(load_config("", ["dtype=float32", f"output_dir={tmp_path}"])).dtype == "float32"
 
 
-def test_a_model_is_loaded_in_it_by_default(tmp_path):
-    assert difflm_jax.load(make_model(tmp_path / "model")).model.dtype == jnp.dtype(dtypes.fastest_dtype())
+def test_a_model_can_be_loaded_in_it(tmp_path):
+    assert difflm_jax.load(make_model(tmp_path / "model"), dtype="auto").model.dtype == jnp.dtype(
+        dtypes.fastest_dtype()
+    )

@@ -1,4 +1,4 @@
-"""The parts of a transformer layer. Weights live in `params` (frozen), low-rank factors in `lora` (trained).
+"""The parts of a transformer layer. Weights live in `params`, low-rank factors in `lora`; one of them is trained.
 
 A weight is read with `self.variable`, not `self.param`: the latter would compare its shape with that of a dense
 initialiser on every call, and refuse quantised or sharded leaves. Shapes are checked once, when a file is read.
@@ -28,7 +28,7 @@ _ATTENTION_INPUT, _ATTENTION_OUTPUT, _MLP_INPUT, _MLP_HIDDEN = range(4)
 
 
 def stored(*_: Any) -> Any:
-    """The initialiser of every frozen variable: there is none, weights come from files."""
+    """The initialiser of every variable: there is none, weights come from files."""
     raise ValueError("the model is applied to weights that were read from a file; it initialises none")
 
 
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A frozen projection [out, in] with an optional bias, plus its low-rank update where `lora` holds one.
+    """A projection [out, in] with an optional bias, plus its low-rank update where `lora` holds one.
 
     `low_BLR` is that update's inner value, which projections of the same input make together (`adapted`).
     """

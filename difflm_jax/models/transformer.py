@@ -96,7 +96,7 @@ class Transformer(nn.Module):
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Rows of the frozen table, but the trained `mask_row` where the token is the mask."""
+        """Rows of the table, but the trained `mask_row` where the token is the mask."""
         x_BTD = Embedding(name="embed_tokens")(tokens_BT).astype(self.dtype)
         if self.mask_token_id is not None and self.has_variable("lora", "mask_row"):
             mask_row_D = self.get_variable("lora", "mask_row").astype(self.dtype)
@@ -110,7 +110,7 @@ def _matrices_as_bits(params: dict[str, Any]) -> dict[str, Any]:
 
 
 class Embedding(nn.Module):
-    """Rows of a frozen table [V, D]."""
+    """Rows of a table [V, D]."""
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:

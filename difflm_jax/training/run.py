@@ -68,7 +68,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
 
 
 def open_configured(config: ConfigDict) -> LanguageModel:
-    """The model that `config` names, without its weights; says which mask token it has."""
+    """The model that `config` names, without its weights; says which mask token it has. Raises `UserError`."""
     lm = open_model(
         config.model,
         attention=config.attention,
@@ -81,6 +81,11 @@ def open_configured(config: ConfigDict) -> LanguageModel:
         quantization=quantization(config),
         block_length=config.block_length or None,
     )
+    if config.trained == "all" and lm.quantization is not None:
+        raise UserError(
+            f"model={config.model}: its weights are stored as {lm.quantization.format}, and codes cannot be trained: "
+            "name a dense checkpoint, or set trained='adapter'"
+        )
     print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
     return lm
 

@@ -15,7 +15,7 @@ from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums, loss_sums
 from difflm_jax.mesh import rows_spec, specs
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.parallel import ROW_AXES, varies
+from difflm_jax.parallel import DATA, FSDP, ROW_AXES, varies
 from difflm_jax.training.optimizer import global_norm
 
 Tree = Any
@@ -73,10 +73,7 @@ def make_train_step(
 
         zeros = (_zero_sums(), jax.tree.map(jnp.zeros_like, trained))
         (sums, gradient), _ = jax.lax.scan(micro_batch, zeros, batch)
-        sums, gradient = _summed_over_rows(sums, gradient, state.trained)
-
-        total_weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
-        gradient = jax.tree.map(lambda g: g / total_weight, gradient)
+        sums, gradient = _over_all_rows(sums, gradient, state.trained)
         grad_norm = global_norm(gradient)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
@@ -128,19 +125,21 @@ def _varying_over_rows(leaf: jax.Array) -> jax.Array:
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
-def _summed_over_rows(sums: LossSums, gradient: Tree, trained: Tree) -> tuple[LossSums, Tree]:
-    """The totals over all devices; of a gradient over those that hold the same part of what is trained.
+def _over_all_rows(sums: LossSums, gradient: Tree, trained: Tree) -> tuple[LossSums, Tree]:
+    """The sums over all devices, and the gradient of the mean loss: Σ gradient / Σ weight.
 
-    Along an axis where `trained` is divided the transpose of its gathering has summed already. Axis by axis, so that
-    what devices exchange follows from what they exchanged before.
+    What is divided over `fsdp` in `trained` has been summed along it by the transpose of its gathering. Its sum over
+    `data` comes last and needs the weight, so that the order of what devices exchange follows from data.
     """
-    totals, structure = jax.tree.flatten((sums, gradient))
-    parts = [None] * len(jax.tree.leaves(sums)) + jax.tree.leaves(trained)
-    for axis in ROW_AXES:
-        at = [i for i, part in enumerate(parts) if part is None or not varies(part, axis)]
-        for i, total in zip(at, jax.lax.psum([totals[i] for i in at], axis), strict=True):
-            totals[i] = total
-    return jax.tree.unflatten(structure, totals)
+    gradients, structure = jax.tree.flatten(gradient)
+    is_part = [varies(leaf, FSDP) for leaf in jax.tree.leaves(trained)]
+    whole = [g for g, part in zip(gradients, is_part, strict=True) if not part]
+    parts = [g for g, part in zip(gradients, is_part, strict=True) if part]
+    sums, whole = jax.lax.psum((sums, whole), ROW_AXES)
+    total_weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+    whole, parts = ([g / total_weight for g in each] for each in (whole, parts))
+    whole, parts = iter(whole), iter(jax.lax.psum(parts, DATA) if parts else ())
+    return sums, jax.tree.unflatten(structure, [next(parts if part else whole) for part in is_part])
 
 
 def _zero_sums() -> LossSums:

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 
 import difflm_jax
 from difflm_jax import UserError
+from difflm_jax.config import load_config
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.quant import NestedScales, QTensor, QuantConfig, dequantize
+from difflm_jax.training.run import open_configured
 from tests.byte_tokenizer import byte_tokenizer
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (2, 17))
@@ -151,6 +153,11 @@ def test_an_adapter_loads_in_peft_over_the_very_base_it_was_trained_on(base_dir,
     difflm_jax.load(base_dir, dtype="float32", quantization="nf4").save_pretrained(tmp_path / "base")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert np.abs(np.asarray(lm(TOKENS)) - logits(model)).max() <= 2e-3
+
+
+def test_codes_are_not_trained_in_full(stored):
+    with pytest.raises(UserError, match="stored as nf4, and codes cannot be trained"):
+        open_configured(load_config("", [f"model={stored[0]}", "trained=all"]))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int4", "int8"])

@@ -23,7 +23,8 @@ mesh = make_mesh(1, 4, 2)
 optimizer = optax.chain(clip_by_global_norm(1.0), optax.scale_by_adam())
 step = make_train_step(options, optimizer, lambda index: 1e-2, mesh)
 state = place(TrainState({"lora": lora}, optimizer.init({"lora": lora})), mesh)
-arguments = (place(params, mesh), state, place_rows(micro_batched(2), batch_sharding(mesh)), jax.random.key(5), 0)
+frozen, rows = place({"params": params}, mesh), place_rows(micro_batched(2), batch_sharding(mesh))
+arguments = (frozen, state, rows, jax.random.key(5), 0)
 text = step.lower(*arguments).compile().as_text()
 moved = {}
 for each in costs(step.trace(*arguments).jaxpr, dict(mesh.shape), CHUNKS).transfers:

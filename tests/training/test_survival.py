@@ -88,24 +88,25 @@ def test_adapters_start_alike_whatever_the_order_in_which_weights_were_read():
 
 
 def test_a_second_ctrl_c_is_meant_at_once(capfd):
+    before = signal.getsignal(signal.SIGINT)
     with stop_request() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.reached(1) == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def poisoned(rows: Path, directory: Path, bad: set[int], monkeypatch) -> Path:
     """`rows` with a token in the questions of some, which nothing masks, whose embedding is NaN."""
-    plain = run.start_adapter
+    plain = run.start
 
-    def start_adapter(lm, config):
+    def start(lm, config):
         lm = plain(lm, config)
         table = lm.params["embed_tokens"]["weight"].at[lm.tokenizer.convert_tokens_to_ids(NAN_BYTE)].set(np.nan)
         return dataclasses.replace(lm, params={**lm.params, "embed_tokens": {"weight": table}})
 
-    monkeypatch.setattr(run, "start_adapter", start_adapter)
+    monkeypatch.setattr(run, "start", start)
     lines = rows.read_text().splitlines()
     path = directory / "poisoned.jsonl"
     made = [{**json.loads(line), **({"question": NAN_BYTE} if i in bad else {})} for i, line in enumerate(lines)]
