@@ -35,7 +35,8 @@ elif [ "$update" = false ] && [ -f .venv/complete ] && [ "$(cat .venv/complete)"
 fi
 rm -f .venv/complete
 
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt)
+# Modules are compiled when they are imported: all of them at once takes longer than to install them.
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint scripts/constraints.txt)
 case " ${extras[*]-} " in *" test "*)
     "${pip[@]}" torch==2.13.0 # first, so that nothing else chooses another build of it
     ;;

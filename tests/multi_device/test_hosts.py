@@ -112,6 +112,27 @@ def test_two_processes_answer_and_score_as_one(parts, whole, capfd):
     assert one and one == two, done.stderr[-3000:]
 
 
+@pytest.mark.slow
+def test_two_processes_train_every_weight_and_one_writes_them(parts, tmp_path):
+    """`trained=all` with weights divided within a process and rows over both ends in the checkpoint of one device."""
+    more = ("--config.trained=all", "--config.learning_rate=1e-3", "--config.phases=sft", "--config.epochs=1")
+    assert command(train_arguments(*parts, tmp_path / "one", *more)) == 0
+    run = train_arguments(*parts, tmp_path / "two", *more, "--config.mesh.data=2", "--config.mesh.fsdp=2")
+    launcher = [sys.executable, str(LAUNCH / "local.py"), "--processes=2", "--devices=2", "--"]
+    done = subprocess.run(
+        [*launcher, sys.executable, "-m", "difflm_jax.train", *run[1:]],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)}, cwd=PROJECT, capture_output=True, text=True, timeout=900,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    expected, found = (
+        load_file(tmp_path / each / "run" / "sft_model" / "model.safetensors") for each in ("one", "two")
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert np.linalg.norm(found[name] - tensor) / np.linalg.norm(tensor) < 1e-5, name
+
+
 def test_flags_that_do_not_belong_together_are_refused(capfd):
     assert run_command(generate.main, generate.FLAGS, "", ["generate", "--model=x", "--prompt=a", "--process_id=1"])
     assert "--process_id needs --coordinator_address, --num_processes too" in capfd.readouterr().err
