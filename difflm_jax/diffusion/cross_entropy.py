@@ -54,7 +54,7 @@ def scored_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _cross_entropy(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, weights_M, teacher):
-    head = _Head(head_VD, forbidden_id, vocab_size)
+    head = _Head(head_VD, hidden_MD.dtype, forbidden_id, vocab_size)
     outputs, _ = _in_chunks(chunk, head, hidden_MD, targets_M, weights_M, teacher, Gradients(None, None))
     return outputs
 
@@ -63,7 +63,8 @@ def _forward(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, *others):
     head_is_trained = is_differentiated(head_VD)
     hidden_MD, head_VD, *others = values(hidden_MD, head_VD, *others)
     zeros = Gradients(jnp.zeros_like(hidden_MD), jnp.zeros_like(head_VD) if head_is_trained else None)
-    return _in_chunks(chunk, _Head(head_VD, forbidden_id, vocab_size), hidden_MD, *others, zeros)
+    head = _Head(head_VD, hidden_MD.dtype, forbidden_id, vocab_size)
+    return _in_chunks(chunk, head, hidden_MD, *others, zeros)
 
 
 def _backward(chunk, forbidden_id, vocab_size, gradients, cotangents):
@@ -83,11 +84,11 @@ class Gradients(NamedTuple):
 
 
 class _Head:
-    """The output head or one device's part of it. Devices that share one score the chunks of all of them together, each
-    against its part of the vocabulary."""
+    """The output head or one device's part of it, in the dtype of the hidden states. Devices that share one score the
+    chunks of all of them together, each against its part of the vocabulary."""
 
-    def __init__(self, head_VD: jax.Array, forbidden_id: int, vocab_size: int):
-        self.weight_VD, self.vocab_size = head_VD, vocab_size
+    def __init__(self, head_VD: jax.Array, dtype: Any, forbidden_id: int, vocab_size: int):
+        self.weight_VD, self.vocab_size = head_VD.astype(dtype), vocab_size
         self.start, self.rows = first_row(head_VD), head_VD.shape[0]
         ids_V = self.start + jnp.arange(self.rows)
         self.is_output_V = (ids_V != forbidden_id) & (ids_V < vocab_size)
@@ -185,8 +186,7 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
 
 def _added(gradients: Gradients, at_C, error_CV, hidden_CD, head_VD) -> Gradients:
     """`gradients` with those of a chunk: `error_CV` are those of its logits."""
-    dtype = error_CV.dtype
-    of_hidden_CD = summed_product(error_CV, head_VD.astype(dtype), (1, 0), dtype)
+    of_hidden_CD = summed_product(error_CV, head_VD, (1, 0), error_CV.dtype)
     of_hidden_MD = gradients.hidden.at[at_C].set(rows_apart(of_hidden_CD, head_VD), mode="drop")
     if gradients.head is None:
         return Gradients(of_hidden_MD, None)
