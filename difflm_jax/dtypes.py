@@ -12,10 +12,10 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def fastest_dtype() -> str:
-    """ "bfloat16" on an accelerator and on a CPU with a matrix unit for it (AMX), else "float32".
+    """bfloat16 on an accelerator and on a CPU with a matrix unit for it (AMX), else float32.
 
-    XLA computes bfloat16 in float32 where a processor does not multiply it, and pays for the way there and back: 40 steps
-    of SmolLM2-135M on an EPYC with AVX2 took 420 s of CPU time in bfloat16 and 296 s in float32.
+    XLA computes bfloat16 in float32 where a processor does not multiply it, and pays for the way there and back: 40
+    steps of SmolLM2-135M on an EPYC with AVX2 took 420 s of CPU time in bfloat16 and 296 s in float32.
     """
     if jax.default_backend() != "cpu":
         return "bfloat16"
