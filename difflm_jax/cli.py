@@ -63,7 +63,7 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", "", "Hugging Face directory, hub id or .gguf file.", flag_values=flag_values)
     flags.DEFINE_string("adapter", "", "PEFT adapter directory.", flag_values=flag_values)
     flags.DEFINE_string(
-        "run", "", "Output directory of a training run: its model and adapter.", flag_values=flag_values
+        "run", "", "Output directory of a training run: what it trained, on its model.", flag_values=flag_values
     )
     flags.DEFINE_string("revision", "", "Revision of a hub id.", flag_values=flag_values)
     flags.DEFINE_enum(
@@ -88,15 +88,13 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
 def trained_model(run: Path, config: ConfigDict, model: str = "") -> tuple[str, str | None]:
     """(model, adapter) that the last finished phase of a run has made; `model` is where its base lies now.
 
-    Of a run that trained every weight it is the phase's own checkpoint, without an adapter.
+    Of a run that trained every weight it is the phase's own checkpoint, without an adapter and without a base.
     """
     for phase in reversed(config.phases):
         made = run / f"{phase}_model"
         if config.trained == "adapter" and (made / "adapter_config.json").is_file():
             return model or config.model, str(made)
         if config.trained == "all" and (made / "config.json").is_file():
-            if model:
-                raise UserError(f"--model={model}: {run} trained every weight and needs no base; leave --model out")
             return str(made), None
     raise UserError(f"{run}: no phase of this run is finished (no {' or '.join(f'{p}_model' for p in config.phases)})")
 
@@ -115,12 +113,9 @@ def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> L
             raise UserError("give --adapter or --run, not both")
         run = Path(flag_values.run)
         config = read_run_config(run)
+        origin = (model or config.model) if config.trained == "all" else ""
         model, adapter = trained_model(run, config, model)
-        dtype = dtype or config.dtype
-        if config.trained == "all":
-            origin = config.model
-        else:
-            revision = revision or config.revision
+        dtype, revision = dtype or config.dtype, revision or config.revision
         held = quantization(config)
         converted = run / CONVERTED if config.convert_cache else None
     if not model:
@@ -132,11 +127,11 @@ def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> L
         adapter=adapter or None,
         dtype=dtype or "bfloat16",
         mask_token=mask_token or None,
-        revision=revision or None,
+        revision=None if origin else revision or None,
         quantization=held,
     )
     lm = lm.with_weights(converted, _mesh(flag_values.mesh, lm))
-    return with_origin(lm, origin, config.revision) if with_base and origin else lm
+    return with_origin(lm, origin, revision) if with_base and origin else lm
 
 
 def with_origin(lm: LanguageModel, source: str, revision: str = "") -> LanguageModel:

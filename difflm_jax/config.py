@@ -108,9 +108,12 @@ def lora_config(config: ConfigDict) -> LoraConfig:
 
 def notes(config: ConfigDict) -> list[str]:
     """Lines to announce at the start of a run: keys that were set and have no effect here."""
-    if config.pin_memory == default_config().pin_memory:
-        return []
-    return ["pin_memory has no effect here: JAX has no pinned host buffers to choose"]
+    found = []
+    if config.pin_memory != default_config().pin_memory:
+        found.append("pin_memory has no effect here: JAX has no pinned host buffers to choose")
+    if config.trained == "all" and config.lora_config.to_dict() != default_config().lora_config.to_dict():
+        found.append("lora_config has no effect with trained='all': there is no adapter, and so no dropout")
+    return found
 
 
 def to_json(config: ConfigDict) -> str:

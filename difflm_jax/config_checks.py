@@ -160,7 +160,7 @@ def _check_quantization(config: ConfigDict) -> None:
         raise UserError(f"qlora_config.bnb_4bit_quant_type must be 'nf4', not {qlora.bnb_4bit_quant_type!r}")
     if config.quantization not in ("", "nf4"):
         raise UserError(f"quantization={config.quantization!r} contradicts use_qlora, which means nf4: set one of them")
-    if qlora.bnb_4bit_compute_dtype != config.dtype:
+    if config.dtype not in (AUTO, qlora.bnb_4bit_compute_dtype):
         raise UserError(
             f"qlora_config.bnb_4bit_compute_dtype={qlora.bnb_4bit_compute_dtype!r} contradicts dtype={config.dtype!r}: "
             "make them equal"

@@ -6,10 +6,11 @@
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, load_from_flags, run_command
+from difflm_jax.cli import define_model_flags, load_from_flags, read_run_config, run_command
 from difflm_jax.errors import UserError
 
 FLAGS = flags.FlagValues()
@@ -22,6 +23,8 @@ def main(flag_values: flags.FlagValues) -> None:
     """Loads the base with its adapter and writes `--out`."""
     if not flag_values.out:
         raise UserError("name the directory to write with --out")
+    if flag_values.run and flag_values.to == "peft" and read_run_config(Path(flag_values.run)).trained == "all":
+        raise UserError(f"{flag_values.run} trained every weight, and has no adapter: export it with --to=merged")
     lm = load_from_flags(flag_values)
     if lm.lora is None and not flag_values.run:
         raise UserError("there is no adapter to export: name one with --adapter, or a run with --run")
@@ -30,8 +33,6 @@ def main(flag_values: flags.FlagValues) -> None:
         if merged.provenance:
             print(merged.provenance)
         merged.save_pretrained(flag_values.out)
-    elif lm.lora is None:
-        raise UserError(f"{flag_values.run} trained every weight, and has no adapter: export it with --to=merged")
     else:
         lm.save_adapter(flag_values.out)
     print(f"wrote {flag_values.out}")

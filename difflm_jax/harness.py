@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import difflm_jax
-from difflm_jax.cli import read_run_config, trained_model
+from difflm_jax.cli import read_run_config, trained_model, with_origin
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 
@@ -68,7 +68,7 @@ class DiffusionHarness(TemplateLM):
     ):
         super().__init__()
         if lm is None:
-            lm = _load(model, adapter, run, dtype, quantization)
+            lm = _load(model, adapter, run, dtype, quantization, with_base=_flag(causal))
         self._lm = lm.base() if _flag(causal) else lm
         try:
             self._batch_size = int(batch_size)
@@ -180,14 +180,21 @@ class DiffusionHarness(TemplateLM):
         return [tokens[len(before) :].tolist() == after for tokens, (before, after) in zip(filled, rows, strict=True)]
 
 
-def _load(model: str, adapter: str, run: str, dtype: str | None, quantization: str | None) -> LanguageModel:
+def _load(
+    model: str, adapter: str, run: str, dtype: str | None, quantization: str | None, with_base: bool
+) -> LanguageModel:
+    origin = ""
     if run:
+        if adapter:
+            raise UserError("give adapter= or run=, not both")
         config = read_run_config(Path(run))
-        made_model, made_adapter = trained_model(Path(run), config, model)
-        model, adapter, dtype = made_model, adapter or made_adapter, dtype or config.dtype
+        origin = (model or config.model) if config.trained == "all" else ""
+        model, adapter = trained_model(Path(run), config, model)
+        dtype = dtype or config.dtype
     if not model:
         raise UserError("name a model with model=, or a training run with run=")
-    return difflm_jax.load(model, adapter=adapter or None, dtype=dtype or "bfloat16", quantization=quantization)
+    lm = difflm_jax.load(model, adapter=adapter or None, dtype=dtype or "bfloat16", quantization=quantization)
+    return with_origin(lm, origin, config.revision) if with_base and origin else lm
 
 
 def _flag(value: bool | str) -> bool:

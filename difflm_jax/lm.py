@@ -45,6 +45,7 @@ class LanguageModel:
     quantization: QuantConfig | None = None
     provenance: str = ""  # where the weights come from, if not from the source as it is
     mesh: Mesh | None = None  # over which the arrays are divided; None: they are on one device
+    mask_is_trained: bool = False  # the embedding has a row of the mask token that was trained as one
     origin: "LanguageModel | None" = None  # the causal model whose every weight was trained; None: it has these weights
 
     @property
@@ -78,7 +79,7 @@ class LanguageModel:
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def with_weights(self, converted: Path | None = None, mesh: Mesh | None = None) -> "LanguageModel":
-        """This model with its frozen weights read from the source, on the first device or divided over a `mesh`.
+        """This model with its weights read from the source, on the first device or divided over a `mesh`.
 
         `converted` is a directory where a base that is quantised on its way in is kept, and found the next time; not
         with a mesh.
@@ -236,7 +237,12 @@ class LanguageModel:
             raise UserError("merge: this model has no adapter")
         params = merge_lora(self.params, self.lora, self.model.lora, self.mask_token_id, self.mesh)
         merged = dataclasses.replace(
-            self, model=self.model.clone(lora=None), params=params, lora=None, quantization=None
+            self,
+            model=self.model.clone(lora=None),
+            params=params,
+            lora=None,
+            quantization=None,
+            mask_is_trained=self.mask_is_trained or "mask_row" in self.lora,
         )
         if self.quantization is None:
             return merged
@@ -275,6 +281,7 @@ class LanguageModel:
             "logit_shift": self.logit_shift,
             "algorithm": self.algorithm,
             **({"block_length": self.model.block_length} if self.attention in BLOCK_RULES else {}),
+            **({"mask_is_trained": True} if self.mask_is_trained else {}),
         }
 
     def _check_length(self, length: int) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import check_quantization
 from difflm_jax.checkpoint.peft import load_adapter
-from difflm_jax.checkpoint.source import open_source
+from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.data.mask_token import choose_mask_token, token_of_id
 from difflm_jax.diffusion.options import check_algorithm
 from difflm_jax.dtypes import AUTO, DTYPES, fastest_dtype
@@ -122,7 +122,17 @@ def open_model(
         algorithm=algorithm,
         lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
         quantization=quantization or next(iter(opened.stored.values()), None),
+        mask_is_trained=_mask_is_trained(opened, mask_token_id),
     )
+
+
+def _mask_is_trained(source: Source, mask_token_id: int) -> bool:
+    """Whether masks were trained in the weights themselves: a diffusion model of others, or one that ours was merged
+    into or every weight of which was trained."""
+    own = read_diffusion_config(source.path) or {}
+    if own.get("mask_is_trained"):
+        return own.get("mask_token_id") == mask_token_id
+    return source.diffusion.get("mask_token_id") == mask_token_id
 
 
 def _block_length(attention: str, block_length: int | None, trained_for: Mapping[str, Any]) -> int:

@@ -9,7 +9,14 @@ from difflm_jax.checkpoint.shards import read_json
 from difflm_jax.errors import UserError
 
 DIFFUSION_FILE = "diffusion_config.json"
-_TYPES = {"mask_token": str, "mask_token_id": int, "attention": str, "logit_shift": bool, "algorithm": str}
+_TYPES = {
+    "mask_token": str,
+    "mask_token_id": int,
+    "attention": str,
+    "logit_shift": bool,
+    "algorithm": str,
+    "mask_is_trained": bool,
+}
 
 
 def write_diffusion_config(directory: Path, diffusion_config: Mapping[str, Any]) -> None:

@@ -124,7 +124,13 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
             if signal and step < total:
                 _stop_at_signal(phase, signal, step, total, out)
             meter.restart_clock()
+    released(state)  # it is on the disk, and need not lie beside the best one
     return _best_state(phase, total, initial, out)
+
+
+def released(state: TrainState) -> None:
+    """Frees the memory of a state, whoever refers to it; what is left tells shapes and shardings."""
+    jax.tree.map(lambda leaf: leaf.delete(), state)
 
 
 def _evaluate(evaluate: Evaluator | None, phase: Phase, state: TrainState, step: int, out: Outputs) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from difflm_jax.mesh import check_model, is_writer, make_mesh, row_shards, wait_
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.parallel import FSDP
 from difflm_jax.quant import QuantConfig
-from difflm_jax.training.loop import Outputs, Phase, initial_state, run_phase
+from difflm_jax.training.loop import Outputs, Phase, initial_state, released, run_phase
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.resume import check_config, check_data, describe_data, settle_dtype, write_identity
 from difflm_jax.training.samples import Sampler
@@ -113,6 +113,8 @@ def _run(
             return best.state
         resumed = checkpoints.restore_latest(state)
         step = resumed.step if resumed else 0
+        if resumed:
+            released(state)
         samples = MetricsLog(directory, SAMPLES_FILE, enabled=is_writer())
         for records in (log, samples):
             records.cut_back(config.phases, name, step)
@@ -134,6 +136,7 @@ def _run(
         save(with_trained(lm, best.trained), target, name)
         if is_writer():
             (target / "training_config.json").write_text(to_json(config), encoding="utf-8")
+        wait_for_all(f"{name} is complete")
         print(f"{name}: wrote {target}")
         return best
     finally:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.config import lora_config
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
@@ -28,7 +27,7 @@ def start(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
     """
     lm = lm.with_model(lm.model.clone(remat=config.remat))
     table_VD = lm.params["embed_tokens"]["weight"]
-    if _knows_its_mask(lm):
+    if lm.mask_is_trained:
         mask_row_D = table_VD[lm.mask_token_id]
     else:
         rows = min(len(lm.tokenizer), lm.config.vocab_size)
@@ -62,7 +61,7 @@ def with_trained(lm: LanguageModel, trained: Mapping[str, Any]) -> LanguageModel
     """The model with what was trained, weights in its own dtype."""
     if "params" in trained:
         params = jax.tree.map(lambda leaf: leaf.astype(lm.model.dtype), trained["params"])
-        return dataclasses.replace(lm, params=params)
+        return dataclasses.replace(lm, params=params, mask_is_trained=True)
     return lm.with_adapter(trained["lora"], lm.model.lora)
 
 
@@ -76,12 +75,6 @@ def save(lm: LanguageModel, directory: Path, phase: str) -> None:
     if is_writer():
         lm.save_adapter(directory, notes)
     wait_for_all(f"{phase} is written")
-
-
-def _knows_its_mask(lm: LanguageModel) -> bool:
-    """Whether the source is a diffusion model already, and its mask token this one."""
-    trained_for = {**lm.source.diffusion, **(read_diffusion_config(lm.source.path) or {})}
-    return trained_for.get("mask_token_id") == lm.mask_token_id
 
 
 def _check_same_shape(loaded: LoraConfig, wanted: LoraConfig, adapter: str) -> None:
