@@ -17,6 +17,7 @@ from pathlib import Path
 from recipes import cpu_seconds, masked_scores
 
 from difflm_jax import load
+from difflm_jax.cli import read_run_config
 from difflm_jax.config import load_config
 from difflm_jax.lm import LanguageModel
 from difflm_jax.training.run import train
@@ -52,9 +53,12 @@ def main() -> None:
     keys = {**RECIPE, "dataset": options.train, "max_length": options.max_length, "sft.max_steps": options.steps}
     overrides = [f"{key}={value}" for key, value in {**keys, "output_dir": options.out}.items()]
     config = load_config("configs/quickstart.py", [*overrides, *options.changes])
+    if config.trained == "all":
+        parser.error("trained=all: the causal base that answers are compared with is the one under an adapter")
     began, cpu = time.perf_counter(), cpu_seconds()
     train(config)
     seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+    config = read_run_config(options.out)  # with the dtype that was settled on
     lm = load(config.model, adapter=options.out / "sft_model", dtype=config.dtype)
     print(f"trained for {seconds:.0f} s, {cpu:.0f} CPU s (all of them if the run was not resumed)", flush=True)
     found = {"seconds": seconds, "cpu_seconds": cpu, "steps": options.steps, "changes": options.changes}

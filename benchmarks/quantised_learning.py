@@ -48,8 +48,8 @@ def _train(base: str, run: Path, steps: int) -> None:
 
 def _scores(run: Path) -> dict:
     flag_values = copy.deepcopy(evaluate.FLAGS)
-    flag_values(["evaluate", f"--run={run}", "--data=builtin:quickstart_heldout"])
-    return evaluate.masked_scores(load_from_flags(flag_values), flag_values)
+    flag_values(["evaluate", f"--run={run}"])
+    return evaluate.masked_scores(load_from_flags(flag_values), "builtin:quickstart_heldout")
 
 
 if __name__ == "__main__":

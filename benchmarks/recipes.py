@@ -81,8 +81,12 @@ _SUREST = {"algorithm": "probability"}
 _STEADY = {**_SUREST, "leftmost": True, "schedule": "deadline"}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "surest 1": (1, _SUREST),
+    "surest 2": (2, _SUREST),
+    "surest 4": (4, _SUREST),
     "leftmost 1": (1, {**_SUREST, "leftmost": True}),
     "steady 2": (2, {**_STEADY, "threshold": 0.9}),
+    "steady 4": (4, {**_STEADY, "threshold": 0.9}),
+    "steady 0.8": (1, {**_STEADY, "threshold": 0.8}),
 }
 
 

@@ -1,4 +1,4 @@
-"""The configuration: every key with its default, the ways to set it, and its form on disk.
+"""The configuration: the ways to set a key (all of them are in `config_defaults`), and its form on disk.
 
 Values come from the defaults, a file (`--config`: .py, .yaml or .json), `--hyper_parameters_json` and
 `--config.key=value`, each over the one before, all through `_set`: one set of rules and one wording of errors. The keys

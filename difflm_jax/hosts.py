@@ -1,7 +1,7 @@
 """Several processes, one a host or a device, that work as one: found by themselves on a cluster, or told by flags.
 
 Everything that a run reads and writes lies where every process sees it. Process 0 alone writes logs, metrics,
-adapters and the terminal; checkpoints are written by all, each its part.
+what a phase trained and the terminal; checkpoints are written by all, each its part.
 """
 
 import contextlib

@@ -156,7 +156,7 @@ def rows_of_all(mesh: Mesh, local: int) -> int:
 
 
 def is_writer() -> bool:
-    """Whether this is the process that writes what is written once: logs, metrics, adapters."""
+    """Whether this is the process that writes what is written once: logs, metrics, what a phase trained."""
     return jax.process_index() == 0
 
 

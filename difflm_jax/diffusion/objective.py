@@ -49,7 +49,7 @@ def loss_sums(
     train: bool,
     index: jax.Array | int = 0,
 ) -> tuple[jax.Array, LossSums]:
-    """(the loss as a sum, all sums); the first is differentiable with respect to `variables`, the model's collections.
+    """(the loss as a sum, all sums); the first is differentiable with respect to collections of `variables` in float32.
 
     `key` is that of the step; `train` turns dropout on; `index` is the number of the step, for what changes on the way.
     """

@@ -47,8 +47,8 @@ def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig | N
 
     This is the count of Kaplan et al. (arXiv:2001.08361, section 2.1: 2 FLOPs a weight and token forward, 4 backward)
     with the weight gradients of what is frozen left out, and with attention between all pairs of positions. The mask
-    row is trained, so the backward pass reaches the first layer whatever the target modules. The head is counted at
-    every token, as in an objective that scores them all: with one that scores only masked tokens this is an upper
+    row counts as trained, so the backward pass reaches the first layer whatever the target modules. The head is counted
+    at every token, as in an objective that scores them all: with one that scores only masked tokens this is an upper
     bound. Element-wise work is not counted. Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B) are those
     of remat "none".
     """
