@@ -8,4 +8,5 @@ bash scripts/fetch_smollm2.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# In the order of tests/conftest.py, slow files first: by default xdist takes those with the fewest tests last.
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
