@@ -10,6 +10,7 @@ from difflm_jax.data.packing import BATCHING
 from difflm_jax.diffusion.options import ALGORITHMS
 from difflm_jax.dtypes import AUTO, DTYPES
 from difflm_jax.errors import UserError
+from difflm_jax.models.kernels import KERNELS
 from difflm_jax.models.transformer import REMAT
 from difflm_jax.quant import QuantConfig
 
@@ -20,6 +21,7 @@ _CHOICES = {
     "dtype": (AUTO, *DTYPES),
     "remat": tuple(REMAT),
     "attention": ("full", "prefix", "block"),
+    "attention_kernel": tuple(KERNELS),
     "mask_rate": ("batch", "row", "block"),
     "batching": BATCHING,
     "loss_tokens": ("all", "masked"),

@@ -31,6 +31,7 @@ def default_config() -> ConfigDict:
             "mask_token": "",  # empty: chosen by rule, and announced
             "remat": "full",  # or save_attention, save_dots, none: more memory, less computed twice
             "attention": "full",
+            "attention_kernel": "xla",  # or cudnn: NVIDIA's fused one
             "block_length": 0,  # of attention "block"
             "logit_shift": False,
             "lora_config": {

@@ -33,6 +33,7 @@ from difflm_jax.dtypes import AUTO, fastest_dtype
 from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.mesh import AXES, row_shards
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.kernels import check_kernel
 from difflm_jax.training.chips import CHIPS, GIB, Chip, absent_devices
 from difflm_jax.training.fit import (
     Estimate,
@@ -85,6 +86,8 @@ def main(flag_values: flags.FlagValues, overrides: Sequence[str]) -> None:
     if not 0 < flag_values.peak_share <= 1 or not 0 <= flag_values.memory_share <= 1:
         raise UserError("--peak_share must be in (0, 1], --memory_share in [0, 1]")
     chips = [_chip(name, flag_values.memory_share) for name in flag_values.chips]
+    for chip in chips:
+        check_kernel(config.attention_kernel, config.dtype, chip.platform)
     model_config = read_model_config(config.model, config.revision or None)
     meshes = [_sizes(text) for text in flag_values.mesh] or [tuple(max(1, config.mesh[axis]) for axis in AXES)]
     for sizes in meshes:
@@ -122,25 +125,25 @@ class _Described:
     def layers(self) -> int:
         return self.model_config.num_layers
 
-    def job(self, mesh: Any, rows: int) -> Job:
+    def job(self, mesh: Any, rows: int, on_cpu: bool) -> Job:
         if self.name != "sampling":
-            return training_job(self.config, self.name, self.model_config, mesh, rows)
+            return training_job(self.config, self.name, self.model_config, mesh, rows, on_cpu)
         given = self.flag_values
         lengths = (given.prompt_length, given.max_new_tokens, given.steps, given.block_length or None)
-        return sampling_job(self.config, self.model_config, mesh, rows, *lengths)
+        return sampling_job(self.config, self.model_config, mesh, rows, *lengths, on_cpu)
 
-    def estimate(self, rows: int, fused_random: bool) -> Estimate:
-        if (rows, fused_random) not in self.cache:
+    def estimate(self, rows: int, on_cpu: bool) -> Estimate:
+        if (rows, on_cpu) not in self.cache:
             mesh = abstract_mesh(*self.sizes)
-            self.cache[rows, fused_random] = estimate(self.job(mesh, rows), mesh, self.layers, fused_random)
-        return self.cache[rows, fused_random]
+            self.cache[rows, on_cpu] = estimate(self.job(mesh, rows, on_cpu), mesh, self.layers, on_cpu)
+        return self.cache[rows, on_cpu]
 
 
 def _estimated(described: _Described, chip: Chip) -> dict[str, Any]:
-    capacity, fused = chip.memory * chip.usable, chip.platform != "cpu"
-    found = described.estimate(described.rows, fused)
+    capacity, on_cpu = chip.memory * chip.usable, chip.platform == "cpu"
+    found = described.estimate(described.rows, on_cpu)
     unit = row_shards(abstract_mesh(*described.sizes))
-    most = largest_batch(lambda rows: described.estimate(rows, fused).total, capacity, unit)
+    most = largest_batch(lambda rows: described.estimate(rows, on_cpu).total, capacity, unit)
     return {**_record(described, chip, found.parts, found), "largest_batch_size": most}
 
 
@@ -152,11 +155,12 @@ def _compiled(described: _Described, chip: Chip) -> dict[str, Any]:
         raise UserError(f"--compile: there are {len(devices)} devices here, and the mesh has {count}")
     mesh = Mesh(np.array(devices).reshape(described.sizes), AXES, axis_types=(AxisType.Auto,) * 3)
     start = time.perf_counter()
-    job = described.job(mesh, described.rows)
+    on_cpu = chip.platform == "cpu"
+    job = described.job(mesh, described.rows, on_cpu)
     parts, compiled = compiled_parts(job)
     seconds = time.perf_counter() - start
     moved = collective_bytes(compiled.as_text(), job.loop_trips)
-    found = described.estimate(described.rows, chip.platform != "cpu")
+    found = described.estimate(described.rows, on_cpu)
     named = {name: size for name, size in found.parts.items() if name in ("weights", "adapters", "moments")}
     rest = {"batch": parts.pop("arguments") - sum(named.values()), **parts}
     return {
@@ -212,8 +216,9 @@ def _header(config: ConfigDict, model_config: ModelConfig, flag_values: flags.Fl
     held = quantization(config)
     return (
         f"{config.model}: {model_config.num_layers} layers of {model_config.hidden_size}, "
-        f"{held.format if held else config.dtype} base, {config.attention} attention, remat {config.remat}; steps of "
-        f"{config.gradient_accumulation_steps} x {config.batch_size} rows of {config.max_length} tokens; "
+        f"{held.format if held else config.dtype} base, {config.attention} attention by {config.attention_kernel}, "
+        f"remat {config.remat}; steps of {config.gradient_accumulation_steps} x {config.batch_size} rows of "
+        f"{config.max_length} tokens; "
         f"{'compiled' if flag_values.compile else 'estimated'}, products at {flag_values.peak_share:g} of the peak"
     )
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from difflm_jax.bits import kept
 from difflm_jax.lora import LoraConfig, lora_down, lora_up
-from difflm_jax.models.attention import Window, attend
+from difflm_jax.models.attention import Window
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.kernels import KERNELS
 from difflm_jax.models.rope import rotate
 from difflm_jax.noise import fold_seeds
 from difflm_jax.parallel import ROW_PARALLEL, gathered, summed
@@ -93,6 +94,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     lora: LoraConfig | None
+    kernel: str
 
     @nn.compact
     def __call__(
@@ -115,7 +117,7 @@ class Attention(nn.Module):
             k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
         q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
         k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
-        y_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
+        y_BTHE = KERNELS[self.kernel](q_BTHE, k_BSKE, v_BSKE, mask_BTS)
         output = Linear(self.lora, name="o_proj")
         return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT)[0]
 
@@ -153,6 +155,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     lora: LoraConfig | None
+    attention_kernel: str
 
     @nn.compact
     def __call__(
@@ -168,7 +171,7 @@ class Layer(nn.Module):
             seeds_BT = fold_seeds(seeds_BT, layer_index)
         epsilon = self.config.rms_norm_eps
         h_BTD = RMSNorm(epsilon, name="input_layernorm")(x_BTD)
-        attention = Attention(self.config, self.lora, name="self_attn")
+        attention = Attention(self.config, self.lora, self.attention_kernel, name="self_attn")
         x_BTD = x_BTD + attention(h_BTD, rope, mask_BTS, seeds_BT, window)
         h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
         return x_BTD + MLP(self.lora, name="mlp")(h_BTD, seeds_BT), None

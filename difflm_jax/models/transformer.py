@@ -1,5 +1,6 @@
 """The decoder: embed, one scanned stack of layers, final norm; and the output head as a function of hidden states."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from difflm_jax.bits import bits_of
 from difflm_jax.lora import LoraConfig
 from difflm_jax.models.attention import ATTENTION_OUTPUT, Window, attention_mask
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.kernels import CUDNN_FORWARD
 from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
 from difflm_jax.models.rope import rope_tables
 from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
@@ -17,10 +19,18 @@ from difflm_jax.quant import matmul
 
 # What a layer keeps for its backward pass beside its input; the rest is computed again there.
 _policies = jax.checkpoint_policies
+
+
+def _keeping(*names: str) -> Callable[..., bool]:
+    """Keeps values of these names, and what a fused kernel gives."""
+    of_name = _policies.save_only_these_names(*names)
+    return lambda primitive, *args, **params: primitive.name == CUDNN_FORWARD or of_name(primitive, *args, **params)
+
+
 REMAT = {
     "none": _policies.everything_saveable,
-    "save_dots": _policies.save_only_these_names(PROJECTION, LOW_RANK, ATTENTION_OUTPUT),  # the results of products
-    "save_attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
+    "save_dots": _keeping(PROJECTION, LOW_RANK, ATTENTION_OUTPUT),  # the results of products
+    "save_attention": _keeping(ATTENTION_OUTPUT),
     "full": _policies.nothing_saveable,
 }
 
@@ -29,8 +39,9 @@ class Transformer(nn.Module):
     """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
 
     Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
-    "block" and "block_causal". `remat` (a key of `REMAT`) says what the backward pass computes again. `on_cpu`: the
-    loop over layers takes its slices of bfloat16 weights as `difflm_jax.bits`.
+    "block" and "block_causal"; `attention_kernel` (a key of `models.kernels.KERNELS`) computes it. `remat` (a key of
+    `REMAT`) says what the backward pass computes again. `on_cpu`: the loop over layers takes its slices of bfloat16
+    weights as `difflm_jax.bits`.
     """
 
     config: ModelConfig
@@ -41,6 +52,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     block_length: int = 0
     on_cpu: bool = False
+    attention_kernel: str = "xla"
 
     @nn.compact
     def __call__(
@@ -91,7 +103,7 @@ class Transformer(nn.Module):
         if self.on_cpu:
             layers = nn.map_variables(layers, "params", _matrices_as_bits)
         x_BTD = self.embed(tokens_BT)
-        stack = layers(self.config, self.lora, name="layers")
+        stack = layers(self.config, self.lora, self.attention_kernel, name="layers")
         x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_seeds_BT, window)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
 

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal, Var
 
+from difflm_jax.models.kernels import CUDNN_BACKWARD, CUDNN_FORWARD
+
 # Operations that XLA computes wherever their result is read.
 _FUSED = {
-    "abs", "add", "add_any", "and", "bitcast_convert_type", "broadcast_in_dim", "clamp", "concatenate",
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "clamp", "concatenate",
     "convert_element_type", "copy", "copy_p", "cos", "div", "dynamic_slice", "eq", "erf", "exp", "expand_dims", "floor",
     "ge", "gt", "integer_pow", "iota", "is_finite", "layout_constraint", "le", "log", "log1p", "logistic", "lt", "max",
     "min", "mul", "ne", "neg", "not", "optimization_barrier", "or", "pad", "pow", "pvary", "reduce_precision", "rem",
@@ -30,7 +32,11 @@ _FUSED = {
     "random_wrap", "random_unwrap", "random_fold_in", "random_seed", "random_split", "axis_index",
     "dynamic_update_slice", "scatter", "scatter-add",
 }  # fmt: skip
-_RANDOM = "random_bits"  # element-wise too, but for XLA's CPU backend, which draws in a loop of its own
+# The same, but for XLA's CPU backend, which draws in a loop of its own, and copies what changes its type.
+_FUSED_BUT_ON_CPUS = {"random_bits", "bitcast_convert_type"}
+
+# Products of [T, S, E] for each head of the queries in a fused kernel: the backward pass makes the scores again.
+_FUSED_ATTENTION = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}
 
 # Operations that take their operands on the fly, and whose results are in memory.
 _READERS = {
@@ -92,13 +98,13 @@ class Costs:
     transfers: tuple[Transfer, ...]
 
 
-def costs(jaxpr: Any, axis_sizes: dict[str, int], loop_trips: int, fused_random: bool = True) -> Costs:
+def costs(jaxpr: Any, axis_sizes: dict[str, int], loop_trips: int, on_cpu: bool = False) -> Costs:
     """The costs of one device of a traced function (`jitted.trace(...).jaxpr`) on a mesh of `axis_sizes`.
 
-    `loop_trips`: how often the body of a loop runs whose end depends on data. `fused_random`: random numbers are
-    drawn where they are read (not so on CPUs). Of a function of `jax.shard_map`, what one device does is counted.
+    `loop_trips`: how often the body of a loop runs whose end depends on data. `on_cpu`: as XLA's CPU
+    backend computes it. Of a function of `jax.shard_map`, what one device does is counted.
     """
-    return _Analysis(axis_sizes, loop_trips, fused_random).of(jaxpr.jaxpr, range(0))
+    return _Analysis(axis_sizes, loop_trips, on_cpu).of(jaxpr.jaxpr, range(0))
 
 
 @dataclasses.dataclass
@@ -185,7 +191,7 @@ _ALIASES = {
 class _Analysis:
     axis_sizes: dict[str, int]
     loop_trips: int
-    fused_random: bool
+    on_cpu: bool
 
     def of(self, jaxpr: Any, sliced: Sequence[int], wanted: Sequence[int] | None = None) -> Costs:
         """The costs of one run of `jaxpr`. Its inputs at `sliced` are parts of stacks, read where they are needed;
@@ -207,7 +213,7 @@ class _Analysis:
             if each is not None:
                 flops, moved = flops + each.flops, moved + each.product_bytes
                 transfers += each.transfers
-            elif node.name == "dot_general":
+            elif node.name == "dot_general" or node.name in _FUSED_ATTENTION:
                 flops += _product_flops(node, program)
                 moved += sum(_size(program.avals[value]) for value in (*node.inputs, *node.outputs))
             elif node.name in _COLLECTIVES:
@@ -215,7 +221,7 @@ class _Analysis:
         return Costs(peak, live, flops, moved, tuple(transfers))
 
     def _is_fused(self, name: str) -> bool:
-        return name in _FUSED or (self.fused_random and name == _RANDOM)
+        return name in _FUSED or (name in _FUSED_BUT_ON_CPUS and not self.on_cpu)
 
     def _inside(self, node: _Node, program: _Program) -> Costs | None:
         """Of all iterations of a loop, or of the costlier branch; None where nothing is inside."""
@@ -388,7 +394,10 @@ def _size(aval: Any) -> int:
 
 
 def _product_flops(node: _Node, program: _Program) -> float:
-    (contracted, _), _ = node.params["dimension_numbers"]
     left = program.avals[node.inputs[0]].shape
+    if node.name in _FUSED_ATTENTION:
+        keys = program.avals[node.inputs[1]].shape[1]
+        return 2.0 * _FUSED_ATTENTION[node.name] * math.prod(left) * keys
+    (contracted, _), _ = node.params["dimension_numbers"]
     result = program.avals[node.outputs[0]].shape
     return 2.0 * math.prod(result) * math.prod(left[axis] for axis in contracted)

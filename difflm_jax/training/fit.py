@@ -83,11 +83,13 @@ class Estimate:
         return sum(transfer.link_bytes for transfer in self.transfers)
 
 
-def training_job(config: ConfigDict, phase: str, model_config: ModelConfig, mesh: AnyMesh, batch_size: int = 0) -> Job:
+def training_job(
+    config: ConfigDict, phase: str, model_config: ModelConfig, mesh: AnyMesh, batch_size: int = 0, on_cpu: bool = False
+) -> Job:
     """The training step of a phase at `max_length`; `batch_size` 0 is the configured one."""
     settings = phase_config(config, phase)
     batch_size = batch_size or settings.batch_size
-    model = _model(settings, model_config, mesh, settings.remat)
+    model = _model(settings, model_config, settings.remat, on_cpu)
     frozen, trained = _collections(settings, _params(config, model_config, mesh), model)
     optimizer = make_optimizer(settings)
     state = abstract(TrainState(trained, jax.eval_shape(optimizer.init, trained)), mesh)
@@ -117,9 +119,10 @@ def sampling_job(
     max_new_tokens: int,
     steps: int,
     block_length: int | None = None,
+    on_cpu: bool = False,
 ) -> Job:
     """A generation for `batch_size` prompts of `prompt_length` tokens, as the trained model makes it."""
-    model = _model(config, model_config, mesh, "none")
+    model = _model(config, model_config, "none", on_cpu)
     params = _params(config, model_config, mesh)
     sampling = sampling_options(model.attention, config.algorithm, {})
     plan = answer_plan(model, max_new_tokens, steps, block_length, sampling)
@@ -147,9 +150,9 @@ def abstract_batch(accumulation: int, batch_size: int, length: int) -> CleanBatc
     return jax.eval_shape(CleanBatch.of_rows, tokens, row, is_answer, row, row, row)
 
 
-def estimate(job: Job, mesh: AnyMesh, layers: int, fused_random: bool = True) -> Estimate:
+def estimate(job: Job, mesh: AnyMesh, layers: int, on_cpu: bool = False) -> Estimate:
     """What a job costs one device of the mesh, from its trace; `layers` is the model's number of them."""
-    found = costs(job.trace().jaxpr, dict(mesh.shape), job.loop_trips, fused_random)
+    found = costs(job.trace().jaxpr, dict(mesh.shape), job.loop_trips, on_cpu)
     parts = {**_argument_parts(job), **_temporary_parts(found, job, layers)}
     return Estimate(parts, found.flops, found.product_bytes, found.transfers)
 
@@ -228,7 +231,7 @@ def _shard_shape(leaf: Any) -> tuple[int, ...]:
     return tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
 
 
-def _model(config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh, remat: str) -> Transformer:
+def _model(config: ConfigDict, model_config: ModelConfig, remat: str, on_cpu: bool) -> Transformer:
     return Transformer(
         config=model_config,
         attention=config.attention,
@@ -236,8 +239,9 @@ def _model(config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh, remat: 
         mask_token_id=model_config.vocab_size - 1,
         dtype=DTYPES[config.dtype],
         remat=remat,
+        attention_kernel=config.attention_kernel,
         block_length=config.block_length,
-        on_cpu=isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu",
+        on_cpu=on_cpu,
     )
 
 

@@ -15,6 +15,7 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import open_model
 from difflm_jax.mesh import check_model, is_writer, make_mesh, row_shards, wait_for_all
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.kernels import check_kernel
 from difflm_jax.parallel import FSDP
 from difflm_jax.quant import QuantConfig
 from difflm_jax.training.loop import Outputs, Phase, initial_state, released, run_phase
@@ -47,6 +48,8 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     check_data(directory, data, force)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_sizes(config, lm.config, lm.quantization, mesh)
+    check_kernel(config.attention_kernel, config.dtype, mesh.devices.flat[0].platform)
+    print(f"attention: {config.attention}, computed by {config.attention_kernel}")
     converted = directory / CONVERTED if config.convert_cache else None
     lm = start(lm.with_weights(converted, mesh if mesh.size > 1 else None), config)
     frozen, trained = collections(lm, config, mesh)

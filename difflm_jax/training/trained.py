@@ -20,12 +20,12 @@ Collections = dict[str, Any]  # of the model, by name: "params", "lora"
 
 
 def start(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
-    """The model that training starts from: remat as configured, and a fresh adapter where it has none and trains one.
+    """The model that training starts from: computed as configured, with a fresh adapter if it trains one and has none.
 
     The mask's embedding starts at the mean of the embeddings of the tokenizer's tokens (unused rows of a pretrained
     table are near zero, a known cause of spikes at high mask rates), but for a checkpoint that masks were trained in.
     """
-    lm = lm.with_model(lm.model.clone(remat=config.remat))
+    lm = lm.with_model(lm.model.clone(remat=config.remat, attention_kernel=config.attention_kernel))
     table_VD = lm.params["embed_tokens"]["weight"]
     if lm.mask_is_trained:
         mask_row_D = table_VD[lm.mask_token_id]

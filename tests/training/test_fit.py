@@ -25,6 +25,7 @@ CASES = {
     "full remat": (),
     "no remat": ("remat=none",),
     "nf4, no dropout": ("quantization=nf4", "lora_config.lora_dropout=0"),
+    "bfloat16": ("dtype=bfloat16",),
     "every weight": ("trained=all",),
     "prefix, masked tokens scored": ("attention=prefix", "logit_shift=true", "loss_tokens=masked"),
 }
@@ -37,11 +38,11 @@ def test_memory_is_what_xla_assigns(case):
     config = load_config("", [*SHAPE, *CASES.get(case, ())])
     model_config, mesh = ModelConfig.from_hf(SMALL), make_mesh(1)
     if case == "sampling":
-        job = sampling_job(config, model_config, mesh, 8, 64, 64, 16)
+        job = sampling_job(config, model_config, mesh, 8, 64, 64, 16, on_cpu=True)
     else:
-        job = training_job(config, "pretrain", model_config, mesh)
+        job = training_job(config, "pretrain", model_config, mesh, on_cpu=True)
     measured, _ = compiled_parts(job)
-    found = estimate(job, mesh, model_config.num_layers, fused_random=False).parts
+    found = estimate(job, mesh, model_config.num_layers, on_cpu=True).parts
     arguments = sum(found[name] for name in ("weights", "adapters", "moments", "batch") if name in found)
     unread = arguments - measured["arguments"]  # fields of the batch that the objective does not ask for
     assert 0 <= unread < found.get("batch", 4096)

@@ -1,0 +1,43 @@
+"""The programs that compute the attention product: one is chosen by name, and none stands in for another."""
+
+import jax
+import jax.numpy as jnp
+
+from difflm_jax.errors import UserError, one_line
+from difflm_jax.models.attention import attend
+
+CUDNN = "cudnn"
+# jax's primitives of it: a remat policy cannot ask for their results by name, and `training.costs` counts them.
+CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
+
+
+def attend_in_cudnn(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """[B, T, H, E]: what `attend` gives, by one fused kernel that puts no score into memory; bfloat16, NVIDIA GPUs.
+
+    The mask goes in as a bias [B, 1, T, S]. A query that sees nothing (padding) gives a mean of values here instead
+    of zero; nothing reads it. Raises `UserError` where the kernel is not there or does not take these heads.
+    """
+    queries, keys = q_BTHE.shape[1], k_BSKE.shape[1]
+    if queries % 2 or keys % 2:  # lengths that the kernel has no backward pass for
+        odd_queries, odd_keys = (0, queries % 2), (0, keys % 2)
+        q_BTHE = jnp.pad(q_BTHE, ((0, 0), odd_queries, (0, 0), (0, 0)))
+        k_BSKE, v_BSKE = (jnp.pad(x, ((0, 0), odd_keys, (0, 0), (0, 0))) for x in (k_BSKE, v_BSKE))
+        mask_BTS = jnp.pad(mask_BTS, ((0, 0), odd_queries, odd_keys))
+    try:
+        y_BTHE = jax.nn.dot_product_attention(q_BTHE, k_BSKE, v_BSKE, mask=mask_BTS[:, None], implementation=CUDNN)
+    except (RuntimeError, NotImplementedError) as error:  # no cuDNN here, or a size of heads that it does not know
+        raise UserError(f"attention_kernel={CUDNN!r}: {one_line(error)}") from error
+    return y_BTHE[:, :queries]
+
+
+KERNELS = {"xla": attend, CUDNN: attend_in_cudnn}
+
+
+def check_kernel(name: str, dtype: str, platform: str) -> None:
+    """Raises `UserError` where devices of `platform` do not have the kernel `name` for `dtype`."""
+    if name != CUDNN:
+        return
+    if platform not in ("gpu", "cuda"):
+        raise UserError(f"attention_kernel={CUDNN!r} needs NVIDIA GPUs, not a {platform!r}")
+    if dtype != "bfloat16":
+        raise UserError(f"attention_kernel={CUDNN!r} computes in bfloat16, not in dtype={dtype!r}")
