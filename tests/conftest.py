@@ -5,6 +5,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import compiler
+
+# XLA's newer emitters of fusions take twice as long to compile for a CPU (`optimised` has them); before jax starts.
+_EMITTERS = "xla_cpu_use_fusion_emitters"
+_AS_USERS = os.environ.get("XLA_FLAGS", "").replace(f"--{_EMITTERS}=false", "").strip()
+os.environ["XLA_FLAGS"] = f"{_AS_USERS} --{_EMITTERS}=false"
 
 _PROJECT = Path(__file__).parents[1]
 _SHARED = _PROJECT.parent / "shared" / "data"
@@ -41,9 +47,16 @@ def _programs_of_a_module():
 
 
 @pytest.fixture
-def optimised():
+def optimised(monkeypatch):
     """Compiles as users do, for tests of single bits and of what is in the compiled program."""
     name = "jax_disable_most_optimizations"
+    plain = compiler.get_compile_options
+
+    def with_emitters(*arguments, env_options_overrides=None, **more):
+        return plain(*arguments, env_options_overrides={_EMITTERS: True, **(env_options_overrides or {})}, **more)
+
+    monkeypatch.setattr(compiler, "get_compile_options", with_emitters)
+    monkeypatch.setenv("XLA_FLAGS", _AS_USERS)
     jax.clear_caches()
     jax.config.update(name, False)
     os.environ[name.upper()] = "False"

@@ -23,7 +23,7 @@ def model_dir(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=[("full", False), ("full", True), ("prefix", False), ("prefix", True)])
+@pytest.fixture(scope="module", params=[("full", False), ("prefix", True)])
 def lm(request, model_dir):
     """A model under each attention rule with a random adapter."""
     attention, shift = request.param

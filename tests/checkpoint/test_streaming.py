@@ -45,21 +45,28 @@ SIZES = {"hidden_size": 1024, "intermediate_size": 6144, "num_attention_heads": 
 VOCABULARY = 24_000  # the embedding is the largest tensor: 49 MB in bfloat16
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A checkpoint of 460 MB and one of a single layer, in directories named by their layers."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    for layers in (18, 1):
+        _write_checkpoint(directory / str(layers), layers)
+    return directory
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_peak_memory_is_the_loaded_model_and_two_of_the_largest_tensors(tmp_path, quantization):
+def test_peak_memory_is_the_loaded_model_and_two_of_the_largest_tensors(checkpoints, quantization):
     """Proves on a checkpoint of 460 MB that host memory does not grow with the checkpoint."""
-    for layers in (18, 1):
-        _write_checkpoint(tmp_path / str(layers), layers)
     for _ in range(2):  # the first process compiles, which takes memory too, and leaves the programs to the second
         done = subprocess.run(
-            [sys.executable, "-c", _MEASURE, str(tmp_path / "18"), str(tmp_path / "1"), quantization],
+            [sys.executable, "-c", _MEASURE, str(checkpoints / "18"), str(checkpoints / "1"), quantization],
             capture_output=True, text=True, check=False, env={**os.environ, **_ONE_ARENA},
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     peak, loaded = map(int, done.stdout.split())
-    checkpoint, largest = (tmp_path / "18" / "model.safetensors").stat().st_size, VOCABULARY * 1024 * 2
+    checkpoint, largest = (checkpoints / "18" / "model.safetensors").stat().st_size, VOCABULARY * 1024 * 2
     assert loaded < peak <= loaded + 2 * largest
     assert loaded + 2 * largest < 0.8 * checkpoint  # else the bound would say nothing
 

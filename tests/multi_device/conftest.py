@@ -17,7 +17,7 @@ def on_devices():
     def run(count: int, code: str) -> str:
         environment = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(_PROJECT),
         }

@@ -54,7 +54,7 @@ def life(
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "JAX_PLATFORMS": "cpu"}
     if processes == 1:
         launcher = []
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [*launcher, *run], env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False
     )
