@@ -182,10 +182,6 @@ def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolera
                         pairs[key] = (block, name, factor, layer)
         (row_key,) = [key for key in named if "trainable_tokens_delta" in key and "embed_tokens" in key]
         named[row_key].copy_(torch.tensor(np.array(lora["mask_row"]))[None])
-    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    torch_optimizer = torch.optim.AdamW(trained, lr=5e-3, weight_decay=0.01)
-    torch_schedule = get_linear_schedule_with_warmup(torch_optimizer, 0, STEPS)
-
     model = Transformer(
         config,
         attention=rule.attention,
@@ -194,28 +190,35 @@ def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolera
         remat="full",
         block_length=rule.block_length,
     )
-    optimizer = make_optimizer(SETTINGS)
-    schedule = learning_rate_schedule(SETTINGS, STEPS)
+    losses, expected, trained = side_by_side(peft_model, model, {"params": params}, {"lora": lora}, rule)
+    assert min(expected[-3:]) < expected[0] - 0.3  # it did learn: agreeing on nothing would be no test
+    np.testing.assert_allclose(losses, expected, atol=loss_tolerance)
+    for torch_key, (block, name, factor, layer) in pairs.items():
+        ours = np.asarray(trained["lora"]["layers"][block][name][factor][layer])
+        np.testing.assert_allclose(ours, named[torch_key].detach().numpy(), atol=factor_tolerance)
+    found = np.asarray(trained["lora"]["mask_row"])
+    np.testing.assert_allclose(found, named[row_key].detach().numpy()[0], atol=factor_tolerance)
+
+
+def side_by_side(torch_model, model, frozen, trained, rule):
+    """(our losses, torch's losses, what we trained) of thirty AdamW steps on the same batches and masks."""
+    parameters = [parameter for parameter in torch_model.parameters() if parameter.requires_grad]
+    torch_optimizer = torch.optim.AdamW(parameters, lr=SETTINGS.learning_rate, weight_decay=0.01)
+    torch_schedule = get_linear_schedule_with_warmup(torch_optimizer, 0, STEPS)
+    optimizer, schedule = make_optimizer(SETTINGS), learning_rate_schedule(SETTINGS, STEPS)
     step = make_train_step(StepOptions(model, rule, 16), optimizer, schedule, make_mesh(1))
-    state = TrainState({"lora": jax.tree.map(jnp.copy, lora)}, optimizer.init({"lora": lora}))
+    state = TrainState(jax.tree.map(jnp.copy, trained), optimizer.init(trained))
     key = jax.random.key(3)
     losses, expected = [], []
     for index, batch in enumerate(batches()):
         noisy = corrupt(jax.random.fold_in(key, index), jax.tree.map(lambda x: jnp.asarray(x[0]), batch), rule, MASK)
-        loss = torch_loss(peft_model, batch, noisy, rule)
+        loss = torch_loss(torch_model, batch, noisy, rule)
         torch_optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         torch_optimizer.step()
         torch_schedule.step()
         expected.append(loss.item())
-        state, metrics = step({"params": params}, state, batch, key, index)
+        state, metrics = step(frozen, state, batch, key, index)
         losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
-
-    assert min(expected[-3:]) < expected[0] - 0.3  # it did learn: agreeing on nothing would be no test
-    np.testing.assert_allclose(losses, expected, atol=loss_tolerance)
-    for torch_key, (block, name, factor, layer) in pairs.items():
-        ours = np.asarray(state.trained["lora"]["layers"][block][name][factor][layer])
-        np.testing.assert_allclose(ours, named[torch_key].detach().numpy(), atol=factor_tolerance)
-    found = np.asarray(state.trained["lora"]["mask_row"])
-    np.testing.assert_allclose(found, named[row_key].detach().numpy()[0], atol=factor_tolerance)
+    return losses, expected, state.trained

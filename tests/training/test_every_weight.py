@@ -5,31 +5,25 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from lm_eval.api.instance import Instance
-from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM
 
 import difflm_jax
 from difflm_jax import evaluate, export, generate
 from difflm_jax.checkpoint.shards import open_files, open_shards
 from difflm_jax.cli import run_command
 from difflm_jax.config import load_config
-from difflm_jax.diffusion.corruption import corrupt
 from difflm_jax.harness import DiffusionHarness
-from difflm_jax.mesh import make_mesh
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.train import command
-from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.samples import Sampler
-from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from difflm_jax.training.trained import start
 from tests.tiny import params_from_state_dict
-from tests.tiny_run import make_model, make_rows, train_arguments
-from tests.training.test_against_peft import MASK, RULES, SETTINGS, STEPS, batches, random_model, torch_loss
+from tests.tiny_run import train_arguments
+from tests.training.test_against_peft import MASK, RULES, random_model, side_by_side
 
 ALL = ("--config.trained=all", "--config.learning_rate=1e-3")
 
@@ -40,39 +34,12 @@ def test_thirty_steps_follow_torch(tied):
     rule, base = RULES["mdlm-prefix-shift"], random_model(tie_word_embeddings=tied, attention_bias=True)
     config = ModelConfig.from_hf(base.config.to_dict())
     params = params_from_state_dict(config, {k: v.detach().numpy().copy() for k, v in base.state_dict().items()})
-    optimizer, schedule = make_optimizer(SETTINGS), learning_rate_schedule(SETTINGS, STEPS)
     model = Transformer(config, attention=rule.attention, mask_token_id=MASK, remat="full")
-    step = make_train_step(StepOptions(model, rule, 16), optimizer, schedule, make_mesh(1))
-    state = TrainState({"params": params}, optimizer.init({"params": params}))
-    torch_optimizer = torch.optim.AdamW(base.parameters(), lr=SETTINGS.learning_rate, weight_decay=0.01)
-    torch_schedule = get_linear_schedule_with_warmup(torch_optimizer, 0, STEPS)
-    key = jax.random.key(3)
-    losses, expected = [], []
-    for index, batch in enumerate(batches()):
-        noisy = corrupt(jax.random.fold_in(key, index), jax.tree.map(lambda x: jnp.asarray(x[0]), batch), rule, MASK)
-        loss = torch_loss(base, batch, noisy, rule)
-        torch_optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
-        torch_optimizer.step()
-        torch_schedule.step()
-        expected.append(loss.item())
-        state, metrics = step({}, state, batch, key, index)
-        losses.append(float(metrics["sums"].loss / metrics["sums"].weight))
+    losses, expected, trained = side_by_side(base, model, {}, {"params": params}, rule)
     assert min(expected[-3:]) < expected[0] - 1.0
     np.testing.assert_allclose(losses, expected, atol=2e-3)
     theirs = params_from_state_dict(config, {k: v.detach().numpy() for k, v in base.state_dict().items()})
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-3), state.trained["params"], theirs)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return make_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-3), trained["params"], theirs)
 
 
 @pytest.fixture(scope="module")

@@ -20,19 +20,9 @@ from difflm_jax.training import loop, meter, run
 from difflm_jax.training.interruption import stop_request
 from difflm_jax.training.metrics import MetricsLog, read_metrics
 from tests.tiny import tiny_config, tiny_params
-from tests.tiny_run import NF4_PACKED, make_model, make_rows, results, train_arguments
+from tests.tiny_run import NF4_PACKED, results, train_arguments
 
 NAN_BYTE = "Z"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return make_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
