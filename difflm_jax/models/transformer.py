@@ -17,7 +17,6 @@ from difflm_jax.models.rope import rope_tables
 from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
 from difflm_jax.quant import matmul
 
-# What a layer keeps for its backward pass beside its input; the rest is computed again there.
 _policies = jax.checkpoint_policies
 
 
@@ -27,6 +26,7 @@ def _keeping(*names: str) -> Callable[..., bool]:
     return lambda primitive, *args, **params: primitive.name == CUDNN_FORWARD or of_name(primitive, *args, **params)
 
 
+# What a layer keeps for its backward pass beside its input; the rest is computed again there.
 REMAT = {
     "none": _policies.everything_saveable,
     "save_dots": _keeping(PROJECTION, LOW_RANK, ATTENTION_OUTPUT),  # the results of products
