@@ -169,7 +169,7 @@ def compiled_parts(job: Job) -> tuple[dict[str, int], jax.stages.Compiled]:
 def largest_batch(total: Callable[[int], int], capacity: float, unit: int, most: int = 4096) -> int:
     """The largest multiple of `unit` rows whose `total` bytes are within `capacity`, at most `most`; 0 if none is.
 
-    `total` is nearly linear in the rows: false position finds the place in a few steps.
+    `total` is nearly linear in the rows: a line through what fits, then false position, finds the place in a few steps.
     """
     found = {1: total(unit)}
     if found[1] > capacity:
@@ -177,7 +177,9 @@ def largest_batch(total: Callable[[int], int], capacity: float, unit: int, most:
     fits, too_many = 1, None
     while too_many is None or too_many - fits > 1:
         if too_many is None:
-            guess = min(8 * fits, most // unit)
+            a_row = (found[fits] - found[1]) / (fits - 1) if fits > 1 else 0
+            more = math.floor((capacity - found[fits]) / a_row) if a_row > 0 else 7 * fits
+            guess = min(fits + max(more, 1), most // unit)
         else:
             share = (capacity - found[fits]) / (found[too_many] - found[fits])
             guess = min(max(fits + math.floor(share * (too_many - fits)), fits + 1), too_many - 1)
