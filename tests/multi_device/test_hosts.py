@@ -102,7 +102,7 @@ def test_two_processes_answer_and_score_as_one(parts, whole, capfd):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == alone
-    score = [f"--run={whole}", f"--data={parts[1]}", "--rows=6", "--max_new_tokens=4"]
+    score = [f"--run={whole}", f"--data={parts[1]}", "--rows=6", "--max_new_tokens=4", "--tokens_per_pass=4"]
     assert run_command(evaluate.main, evaluate.FLAGS, "", ["evaluate", *score]) == 0
     done = subprocess.run(
         [*launcher, sys.executable, "-m", "difflm_jax.evaluate", *score],
