@@ -18,12 +18,12 @@ def ranks(score_BT: jax.Array, open_BT: jax.Array) -> jax.Array:
     return jnp.argsort(order_BT, axis=1)
 
 
-def deadline_quota(open_BT: jax.Array, passes_left: jax.Array) -> jax.Array:
-    """[B] how many to commit now so that an even pace from here on is done in `passes_left` [].
+def deadline_quota(open_BT: jax.Array, passes_left_B: jax.Array) -> jax.Array:
+    """[B] how many to commit now so that an even pace from here on is done in `passes_left_B`, at least 1.
 
     What a rule has committed beyond its share, or an end of sequence has closed, makes the passes that follow slower.
     """
-    return -(-open_BT.sum(axis=1) // jnp.maximum(passes_left, 1))
+    return -(-open_BT.sum(axis=1) // passes_left_B)
 
 
 def leftmost_first(score_BT: jax.Array, open_BT: jax.Array) -> jax.Array:

@@ -29,7 +29,8 @@ Predict = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]
 class Plan:
     """The shape of a generation: `num_blocks` blocks of `block_length` columns from column `first_column` on.
 
-    Blocks are filled from left to right, each in at most `steps_per_block` scheduled passes.
+    Blocks are filled from left to right, each in at most `steps_per_block` scheduled passes, and by a deadline in those
+    that a row has saved in earlier blocks too.
     """
 
     first_column: int
@@ -92,11 +93,11 @@ class Loop:
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
 
-    @property
-    def most_steps(self) -> int:
-        """Passes in a block at most. The last one edits nothing, so that it can fill what editing opened again."""
+    def most_steps(self, block: jax.Array) -> jax.Array:
+        """[] passes in a block at most. The last one edits nothing, so that it can fill what editing opened again."""
+        saved = block if self.sampling.schedule == DEADLINE else jnp.zeros_like(block)
         editing = self.sampling.edit_threshold is not None
-        return self.plan.steps_per_block + (self.sampling.edit_passes + 1 if editing else 0)
+        return self.plan.steps_per_block * (1 + saved) + (self.sampling.edit_passes + 1 if editing else 0)
 
     def unfinished(self, carry: Carry) -> jax.Array:
         nothing_open = everywhere(~self._open(carry.tokens).any())
@@ -143,7 +144,7 @@ class Loop:
             settled_B &= was_full_B & (~edit_BT.any(axis=1) | (revisions_B >= self.sampling.edit_passes))
         if self.sampling.remask is not None:
             settled_B = jnp.zeros_like(done_B)  # a full block may be opened again until its time is over
-        leave = everywhere((done_B | settled_B).all()) | (carry.step + 1 == self.most_steps)
+        leave = everywhere((done_B | settled_B).all()) | (carry.step + 1 == self.most_steps(carry.block))
         carry = Carry(
             tokens=tokens_BL,
             confidence=put(carry.confidence, confidence_BT),
@@ -174,11 +175,11 @@ class Loop:
     def _commit(self, carry, proposal: Proposal, open_BT, committed_BT, confidence_BT) -> jax.Array:
         """[B, T] bool: the masks to commit, by the rule that the options name."""
         sampling, scheduled = self.sampling, self._scheduled(carry.step)
-        is_last = scheduled == self.plan.steps_per_block - 1
-        quota_B = self.quotas[:, carry.block, scheduled]
         if sampling.schedule == DEADLINE:
-            quota_B = commit.deadline_quota(open_BT, self.plan.steps_per_block - scheduled)
-        quota_B = jnp.where(is_last, self.plan.block_length, quota_B)
+            quota_B = commit.deadline_quota(open_BT, self._passes_left(carry))
+        else:
+            is_last = scheduled == self.plan.steps_per_block - 1
+            quota_B = jnp.where(is_last, self.plan.block_length, self.quotas[:, carry.block, scheduled])
         score_BT = commit.leftmost_first(proposal.score, open_BT) if sampling.leftmost else proposal.score
         known = (score_BT, open_BT)
         if sampling.threshold is not None:
@@ -201,12 +202,18 @@ class Loop:
             edit_BT = revise.edited(
                 tokens_BT, proposal.tokens, proposal.probability, committed_BT, self.sampling.edit_threshold
             )
-            return edit_BT & (carry.step + 1 < self.most_steps), nothing_BT
+            return edit_BT & (carry.step + 1 < self.most_steps(carry.block)), nothing_BT
         if self.sampling.remask is not None:
             rate_BT = self._remask_rate(*self._times(self._scheduled(carry.step)), confidence_BT, committed_BT)
             chance_BT = noise(jax.random.uniform, keys_B, REMASK_STREAM, committed_BT.shape[1:])
             return nothing_BT, committed_BT & (chance_BT < rate_BT)
         return nothing_BT, nothing_BT
+
+    def _passes_left(self, carry: Carry) -> jax.Array:
+        """[B] passes, this one included, that a deadline leaves a row that is at work in the active block."""
+        before_B = carry.passes - carry.step
+        saved_B = jnp.maximum(carry.block * self.plan.steps_per_block - before_B, 0)
+        return jnp.maximum(self.plan.steps_per_block + saved_B - carry.step, 1)
 
     def _scheduled(self, step: jax.Array) -> jax.Array:
         return jnp.minimum(step, self.plan.steps_per_block - 1)

@@ -227,9 +227,26 @@ def test_leftmost_alone_is_greedy_decoding_from_left_to_right():
 
 def test_a_deadline_gives_the_passes_that_are_saved_to_what_is_unsure():
     """Of 9 masks in 4 passes: 3 at first (ceil 9/4); if a rule takes 7 then 1, 1; the last takes all that is left."""
-    quota = commit.deadline_quota(jnp.array([[True] * 9, [True] * 2 + [False] * 7]), jnp.array(4))
+    quota = commit.deadline_quota(jnp.array([[True] * 9, [True] * 2 + [False] * 7]), jnp.array([4, 4]))
     np.testing.assert_array_equal(quota, [3, 1])
-    np.testing.assert_array_equal(commit.deadline_quota(jnp.ones((1, 9), bool), jnp.array(1)), [9])
+    np.testing.assert_array_equal(commit.deadline_quota(jnp.ones((1, 9), bool), jnp.array([1])), [9])
+
+
+def test_a_block_may_take_the_passes_that_earlier_ones_have_saved():
+    """A sure block of one pass out of two leaves three to the next; one that took both, two; one that had
+    nothing to do, four."""
+    values = np.zeros((8, VOCABULARY))
+    values[:4, 1] = 50.0
+    values[4:, 2] = np.linspace(1.0, 2.0, 4)
+    plan, masks = Plan(0, 2, 4, 2), [MASK] * 4
+    rule = {"threshold": 0.9, "schedule": "deadline", "stop_at_eos": False}
+    carry = run(table(values), [[*masks, *masks], [1] * 4 + masks], plan, **rule)
+    np.testing.assert_array_equal(carry.passes, [4, 4])
+    unsure = np.roll(values, 4, axis=0)
+    np.testing.assert_array_equal(run(table(unsure), [[*masks, *masks]], plan, **rule).passes, [3])
+    np.testing.assert_array_equal(run(table(values), [[*masks, *masks]], plan, threshold=0.9).passes, [3])
+    edited = run(table(values), [[*masks, *masks]], plan, **rule, edit_threshold=0.5)
+    assert (np.asarray(edited.tokens) != MASK).all()
 
 
 def test_the_leftmost_open_mask_comes_first_in_every_rule():
