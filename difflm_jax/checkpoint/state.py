@@ -84,10 +84,11 @@ class Checkpoints:
         by the next call and counted in `failed_saves`; what it left behind is removed, and older checkpoints stay.
         """
         self.settle()
-        metrics = dict(metrics or {})
+        metrics, leaves = dict(metrics or {}), _leaves(state)
         about = {
             "checksum": int(jax.jit(_checksum)(state)),
-            "leaves": _leaves(state),
+            "leaves": leaves,
+            "leaves_checksum": _json_checksum(leaves),
             "metrics_checksum": _json_checksum(metrics),
         }
         self._writing = step
@@ -173,6 +174,9 @@ class Checkpoints:
         try:
             about = self._about(step)
             leaves, checksum = about["leaves"], about["checksum"]
+            # A damaged list must not be taken for that of another run. Checkpoints of before have no checksum of it.
+            if about.get("leaves_checksum", _json_checksum(leaves)) != _json_checksum(leaves):
+                raise ValueError("its list of arrays is not the one that was written")
         except Exception as error:
             raise self._damaged(step, one_line(error)) from error
         if different := sorted(leaves.items() ^ _leaves(abstract_state).items()):
@@ -323,9 +327,9 @@ def _of(step: int | None) -> str:
     return "no checkpoint" if step is None else f"checkpoint {step}"
 
 
-def _json_checksum(metrics: Mapping[str, Any]) -> int:
-    """CRC-32 of `metrics` as JSON, which is how orbax stores them."""
-    return zlib.crc32(json.dumps(metrics, sort_keys=True).encode())
+def _json_checksum(values: Mapping[str, Any]) -> int:
+    """CRC-32 of metrics or of a list of leaves as JSON, which is how orbax stores them."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -131,9 +131,17 @@ def _flip_one_bit(step: Path) -> None:
     path.write_bytes(data)
 
 
+def _flip_one_bit_of_a_name(step: Path) -> None:
+    path = step / "_CHECKPOINT_METADATA"
+    data = path.read_bytes()
+    assert b"opt_state" in data
+    path.write_bytes(data.replace(b"opt_state", b"opt_State", 1))
+
+
 _DAMAGES = {
     "truncated": _truncate,
     "one bit flipped": _flip_one_bit,
+    "one bit of a name flipped": _flip_one_bit_of_a_name,
     "data file gone": lambda step: _largest_file(step).unlink(),
     "data folder gone": lambda step: shutil.rmtree(step / "default" / "ocdbt.process_0"),
     "manifest empty": lambda step: (step / "default" / "manifest.ocdbt").write_bytes(b""),
