@@ -237,12 +237,13 @@ class Checkpoints:
                 (self._directory / str(step)).rename(target)
 
     def _rename_unreadable(self) -> None:
-        """Puts checkpoints aside whose JSON is torn: orbax reads that of all of them before it opens any."""
+        """Puts checkpoints aside whose JSON is torn or has unknown keys: orbax reads it of all before it opens any."""
         for path in self._directory.glob("[0-9]*/"):
             try:
                 for file in ("_CHECKPOINT_METADATA", "metrics/metrics"):
                     json.loads((path / file).read_bytes())
-            except (OSError, ValueError) as error:
+                ocp.metadata.get_step_metadata(path)
+            except Exception as error:  # orbax raises anything for files that it cannot read
                 if path.name.isdecimal():
                     self._rename(int(path.name))
                     print(f"{self._damaged(int(path.name), one_line(error))}; it is kept as damaged-{path.name}")
