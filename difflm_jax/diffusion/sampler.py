@@ -93,11 +93,11 @@ class Loop:
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
 
-    def most_steps(self, block: jax.Array) -> jax.Array:
-        """[] passes in a block at most. The last one edits nothing, so that it can fill what editing opened again."""
-        saved = block if self.sampling.schedule == DEADLINE else jnp.zeros_like(block)
+    def most_steps(self, block: jax.Array) -> jax.Array | int:
+        """Passes in a block at most. The last one edits nothing, so that it can fill what editing opened again."""
+        shares = block + 1 if self.sampling.schedule == DEADLINE else 1  # earlier blocks may have saved all of theirs
         editing = self.sampling.edit_threshold is not None
-        return self.plan.steps_per_block * (1 + saved) + (self.sampling.edit_passes + 1 if editing else 0)
+        return self.plan.steps_per_block * shares + (self.sampling.edit_passes + 1 if editing else 0)
 
     def unfinished(self, carry: Carry) -> jax.Array:
         nothing_open = everywhere(~self._open(carry.tokens).any())

@@ -138,19 +138,6 @@ def _flip_one_bit_of_a_name(step: Path) -> None:
     path.write_bytes(data.replace(b"opt_state", b"opt_State", 1))
 
 
-def test_a_damaged_key_of_orbax_puts_a_checkpoint_aside(tmp_path, capfd):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (1, 2):
-        checkpoints.save(step, _state(step))
-    checkpoints.close()
-    path = tmp_path / "2" / "_CHECKPOINT_METADATA"
-    path.write_bytes(path.read_bytes().replace(b"item_handlers", b"item_hanelers"))
-    again = Checkpoints(tmp_path, keep=2)
-    assert (again.restore_latest(_state()).step, again.steps()) == (1, [1])
-    said = capfd.readouterr().out
-    assert "item_hanelers" in said and said.count("\n") == 1 and "it is kept as damaged-2" in said
-
-
 _DAMAGES = {
     "truncated": _truncate,
     "one bit flipped": _flip_one_bit,
@@ -313,6 +300,19 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_announced(tmp_path, cap
     again.save(2, _state(3), {"tokens": 3})
     _assert_equal(again.restore_best(_state()).state, _state(1))
     assert again.restore_latest(_state()).metrics == {"tokens": 3}
+
+
+def test_a_damaged_key_of_orbax_puts_a_checkpoint_aside(tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, _state(step))
+    checkpoints.close()
+    path = tmp_path / "2" / "_CHECKPOINT_METADATA"
+    path.write_bytes(path.read_bytes().replace(b"item_handlers", b"item_hanelers"))
+    again = Checkpoints(tmp_path, keep=2)
+    assert (again.restore_latest(_state()).step, again.steps()) == (1, [1])
+    said = capfd.readouterr().out
+    assert "item_hanelers" in said and said.count("\n") == 1 and "it is kept as damaged-2" in said
 
 
 @pytest.mark.slow
