@@ -108,7 +108,10 @@ def shardings_of(path: tuple[str, ...], leaf: Tree, mesh: Mesh) -> Tree:
 
 def to_mesh(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """An array of the host or of one device, the same on every process, divided as `sharding` says."""
-    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+    # An array that lies on one device, but on no mesh, is put there even so: what a step returns is on the mesh, and a
+    # step that is given one and then the other is traced and compiled twice.
+    on_a_mesh = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
+    if on_a_mesh and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
     if jax.process_count() == 1:
         return jax.device_put(leaf, sharding)

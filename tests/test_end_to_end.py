@@ -17,7 +17,9 @@ from difflm_jax import evaluate, export, generate
 from difflm_jax.cli import run_command
 from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
+from difflm_jax.training import loop, samples
 from difflm_jax.training.metrics import read_metrics
+from difflm_jax.training.step import make_train_step
 from tests.tiny_checkpoint import save_tiny_model
 from tests.tiny_run import TIMED, make_rows, train_arguments
 
@@ -101,10 +103,12 @@ def test_the_same_command_says_that_the_run_is_finished_and_leaves_every_byte(
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(arguments, finished, tmp_path, monkeypatch):
-    """Stopped by an error in the third evaluation of the first phase; the second start ends with the same adapters."""
-    from difflm_jax.training import samples
+    """Stopped by an error in the third evaluation of the first phase; the second start ends with the same adapters.
 
-    calls = []
+    Each start compiles the step of a phase once.
+    """
+    calls, steps = [], []
+    monkeypatch.setattr(loop, "make_train_step", lambda *options: steps.append(make_train_step(*options)) or steps[-1])
     whole = samples.Sampler.__call__
 
     def failing(self, lora, step):
@@ -126,6 +130,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(arguments, finished, tmp
     expected = [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(finished)]
     assert timeless == expected
     assert (run / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
+    assert [step._cache_size() for step in steps] == [1, 1, 1]
 
 
 def test_another_configuration_is_refused_with_the_difference(arguments, finished, tmp_path, capsys):
