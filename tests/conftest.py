@@ -39,6 +39,12 @@ def _compiled_once(tmp_path_factory):
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _processes_without_torch():
+    """A process that a test starts finds the project, and no torch."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_PROJECT / "tests" / "without_torch"), str(_PROJECT)])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_a_module():
     """Programs of a module are let go with it: thousands of them in one process end in a crash of XLA."""

@@ -1,6 +1,8 @@
 """The public face: logits, generation and infilling, against transformers and against themselves."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -217,3 +219,10 @@ def test_log_likelihood_of_the_base_is_that_of_the_library_and_of_a_diffusion_mo
     assert (diffusion.values < 0).all() and (diffusion.standard_errors > 0).all()
     as_tokens = lm.log_likelihood([rows], [ids], samples=8)
     assert as_tokens.values[0] == pytest.approx(diffusion.values[2], rel=1e-4)
+
+
+def test_a_program_that_generates_waits_for_no_library_that_it_does_not_need():
+    code = "import sys, difflm_jax.generate; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "transformers" in loaded and not loaded & {"datasets", "grain", "orbax.checkpoint", "wandb"}

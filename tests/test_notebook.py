@@ -1,6 +1,5 @@
 """The notebook runs from its first cell to its last."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient: pip install 'difflm_jax[notebook]'")
     pytest.importorskip("ipykernel", reason="notebooks need ipykernel: pip install 'difflm_jax[notebook]'")
     monkeypatch.setenv("DIFFLM_MODEL", str(save_tiny_model(tmp_path / "model")))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -126,6 +125,8 @@ def _files_source(name: str, files: list[tuple[str, Path]]) -> Source:
 
 def _hub_source(dataset: str, hub_id: str, config: str | None, split: str) -> Source:
     print(f"data: {dataset}: no local file or directory of this name, looking on the hub", flush=True)
+    import datasets  # a second of every start of `generate`, which reads no rows
+
     try:
         table = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # anything at all comes out of the hub's and the builders' code

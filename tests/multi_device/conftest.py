@@ -3,11 +3,8 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-_PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +16,6 @@ def on_devices():
             **os.environ,
             "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(_PROJECT),
         }
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900, check=False

@@ -51,7 +51,7 @@ def life(
     run = [sys.executable, "-m", "tests.multi_device.whole_run", str(stop_after), str(processes - 1)]
     run += [*map(str, parts), str(directory), *ONE_PHASE, *sizes]
     launcher = [sys.executable, str(LAUNCH / "local.py"), f"--processes={processes}", f"--devices={devices}", "--"]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if processes == 1:
         launcher = []
         environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
@@ -94,11 +94,10 @@ def test_two_processes_answer_and_score_as_one(parts, whole, capfd):
     run = [f"--run={whole}", "--max_new_tokens=8", "--steps=4", "--prompt=1+1"]
     assert run_command(generate.main, generate.FLAGS, "", ["generate", *run]) == 0
     alone = capfd.readouterr().out
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     launcher = [sys.executable, str(LAUNCH / "local.py"), "--processes=2", "--devices=2", "--"]
     done = subprocess.run(
         [*launcher, sys.executable, "-m", "difflm_jax.generate", *run, "--mesh=1,2,2"],
-        env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False,
+        cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == alone
@@ -106,7 +105,7 @@ def test_two_processes_answer_and_score_as_one(parts, whole, capfd):
     assert run_command(evaluate.main, evaluate.FLAGS, "", ["evaluate", *score]) == 0
     done = subprocess.run(
         [*launcher, sys.executable, "-m", "difflm_jax.evaluate", *score],
-        env=environment, cwd=PROJECT, capture_output=True, text=True, check=False,
+        cwd=PROJECT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     one, two = (re.findall(r"^ +(?:\d\.\d-\d\.\d|all) .*$", out, re.M) for out in (capfd.readouterr().out, done.stdout))
     assert one and one == two, done.stderr[-3000:]
@@ -121,8 +120,7 @@ def test_two_processes_train_every_weight_and_one_writes_them(parts, tmp_path):
     launcher = [sys.executable, str(LAUNCH / "local.py"), "--processes=2", "--devices=2", "--"]
     done = subprocess.run(
         [*launcher, sys.executable, "-m", "difflm_jax.train", *run[1:]],
-        env={**os.environ, "PYTHONPATH": str(PROJECT)}, cwd=PROJECT, capture_output=True, text=True, timeout=900,
-        check=False,
+        cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     expected, found = (
