@@ -113,6 +113,11 @@ def _check_together(config: ConfigDict) -> None:
             f"min_mask_probability={config.min_mask_probability} must not exceed "
             f"max_mask_probability={config.max_mask_probability}"
         )
+    if config.batching == "shared" and config.attention == "full":
+        raise UserError(
+            "batching='shared' needs attention='prefix' or 'block': under 'full' the beginning of a prompt depends on "
+            "its rest; choose batching='packed'"
+        )
     if (config.attention == "block") != (config.block_length > 0):
         raise UserError(
             f"attention={config.attention!r} with block_length={config.block_length}: a block length belongs to "

@@ -57,7 +57,7 @@ def default_config() -> ConfigDict:
             "overlong": "cut",
             "bad_row_budget": 0.01,  # share of rows that may be unusable
             "answer_padding": 0,  # answers are filled up with EOS to a multiple (0: of block_length)
-            "batching": "rows",  # rows, grouped (by length) or packed (several examples a row)
+            "batching": "rows",  # or grouped (by length), packed (several examples a row), shared (and a prefix once)
             "length_multiple": 64,  # batches are padded to a multiple of this
             "dataloader_num_workers": 4,
             "pin_memory": True,

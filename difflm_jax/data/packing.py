@@ -7,7 +7,7 @@ import numpy as np
 
 from difflm_jax.errors import UserError
 
-BATCHING = ("rows", "grouped", "packed")
+BATCHING = ("rows", "grouped", "packed", "shared")
 GROUPED_STEPS = 64  # steps among whose rows "grouped" sorts by length
 
 
@@ -31,6 +31,7 @@ class Batching:
     grouped: the same, but among the rows of every `GROUPED_STEPS` steps those of like length share a step.
     packed: as many examples as fit into rows that are all `row_length` wide (best fit, longest first; examples of equal
       length take each other's places from epoch to epoch); then a permutation of the rows.
+    shared: packed, and the `shared` tokens that all examples begin with stand in a row once.
 
     The number of rows is the same in every epoch, because a best fit depends on the lengths alone.
     """
@@ -41,10 +42,16 @@ class Batching:
     rows_per_step: int
     seed: int
     shuffle: bool
+    shared: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in BATCHING:
             raise UserError(f"batching={self.kind!r}: must be one of {', '.join(BATCHING)}")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several examples, and all rows are `row_length` wide."""
+        return self.kind in ("packed", "shared")
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
@@ -54,8 +61,9 @@ class Batching:
     def real_share(self) -> float:
         """The share of real tokens in an epoch's rows, before widths are rounded up; filler rows are not counted."""
         plan = self.epoch(0)
-        if self.kind == "packed":
-            return float(self.lengths.sum() / (plan.num_rows * self.row_length))
+        if self.is_packed:
+            tokens = (self.lengths - self.shared).sum() + plan.num_rows * self.shared
+            return float(tokens / (plan.num_rows * self.row_length))
         steps = np.split(self.lengths[plan.ids], np.arange(self.rows_per_step, plan.num_rows, self.rows_per_step))
         return float(self.lengths.sum() / sum(step.max(initial=0) * len(step) for step in steps))
 
@@ -65,7 +73,7 @@ class Batching:
         count = len(self.lengths)
         generator = np.random.default_rng([self.seed, epoch])
         ids = generator.permutation(count) if self.shuffle else np.arange(count)
-        if self.kind == "packed":
+        if self.is_packed:
             return self._packed(ids, generator)
         if self.kind == "grouped":
             ids = self._grouped(ids, generator)
@@ -82,7 +90,7 @@ class Batching:
 
     def _packed(self, ids: np.ndarray, generator: np.random.Generator) -> EpochPlan:
         ids = ids[np.argsort(-self.lengths[ids], kind="stable")]  # longest first, equal ones in the order drawn
-        row_of = best_fit(self.lengths[ids], self.row_length)
+        row_of = best_fit(self.lengths[ids] - self.shared, self.row_length - self.shared)
         sizes = np.bincount(row_of)
         order = generator.permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
         place = np.empty_like(order)

@@ -13,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from difflm_jax.data.packing import Batching
+from difflm_jax.data.shared_prefix import shared_prefix
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.errors import UserError
+from difflm_jax.models.attention import SHARED_SEGMENT
 
 __all__ = ["batches", "describe", "plan_batches", "prefetch", "split", "tokenize"]
 
@@ -124,7 +126,8 @@ def plan_batches(
     if len(lengths) and (longest := int(lengths.max())) > max_length:
         raise ValueError(f"a row of {longest} tokens was not made for max_length={max_length}")
     row_length = -(-max_length // length_multiple) * length_multiple
-    return Batching(lengths + added, batching, row_length, rows_per_step, seed, shuffle)
+    shared = shared_prefix(dataset) if batching == "shared" else 0
+    return Batching(lengths + added, batching, row_length, rows_per_step, seed, shuffle, shared)
 
 
 def _lengths(dataset: datasets.Dataset, answer_padding: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +178,7 @@ class _Collate:
         return {name: field.reshape(shape) for name, field in fields.items()}
 
     def _width(self, ids: np.ndarray) -> int:
-        if self.plan.kind == "packed":
+        if self.plan.is_packed:
             return self.plan.row_length
         return -(-int(self.plan.lengths[ids].max()) // self.length_multiple) * self.length_multiple
 
@@ -187,23 +190,27 @@ class _Collate:
 
     def _fill(self, fields: dict[str, np.ndarray], row: int, ids: np.ndarray, places: range) -> None:
         """Puts the examples at `places` of the step, whose examples are `ids`, one behind the other into row `row`."""
-        start = 0
+        start = shared = self.plan.shared
         examples = ids[places.start : places.stop]
         for segment, (place, text) in enumerate(zip(places, _read_rows(self.table, examples), strict=True), start=1):
             tokens, answer_mask = self._padded(*text, int(ids[place]))
             values = {
                 "tokens": tokens,
                 "answer_mask": answer_mask,
-                "segments": segment,
+                "segments": np.full(len(tokens), segment),
                 "positions": np.arange(len(tokens)),
-                "lengths": len(tokens),
-                "prompt_lengths": answer_mask.argmax() if answer_mask.any() else len(tokens),
-                "example_ids": ids[place],
-                "strata": place / len(ids),
+                "lengths": np.full(len(tokens), len(tokens)),
+                "prompt_lengths": np.full(len(tokens), answer_mask.argmax() if answer_mask.any() else len(tokens)),
+                "example_ids": np.full(len(tokens), ids[place]),
+                "strata": np.full(len(tokens), place / len(ids)),
             }
+            end = start + len(tokens) - shared
             for name, value in values.items():
-                fields[name][row, start : start + len(tokens)] = value
-            start += len(tokens)
+                fields[name][row, start:end] = value[shared:]
+                if segment == 1:
+                    fields[name][row, :shared] = value[:shared]
+            start = end
+        fields["segments"][row, :shared] = SHARED_SEGMENT
 
     def _padded(self, tokens: np.ndarray, answer_mask: np.ndarray, example: int) -> tuple[np.ndarray, np.ndarray]:
         """The example, with its last answer lengthened by EOS tokens as the plan has it."""

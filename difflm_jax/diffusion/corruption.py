@@ -78,7 +78,7 @@ class CleanBatch:
 
     tokens: jax.Array  # [B, L] int32
     answer_mask: jax.Array  # [B, L] bool
-    segments: jax.Array  # [B, L] int32, number of the example in its row from 1; 0 at padding
+    segments: jax.Array  # [B, L] int32, number of the example in its row from 1; 0: padding; -1: begins all of them
     positions: jax.Array  # [B, L] int32, place of the token in its example
     lengths: jax.Array  # [B, L] int32, tokens of the example
     prompt_lengths: jax.Array  # [B, L] int32, index of the example's first answer token, or its length if it has none
@@ -171,6 +171,7 @@ def hide(
         masked_BL,
         noisy.candidates,
         noisy.segments,
+        noisy.positions,
         rates_BL,
         noisy.clean,
         tokens=corruption.loss_tokens,
@@ -193,7 +194,7 @@ def hide(
 
 def _candidates(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> tuple[jax.Array, jax.Array]:
     """(positions that may be hidden, lengths of the clean prompts), both [B, L]."""
-    valid = batch.segments > 0
+    valid = batch.segments != 0
     if corruption.scope == "answer":
         candidates, prompt_lengths = valid & batch.answer_mask, batch.prompt_lengths
     elif corruption.attention in ("prefix", "block"):

@@ -25,7 +25,7 @@ def teacher_of(model: Transformer, params: dict[str, Any], noisy: NoisyBatch) ->
         {"params": params},
         noisy.clean,
         noisy.positions,
-        noisy.segments > 0,
+        noisy.segments != 0,
         noisy.prompt_lengths,
         segments_BT=noisy.segments,
     )

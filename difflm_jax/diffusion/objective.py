@@ -91,7 +91,7 @@ def loss_sums(
         masked_nll=by_rate(scores.nll),
         masked_correct=by_rate(scores.correct),
         masked_count=by_rate(jnp.ones(noisy.tokens.shape)),
-        tokens=(batch.segments > 0).sum().astype(jnp.float32),
+        tokens=(batch.segments != 0).sum().astype(jnp.float32),
     )
 
 
@@ -145,7 +145,7 @@ def _states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruptio
         variables,
         noisy.tokens,
         noisy.positions,
-        noisy.segments > 0,
+        noisy.segments != 0,
         noisy.prompt_lengths,
         seeds_BL,
         segments_BT=noisy.segments,
@@ -169,7 +169,7 @@ def _block_states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Cor
         variables,
         jnp.concatenate([noisy.tokens, noisy.clean], axis=1),
         twice(noisy.positions),
-        twice(noisy.segments > 0),
+        twice(noisy.segments != 0),
         twice(noisy.prompt_lengths),
         None if seeds_BL is None else jnp.concatenate([seeds_BL, fold_seeds(seeds_BL, 0)], axis=1),
         noisy_T=jnp.arange(2 * length) < length,

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from difflm_jax.models.attention import same_example
+
 CART_P = 0.3  # Dream's: how fast the worth of a visible token falls with its distance
 _LOWEST_RATE = 1e-3  # below it nothing is drawn; keeps 1 / rate finite where nothing is hidden
 
@@ -11,6 +13,7 @@ def loss_weights(
     masked_BL: jax.Array,
     candidates_BL: jax.Array,
     segments_BL: jax.Array,
+    positions_BL: jax.Array,
     rates_BL: jax.Array,
     clean_BL: jax.Array,
     *,
@@ -22,7 +25,7 @@ def loss_weights(
 ) -> jax.Array:
     """[B, L] float32 weights of the cross-entropy, zero where a token is not scored.
 
-    `segments_BL` numbers the examples of a row from 1, 0 is padding; they do not weigh on each other.
+    `segments_BL` and `positions_BL` are those of `CleanBatch`; the examples of a row do not weigh on each other.
 
     tokens: "all" scores every candidate, "masked" those that are hidden.
     weight: "uniform"; "inverse_rate", the 1/t of the diffusion bound (MDLM, arXiv:2406.07524; LLaDA,
@@ -39,18 +42,18 @@ def loss_weights(
     if weight == "inverse_rate":
         weights_BL = 1.0 / jnp.maximum(rates_BL, _LOWEST_RATE)
     elif weight == "context":
-        weights_BL = context_weights(~masked_BL, segments_BL)
+        weights_BL = context_weights(~masked_BL, segments_BL, positions_BL)
     if average == "answers":
         weights_BL = weights_BL / jnp.maximum(in_group(segments_BL, candidates_BL), 1)
     return jnp.where(scored_BL, weights_BL, 0.0)
 
 
-def context_weights(visible_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:
+def context_weights(visible_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
     """[B, L] float32: half the sum over visible m != n of p (1 - p)^(|m - n| - 1), p = 0.3 (Dream's CART)."""
-    position_L = jnp.arange(visible_BL.shape[1])
-    distance_LL = jnp.abs(position_L[:, None] - position_L[None, :])
-    worth_LL = jnp.where(distance_LL > 0, CART_P * (1 - CART_P) ** (distance_LL - 1.0), 0.0)
-    return 0.5 * in_group(segments_BL, visible_BL & (segments_BL > 0), worth_LL[None])
+    distance_BLL = jnp.abs(positions_BL[:, :, None] - positions_BL[:, None, :])
+    worth_BLL = jnp.where(distance_BLL > 0, CART_P * (1 - CART_P) ** (distance_BLL - 1.0), 0.0)
+    counted_BLL = same_example(segments_BL) & (visible_BL & (segments_BL != 0))[:, None, :]
+    return 0.5 * jnp.where(counted_BLL, worth_BLL, 0.0).sum(axis=2)
 
 
 def behind_eos(clean_BL: jax.Array, candidates_BL: jax.Array, segments_BL: jax.Array, eos_token_id: int) -> jax.Array:

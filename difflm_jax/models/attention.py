@@ -10,6 +10,7 @@ ATTENTION_RULES = ("full", "prefix", "block", "block_causal", "causal")
 BLOCK_RULES = ("block", "block_causal")  # those that have a block length
 QUERY_CHUNK = 256  # queries whose scores exist at once
 ATTENTION_OUTPUT = "attention_output"  # what the backward pass needs of the forward pass: its name in remat policies
+SHARED_SEGMENT = -1  # of tokens that every example of a row begins with, where they stand in it once
 _UNSEEN = -1e30  # the score of a key that a query does not see; finite, so that differences of scores are
 
 
@@ -52,12 +53,14 @@ def attention_mask(
     (BD3-LM, arXiv:2503.09573): a noisy token sees its own noisy block and the clean tokens before that block; a clean
     token sees clean tokens by the rule.
 
-    `segments_BT` (T = S) is for rows of several examples, whose positions each begin at 0: a token sees its own.
+    `segments_BT` (T = S) is for rows of several examples, whose positions each begin at 0: a token sees its own, and
+    what all of them begin with. By the rules under which a prompt does not depend on what follows it the keys and
+    values of that are the same for each of them.
     `open_BTS` bool is for attention annealing: of what the rule allows, a later token is seen only where it is True.
     """
     valid_BTS = jnp.broadcast_to(key_valid_BS[:, None, :], (*query_positions_BT.shape, key_positions_BS.shape[1]))
     if segments_BT is not None:
-        valid_BTS = valid_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+        valid_BTS = valid_BTS & same_example(segments_BT)
     if open_BTS is not None:
         valid_BTS &= (key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]) | open_BTS
     if rule == "full":
@@ -71,6 +74,12 @@ def attention_mask(
     noisy_query, noisy_key = noisy_T[:, None], noisy_T[None, :]
     own_BTS, clean_BTS = noisy_query & not_after_BTS & ~before_BTS, not_after_BTS & (~noisy_query | before_BTS)
     return valid_BTS & jnp.where(noisy_key, own_BTS, clean_BTS)
+
+
+def same_example(segments_BT: jax.Array) -> jax.Array:
+    """[B, T, T] bool: whether a token (the last axis) belongs to the example of another, or to all."""
+    key_B1T = segments_BT[:, None, :]
+    return (segments_BT[:, :, None] == key_B1T) | (key_B1T == SHARED_SEGMENT)
 
 
 def block_starts(positions_BL: jax.Array, prompt_lengths: jax.Array, block_length: jax.Array | int) -> jax.Array:

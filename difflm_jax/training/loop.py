@@ -208,7 +208,7 @@ def make_batches(phase: Phase, rows: Any, train: bool, whole: bool = False) -> A
         epochs=config.epochs if train else 1,
         seed=config.seed,
         shuffle=train,
-        batching=config.batching,
+        batching=batching_of(phase),
         length_multiple=config.length_multiple,
         max_length=config.max_length,
         pad_id=phase.pad_id,
@@ -225,18 +225,25 @@ def data_line(phase: Phase, steps: int) -> str:
     plan = plan_batches(
         phase.train_rows,
         rows_per_step=rows_per_step,
-        batching=config.batching,
+        batching=batching_of(phase),
         max_length=config.max_length,
         length_multiple=config.length_multiple,
         answer_padding=answer_padding(phase),
         seed=config.seed,
     )
     rows = plan.epoch(0).num_rows
-    examples = f", {len(phase.train_rows) / rows:.1f} examples a row" if config.batching == "packed" else ""
+    examples = f", {len(phase.train_rows) / rows:.1f} examples a row" if plan.is_packed else ""
+    shared = f", the first {plan.shared} tokens of all of them once" if plan.shared else ""
     return (
-        f"batching {config.batching}: {rows:,} rows an epoch{examples}, {plan.real_share:.1%} real tokens, "
+        f"batching {plan.kind}: {rows:,} rows an epoch{examples}{shared}, {plan.real_share:.1%} real tokens, "
         f"{steps:,} steps of {rows_per_step} rows"
     )
+
+
+def batching_of(phase: Phase) -> str:
+    """`batching` of the phase: what all prompts begin with is shared only where prompts are never masked."""
+    batching = phase.config.batching
+    return "packed" if batching == "shared" and PHASE_SCOPE[phase.name] != "answer" else batching
 
 
 def answer_padding(phase: Phase) -> int:

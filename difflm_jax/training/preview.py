@@ -98,9 +98,9 @@ def _print_figures(batches: Any, noisy: NoisyBatch) -> None:
     for step in range(steps):
         batch = batches[step]
         shapes.add(batch["tokens"].shape)
-        real, places = real + int((batch["segments"] > 0).sum()), places + batch["tokens"].size
+        real, places = real + int((batch["segments"] != 0).sum()), places + batch["tokens"].size
     micro, rows, width = max(shapes)
-    masked, valid = np.asarray(noisy.masked), np.asarray(noisy.segments) > 0
+    masked, valid = np.asarray(noisy.masked), np.asarray(noisy.segments) != 0
     print(
         f"\n  a step: {micro} x {rows} rows of up to {width} columns; {len(batches)} steps in all\n"
         f"  real tokens: {real / places:.1%} of the columns of {'the first ' if steps < len(batches) else ''}{steps} "

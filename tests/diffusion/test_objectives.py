@@ -20,7 +20,7 @@ EOS = 7
 
 
 def drawn(rows=6, length=12, rate=0.4, seed=0):
-    """(candidates, masked, segments, rates, clean): a prompt of three, answers that end in one to three EOS tokens."""
+    """(candidates, masked, segments, positions, rates, clean): a prompt of three; answers end in one to three EOS."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(8, length + 1, rows)
     valid = np.arange(length) < lengths[:, None]
@@ -29,13 +29,14 @@ def drawn(rows=6, length=12, rate=0.4, seed=0):
     for row, end in enumerate(lengths):
         clean[row, end - 1 - row % 3 : end] = EOS
     masked = candidates & (rng.random((rows, length)) < rate)
-    return candidates, masked, valid.astype(np.int32), np.full((rows, length), rate), clean
+    positions = np.tile(np.arange(length), (rows, 1))
+    return candidates, masked, valid.astype(np.int32), positions, np.full((rows, length), rate), clean
 
 
 def test_cart_weights_are_dreams_sum_over_visible_tokens():
     """w_n = 1/2 sum over unmasked m != n of p (1 - p)^(|m - n| - 1), p = 0.3; padding is no token."""
-    candidates, masked, segments, rates, clean = drawn()
-    weights = loss_weights(masked, candidates, segments, rates, clean, tokens="masked", weight="context")
+    candidates, masked, segments, positions, rates, clean = drawn()
+    weights = loss_weights(masked, candidates, segments, positions, rates, clean, tokens="masked", weight="context")
     for row, n in np.ndindex(masked.shape):
         expected = 0.5 * sum(
             0.3 * 0.7 ** (abs(m - n) - 1)
@@ -47,9 +48,9 @@ def test_cart_weights_are_dreams_sum_over_visible_tokens():
 
 def test_lladas_sft_loss_counts_every_answer_alike():
     """(1 / B) sum_b sum_masked (CE / p) / |answer_b|: the weights are 1 / (p |answer_b|)."""
-    candidates, masked, segments, rates, clean = drawn()
+    candidates, masked, segments, positions, rates, clean = drawn()
     weights = loss_weights(
-        masked, candidates, segments, rates, clean, tokens="masked", weight="inverse_rate", average="answers"
+        masked, candidates, segments, positions, rates, clean, tokens="masked", weight="inverse_rate", average="answers"
     )
     for row in range(len(masked)):
         expected = masked[row] / 0.4 / candidates[row].sum()
@@ -58,9 +59,11 @@ def test_lladas_sft_loss_counts_every_answer_alike():
 
 @pytest.mark.parametrize("tokens", ["all", "masked"])
 def test_tokens_that_fill_an_answer_up_can_be_left_out_of_the_loss(tokens):
-    candidates, masked, segments, rates, clean = drawn(rate=0.8)
+    candidates, masked, segments, positions, rates, clean = drawn(rate=0.8)
     weights = np.asarray(
-        loss_weights(masked, candidates, segments, rates, clean, tokens=tokens, eos="first", eos_token_id=EOS)
+        loss_weights(
+            masked, candidates, segments, positions, rates, clean, tokens=tokens, eos="first", eos_token_id=EOS
+        )
     )
     scored = candidates if tokens == "all" else masked
     for row in range(len(masked)):

@@ -1,14 +1,19 @@
 """Packed rows train as unpacked ones do: same masks, same dropout, same loss and gradient, under every rule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax.data.pipeline import batches
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import loss_sums
 from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.models.attention import SHARED_SEGMENT
 from difflm_jax.models.transformer import Transformer
+from tests.data.test_shared_prefix import with_prefix
 from tests.tiny import tiny_config, tiny_params
 
 MASK, LENGTH = 96, 16
@@ -48,13 +53,46 @@ def packed() -> CleanBatch:
     return CleanBatch(**jax.tree.map(jnp.asarray, batch))
 
 
+SHARED_RULES = {
+    "prefix": RULES["prefix"],
+    "block": RULES["block"],
+    "context": Corruption(attention="prefix", scope="answer", loss_tokens="masked", loss_weight="context"),
+    "pairs": Corruption(
+        attention="prefix", scope="answer", loss_tokens="masked", loss_average="answers", complementary=True,
+        logit_shift=True, distillation=0.5, eos_token_id=7,
+    ),
+    "policy": Corruption(
+        attention="block", scope="answer", mask_rate="block", loss_tokens="masked", block_length=3, logit_shift=True,
+        on_policy=0.7, on_policy_passes=2, eos_token_id=7,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", SHARED_RULES.values(), ids=SHARED_RULES)
+def test_what_all_prompts_begin_with_counts_as_if_it_stood_in_each(rule: Corruption) -> None:
+    rows = with_prefix([5, 4, 3, 2, 1, 6], [(2, 5), (4, 4), (3, 7), (2, 3), (5, 0), (3, 6)])
+    rows = rows.map(lambda row: {"tokens": [token % 90 for token in row["tokens"]]}, features=rows.features)
+    options = {"shuffle": False, "max_length": 26, "length_multiple": 2}
+    whole = batches(rows, batch_size=6, batching="rows", **options)[0]
+    shared = batches(rows, batch_size=3, batching="shared", **options)[0]
+    assert (shared["segments"] == SHARED_SEGMENT).sum() == 3 * 6
+    for batch in (whole, shared):  # the place of an example in a step follows from the row that it is in
+        batch["strata"] = np.maximum(batch["example_ids"], 0) / np.float32(6)
+    dry = dataclasses.replace(LORA_CONFIG, lora_dropout=0.0)  # of a shared token one of several draws would be taken
+    assert_same_loss_and_gradient(rule, dry, *(CleanBatch(**{k: v[0] for k, v in b.items()}) for b in (whole, shared)))
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_packed_rows_have_the_loss_and_the_gradient_of_unpacked_ones(rule: Corruption) -> None:
+    assert_same_loss_and_gradient(rule, LORA_CONFIG, unpacked(), packed())
+
+
+def assert_same_loss_and_gradient(rule: Corruption, lora_config: LoraConfig, rows: CleanBatch, packed: CleanBatch):
     params = tiny_params(CONFIG)
-    lora = init_lora(jax.random.key(1), params, LORA_CONFIG, jnp.full(32, 0.3))
+    lora = init_lora(jax.random.key(1), params, lora_config, jnp.full(32, 0.3))
     lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), lora)
     model = Transformer(
-        CONFIG, attention=rule.attention, block_length=rule.block_length, lora=LORA_CONFIG, mask_token_id=MASK
+        CONFIG, attention=rule.attention, block_length=rule.block_length, lora=lora_config, mask_token_id=MASK
     )
 
     @jax.jit
@@ -64,10 +102,13 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_unpacked_ones(rule: Corru
 
         return jax.value_and_grad(loss, has_aux=True)(lora)
 
-    (loss, sums), gradient = run(lora, unpacked())
-    (packed_loss, packed_sums), packed_gradient = run(lora, packed())
+    (loss, sums), gradient = run(lora, rows)
+    (packed_loss, packed_sums), packed_gradient = run(lora, packed)
     assert float(sums.masked_count.sum()) > 5
     assert float(packed_loss) == pytest.approx(float(loss), rel=1e-5)
+    is_shared = bool((packed.segments == SHARED_SEGMENT).any())
+    assert (float(packed_sums.tokens) < float(sums.tokens)) == is_shared  # tokens that are computed
+    packed_sums = packed_sums.replace(tokens=sums.tokens) if is_shared else packed_sums
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), packed_sums, sums)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), packed_gradient, gradient)
