@@ -1,4 +1,4 @@
-"""A model of lm-evaluation-harness (`pip install difflm_jax[lm_eval]`), so that its tasks score a converted model.
+"""A model of lm-evaluation-harness (`pip install -e '.[lm_eval]'`), so that its tasks score a converted model.
 
     python -m difflm_jax.harness run --model difflm_jax --model_args run=runs/quickstart,samples=32 --tasks arc_easy
 
@@ -19,8 +19,10 @@ import numpy as np
 
 import difflm_jax
 from difflm_jax.cli import read_run_config, trained_model, with_origin
+from difflm_jax.config import quantization as quantization_of
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
+from difflm_jax.quant import QuantConfig
 
 try:
     from lm_eval import utils
@@ -28,7 +30,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    missing = UserError(f"lm-evaluation-harness is not installed ({error}): pip install 'difflm_jax[lm_eval]'")
+    missing = UserError(f"lm-evaluation-harness is not installed ({error}): pip install -e '.[lm_eval]'")
     if __name__ == "__main__":
         sys.exit(f"error: {missing}")
     raise missing from error
@@ -183,18 +185,26 @@ class DiffusionHarness(TemplateLM):
 def _load(
     model: str, adapter: str, run: str, dtype: str | None, quantization: str | None, with_base: bool
 ) -> LanguageModel:
-    origin = ""
+    origin, held, revision = "", None, None
     if run:
         if adapter:
             raise UserError("give adapter= or run=, not both")
         config = read_run_config(Path(run))
         origin = (model or config.model) if config.trained == "all" else ""
         model, adapter = trained_model(Path(run), config, model)
-        dtype = dtype or config.dtype
+        dtype, held, revision = dtype or config.dtype, quantization_of(config), config.revision or None
     if not model:
         raise UserError("name a model with model=, or a training run with run=")
-    lm = difflm_jax.load(model, adapter=adapter or None, dtype=dtype or "bfloat16", quantization=quantization)
-    return with_origin(lm, origin, config.revision) if with_base and origin else lm
+    if quantization:
+        held = None if quantization == "none" else QuantConfig(quantization)
+    lm = difflm_jax.load(
+        model,
+        adapter=adapter or None,
+        dtype=dtype or "bfloat16",
+        revision=None if origin else revision,
+        quantization=held,
+    )
+    return with_origin(lm, origin, revision or "") if with_base and origin else lm
 
 
 def _flag(value: bool | str) -> bool:

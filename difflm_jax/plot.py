@@ -2,7 +2,7 @@
 
     python -m difflm_jax.plot --run=DIR[,DIR ...] --out=FILE.png
 
-The ending of FILE names the format (png, svg, pdf). Needs matplotlib: pip install 'difflm_jax[plot]'.
+The ending of FILE names the format (png, svg, pdf). Needs matplotlib: pip install -e '.[plot]'.
 """
 
 import io
@@ -61,7 +61,7 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(f"plots need matplotlib ({one_line(error)}): pip install 'difflm_jax[plot]'") from error
+        raise UserError(f"plots need matplotlib ({one_line(error)}): pip install -e '.[plot]'") from error
     figure = Figure(figsize=(12, 8), layout="constrained")
     (loss, nll), (by_time, by_rate) = figure.subplots(2, 2)
     for number, (name, records) in enumerate(runs.items()):

@@ -294,6 +294,11 @@ def test_all_answers_need_full_attention():
     assert "answers='all' needs attention='full'" in _refusal("answers=all", "attention=prefix")
 
 
+def test_a_prefix_is_shared_only_where_it_does_not_depend_on_what_follows_it():
+    assert load_config(overrides=["batching=shared", "attention=prefix"]).batching == "shared"
+    assert "choose batching='packed'" in _refusal("batching=shared", "attention=full")
+
+
 def test_block_attention_and_its_block_length_go_together():
     assert load_config(overrides=["attention=block", "block_length=8", "mask_rate=block"]).block_length == 8
     assert "needs one" in _refusal("attention=block")

@@ -303,6 +303,14 @@ def test_a_quantised_base_is_kept_beside_the_run_and_found_again(quantised, monk
     assert capsys.readouterr().out.strip() != ""
 
 
+def test_the_harness_holds_the_base_as_the_run_did(quantised):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval")
+    from difflm_jax.harness import DiffusionHarness
+
+    assert DiffusionHarness(run=str(quantised))._lm.quantization == QuantConfig("nf4", 16)
+    assert DiffusionHarness(run=str(quantised), quantization="none")._lm.quantization is None
+
+
 def test_a_merged_export_of_a_quantised_run_is_dense_and_says_so(quantised, model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["export", f"--run={quantised}", "--to=merged", f"--out={out}"]

@@ -12,9 +12,9 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "diffusion_llm.ipynb"
 @pytest.mark.slow
 def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch):
     """Proves that a real kernel executes the notebook, on a tiny model, and that its plots are drawn."""
-    nbformat = pytest.importorskip("nbformat", reason="notebooks need nbformat: pip install 'difflm_jax[notebook]'")
-    nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient: pip install 'difflm_jax[notebook]'")
-    pytest.importorskip("ipykernel", reason="notebooks need ipykernel: pip install 'difflm_jax[notebook]'")
+    nbformat = pytest.importorskip("nbformat", reason="notebooks need nbformat: pip install -e '.[notebook]'")
+    nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient: pip install -e '.[notebook]'")
+    pytest.importorskip("ipykernel", reason="notebooks need ipykernel: pip install -e '.[notebook]'")
     monkeypatch.setenv("DIFFLM_MODEL", str(save_tiny_model(tmp_path / "model")))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

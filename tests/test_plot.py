@@ -87,4 +87,4 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert command(f"--run={write_run(tmp_path / 'run')}", f"--out={tmp_path / 'a.png'}") == 1
-    assert "pip install 'difflm_jax[plot]'" in capsys.readouterr().err
+    assert "pip install -e '.[plot]'" in capsys.readouterr().err

@@ -22,7 +22,7 @@ FORCE = "--force"
 # Keys that change where and how fast a run goes, and what is seen of it, but no number that it trains with.
 _FREE = (
     "mesh.", "cache_dir", "dataloader_num_workers", "pin_memory", "keep_checkpoints", "heartbeat_seconds", "profile.",
-    "wandb_config.", "report.", "remat", "attention_kernel", "loss_chunk", "max_nonfinite_steps",
+    "wandb_config.", "log_interval", "report.", "remat", "attention_kernel", "loss_chunk", "max_nonfinite_steps",
 )  # fmt: skip
 _READ_ROWS = 10_000
 

@@ -182,4 +182,6 @@ def test_the_jobset_is_one_that_kubernetes_would_take():
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     rules = job["podFailurePolicy"]["rules"]
-    assert [75] in [rule.get("onExitCodes", {}).get("values") for rule in rules]
+    assert [(rule["action"], rule["onExitCodes"]["values"]) for rule in rules] == [("FailJob", [1])]
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}  # others start it again
