@@ -25,12 +25,14 @@ class Generation:
 
 
 def as_list(prompts: Any) -> list[Any]:
-    """One prompt or many -> a list of prompts: a string, a message list and a token list are each one prompt."""
-    if isinstance(prompts, str):
+    """One prompt or many -> a list of prompts: a string, a message list (with tools in a mapping) and a token list are
+    each one prompt."""
+    if isinstance(prompts, (str, Mapping)):
         return [prompts]
     prompts = list(prompts)
-    one = prompts and isinstance(prompts[0], (Mapping, int, np.integer))
-    return [prompts] if one else prompts
+    first = prompts[0] if prompts else None
+    is_message = isinstance(first, Mapping) and "messages" not in first
+    return [prompts] if is_message or isinstance(first, (int, np.integer)) else prompts
 
 
 def stop_strings(stop: str | Sequence[str]) -> list[str]:

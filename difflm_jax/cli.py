@@ -114,8 +114,8 @@ def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> L
         run = Path(flag_values.run)
         config = read_run_config(run)
         origin = (model or config.model) if config.trained == "all" else ""
+        dtype, revision = dtype or config.dtype, revision or ("" if model else config.revision)
         model, adapter = trained_model(run, config, model)
-        dtype, revision = dtype or config.dtype, revision or config.revision
         held = quantization(config)
         converted = run / CONVERTED if config.convert_cache else None
     if not model:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, load_from_flags, run_command
+from difflm_jax.cli import define_model_flags, load_from_flags, run_command, with_origin
 from difflm_jax.data.pipeline import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.errors import UserError
@@ -32,6 +32,9 @@ from difflm_jax.training.step import StepOptions
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)
 flags.DEFINE_string("data", "", "Rows with answers: a file, a directory, builtin:NAME or a hub id.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "base", "", "The causal model to compare with, where --model is not it with an adapter.", flag_values=FLAGS
+)
 flags.DEFINE_enum("task", "exact", list(TASKS), "What the rows are, and what counts as right.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 0, "Only the first rows (0: all).", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("max_new_tokens", 32, "Length of the answer's canvas.", flag_values=FLAGS)
@@ -68,7 +71,9 @@ def main(flag_values: flags.FlagValues) -> None:
     questions = []  # read before the model: bad rows cost no load
     if flag_values.data:
         questions = read_questions(flag_values.data, flag_values.rows, flag_values.task)
-    lm = load_from_flags(flag_values, with_base=True)
+        if not questions:
+            raise UserError(f"--data={flag_values.data}: holds no rows")
+    lm = _with_its_base(load_from_flags(flag_values, with_base=True), flag_values.base)
     record = {"model": lm.source.name, "diffusion_config": lm.diffusion_config(), "seed": flag_values.seed}
     if flag_values.text:
         record["text"] = _text_scores(lm, flag_values)
@@ -76,6 +81,18 @@ def main(flag_values: flags.FlagValues) -> None:
         record |= _answer_scores(lm, flag_values, questions, tokens_per_pass)
     if flag_values.out and is_writer():
         write_results(flag_values.out, record)
+
+
+def _with_its_base(lm: LanguageModel, base: str) -> LanguageModel:
+    """`lm` beside the causal model `base`; without a name its base is its own weights, which may not be one."""
+    if base:
+        return with_origin(lm, base)
+    if lm.mask_is_trained and lm.origin is None:
+        print(
+            f"note: {lm.source.name} was itself trained as a diffusion model: 'causal base' is here these weights read "
+            "from left to right, and no measure of the model that they were made of; name that one with --base"
+        )
+    return lm
 
 
 def _tokens_per_pass(items: list[str]) -> list[int]:

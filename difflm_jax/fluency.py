@@ -34,7 +34,7 @@ def fluency(lm: LanguageModel, questions: Sequence[Question], column: Column, ba
     kept = [i for i, empty in enumerate(rows["empty"]) if not empty and column.tokens[i]]
     if not kept:
         return {**figures, "base_nll": None}
-    prompts = [questions[i].messages for i in kept]
+    prompts = [questions[i].prompt for i in kept]
     found = lm.base().log_likelihood(prompts, [column.tokens[i] for i in kept], batch_size=batch_size)
     mean = float(-found.values.sum() / found.tokens.sum())
     return {**figures, "base_nll": {"mean": mean, "interval": ratio_interval(-found.values, found.tokens)}}

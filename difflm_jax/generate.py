@@ -75,15 +75,17 @@ def _lines(flag_values: flags.FlagValues) -> list[str] | None:
         path = Path(flag_values.file)
         if not path.is_file():
             raise UserError(f"--file={path}: no such file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--file={path}: not UTF-8 text ({error})") from error
+        name, content = f"--file={path}", path.read_bytes()
     elif not sys.stdin.isatty():
-        text = sys.stdin.read()
+        name, content = "standard input", sys.stdin.buffer.read()
     else:
         return None
-    lines = [line for line in text.splitlines() if line.strip()]
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text ({error})") from error
+    # Not `splitlines`, which would cut a prompt at a form feed or a U+2028 that stands in it.
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not lines:
         raise UserError("there is no prompt to answer")
     return lines
@@ -156,9 +158,13 @@ def _chat(lm: LanguageModel, answers: Callable[[list], list[str]]) -> None:
         if line == "/reset":
             messages = []
             continue
-        messages.append({"role": "user", "content": line})
-        answer = answers([messages])[0]
-        messages.append({"role": "assistant", "content": answer})
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            answer = answers([asked])[0]
+        except UserError as error:  # too long by now, or a mask in it: the conversation stays as it was
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        messages = [*asked, {"role": "assistant", "content": answer}]
         print(answer)
 
 

@@ -191,8 +191,12 @@ def _load(
             raise UserError("give adapter= or run=, not both")
         config = read_run_config(Path(run))
         origin = (model or config.model) if config.trained == "all" else ""
+        dtype, held, revision = (
+            dtype or config.dtype,
+            quantization_of(config),
+            None if model else config.revision or None,
+        )
         model, adapter = trained_model(Path(run), config, model)
-        dtype, held, revision = dtype or config.dtype, quantization_of(config), config.revision or None
     if not model:
         raise UserError("name a model with model=, or a training run with run=")
     if quantization:

@@ -147,7 +147,8 @@ class LanguageModel:
         on_pass: Watcher | None = None,
         **options: Any,
     ) -> Generation:
-        """Answers prompts: a string or a list of strings (the chat template is applied), message lists, or token lists.
+        """Answers prompts: a string or a list of strings (the chat template is applied), message lists, those with their
+        tools as {"messages": ..., "tools": ...}, or token lists.
 
         An answer starts as `max_new_tokens` masks; at most `steps` forward passes, over all blocks together, commit
         them, the surest ones first. `block_length` fills the answer in blocks from left to right (None: one block, or

@@ -10,7 +10,7 @@ from difflm_jax.data.chat import encode_chat, encode_prompt
 from difflm_jax.errors import UserError
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int]
+Prompt = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]  # the last: {"messages": ..., "tools": ...}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +22,13 @@ class Prompts:
     mask_token_id: int
 
     def prompt(self, prompt: Prompt) -> np.ndarray:
-        """A string (a user's turn, where there is a chat template), messages, or tokens; without a mask."""
+        """A string (a user's turn where there is a chat template), messages (with tools), or tokens; without a mask."""
         if isinstance(prompt, str) and self.tokenizer.chat_template is None:
             tokens = np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
-        elif isinstance(prompt, str):
-            tokens = encode_prompt(self.tokenizer, _user(prompt))
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            tokens = encode_prompt(self.tokenizer, prompt)
-        else:
+        elif _is_tokens(prompt):
             tokens = np.asarray(prompt, np.int32)
+        else:
+            tokens = encode_prompt(self.tokenizer, *_conversation(prompt))
         if tokens.ndim != 1 or tokens.size == 0:
             raise UserError("generate: a prompt must hold at least one token")
         return self._checked(tokens, "generate: the prompt", masks_allowed=False)
@@ -38,15 +36,14 @@ class Prompts:
     def scored(self, prompt: Prompt, answer: str | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(prompt, answer). Text of an answer ends its turn as in training; the tokens of both may be none."""
         if not isinstance(answer, str):
-            is_tokens = not len(prompt) or isinstance(prompt[0], (int, np.integer))
-            given = np.asarray(prompt, np.int32) if is_tokens else self.prompt(prompt)
+            given = np.asarray(prompt, np.int32) if _is_tokens(prompt) else self.prompt(prompt)
             parts = given, np.asarray(answer, np.int32)
         elif isinstance(prompt, str) and self.tokenizer.chat_template is None:
             answered = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
             parts = self.prompt(prompt), np.asarray(answered, np.int32)
         else:
-            messages = _user(prompt) if isinstance(prompt, str) else list(prompt)
-            encoded = encode_chat(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
+            messages, tools = _conversation(prompt)
+            encoded = encode_chat(self.tokenizer, [*messages, {"role": "assistant", "content": answer}], tools=tools)
             parts = encoded.tokens[: encoded.prompt_length], encoded.tokens[encoded.prompt_length :]
         given, answer = (self._checked(part, "log_likelihood: a row", masks_allowed=False) for part in parts)
         return given, answer
@@ -64,5 +61,18 @@ class Prompts:
         return tokens
 
 
-def _user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
+def _is_tokens(prompt: Prompt) -> bool:
+    if isinstance(prompt, (str, Mapping)):
+        return False
+    return not len(prompt) or not isinstance(prompt[0], Mapping)
+
+
+def _conversation(prompt: Prompt) -> tuple[Sequence[Message], Any]:
+    """(messages, tools) of a string, of messages, or of both in a mapping."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}], None
+    if isinstance(prompt, Mapping):
+        if set(prompt) - {"messages", "tools"} or "messages" not in prompt:
+            raise UserError(f"a prompt with keys is {{'messages': ..., 'tools': ...}}, not {sorted(map(str, prompt))}")
+        return prompt["messages"], prompt.get("tools")
+    return prompt, None

@@ -48,7 +48,7 @@ def compare(
     columns = []
     for model, name, tokens in ways:
         start = time.perf_counter()
-        prompts = [question.messages for question in questions]
+        prompts = [question.prompt for question in questions]
         out = model.generate(prompts, max_new_tokens, -(-max_new_tokens // tokens), batch_size=batch_size)
         is_correct = TASKS[task].is_correct
         correct = [is_correct(question, text) for question, text in zip(questions, out.texts, strict=True)]

@@ -59,7 +59,7 @@ class Scored:
 
 def score_answers(lm: LanguageModel, questions: Sequence[Question], samples: int, seed: int, batch_size: int) -> Scored:
     """The reference answers of `questions`, each behind its question."""
-    rows = [question.messages for question in questions], [question.reference for question in questions]
+    rows = [question.prompt for question in questions], [question.reference for question in questions]
     return Scored(
         lm.base().log_likelihood(*rows, batch_size=batch_size),
         lm.log_likelihood(*rows, samples, seed, batch_size),

@@ -165,6 +165,23 @@ def test_gaps_of_texts_are_filled_under_every_rule(load, torch_model, attention)
         assert steps == (row == MASK).sum()
 
 
+def test_a_row_with_gaps_is_filled_as_it_is_alone_and_in_no_more_passes_than_were_asked_for(load):
+    """Under `block` attention, where the blocks with gaps share the passes, by a deadline too."""
+    lm = load("block", 4, False)
+    few, many = [70, 71, 72, *[MASK] * 4, 75], [70, 71, 72, *[MASK] * 16]
+    seen = []
+    alone, both = (
+        lm.infill([few], steps=4),
+        lm.infill([many, few], steps=4, on_pass=lambda p: seen.append(list(p.rows))),
+    )
+    assert both.tokens[1].tolist() == alone.tokens[0].tolist()
+    assert both.steps.tolist() == [4, alone.steps[0]]
+    assert sorted(map(tuple, seen)) == sorted([(0,)] * 4 + [(1,)] * int(alone.steps[0]))
+    apart = [70, 71, 72, *[MASK] * 4, *[80] * 16, *[MASK] * 4]
+    for steps in (2, 4, 8):
+        assert lm.infill([apart], steps=steps, algorithm="steady").steps[0] <= steps
+
+
 def test_guidance_is_that_of_the_definition(load, torch_model):
     """l_u + (w + 1)(l_c - l_u), where every given token of the unconditional row is a mask."""
     weight = 0.7

@@ -1,5 +1,7 @@
 """The commands, from a Hugging Face directory to adapters: two phases, resume, generate, export; and bad input."""
 
+import copy
+import io
 import json
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import difflm_jax
 from difflm_jax import evaluate, export, generate
 from difflm_jax.cli import run_command
+from difflm_jax.errors import UserError
 from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training import loop, samples
@@ -199,7 +202,7 @@ def test_generate_answers_a_prompt_a_file_and_a_pipe(finished, tmp_path, capsys,
 
 def test_a_chat_remembers_its_turns_until_it_is_reset(finished, capsys, monkeypatch):
     asked = []
-    lines = iter(["1+1", "and 2+2?", "/reset", "1+1", ""])
+    lines = iter(["1+1", "<|mask|>", "and 2+2?", "/reset", "1+1", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     whole = difflm_jax.LanguageModel.generate
@@ -210,8 +213,24 @@ def test_a_chat_remembers_its_turns_until_it_is_reset(finished, capsys, monkeypa
 
     monkeypatch.setattr(difflm_jax.LanguageModel, "generate", recording)
     assert run_command(generate.main, generate.FLAGS, "", ["generate", f"--run={finished}", "--max_new_tokens=4"]) == 0
-    assert asked == [["user"], ["user", "assistant", "user"], ["user"]]
-    assert "an empty line ends" in capsys.readouterr().err
+    turns = ["user", "assistant", "user"]
+    assert asked == [["user"], turns, turns, ["user"]]  # what cannot be answered is no turn
+    said = capsys.readouterr().err
+    assert "an empty line ends" in said and "error: generate: the prompt holds the mask token" in said
+
+
+def test_a_line_of_a_file_is_a_prompt(tmp_path, monkeypatch):
+    """Whatever a byte order mark or a line separator within a line do; other bytes than UTF-8's are refused."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufefffirst\r\n\nsecond\u2028still second\x0c\n".encode())
+    values = copy.deepcopy(generate.FLAGS)
+    values(["generate", f"--file={path}"])
+    assert generate._lines(values) == ["first", "second\u2028still second\x0c"]
+    values(["generate"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xe9t\xe9\n")))
+    values.file = None
+    with pytest.raises(UserError, match="standard input: not UTF-8 text"):
+        generate._lines(values)
 
 
 def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, rows, tmp_path, capsys):
@@ -258,17 +277,38 @@ def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, r
         (["--task=gsm8k"], "rows.jsonl:1: its answer has no '#### number'"),
         (["--out={tmp}/nowhere/scores.json"], "nowhere/scores.json: cannot be written"),
         (["--task=nosuch"], "--task"),
+        (["--data={tmp}/empty.jsonl"], "empty.jsonl: holds no rows"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_the_model_is_read(rows, tmp_path, capsys, more, message):
+    (tmp_path / "empty.jsonl").touch()
     arguments = ["evaluate", "--model=not/read", f"--data={rows}", *(item.format(tmp=tmp_path) for item in more)]
     assert run_command(evaluate.main, evaluate.FLAGS, "", arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
+def check_base(merged, model_dir, capsys):
+    """A merged checkpoint's own weights are not the causal base that it is compared with, if that is named."""
+    row = merged.parent / "row.jsonl"
+    row.write_text('{"question": "1+1", "answer": "2."}\n')
+    run = ["evaluate", f"--model={merged}", f"--data={row}", "--max_new_tokens=4", "--tokens_per_pass=4"]
+    run += ["--dtype=float32", "--likelihood=2", f"--out={merged.parent / 'scores.json'}"]
+    found = {}
+    for base in ("", f"--base={model_dir}"):
+        assert run_command(evaluate.main, evaluate.FLAGS, "", [*run, base][: len(run) + bool(base)]) == 0
+        assert ("was itself trained as a diffusion model" in capsys.readouterr().out) == (not base)
+        found[base] = json.loads((merged.parent / "scores.json").read_text())["likelihood"]["causal_base"][
+            "log_likelihoods"
+        ][0]
+    lm = difflm_jax.load(model_dir, dtype="float32")
+    exact = lm.base().log_likelihood(["1+1"], ["2."])
+    assert found[f"--base={model_dir}"] == pytest.approx(exact.values[0], rel=1e-4)
+    assert found[""] != pytest.approx(found[f"--base={model_dir}"], rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["peft", "merged"])
-def test_export_writes_what_the_ecosystem_loads(finished, model_dir, tmp_path, kind):
+def test_export_writes_what_the_ecosystem_loads(finished, model_dir, tmp_path, kind, capsys):
     out = tmp_path / "out"
     arguments = ["export", f"--run={finished}", f"--to={kind}", f"--out={out}"]
     assert run_command(export.main, export.FLAGS, "", arguments) == 0
@@ -280,6 +320,7 @@ def test_export_writes_what_the_ecosystem_loads(finished, model_dir, tmp_path, k
     ours = difflm_jax.load(model_dir, causal=True, adapter=finished / "sft_model", dtype="float32")
     np.testing.assert_allclose(np.asarray(ours(tokens)), expected, atol=1e-5)
     if kind == "merged":
+        check_base(out, model_dir, capsys)
         assert AutoTokenizer.from_pretrained(out).mask_token == "<|mask|>"
         merged = difflm_jax.load(out, dtype="float32")
         assert (merged.attention, merged.logit_shift, merged.lora) == ("prefix", True, None)

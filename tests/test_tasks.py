@@ -76,6 +76,22 @@ def test_what_is_right(task, text, right):
     assert TASKS[task].is_correct(TASKS[task].question(ROWS[task]), text) is right
 
 
+ASKED = {"role": "user", "content": "Is it warm?"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+def test_what_a_model_thinks_before_its_answer_is_not_compared():
+    question = TASKS["exact"].question({"question": "What?", "answer": "It is warm."})
+    assert TASKS["exact"].is_correct(question, "<think>\n\n</think>\n\nIt is warm.")
+    assert not TASKS["exact"].is_correct(question, "It <think></think> is warm.")
+
+
+def test_a_question_keeps_the_tools_of_its_row():
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    row = {"messages": [ASKED, {"role": "assistant", "content": "Yes."}], "tools": tools}
+    assert TASKS["exact"].question(row).prompt == {"messages": [ASKED], "tools": tools}
+
+
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
@@ -87,6 +103,7 @@ def test_what_is_right(task, text, right):
         ("sudoku", {"Puzzle": "3102200002100320", "Solution": "0142243142131324"}, "not 16 digits 1-4"),
         ("sudoku", ["3102200002100320"], "no text under 'Puzzle'"),
         ("exact", {"text": "plain"}, "no answer to compare with"),
+        ("exact", {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "no text to"),
     ],
 )
 def test_a_row_that_is_no_question_is_named(task, row, message, tmp_path):

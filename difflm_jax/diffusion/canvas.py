@@ -131,15 +131,25 @@ def fill_masks(
     rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
     width = width_bucket(max(len(rest) for rest in rests))
     plan = Plan(0, 1, width, _useful_steps(steps, most, sampling))
+    plans = [plan] * len(rows)
     if model.attention in BLOCK_CACHE_RULES:
         block_length = 1 if model.attention == "causal" else model.block_length
-        blocks = max(len(set((at - cut) // block_length)) for at, cut in zip(masks, cuts, strict=True))
-        steps = _useful_steps(-(-steps // blocks), block_length, sampling)  # shared by the blocks that hold masks
-        plan = Plan(0, -(-width // block_length), block_length, steps)
+        plans = []
+        for at, cut in zip(masks, cuts, strict=True):
+            blocks = len(set((at - cut) // block_length)) or 1  # those that hold masks share the steps
+            of_a_block = _useful_steps(-(-steps // blocks), block_length, sampling)
+            plans.append(Plan(0, -(-width // block_length), block_length, of_a_block))
     sampling = sampling.replace(stop_at_eos=False)  # an end of sequence ends an answer, but not a text with gaps
-    filled = _fill(decoder, prompts, rests, plan, sampling, seed, batch_size, watch)
-    whole = [np.concatenate(parts) for parts in zip(prompts, filled.rows, strict=True)]
-    return dataclasses.replace(filled, rows=whole)
+    whole: list[np.ndarray] = [np.empty(0)] * len(rows)
+    committed, passes = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
+    for plan in dict.fromkeys(plans):
+        numbers = [i for i, own in enumerate(plans) if own == plan]
+        parts = [prompts[i] for i in numbers], [rests[i] for i in numbers]
+        filled = _fill(decoder, *parts, plan, sampling, seed, batch_size, watch, numbers)
+        committed[numbers], passes[numbers] = filled.committed, filled.passes
+        for i, row in zip(numbers, filled.rows, strict=True):
+            whole[i] = np.concatenate([prompts[i], row])
+    return Filled(whole, committed, passes)
 
 
 def check_positive(name: str, value: int) -> None:
@@ -162,8 +172,12 @@ def _fill(
     seed: int,
     batch_size: int,
     watch: Watcher | None,
+    numbers: Sequence[int] | None = None,
 ) -> Filled:
-    """Samples in batches of equal shape; the last one is filled up with copies of its first row."""
+    """Samples in batches of equal shape; the last one is filled up with copies of its first row.
+
+    `numbers` are those by which `watch` is told of the rows (None: their places).
+    """
     check_positive("batch_size", batch_size)
     if watch is not None and decoder.mesh is not None:
         raise UserError("watching: this model is divided over devices: load it on one for that")
@@ -173,6 +187,7 @@ def _fill(
     longest = max(max(len(prompt) for prompt in prompts), plan.block_length + 1 if _in_blocks(decoder) else 1)
     plan = dataclasses.replace(plan, first_column=width_bucket(longest))
     rows = [np.concatenate(parts) for parts in zip(prompts, rests, strict=True)]
+    numbers = range(len(rows)) if numbers is None else numbers
     keys = row_sampling_keys(seed, [tuple(row.tolist()) for row in rows])
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())
@@ -201,7 +216,7 @@ def _fill(
         if watch is None:
             carry = generate(*arguments, decoder.mesh)
         else:
-            carry = generate_watched(*arguments, range(first, first + count), watch)
+            carry = generate_watched(*arguments, numbers[first : first + count], watch)
         tokens, used = to_host(carry.tokens), to_host(carry.passes)
         filled += [tokens[i, plan.first_column :][: len(rests[index[i]])] for i in range(count)]
         committed += (fillable & (tokens != decoder.model.mask_token_id)).sum(axis=1)[:count].tolist()

@@ -141,7 +141,7 @@ def mask_rates(key: jax.Array, corruption: Corruption, strata_BL: jax.Array, blo
 def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption, mask_token_id: int) -> NoisyBatch:
     """Hides tokens of `batch` by the rule `corruption`; `key` is that of the step."""
     candidates, prompt_lengths = _candidates(key, batch, corruption)
-    block_BL = (batch.positions - prompt_lengths) // max(corruption.block_length, 1)
+    block_BL = (batch.positions - prompt_lengths) // jnp.maximum(corruption.block_length, 1)
     rates = mask_rates(key, corruption, batch.strata, block_BL)
     seeds = token_seeds(jax.random.fold_in(key, _MASK_STREAM), batch.example_ids, batch.positions)
     masked = candidates & (uniform(seeds) < rates)

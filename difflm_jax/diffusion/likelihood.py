@@ -5,7 +5,7 @@ For an answer of L tokens (arXiv:2502.09992, equation 6)
     log p(answer | prompt)  >=  E_l E_S [ L / l * sum over i in S of log p(token i | prompt, tokens outside S) ]
 
 with l uniform in 1..L and S uniform among the sets of l of its tokens; exactly l are masked, which varies less than a
-mask rate. Under `block` attention the blocks add up, each bounded on its own given the clean blocks before it.
+mask rate. Under attention in blocks the blocks add up, each bounded on its own given the clean blocks before it.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from difflm_jax.diffusion.cross_entropy import scored_cross_entropy
 from difflm_jax.diffusion.objective import predicting_states_of
 from difflm_jax.errors import UserError
 from difflm_jax.mesh import over_rows, row_shards, to_host
-from difflm_jax.models.attention import positions_of
+from difflm_jax.models.attention import BLOCK_RULES, positions_of
 from difflm_jax.models.transformer import Transformer, head_weight
 
 CHUNK = 256  # positions whose logits exist at once
@@ -82,8 +82,9 @@ def log_likelihoods(
     if decoder.model.attention == "causal":
         return _exact(decoder, prompts, answers, batch_size)
     score = functools.partial(_score, decoder)
-    block_length = decoder.model.block_length if decoder.model.attention == "block" else 0
-    return bound(score, prompts, answers, samples, seed, batch_size, block_length)
+    block_length = decoder.model.block_length if decoder.model.attention in BLOCK_RULES else 0
+    counts_prompt = decoder.model.attention == "block_causal"
+    return bound(score, prompts, answers, samples, seed, batch_size, block_length, counts_prompt)
 
 
 def bound(
@@ -94,16 +95,19 @@ def bound(
     seed: int,
     batch_size: int,
     block_length: int = 0,
+    counts_prompt: bool = False,
 ) -> LogLikelihood:
-    """The Monte-Carlo bound with any `score`; `block_length` cuts answers into blocks (0: one)."""
+    """The Monte-Carlo bound with any `score`; `block_length` cuts answers into blocks (0: one), which begin with the
+    answer, or where it `counts_prompt` with the prompt."""
     drawn: list[_Sample] = []
+    blocks = [
+        _blocks(len(prompt) if counts_prompt else 0, len(answer), block_length)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         rng = np.random.default_rng([seed, *prompt.tolist(), *answer.tolist()])
         tokens = np.concatenate([prompt, answer])
-        weights = [
-            _block_weights(rng, len(answer[start : start + (block_length or len(answer))]), samples)
-            for start in range(0, len(answer), block_length or len(answer))
-        ]
+        weights = [_block_weights(rng, len(answer[block]), samples) for block in blocks[row]]
         count = 1 if all(len(block) == 1 for block in weights) else samples
         whole = np.concatenate([np.broadcast_to(block, (count, block.shape[1])) for block in weights], axis=1)
         drawn += [_Sample(row, tokens, len(prompt), whole[j]) for j in range(count)]
@@ -115,13 +119,20 @@ def bound(
     for row, answer in enumerate(answers):
         nll_SA = np.stack([parts[i] for i in by_row[row]])
         weights_SA = np.stack([drawn[i].weights for i in by_row[row]])
-        for start in range(0, len(answer), block_length or len(answer)):
-            block = slice(start, start + (block_length or len(answer)))
+        for block in blocks[row]:
             nll_S = nll_SA[:, block].sum(axis=1)
             values[row] -= nll_S.mean()
             if len(answer[block]) > 1:  # else its one token can be masked in one way
                 errors[row] += _variance_of_mean(nll_S, weights_SA[:, block].max(axis=1))
     return LogLikelihood(values, np.sqrt(errors), np.array([len(answer) for answer in answers]))
+
+
+def _blocks(given: int, length: int, block_length: int) -> list[slice]:
+    """The blocks of an answer of `length` tokens, the first of which completes one that holds `given` tokens."""
+    if not block_length:
+        return [slice(0, length)]
+    starts = [0, *range(block_length - given % block_length, length, block_length)]
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], length], strict=True)]
 
 
 def mask_counts(rng: np.random.Generator, length: int, samples: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from difflm_jax.diffusion.corruption import CleanBatch, Corruption, NoisyBatch, 
 from difflm_jax.diffusion.cross_entropy import Scores, Teacher, scored_cross_entropy
 from difflm_jax.diffusion.distillation import teacher_of
 from difflm_jax.diffusion.on_policy import on_policy_states
-from difflm_jax.models.attention import block_starts
+from difflm_jax.models.attention import BLOCK_RULES, block_starts
 from difflm_jax.models.transformer import Transformer, head_weight
 from difflm_jax.noise import fold_seeds, token_seeds, uniform
 
@@ -135,7 +135,7 @@ def _groups(noisy: NoisyBatch, corruption: Corruption) -> jax.Array:
 
 def predicting_states_of(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruption) -> jax.Array:
     """[B, L, D] the states that predict each token of a corrupted batch; `seeds_BL` are those of dropout, or None."""
-    states = _block_states if model.attention == "block" else _states
+    states = _block_states if model.attention in BLOCK_RULES else _states
     return states(model, variables, noisy, seeds_BL, corruption)
 
 
@@ -155,7 +155,7 @@ def _states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruptio
 
 
 def _block_states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruption) -> jax.Array:
-    """The same under `block` attention: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
+    """The same under attention in blocks: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
 
     A noisy block sees the clean blocks before it, as it does when text is generated. With the shift the first token of
     a block is predicted from the block before it, which is finished by then: from its clean copy.
@@ -180,6 +180,7 @@ def _block_states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Cor
     noisy_BLD, clean_BLD = jnp.split(hidden_BLD, 2, axis=1)
     if not corruption.logit_shift:
         return noisy_BLD
-    opens_BL = block_starts(noisy.positions, noisy.prompt_lengths, corruption.block_length) == noisy.positions
+    starts_BL = block_starts(noisy.positions, noisy.prompt_lengths, corruption.block_length, model.attention)
+    opens_BL = starts_BL == noisy.positions
     shifted = (predicting_states(clean_BLD, True), predicting_states(noisy_BLD, True))
     return jnp.where(opens_BL[..., None], *shifted)

@@ -211,8 +211,11 @@ class Loop:
 
     def _passes_left(self, carry: Carry) -> jax.Array:
         """[B] passes, this one included, that a deadline leaves a row that is at work in the active block."""
+        answers_BL = self.fillable[:, self.plan.first_column :]
+        to_fill_BN = answers_BL.reshape(-1, self.plan.num_blocks, self.plan.block_length).any(axis=2)
+        blocks_before_B = (to_fill_BN & (jnp.arange(self.plan.num_blocks) < carry.block)).sum(axis=1)
         before_B = carry.passes - carry.step
-        saved_B = jnp.maximum(carry.block * self.plan.steps_per_block - before_B, 0)
+        saved_B = jnp.maximum(blocks_before_B * self.plan.steps_per_block - before_B, 0)
         return jnp.maximum(self.plan.steps_per_block + saved_B - carry.step, 1)
 
     def _scheduled(self, step: jax.Array) -> jax.Array:

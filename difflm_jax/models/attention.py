@@ -82,9 +82,11 @@ def same_example(segments_BT: jax.Array) -> jax.Array:
     return (segments_BT[:, :, None] == key_B1T) | (key_B1T == SHARED_SEGMENT)
 
 
-def block_starts(positions_BL: jax.Array, prompt_lengths: jax.Array, block_length: jax.Array | int) -> jax.Array:
-    """[B, L] first position of the block that each position is in; a prompt token is a block of its own."""
-    return _own_block("block", positions_BL, _at_tokens(prompt_lengths), block_length)[0]
+def block_starts(
+    positions_BL: jax.Array, prompt_lengths: jax.Array, block_length: jax.Array | int, rule: str = "block"
+) -> jax.Array:
+    """[B, L] first position of the block that each position is in; under `block` a prompt token is one of its own."""
+    return _own_block(rule, positions_BL, _at_tokens(prompt_lengths), block_length)[0]
 
 
 def _at_tokens(prompt_lengths: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Rows of any format that training takes, whose last answer is the reference."""
 
+import re
 from typing import Any
 
 from difflm_jax.data.formats import Conversation, parse_row
@@ -12,11 +13,15 @@ def question(row: Any) -> Question:
     _, parsed = parse_row(row)
     if not isinstance(parsed, Conversation) or parsed.messages[-1]["role"] != "assistant":
         raise RowError("the row has no answer to compare with")
-    return Question(list(parsed.messages[:-1]), parsed.messages[-1]["content"])
+    answer = parsed.messages[-1]["content"]
+    if not answer.strip():
+        raise RowError("its answer has no text to compare with")
+    return Question(list(parsed.messages[:-1]), answer, tools=parsed.tools)
 
 
 def normalised(text: str) -> str:
-    """Lower case, single spaces, without one final period: what counts in an exact match."""
+    """Lower case, single spaces, without thoughts before it and one final period: what counts in an exact match."""
+    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)
     return " ".join(text.lower().split()).removesuffix(".")
 
 

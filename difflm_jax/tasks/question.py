@@ -9,11 +9,18 @@ from difflm_jax.data.sources import RowError
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt (messages up to the answer), the reference answer as text, and the row that they come from."""
+    """A conversation up to the answer, the reference answer as text, the row that they come from, and what tools the
+    conversation has."""
 
     messages: list[dict]
     reference: str
     row: Any = None
+    tools: list[dict] | None = None
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """The question as `LanguageModel.generate` takes it."""
+        return {"messages": self.messages, "tools": self.tools}
 
 
 def ask(text: str) -> list[dict]:

@@ -15,7 +15,9 @@ class Sampler:
 
     def __init__(self, lm: LanguageModel, config: Any, phase: str, test_rows: Any, log: MetricsLog, tracker: Tracker):
         self._lm, self._config, self._phase, self._log, self._tracker = lm, config, phase, log, tracker
-        self._prompts, self._references = _prompts_and_answers(lm, test_rows, config.sample_prompts)
+        self._prompts, self._references = _prompts_and_answers(
+            lm, test_rows, config.sample_prompts, config.sample_tokens
+        )
 
     def __call__(self, trained: dict[str, Any], step: int) -> None:
         """Generates with what is trained as it is at `step` and logs (prompt, reference, answer)."""
@@ -35,14 +37,19 @@ class Sampler:
         )
 
 
-def _prompts_and_answers(lm: LanguageModel, rows: Any, count: int) -> tuple[list[np.ndarray], list[str]]:
-    """The first `count` rows that have an answer, as (prompt tokens, text of the answer)."""
+def _prompts_and_answers(
+    lm: LanguageModel, rows: Any, count: int, new_tokens: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """The first `count` rows that have an answer and a prompt which leaves the model room for one of `new_tokens`, as
+    (prompt tokens, text of the answer)."""
     prompts, answers = [], []
+    block_length = lm.model.block_length or 1
+    room = lm.config.max_position_embeddings - -(-new_tokens // block_length) * block_length
     for row in rows:
         if len(prompts) == count:
             break
         answer = np.flatnonzero(row["answer_mask"])
-        if len(answer) and answer[0] > 0:
+        if len(answer) and 0 < answer[0] <= room:
             tokens = np.asarray(row["tokens"], np.int32)
             prompts.append(tokens[: answer[0]])
             answers.append(lm.tokenizer.decode(tokens[answer[0] :].tolist(), skip_special_tokens=True))

@@ -17,7 +17,7 @@ from tests.tiny import tiny_config, tiny_params
 VOCABULARY, MASK = 7, 6
 PROMPTS = [np.array([1, 2, 3]), np.array([4, 0]), np.array([5, 5, 1, 0, 2])]
 ANSWERS = [np.array([4, 0, 2, 5, 1]), np.array([3]), np.array([1, 2])]
-RULES = [("full", False, 0), ("prefix", True, 0), ("block", False, 2), ("block", True, 2)]
+RULES = [("full", False, 0), ("prefix", True, 0), ("block", False, 2), ("block", True, 2), ("block_causal", False, 2)]
 
 
 def decoder(attention: str, shift: bool, block_length: int) -> Decoder:
@@ -42,8 +42,10 @@ def log_probabilities(decoder: Decoder, rows_BL: np.ndarray, prompt_length: int)
 def enumerated(decoder: Decoder, prompt: np.ndarray, answer: np.ndarray) -> float:
     """The bound over all masks of each block, blocks in turn behind clean ones, as text is generated."""
     size, total = decoder.model.block_length or len(answer), 0.0
-    for start in range(0, len(answer), size):
-        known, block = np.concatenate([prompt, answer[:start]]), answer[start : start + size]
+    first = size - len(prompt) % size if decoder.model.attention == "block_causal" else size
+    starts = [0, *range(first, len(answer), size)]
+    for start, end in zip(starts, [*starts[1:], len(answer)], strict=True):
+        known, block = np.concatenate([prompt, answer[:start]]), answer[start:end]
         hidden_BT = np.array(list(itertools.product([False, True], repeat=len(block)))[1:])
         rows_BL = np.concatenate([np.tile(known, (len(hidden_BT), 1)), np.where(hidden_BT, MASK, block)], axis=1)
         log_p = log_probabilities(decoder, rows_BL, len(prompt))[:, len(known) :]

@@ -1,5 +1,6 @@
 """The block-diffusion objective: equal to what generation sees block by block, and to the base at block length 1."""
 
+import dataclasses
 import functools
 
 import jax
@@ -104,6 +105,20 @@ def test_block_one_with_the_shift_is_next_token_prediction_of_the_base():
     states = causal.apply({"params": PARAMS}, rows.tokens, positions_of(valid), valid, PROMPTS)
     expected = nll_where(lambda row, position: states[row, position - 1], model, None, np.argwhere(masked))
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_blocks_that_have_grown_train_as_if_they_had_never_been_smaller():
+    """At the end of `block_growth_steps` the loss is that of whole blocks, and before it another."""
+    model = Transformer(CONFIG, attention="block", block_length=4, mask_token_id=MASK)
+    grows = dataclasses.replace(rule_of(4, True), block_growth_steps=6)
+    whole = float(run_loss(model, rule_of(4, True), {}, batch())[0])
+    loss = jax.jit(
+        lambda index: loss_sums(
+            model, {"params": PARAMS, "lora": {}}, batch(), jax.random.key(5), grows, 8, True, index
+        )
+    )
+    assert float(loss(6)[0]) == pytest.approx(whole, rel=1e-6)
+    assert float(loss(0)[0]) != pytest.approx(whole, rel=1e-3)
 
 
 def test_one_block_without_a_prompt_is_full_attention():
