@@ -147,7 +147,7 @@ class LanguageModel:
         on_pass: Watcher | None = None,
         **options: Any,
     ) -> Generation:
-        """Answers prompts: a string or a list of strings (the chat template is applied), message lists, those with their
+        """Answers prompts: a string or a list of strings (the chat template is applied), message lists, messages with
         tools as {"messages": ..., "tools": ...}, or token lists.
 
         An answer starts as `max_new_tokens` masks; at most `steps` forward passes, over all blocks together, commit
