@@ -26,6 +26,7 @@ RATES = (0.15, 0.5, 0.8, 1.0)
 # Complementary pairs: every token of an answer is scored once in each pair of rows.
 RECIPE = {
     "phases": "sft",
+    "batching": "rows",
     "overlong": "drop",
     "answer_padding": 0,
     "test_size": 0,

@@ -37,6 +37,9 @@ HELD_OUT = "builtin:quickstart_heldout"
 CANVAS = 16
 SHARED = {
     "phases": "sft",
+    "batching": "rows",
+    "batch_size": 8,
+    "max_length": 96,
     "remat": "none",
     "length_multiple": 8,
     "sample_prompts": 0,

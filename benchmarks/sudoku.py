@@ -28,7 +28,7 @@ EMPTY, HELD_OUT = 8, 72
 CANVAS = 32  # 16 digits, what stands between them, and the end
 SHARED = {
     "phases": "sft",
-    "max_length": 144,
+    "max_length": 592,  # what all prompts begin with, and 8 puzzles
     "answer_padding": 0,
     "test_size": 0,
     "sample_prompts": 0,

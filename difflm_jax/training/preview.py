@@ -13,6 +13,7 @@ from difflm_jax.data.pipeline import describe
 from difflm_jax.diffusion.corruption import CleanBatch, NoisyBatch, corrupt
 from difflm_jax.lm import LanguageModel
 from difflm_jax.mesh import make_mesh
+from difflm_jax.models.attention import SHARED_SEGMENT
 from difflm_jax.training.loop import Phase, make_batches, phase_key, step_options
 from difflm_jax.training.run import open_configured, read_rows
 from difflm_jax.view.pieces import Pieces, ansi, printable
@@ -65,10 +66,10 @@ def _print_rows(lm: LanguageModel, rows: Any, batch: CleanBatch, noisy: NoisyBat
     masked, prompts, segments = (np.asarray(x) for x in (noisy.masked, noisy.prompt_lengths, batch.segments))
     examples = [(row, number) for row in range(len(segments)) for number in range(1, segments[row].max() + 1)]
     for row, number in examples[:SHOWN_ROWS]:
-        at = np.flatnonzero(segments[row] == number)
-        length, prompt = len(at), int(min(prompts[row, at[0]], len(at)))
+        at = np.flatnonzero((segments[row] == SHARED_SEGMENT) | (segments[row] == number))
+        length, prompt = len(at), int(min(prompts[row, at[-1]], len(at)))
         hidden = int(masked[row, at].sum())
-        origin = printable(rows[int(batch.example_ids[row, at[0]])]["origin"])
+        origin = printable(rows[int(batch.example_ids[row, at[-1]])]["origin"])
         share = f" ({hidden / (length - prompt):.0%})" if length > prompt else ""
         print(f"\n  {origin}: {length} tokens, prompt {prompt}, {hidden} of {length - prompt} masked{share}")
         shown = [printable(pieces(int(token))) for token in batch.tokens[row, at]]

@@ -23,6 +23,15 @@ def test_a_preview_shows_the_masks_of_the_first_step_and_writes_nothing(tmp_path
     assert re.search(r"a step: 2 x 4 rows of up to 64 columns; 6 steps in all", shown)
     assert re.search(r"real tokens: \d+\.\d% of the columns of 6 steps; masked in the first: \d+\.\d%", shown)
 
+    # An example is shown whole where what all begin with stands in its row once.
+    assert command([*arguments, "--config.batching=shared", "--preview"]) == 0
+    found = re.findall(
+        r"rows\.jsonl:(\d+): (\d+) tokens, prompt (\d+), (\d+) of (\d+) masked.*\n  (.*)", capsys.readouterr().out
+    )
+    for number, length, prompt, _, candidates, text in found:
+        assert int(length) == int(prompt) + int(candidates) and f"{int(number) - 1}+1" in re.sub("[⟦⟧▸]", "", text)
+    assert len(found) > 6
+
     # The masks are those of training: the same batch and key reach the training step.
     sft = shown[shown.index("\nsft:") :]
     line = re.search(r"rows\.jsonl:(\d+): (\d+) tokens, prompt (\d+), (\d+) of (\d+) masked.*\n  (.*)", sft)
