@@ -2,7 +2,8 @@
 
 Command:   bash scripts/quickstart.sh     (makes the environment, fetches the model, then runs this config)
            python -m difflm_jax.train --config=configs/quickstart.py
-           The original system's attention: --config.attention=full --config.logit_shift=false
+           The original system's attention: --config.attention=full --config.logit_shift=false --config.batching=rows
+           --config.batch_size=8
 Hardware:  2 CPU cores without an accelerator, 3 GB of memory; 4 min 30 s with the environment (Xeon, AMX).
            Without bfloat16 products (EPYC, AVX2) about 14 min, in float32.
 Expect:    masked NLL of answers from about 3 to 0.6; at the end, on 60 held-out questions, the causal base's greedy

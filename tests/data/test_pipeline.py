@@ -299,7 +299,7 @@ def test_from_file_to_batch(jsonl: Callable[..., str], tokenizer: Any, tmp_path:
 
 
 @pytest.mark.parametrize("answer_padding", [0, 4])
-@pytest.mark.parametrize("batching", ["rows", "packed"])
+@pytest.mark.parametrize("batching", ["rows", "packed", "shared"])
 def test_the_rows_of_a_process_are_those_of_the_whole_batch(tokenizer, jsonl, tmp_path, answer_padding, batching):
     """Of several processes each reads its own rows; they are padded to the longest of all, which it has not read."""
     rows = [{"question": "q" * (3 * i + 1), "answer": "a" * (i % 5 + 1)} for i in range(11)]
