@@ -27,6 +27,7 @@ RATES = (0.15, 0.5, 0.8, 1.0)
 RECIPE = {
     "phases": "sft",
     "batching": "rows",
+    "loss_weight": "uniform",
     "overlong": "drop",
     "answer_padding": 0,
     "test_size": 0,

@@ -38,6 +38,7 @@ CANVAS = 16
 SHARED = {
     "phases": "sft",
     "batching": "rows",
+    "loss_weight": "uniform",
     "batch_size": 8,
     "max_length": 96,
     "remat": "none",

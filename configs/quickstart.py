@@ -10,7 +10,8 @@ Expect:    masked NLL of answers from about 3 to 0.6; at the end, on 60 held-out
            exact match (0.67) beside the converted model's at 1, 2 and 4 tokens a forward pass. README.md shows it all.
 
 Prefix attention and the logit shift keep the base's knowledge within so few steps; rates of 0.3 to 1 train what a
-sampler meets that starts from masks alone; answers are padded with end-of-sequence tokens to the canvas of 16, so that
+sampler meets that starts from masks alone; masks beside visible tokens count most (CART), as they are what a sampler
+commits next; answers are padded with end-of-sequence tokens to the canvas of 16, so that
 the end of an answer is learnt where it belongs.
 """
 
@@ -33,6 +34,7 @@ def get_config() -> ConfigDict:
     config.min_mask_probability = 0.3
     config.max_mask_probability = 1.0
     config.loss_tokens = "masked"
+    config.loss_weight = "context"
     config.loss_chunk = 128
     config.algorithm = "steady"
 
@@ -47,7 +49,7 @@ def get_config() -> ConfigDict:
 
     config.epochs = 5
     config.pretrain.max_steps = 10
-    config.sft.max_steps = 220
+    config.sft.max_steps = 160
     config.gradient_accumulation_steps = 1
     config.learning_rate = 1e-3
     config.lora_config.lora_dropout = 0.0
