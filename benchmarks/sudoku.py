@@ -25,10 +25,11 @@ from difflm_jax.tasks import read_questions
 from difflm_jax.training.run import train
 
 EMPTY, HELD_OUT = 8, 72
+PER_STEP = 8
 CANVAS = 32  # 16 digits, what stands between them, and the end
 SHARED = {
     "phases": "sft",
-    "max_length": 592,  # what all prompts begin with, and 8 puzzles
+    "max_length": 640,  # what all prompts begin with, and the rest of `PER_STEP` puzzles
     "answer_padding": 0,
     "test_size": 0,
     "sample_prompts": 0,
@@ -60,7 +61,7 @@ def main() -> None:
     keys = {**SHARED, **changes, **steps, "dataset": rows, "output_dir": run}
     overrides = [*(f"{key}={value}" for key, value in keys.items()), *options.changes]
     config = load_config("configs/quickstart.py", overrides)
-    write_puzzles(rows, test, config.batch_size * options.steps, options.rows, options.seed)
+    write_puzzles(rows, test, PER_STEP * options.steps, options.rows, options.seed)
     train(config)
     flags = {
         "run": run, "task": "sudoku", "data": test, "max_new_tokens": CANVAS, "tokens_per_pass": tokens_per_pass,
