@@ -191,11 +191,8 @@ def _load(
             raise UserError("give adapter= or run=, not both")
         config = read_run_config(Path(run))
         origin = (model or config.model) if config.trained == "all" else ""
-        dtype, held, revision = (
-            dtype or config.dtype,
-            quantization_of(config),
-            None if model else config.revision or None,
-        )
+        dtype, held = dtype or config.dtype, quantization_of(config)
+        revision = None if model else config.revision or None  # of the model that the run names
         model, adapter = trained_model(Path(run), config, model)
     if not model:
         raise UserError("name a model with model=, or a training run with run=")

@@ -17,12 +17,13 @@ import pyarrow.parquet
 from difflm_jax.errors import UserError, one_line
 
 _BATCH_ROWS = 1000
-csv.field_size_limit(2**31 - 1)  # its own limit, 131,072 characters, is less than a document
 _TEXT_PIECE_BYTES = 1 << 16
 _DOCUMENT_END = b"<|endoftext|>"
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 _UNREAD_ENDINGS = (".tsv", ".gz", ".zst", ".zip", ".arrow")
 _LOCAL_ALTERNATIVES = "a local .jsonl, .json, .parquet, .csv or .txt file, a directory of these, or builtin:NAME"
+
+csv.field_size_limit(2**31 - 1)  # its own limit, 131,072 characters, is less than a document
 
 
 class RowError(UserError):

@@ -130,15 +130,10 @@ def fill_masks(
     prompts = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
     rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
     width = width_bucket(max(len(rest) for rest in rests))
-    plan = Plan(0, 1, width, _useful_steps(steps, most, sampling))
-    plans = [plan] * len(rows)
+    plans = [Plan(0, 1, width, _useful_steps(steps, most, sampling))] * len(rows)
     if model.attention in BLOCK_CACHE_RULES:
-        block_length = 1 if model.attention == "causal" else model.block_length
-        plans = []
-        for at, cut in zip(masks, cuts, strict=True):
-            blocks = len(set((at - cut) // block_length)) or 1  # those that hold masks share the steps
-            of_a_block = _useful_steps(-(-steps // blocks), block_length, sampling)
-            plans.append(Plan(0, -(-width // block_length), block_length, of_a_block))
+        places = [at - cut for at, cut in zip(masks, cuts, strict=True)]
+        plans = [_plan_in_blocks(model, at, width, steps, sampling) for at in places]
     sampling = sampling.replace(stop_at_eos=False)  # an end of sequence ends an answer, but not a text with gaps
     whole: list[np.ndarray] = [np.empty(0)] * len(rows)
     committed, passes = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
@@ -150,6 +145,14 @@ def fill_masks(
         for i, row in zip(numbers, filled.rows, strict=True):
             whole[i] = np.concatenate([prompts[i], row])
     return Filled(whole, committed, passes)
+
+
+def _plan_in_blocks(model: Transformer, places: np.ndarray, width: int, steps: int, sampling: Sampling) -> Plan:
+    """The plan of a row of `width` columns with masks at `places`, whose blocks share the steps."""
+    block_length = 1 if model.attention == "causal" else model.block_length
+    with_masks = len(set(places // block_length)) or 1
+    of_a_block = _useful_steps(-(-steps // with_masks), block_length, sampling)
+    return Plan(0, -(-width // block_length), block_length, of_a_block)
 
 
 def check_positive(name: str, value: int) -> None:
