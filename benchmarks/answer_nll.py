@@ -17,9 +17,9 @@ from pathlib import Path
 from recipes import cpu_seconds, masked_scores
 
 from difflm_jax import load
-from difflm_jax.cli import read_run_config
 from difflm_jax.config import load_config
 from difflm_jax.lm import LanguageModel
+from difflm_jax.named import read_run_config
 from difflm_jax.training.run import train
 
 RATES = (0.15, 0.5, 0.8, 1.0)

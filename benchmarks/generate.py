@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import difflm_jax
-from difflm_jax.cli import read_run_config, trained_model
 from difflm_jax.lm import LanguageModel
+from difflm_jax.named import read_run_config, trained_model
 from difflm_jax.tasks import read_questions
 from difflm_jax.tasks.exact import normalised
 

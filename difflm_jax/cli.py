@@ -1,26 +1,18 @@
 """What the commands share: flags parsed by absl, errors as one line, the model that flags name."""
 
 import copy
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from absl import flags
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from difflm_jax.compilation import keep_compiled
-from difflm_jax.config import CONVERTED, load_config, quantization
 from difflm_jax.dtypes import AUTO, DTYPES
 from difflm_jax.errors import UserError, exit_with_errors, one_line
 from difflm_jax.hosts import connect, define_host_flags
 from difflm_jax.lm import LanguageModel
-from difflm_jax.loading import open_model
-from difflm_jax.mesh import check_model, make_mesh
-from difflm_jax.quant import FORMATS, QuantConfig
+from difflm_jax.named import load_named
+from difflm_jax.quant import FORMATS
 
 
 def run_command(
@@ -85,80 +77,8 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     )
 
 
-def trained_model(run: Path, config: ConfigDict, model: str = "") -> tuple[str, str | None]:
-    """(model, adapter) that the last finished phase of a run has made; `model` is where its base lies now.
-
-    Of a run that trained every weight it is the phase's own checkpoint, without an adapter and without a base.
-    """
-    for phase in reversed(config.phases):
-        made = run / f"{phase}_model"
-        if config.trained == "adapter" and (made / "adapter_config.json").is_file():
-            return model or config.model, str(made)
-        if config.trained == "all" and (made / "config.json").is_file():
-            return str(made), None
-    raise UserError(f"{run}: no phase of this run is finished (no {' or '.join(f'{p}_model' for p in config.phases)})")
-
-
 def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> LanguageModel:
-    """Loads what `--model`, `--adapter` and `--run` name, onto the devices of `--mesh`, of all processes.
-
-    `with_base`: and the `origin` of a run that trained every weight.
-    """
+    """Loads what the flags of `define_model_flags` name; `with_base` as for `load_named`."""
     connect(flag_values)
-    model, adapter, dtype = flag_values.model, flag_values.adapter, flag_values.dtype
-    mask_token, revision = flag_values.mask_token, flag_values.revision
-    held, converted, origin = None, None, ""
-    if flag_values.run:
-        if adapter:
-            raise UserError("give --adapter or --run, not both")
-        run = Path(flag_values.run)
-        config = read_run_config(run)
-        origin = (model or config.model) if config.trained == "all" else ""
-        dtype, revision = dtype or config.dtype, revision or ("" if model else config.revision)
-        model, adapter = trained_model(run, config, model)
-        held = quantization(config)
-        converted = run / CONVERTED if config.convert_cache else None
-    if not model:
-        raise UserError("name a model with --model, or a training run with --run")
-    if flag_values.quantization:
-        held = None if flag_values.quantization == "none" else QuantConfig(flag_values.quantization)
-    lm = open_model(
-        model,
-        adapter=adapter or None,
-        dtype=dtype or "bfloat16",
-        mask_token=mask_token or None,
-        revision=None if origin else revision or None,
-        quantization=held,
-    )
-    lm = lm.with_weights(converted, _mesh(flag_values.mesh, lm))
-    return with_origin(lm, origin, revision) if with_base and origin else lm
-
-
-def with_origin(lm: LanguageModel, source: str, revision: str = "") -> LanguageModel:
-    """`lm`, every weight of which was trained, beside the causal model at `source` that it was made from."""
-    dtype = jnp.dtype(lm.model.dtype).name
-    base = open_model(source, "causal", True, dtype, mask_token=lm.tokenizer.mask_token, revision=revision or None)
-    return dataclasses.replace(lm, origin=base.with_weights(mesh=lm.mesh))
-
-
-def _mesh(sizes: Sequence[str], lm: LanguageModel) -> Mesh | None:
-    """The mesh that a flag names; with several processes and none named, rows are divided over all devices."""
-    if not sizes and jax.process_count() == 1:
-        return None
-    try:
-        numbers = [int(size) for size in sizes or ("-1", "1", "1")]
-    except ValueError as error:
-        raise UserError(f"--mesh={','.join(sizes)}: must be three integers") from error
-    if len(numbers) != 3:
-        raise UserError(f"--mesh={','.join(sizes)}: must be three integers: data, fsdp, tensor")
-    mesh = make_mesh(*numbers)
-    check_model(lm.config, lm.quantization.block_size if lm.quantization else 1, mesh)
-    return mesh if mesh.size > 1 else None
-
-
-def read_run_config(run: Path) -> ConfigDict:
-    """The configuration that a training run wrote beside its results."""
-    path = run / "config.json"
-    if not path.is_file():
-        raise UserError(f"{run}: not a training run (no config.json)")
-    return load_config(str(path))
+    names = ("model", "adapter", "run", "dtype", "quantization", "revision", "mask_token", "mesh")
+    return load_named(**{name: flag_values[name].value for name in names}, with_base=with_base)

@@ -54,7 +54,7 @@ _RANGES = (
         "0 or more",
         lambda x: x >= 0,
         (
-            "dataloader_num_workers", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_batches",
+            "dataloader_num_workers", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_rows",
             "sample_prompts", "answer_padding", "report.rows", "heartbeat_seconds", "profile.steps", "block_length",
             "distillation_weight", "anneal_steps", "block_growth_steps",
         ),

@@ -96,7 +96,7 @@ def default_config() -> ConfigDict:
             # Evaluation, logs and checkpoints.
             "log_interval": 1000,  # optimiser steps
             "log_frequency_per_epoch": 4,  # evaluations and checkpoints
-            "eval_batches": 0,  # of the test split; 0: all
+            "eval_rows": 0,  # of the test split; 0: all
             "keep_checkpoints": 2,
             "heartbeat_seconds": 60.0,  # output_dir/heartbeat.json is replaced so often; 0: never
             "profile": {"first_step": 1, "steps": 0},  # a jax.profiler trace of these steps of each phase

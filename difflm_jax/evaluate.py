@@ -15,13 +15,14 @@ from typing import Any
 import jax
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, load_from_flags, run_command, with_origin
+from difflm_jax.cli import define_model_flags, load_from_flags, run_command
 from difflm_jax.data.pipeline import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.errors import UserError
 from difflm_jax.fluency import print_fluency
 from difflm_jax.lm import LanguageModel
 from difflm_jax.mesh import is_writer, make_mesh, place, row_shards, rows_of_process
+from difflm_jax.named import with_origin
 from difflm_jax.report import print_report
 from difflm_jax.results import check_writable, write_results
 from difflm_jax.scores import print_scores, read_windows, score_answers, score_text

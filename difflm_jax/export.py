@@ -10,8 +10,9 @@ from pathlib import Path
 
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, load_from_flags, read_run_config, run_command
+from difflm_jax.cli import define_model_flags, load_from_flags, run_command
 from difflm_jax.errors import UserError
+from difflm_jax.named import read_run_config
 
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)

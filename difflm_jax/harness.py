@@ -12,17 +12,13 @@ masks.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import difflm_jax
-from difflm_jax.cli import read_run_config, trained_model, with_origin
-from difflm_jax.config import quantization as quantization_of
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
-from difflm_jax.quant import QuantConfig
+from difflm_jax.named import load_named
 
 try:
     from lm_eval import utils
@@ -70,7 +66,7 @@ class DiffusionHarness(TemplateLM):
     ):
         super().__init__()
         if lm is None:
-            lm = _load(model, adapter, run, dtype, quantization, with_base=_flag(causal))
+            lm = load_named(model, adapter, run, dtype, quantization, with_base=_flag(causal))
         self._lm = lm.base() if _flag(causal) else lm
         try:
             self._batch_size = int(batch_size)
@@ -180,32 +176,6 @@ class DiffusionHarness(TemplateLM):
         algorithm = None if self._lm.attention == "causal" else "probability"
         filled = self._lm.infill(canvases, steps, algorithm=algorithm, batch_size=self._batch_size).tokens
         return [tokens[len(before) :].tolist() == after for tokens, (before, after) in zip(filled, rows, strict=True)]
-
-
-def _load(
-    model: str, adapter: str, run: str, dtype: str | None, quantization: str | None, with_base: bool
-) -> LanguageModel:
-    origin, held, revision = "", None, None
-    if run:
-        if adapter:
-            raise UserError("give adapter= or run=, not both")
-        config = read_run_config(Path(run))
-        origin = (model or config.model) if config.trained == "all" else ""
-        dtype, held = dtype or config.dtype, quantization_of(config)
-        revision = None if model else config.revision or None  # of the model that the run names
-        model, adapter = trained_model(Path(run), config, model)
-    if not model:
-        raise UserError("name a model with model=, or a training run with run=")
-    if quantization:
-        held = None if quantization == "none" else QuantConfig(quantization)
-    lm = difflm_jax.load(
-        model,
-        adapter=adapter or None,
-        dtype=dtype or "bfloat16",
-        revision=None if origin else revision,
-        quantization=held,
-    )
-    return with_origin(lm, origin, revision or "") if with_base and origin else lm
 
 
 def _flag(value: bool | str) -> bool:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from difflm_jax.cli import run_command, with_origin
+from difflm_jax.cli import run_command
 from difflm_jax.config import load_config, take_overrides
 from difflm_jax.errors import exit_with_errors
 from difflm_jax.hosts import connect, define_host_flags
+from difflm_jax.named import with_origin
 from difflm_jax.report import print_report
 from difflm_jax.tasks import read_questions
 from difflm_jax.training.preview import preview

@@ -121,7 +121,7 @@ def test_the_causal_base_and_a_model_by_its_path(lm):
     (value, greedy), *_ = base._loglikelihood_tokens([(("2+2=", " 4"), prompt, answer)])
     assert value == pytest.approx(lm.base().log_likelihood([prompt], [answer]).values[0], rel=1e-5)
     assert greedy is False
-    with pytest.raises(UserError, match="name a model with model="):
+    with pytest.raises(UserError, match="name a model or a training run"):
         DiffusionHarness()
     with pytest.raises(UserError, match="batch_size='auto'"):
         DiffusionHarness(lm, batch_size="auto")

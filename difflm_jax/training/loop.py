@@ -284,8 +284,8 @@ def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
     if len(phase.test_rows) == 0:
         return None
     rows = phase.test_rows
-    if phase.config.eval_batches:
-        rows = rows.select(range(min(len(rows), phase.config.eval_batches * phase.config.batch_size)))
+    if phase.config.eval_rows:
+        rows = rows.select(range(min(len(rows), phase.config.eval_rows)))
     data = make_batches(phase, rows, train=False)
     key = jax.random.fold_in(jax.random.key(phase.config.seed), _EVALUATION_STREAM)
     return Evaluator(options, phase.mesh, (data[i] for i in range(len(data))), len(rows), key)
