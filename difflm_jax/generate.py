@@ -20,8 +20,8 @@ from difflm_jax.cli import define_model_flags, load_from_flags, run_command
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
+from difflm_jax.files import check_writable
 from difflm_jax.lm import LanguageModel
-from difflm_jax.results import check_writable
 from difflm_jax.view.page import PageRecorder
 from difflm_jax.view.terminal import TerminalView
 

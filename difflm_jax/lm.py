@@ -23,7 +23,7 @@ from difflm_jax.diffusion.options import Sampling, sampling_options
 from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, merge_lora
-from difflm_jax.mesh import is_writer, over_rows, place, row_shards, to_host, wait_for_all
+from difflm_jax.mesh import by_one_process, over_rows, place, row_shards, to_host
 from difflm_jax.models.attention import BLOCK_RULES, positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer, head_logits
@@ -260,18 +260,18 @@ class LanguageModel:
         params = self.params
         if jax.process_count() > 1:  # what is divided over processes goes to all of them, and one writes
             params = jax.tree.map(to_host, params)
-        if is_writer():
-            card = model_card(self.source.name, self.diffusion_config(), self.provenance)
-            save_pretrained(
-                directory,
-                params,
-                self.config,
-                self.source.hf_config,
-                self.tokenizer,
-                card,
-                self.diffusion_config(),
-            )
-        wait_for_all(f"{directory} is written")
+        card = model_card(self.source.name, self.diffusion_config(), self.provenance)
+        write = functools.partial(
+            save_pretrained,
+            directory,
+            params,
+            self.config,
+            self.source.hf_config,
+            self.tokenizer,
+            card,
+            self.diffusion_config(),
+        )
+        by_one_process(write, str(directory))
 
     def diffusion_config(self) -> dict[str, Any]:
         """What a user of the weights must know to decode with them: `diffusion_config.json`."""

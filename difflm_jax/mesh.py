@@ -176,6 +176,21 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def by_one_process(write: Callable[[], None], what: str) -> None:
+    """Process 0 calls `write`, the others wait for it; where it fails, it fails in all of them.
+
+    `what` is written, for the message of those that wait. Raises what `write` raises, elsewhere `UserError`.
+    """
+    error = None
+    if is_writer():
+        try:
+            write()
+        except Exception as found:
+            error = found
+    if not agreed(error is None):
+        raise error or UserError(f"{what}: process 0 could not write it, and says why")
+
+
 def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
     """Raises `UserError` where a model (its `ModelConfig`) does not divide over the mesh.
 

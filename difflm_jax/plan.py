@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from difflm_jax.cli import run_command
 from difflm_jax.config import load_config, phase_config, quantization, take_overrides
 from difflm_jax.dtypes import AUTO, fastest_dtype
 from difflm_jax.errors import UserError, exit_with_errors
+from difflm_jax.files import check_writable, write_whole
 from difflm_jax.mesh import AXES, row_shards
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.kernels import check_kernel
@@ -79,6 +79,8 @@ def command(argv: Sequence[str]) -> int:
 
 def main(flag_values: flags.FlagValues, overrides: Sequence[str]) -> None:
     """Prints the table."""
+    if flag_values.out:
+        check_writable(flag_values.out)
     config = load_config(flag_values.config, overrides)
     if config.dtype == AUTO:
         with config.unlocked():
@@ -102,7 +104,7 @@ def main(flag_values: flags.FlagValues, overrides: Sequence[str]) -> None:
                 records.append(record)
                 print(_row(record), flush=True)
     if flag_values.out:
-        Path(flag_values.out).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+        write_whole(flag_values.out, json.dumps(records, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

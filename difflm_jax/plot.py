@@ -16,7 +16,7 @@ from absl import flags
 
 from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError, one_line
-from difflm_jax.results import check_writable, write_whole
+from difflm_jax.files import check_writable, write_whole
 from difflm_jax.training.metrics import read_metrics
 
 FLAGS = flags.FlagValues()

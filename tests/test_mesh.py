@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from difflm_jax.errors import UserError
 from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.mesh import check_model, make_mesh, rows_of_process, specs
+from difflm_jax.mesh import by_one_process, check_model, make_mesh, rows_of_process, specs
 from difflm_jax.quant import QuantConfig, quantize
 from difflm_jax.training.fit import abstract_mesh
 from tests.tiny import tiny_config, tiny_params
@@ -80,3 +81,19 @@ def test_without_a_mesh_the_model_is_whole():
     for function in (gathered, summed, everywhere):
         assert function(x) is x
     np.testing.assert_array_equal(lookup(x, jnp.array([[1, 0]])), x[jnp.array([[1, 0]])])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_write_that_fails_in_one_process_fails_in_all(monkeypatch, index):
+    def write():
+        raise UserError("out: no space left")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda here: np.array([False, True]))
+    with pytest.raises(UserError, match=["no space left", "out: process 0 could not write it"][index]):
+        by_one_process(write, "out")
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda here: np.array([True, True]))
+    written = []
+    by_one_process(lambda: written.append(index), "out")
+    assert written == ([0] if index == 0 else [])

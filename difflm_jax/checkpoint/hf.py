@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.bitsandbytes import bitsandbytes_config, bitsandbytes_tensors
 from difflm_jax.checkpoint.diffusion_config import write_diffusion_config
-from difflm_jax.checkpoint.directory import new_directory
 from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, Row, get_path, set_path, table
 from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
 from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import UserError
+from difflm_jax.files import new_directory
 from difflm_jax.mesh import place_leaf, shardings_of, to_host, to_mesh
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.quant import QTensor, QuantConfig, dequantize, quantize

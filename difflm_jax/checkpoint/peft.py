@@ -17,10 +17,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.diffusion_config import DIFFUSION_FILE, read_diffusion_config, write_diffusion_config
-from difflm_jax.checkpoint.directory import new_directory
 from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS, get_path, peft_lora_name, set_path, table
 from difflm_jax.checkpoint.shards import TensorFiles, describe_faults, open_files, read_json, write_file
 from difflm_jax.errors import UserError
+from difflm_jax.files import new_directory
 from difflm_jax.lora import LoraConfig
 from difflm_jax.models.config import ModelConfig
 

@@ -11,9 +11,10 @@ from difflm_jax.checkpoint.state import Checkpoints
 from difflm_jax.config import CONVERTED, notes, phase_config, quantization, to_json
 from difflm_jax.data.pipeline import describe, split, tokenize
 from difflm_jax.errors import UserError
+from difflm_jax.files import write_whole
 from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import open_model
-from difflm_jax.mesh import check_model, is_writer, make_mesh, row_shards, wait_for_all
+from difflm_jax.mesh import by_one_process, check_model, is_writer, make_mesh, row_shards
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.kernels import check_kernel
 from difflm_jax.parallel import FSDP
@@ -56,9 +57,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     if "params" in trained:
         lm = dataclasses.replace(lm, params={})  # only the float32 masters stay in memory
 
-    if is_writer():
-        write_identity(directory, config, data)
-    wait_for_all("the run's directory is there")
+    by_one_process(lambda: write_identity(directory, config, data), str(directory))
     log = MetricsLog(directory, enabled=is_writer())
     tracker = Tracker(config, enabled=is_writer())
     state = initial_state(phase_config(config, config.phases[0]), trained, mesh)
@@ -137,9 +136,8 @@ def _run(
         sampler = Sampler(lm, resolved, name, rows[1], samples, tracker)
         best = run_phase(phase, state, resumed, Outputs(directory, checkpoints, log, samples, tracker, sampler))
         save(with_trained(lm, best.trained), target, name)
-        if is_writer():
-            (target / "training_config.json").write_text(to_json(config), encoding="utf-8")
-        wait_for_all(f"{name} is complete")
+        settings = target / "training_config.json"
+        by_one_process(lambda: write_whole(settings, to_json(config)), str(settings))
         print(f"{name}: wrote {target}")
         return best
     finally:

@@ -14,7 +14,7 @@ from difflm_jax.config import lora_config
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.mesh import is_writer, place, place_leaf, to_host, wait_for_all
+from difflm_jax.mesh import by_one_process, place, place_leaf, to_host
 
 Collections = dict[str, Any]  # of the model, by name: "params", "lora"
 
@@ -72,9 +72,7 @@ def save(lm: LanguageModel, directory: Path, phase: str) -> None:
         dataclasses.replace(lm, provenance=notes).save_pretrained(directory)
         return
     lm = dataclasses.replace(lm, lora=jax.tree.map(to_host, lm.lora))
-    if is_writer():
-        lm.save_adapter(directory, notes)
-    wait_for_all(f"{phase} is written")
+    by_one_process(lambda: lm.save_adapter(directory, notes), str(directory))
 
 
 def _check_same_shape(loaded: LoraConfig, wanted: LoraConfig, adapter: str) -> None:

@@ -144,6 +144,7 @@ def test_this_machine_and_its_compiler(model, capsys):
     ("flags", "named"),
     [
         (["--chips=v9"], "--chips=v9: is not one of"),
+        (["--out=no/where.json"], "no/where.json: cannot be written"),
         (["--mesh=1,2"], "--mesh=1,2: must be three integers above 0"),
         (["--mesh=1,x,1"], "--mesh=1,x,1: must be three integers"),
         (["--mesh=1,1,3"], "mesh.tensor=3 does not divide the model's num_key_value_heads=4"),

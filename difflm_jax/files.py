@@ -1,6 +1,7 @@
 """Directories and files that appear whole or not at all."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,12 +43,36 @@ def new_directory(target: str | Path, may_replace: Callable[[Path], bool] = lamb
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes or replaces a text file: whoever reads it sees the old one or the new one. Raises `UserError`."""
-    unfinished = path.with_name(f"{path.name}.part")
+def check_writable(path: str | Path) -> None:
+    """Raises `UserError` if no file could be written there: before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory, not a file to write")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written ({path.parent} is no directory that can be written to)")
+
+
+def write_whole(path: str | Path, data: str | bytes) -> None:
+    """Replaces the file `path` by `data`, so that a reader sees the old or the new one. Raises `UserError`."""
+    path = Path(path)
+    if isinstance(data, str):
+        data = data.encode("utf-8", "backslashreplace")  # half a surrogate pair of some row: JSON's escape of it
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).chmod(0o666 & ~_umask())
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({one_line(error)})") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
