@@ -5,12 +5,14 @@
 
 The same work for all: rank 16 on the seven projections, only answers masked and scored, AdamW. The peer "as the
 original trains" pads to the longest example of a batch, checkpoints every layer and makes the logits of all positions;
-"best settings" does without checkpointing. Ours without and with packed rows, whose number is chosen so that a step
-holds about as many examples. Then the same step for both on full rows of equal shape. Rounds alternate, and of each
-turn the second step is timed; medians.
+"best settings" does without checkpointing. Ours without and with packed rows, and with what all prompts begin with once
+in a packed row (under prefix attention, which that needs; its tokens count for every example). Steps hold about as many
+examples everywhere. Then the same step for both on full rows of equal shape. Rounds alternate, and of each turn the
+second step is timed; medians.
 """
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,7 @@ import difflm_jax
 from benchmarks.common import add_report_flags, alternating, gemm_flops, median_of, report
 from difflm_jax.config import default_config
 from difflm_jax.data.pipeline import batches, tokenize
+from difflm_jax.data.shared_prefix import shared_prefix
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
 from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.mesh import make_mesh
@@ -57,6 +60,7 @@ def main() -> None:
     share = np.mean([len(row) for row in rows["tokens"][:1000]]) / options.row_length
     packed_rows = max(1, round(options.examples * share))
     packed = batches(rows, batch_size=packed_rows, batching="packed", max_length=options.row_length)
+    shared = shared_batches(rows, options)
     ours = batches(rows, **{**padded, "length_multiple": 32}, batching="grouped")
     equal = _full_rows(lm.config.vocab_size)
     with tempfile.TemporaryDirectory() as directory:
@@ -66,6 +70,7 @@ def main() -> None:
             "torch + peft, best settings": _torch_way(directory, options.dtype, plain, False, lm),
             "difflm_jax, rows grouped by length": _our_way(lm, options, ours),
             "difflm_jax, packed rows": _our_way(lm, options, packed),
+            "difflm_jax, packed rows, prompts' beginning once": _our_way(lm, options, shared, "prefix"),
             "torch + peft, best settings, equal shapes": _torch_way(directory, options.dtype, equal, False, lm),
             "difflm_jax, equal shapes": _our_way(lm, options, equal),
         }
@@ -103,6 +108,12 @@ def main() -> None:
     report(f"train_{options.dtype}", options, table, "real_tokens_per_second", {"gemm_gflops": peak / 1e9})
 
 
+def real_tokens(batch: dict[str, np.ndarray]) -> int:
+    """The tokens of all examples of a batch; what they share is counted for each."""
+    ids, first = np.unique(batch["example_ids"], return_index=True)
+    return int(batch["lengths"].reshape(-1)[first][ids >= 0].sum())
+
+
 def _full_rows(vocab_size: int) -> list[dict[str, np.ndarray]]:
     tokens = np.random.default_rng(0).integers(10, vocab_size, EQUAL).astype(np.int32)
     count, length = EQUAL
@@ -113,12 +124,23 @@ def _full_rows(vocab_size: int) -> list[dict[str, np.ndarray]]:
     return [{name: np.asarray(field)[None] for name, field in vars(batch).items()}]
 
 
-def _our_way(lm: difflm_jax.LanguageModel, options: argparse.Namespace, data: Any) -> Callable[[int], tuple[int, Any]]:
+def shared_batches(rows: Any, options: argparse.Namespace) -> Any:
+    """Batches of one row that holds about as many examples as the other ways' steps."""
+    prefix = shared_prefix(rows)
+    mean = np.mean([len(row) for row in rows["tokens"][:1000]])
+    length = prefix + round(options.examples * (mean - prefix))
+    return batches(rows, batch_size=1, batching="shared", max_length=length, length_multiple=8)
+
+
+def _our_way(
+    lm: difflm_jax.LanguageModel, options: argparse.Namespace, data: Any, attention: str = "full"
+) -> Callable[[int], tuple[int, Any]]:
     settings = default_config()
-    model = lm.model.clone(lora=LORA, remat=options.remat)
+    model = lm.model.clone(lora=LORA, remat=options.remat, attention=attention)
     optimizer = make_optimizer(settings)
     schedule = learning_rate_schedule(settings, 1000)
-    step = make_train_step(StepOptions(model, RULE, options.loss_chunk), optimizer, schedule, make_mesh(1))
+    rule = dataclasses.replace(RULE, attention=attention)
+    step = make_train_step(StepOptions(model, rule, options.loss_chunk), optimizer, schedule, make_mesh(1))
     lora = init_lora(jax.random.key(0), lm.params, LORA, jnp.zeros(lm.config.hidden_size))
     frozen = {"params": lm.params}
     state = TrainState({"lora": lora}, optimizer.init({"lora": lora}))
@@ -134,7 +156,7 @@ def _our_way(lm: difflm_jax.LanguageModel, options: argparse.Namespace, data: An
                     compiled.add(shape)
                     state, _ = step(frozen, state, CleanBatch(**data[each % len(data)]), jax.random.key(1), 0)
         state, metrics = step(frozen, state, CleanBatch(**batch), jax.random.key(1), 0)
-        return int((batch["segments"] > 0).sum()), metrics
+        return real_tokens(batch), metrics
 
     return run
 

@@ -1,6 +1,8 @@
 """What the commands share: flags parsed by absl, errors as one line, the model that flags name."""
 
 import copy
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -42,7 +44,11 @@ def run_command(
         keep_compiled()
         return main(flag_values)
 
-    return exit_with_errors(command, debug_traceback="--debug_traceback" in argv)
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks must not end the work
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    asked = [item.partition("=")[2].lower() for item in argv if re.fullmatch("--debug_traceback(=.*)?", item)]
+    return exit_with_errors(command, debug_traceback=bool(asked) and asked[-1] not in ("false", "f", "0", "no"))
 
 
 def define_model_flags(flag_values: flags.FlagValues) -> None:

@@ -25,6 +25,9 @@ from difflm_jax.errors import UserError, one_line
 from difflm_jax.lora import LoraConfig
 from difflm_jax.quant import QuantConfig
 
+# Keys of earlier versions, which `config.json` of a run may hold: nothing that it has trained with.
+_RETIRED = ("eval_batches",)
+
 CONVERTED = "converted"  # directory of a run where its quantised base is kept
 
 
@@ -45,6 +48,15 @@ def load_config(path: str = "", overrides: Sequence[str] = (), hyper_parameters_
         if not equals:
             raise UserError(f"--config.{key}: write --config.{key}=VALUE")
         _set(config, key, text, "--config.")
+    validate(config)
+    return config.lock()
+
+
+def load_run_config(path: str | Path) -> ConfigDict:
+    """The configuration that a run wrote, without keys that have been given up since then. Raises `UserError`."""
+    config = default_config()
+    values = {key: value for key, value in _flatten(_read(str(path))).items() if key not in _RETIRED}
+    _update(config, values, f"{path}: ")
     validate(config)
     return config.lock()
 

@@ -1,5 +1,6 @@
 """One kind of error for everything a user can put right, and the one place that prints it."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -45,6 +46,9 @@ def exit_with_errors(main: Callable[[], int | None], debug_traceback: bool = Fal
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_status
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         return 130

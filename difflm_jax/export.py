@@ -12,6 +12,7 @@ from absl import flags
 
 from difflm_jax.cli import define_model_flags, load_from_flags, run_command
 from difflm_jax.errors import UserError
+from difflm_jax.files import check_new_directory
 from difflm_jax.named import read_run_config
 
 FLAGS = flags.FlagValues()
@@ -24,6 +25,7 @@ def main(flag_values: flags.FlagValues) -> None:
     """Loads the base with its adapter and writes `--out`."""
     if not flag_values.out:
         raise UserError("name the directory to write with --out")
+    check_new_directory(Path(flag_values.out).expanduser(), lambda _: flag_values.to == "peft")
     if flag_values.run and flag_values.to == "peft" and read_run_config(Path(flag_values.run)).trained == "all":
         raise UserError(f"{flag_values.run} trained every weight, and has no adapter: export it with --to=merged")
     lm = load_from_flags(flag_values)

@@ -18,11 +18,7 @@ def new_directory(target: str | Path, may_replace: Callable[[Path], bool] = lamb
     otherwise, before anything is written, and when the disk refuses.
     """
     target = Path(target).expanduser().absolute()
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: is a file, not a directory to write to")
-    occupied = target.is_dir() and any(target.iterdir())
-    if occupied and not may_replace(target):
-        raise UserError(f"{target}: exists and is not empty; remove it or choose another directory")
+    occupied = check_new_directory(target, may_replace)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -43,18 +39,29 @@ def new_directory(target: str | Path, may_replace: Callable[[Path], bool] = lamb
         shutil.rmtree(work, ignore_errors=True)
 
 
+def check_new_directory(target: Path, may_replace: Callable[[Path], bool] = lambda _: False) -> bool:
+    """Whether there is something in `target`; raises `UserError` if that must not be replaced."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file, not a directory to write to")
+    occupied = target.is_dir() and any(target.iterdir())
+    if occupied and not may_replace(target):
+        raise UserError(f"{target}: exists and is not empty; remove it or choose another directory")
+    return occupied
+
+
 def check_writable(path: str | Path) -> None:
     """Raises `UserError` if no file could be written there: before the work, not after it."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory, not a file to write")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is {'a directory' if path.is_dir() else 'a device or a pipe'}, not a file to write")
+    path = path.resolve()
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be written ({path.parent} is no directory that can be written to)")
 
 
 def write_whole(path: str | Path, data: str | bytes) -> None:
     """Replaces the file `path` by `data`, so that a reader sees the old or the new one. Raises `UserError`."""
-    path = Path(path)
+    path = Path(path).resolve()  # what a link points to is replaced, and not the link
     if isinstance(data, str):
         data = data.encode("utf-8", "backslashreplace")  # half a surrogate pair of some row: JSON's escape of it
     try:

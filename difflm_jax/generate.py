@@ -34,7 +34,7 @@ flags.DEFINE_bool("causal", False, "Decode with the causal base, token by token.
 flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", flag_values=FLAGS)
 flags.DEFINE_integer("steps", 128, "Forward passes at most, all blocks together.", flag_values=FLAGS)
 flags.DEFINE_integer("block_length", 0, "Fill the answer in blocks of this length (0: one block).", flag_values=FLAGS)
-flags.DEFINE_list("stop", [], "Texts that end an answer, separated by commas.", flag_values=FLAGS)
+flags.DEFINE_string("stop", "", "Texts that end an answer, separated by commas (\\n: a newline).", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", flag_values=FLAGS)
 flags.DEFINE_bool("stats", False, "Print tokens, passes and tokens a pass to stderr.", flag_values=FLAGS)
@@ -52,6 +52,8 @@ def main(flag_values: flags.FlagValues) -> None:
     if flag_values.watch_html:
         check_writable(flag_values.watch_html)
     lines = _lines(flag_values)  # before the model: a missing file should not cost a load
+    if flag_values.infill and lines is None and flag_values.prompt is None:
+        raise UserError("--infill fills texts, and does not chat: give --prompt, --file or a pipe")
     lm = load_from_flags(flag_values, with_base=flag_values.causal)
     if flag_values.causal:
         lm = lm.base()
@@ -125,11 +127,15 @@ def _answers(
     if flag_values.infill:
         if flag_values.stop or flag_values.block_length:
             raise UserError("--stop and --block_length belong to answers, not to --infill")
+        for prompt in prompts:
+            if lm.mask_token_id not in lm.prompts.canvas(prompt):
+                raise UserError(f"--infill: {prompt[:60]!r} does not hold the mask token {lm.tokenizer.mask_token!r}")
         out = lm.infill(prompts, steps=flag_values.steps, **options)
     else:
         steps = max(flag_values.steps, flag_values.max_new_tokens) if flag_values.causal else flag_values.steps
         block_length = flag_values.block_length or None
-        out = lm.generate(prompts, flag_values.max_new_tokens, steps, block_length, stop=flag_values.stop, **options)
+        stops = [text.replace("\\n", "\n") for text in flag_values.stop.split(",")] if flag_values.stop else []
+        out = lm.generate(prompts, flag_values.max_new_tokens, steps, block_length, stop=stops, **options)
     if page is not None:
         page.write(flag_values.watch_html)
     if flag_values.stats:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from difflm_jax.errors import UserError
+from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.lm import LanguageModel
 from difflm_jax.named import load_named
 
@@ -75,8 +75,21 @@ class DiffusionHarness(TemplateLM):
         self._samples, self._seed, self._check_greedy = int(samples), int(seed), _flag(check_greedy)
         self._max_gen_toks, self._tokens_per_pass = int(max_gen_toks), float(tokens_per_pass)
         self.max_length = min(int(max_length or 4096), self._lm.config.max_position_embeddings)
+        if self._tokens_per_pass <= 0 or self._samples < 1:
+            raise UserError(f"tokens_per_pass={tokens_per_pass}, samples={samples}: must be greater than 0")
         self._options = options
         self.tokenizer = self._lm.tokenizer
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "DiffusionHarness":
+        """lm-eval's constructor; what `--model_args` says goes before what its own flags say, or leave at a default."""
+        given = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**given, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "DiffusionHarness":
+        """The same for the arguments as text."""
+        return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
@@ -185,4 +198,4 @@ def _flag(value: bool | str) -> bool:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    sys.exit(cli_evaluate())
+    sys.exit(exit_with_errors(cli_evaluate))

@@ -159,7 +159,7 @@ class LanguageModel:
         string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
         called after every forward pass with a `difflm_jax.diffusion.watching.Pass`.
         """
-        rows = [self.prompts.prompt(prompt) for prompt in as_list(prompts)]
+        rows = self.prompts.all(as_list(prompts))
         sampling = self._sampling(temperature, algorithm, options)
         plan = answer_plan(self.model, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
@@ -185,7 +185,7 @@ class LanguageModel:
         `tokens` and `texts` are the whole canvas. What precedes the first mask is the prompt for the attention rules
         "prefix" and "block". The other arguments are those of `generate`.
         """
-        rows = [self.prompts.canvas(row) for row in as_list(canvas)]
+        rows = self.prompts.canvases(as_list(canvas))
         if "stop_at_eos" in options:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from difflm_jax.config import CONVERTED, load_config
+from difflm_jax.config import CONVERTED, load_run_config
 from difflm_jax.config import quantization as quantization_of
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
@@ -45,7 +45,8 @@ def load_named(
         dtype, revision = dtype or config.dtype, revision or ("" if model else config.revision)
         model, adapter = trained_model(Path(run), config, model)
         held = quantization_of(config)
-        converted = Path(run) / CONVERTED if config.convert_cache else None
+        if config.convert_cache and dtype == config.dtype and quantization in (None, held.format if held else "none"):
+            converted = Path(run) / CONVERTED
     if not model:
         raise UserError("name a model or a training run: model=... or run=...")
     if quantization:
@@ -103,4 +104,4 @@ def read_run_config(run: Path) -> ConfigDict:
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run}: not a training run (no config.json)")
-    return load_config(str(path))
+    return load_run_config(path)

@@ -1,7 +1,7 @@
 """What a user gives to be answered, scored or filled, as tokens: strings, chats, or tokens already."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ class Prompts:
 
     def prompt(self, prompt: Prompt) -> np.ndarray:
         """A string (a user's turn where there is a chat template), messages (with tools), or tokens; without a mask."""
+        if isinstance(prompt, str):
+            _check_text(prompt)
         if isinstance(prompt, str) and self.tokenizer.chat_template is None:
             tokens = np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
         elif _is_tokens(prompt):
@@ -32,6 +34,25 @@ class Prompts:
         if tokens.ndim != 1 or tokens.size == 0:
             raise UserError("generate: a prompt must hold at least one token")
         return self._checked(tokens, "generate: the prompt", masks_allowed=False)
+
+    def all(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """`prompt` of each; where there are several an error says which of them, from 1."""
+        return self._each(self.prompt, prompts)
+
+    def canvases(self, canvases: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
+        """`canvas` of each, as `all`."""
+        return self._each(self.canvas, canvases)
+
+    def _each(self, read: Callable[[Any], np.ndarray], given: Sequence[Any]) -> list[np.ndarray]:
+        rows = []
+        for number, one in enumerate(given, start=1):
+            try:
+                rows.append(read(one))
+            except UserError as error:
+                if len(given) == 1:
+                    raise
+                raise UserError(f"{error} (prompt {number} of {len(given)})") from error
+        return rows
 
     def scored(self, prompt: Prompt, answer: str | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(prompt, answer). Text of an answer ends its turn as in training; the tokens of both may be none."""
@@ -50,6 +71,8 @@ class Prompts:
 
     def canvas(self, canvas: str | Sequence[int]) -> np.ndarray:
         """Text that holds the mask token, or tokens; masks are what is to be filled."""
+        if isinstance(canvas, str):
+            _check_text(canvas)
         tokens = self.tokenizer(canvas)["input_ids"] if isinstance(canvas, str) else canvas
         return self._checked(np.asarray(tokens, np.int32), "infill: the canvas", masks_allowed=True)
 
@@ -59,6 +82,13 @@ class Prompts:
         if not masks_allowed and (tokens == self.mask_token_id).any():
             raise UserError(f"{what} holds the mask token {self.tokenizer.mask_token!r}: use infill")
         return tokens
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not text in UTF-8 ({error.reason} at character {error.start})") from error
 
 
 def _is_tokens(prompt: Prompt) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from difflm_jax.lm import LanguageModel
 from difflm_jax.statistics import difference_interval, mean_interval
 from difflm_jax.tasks import TASKS, Question
+from difflm_jax.view.pieces import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,4 +99,4 @@ def print_report(
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -30,7 +30,10 @@ def environment() -> dict[str, Any]:
 
 def write_results(path: str | Path, record: Mapping[str, Any]) -> None:
     """`record` behind its `environment()`, as JSON."""
-    write_whole(path, json.dumps({**environment(), **record}, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    write_whole(
+        path,
+        json.dumps({**environment(), **record}, indent=2, ensure_ascii=False, default=_plain) + "\n",
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -97,6 +97,8 @@ def read_windows(dataset: str, tokenizer: Any, max_length: int, rows: int = 0) -
             windows.append((encoded["input_ids"][first:last], len(part.encode("utf-8", "surrogatepass"))))
             if len(windows) == rows:
                 return windows
+    if not windows:
+        raise UserError(f"{dataset}: holds no text")
     return windows
 
 

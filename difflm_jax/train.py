@@ -17,7 +17,7 @@ from difflm_jax.cli import run_command
 from difflm_jax.config import load_config, take_overrides
 from difflm_jax.errors import exit_with_errors
 from difflm_jax.hosts import connect, define_host_flags
-from difflm_jax.named import with_origin
+from difflm_jax.named import load_named, with_origin
 from difflm_jax.report import print_report
 from difflm_jax.tasks import read_questions
 from difflm_jax.training.preview import preview
@@ -44,8 +44,10 @@ def command(argv: Sequence[str]) -> int:
             preview(config)
             return
         lm = train(config, flag_values.force)
-        if lm is not None and questions:
-            if config.trained == "all":
+        if questions:
+            if lm is None:  # the run was finished before
+                lm = load_named(model=config.model, run=config.output_dir, with_base=True)
+            elif config.trained == "all":
                 lm = with_origin(lm, config.model, config.revision)
             print_report(lm, report.data, questions, report.tokens_per_pass, report.max_new_tokens)
 

@@ -18,6 +18,7 @@ import difflm_jax
 from difflm_jax import evaluate, export, generate
 from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError
+from difflm_jax.named import read_run_config
 from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training import loop, samples
@@ -198,6 +199,23 @@ def test_generate_answers_a_prompt_a_file_and_a_pipe(finished, tmp_path, capsys,
     assert done.stdout == piped.stdout
     assert len(done.stdout.splitlines()) == 2
     assert done.stdout.splitlines()[0] == alone.rstrip("\n").replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def test_what_generate_cannot_do_is_said_before_or_at_once(finished, capsys, monkeypatch):
+    def said(*flags: str) -> str:
+        assert run_command(generate.main, generate.FLAGS, "", ["generate", f"--run={finished}", *flags]) == 1
+        return capsys.readouterr().err
+
+    assert "does not hold the mask token '<|mask|>'" in said("--infill", "--prompt=1+1 is [MASK]")
+    assert "seed must be an integer in [0, 2^32)" in said("--prompt=1+1", "--max_new_tokens=4", f"--seed={2**32}")
+    assert "not text in UTF-8" in said("--prompt=\udcff")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert "--infill fills texts" in said("--infill")
+    config = json.loads((finished / "config.json").read_text())
+    old = finished.parent / "old"
+    old.mkdir()
+    (old / "config.json").write_text(json.dumps({**config, "eval_batches": 0}))
+    assert read_run_config(old) == read_run_config(finished)  # a key that has been given up
 
 
 def test_a_chat_remembers_its_turns_until_it_is_reset(finished, capsys, monkeypatch):

@@ -6,6 +6,7 @@ Any other source, format or dtype has another file name, and a file that is dama
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,14 @@ def load_converted(source: Source, dtype: Any, quantization: QuantConfig, direct
         try:
             return _read(path, key, expected)
         except (SafetensorError, OSError, ValueError) as error:
-            print(f"{path}: is damaged ({one_line(error)}): converting {source.name} again", flush=True)
+            print(
+                f"{path}: is damaged ({one_line(error)}): converting {source.name} again", file=sys.stderr, flush=True
+            )
     params = load_params(source, dtype, quantization)
     try:
         _write(path, key, params)
     except OSError as error:
-        print(f"{path}: cannot be kept ({one_line(error)}): the next start converts again", flush=True)
+        print(f"{path}: cannot be kept ({one_line(error)}): the next start converts again", file=sys.stderr, flush=True)
     return params
 
 

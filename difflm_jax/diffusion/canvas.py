@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from difflm_jax.diffusion.denoiser import BLOCK_CACHE_RULES, Canvas, generate, row_sampling_keys
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.sampler import Plan
-from difflm_jax.diffusion.schedule import quotas
+from difflm_jax.diffusion.schedule import DEADLINE, quotas
 from difflm_jax.diffusion.watching import Watcher, generate_watched
 from difflm_jax.errors import UserError
 from difflm_jax.mesh import row_shards, to_host
@@ -74,6 +74,8 @@ def answer_plan(
     if max_new_tokens % block_length:
         raise UserError(f"max_new_tokens={max_new_tokens} must be a multiple of block_length={block_length}")
     blocks = max_new_tokens // block_length
+    if sampling.schedule == DEADLINE and steps >= blocks:  # a limit, of which a few passes may be left over
+        steps -= steps % blocks
     if steps % blocks:
         raise UserError(f"steps={steps} must be a multiple of the number of blocks ({blocks})")
     return Plan(0, blocks, block_length, steps // blocks)
@@ -161,6 +163,12 @@ def check_positive(name: str, value: int) -> None:
         raise UserError(f"{name} must be a positive integer, not {value!r}")
 
 
+def check_seed(seed: int) -> None:
+    """Raises `UserError` unless `seed` is an integer that is told apart from all others."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise UserError(f"seed must be an integer in [0, 2^32), not {seed!r}")
+
+
 def _useful_steps(steps: int, masks: int, sampling: Sampling) -> int:
     """With an even schedule a pass beyond one a mask would have nothing to commit."""
     return min(steps, masks) if sampling.schedule == "even" and not sampling.commits_by_rate else steps
@@ -182,6 +190,7 @@ def _fill(
     `numbers` are those by which `watch` is told of the rows (None: their places).
     """
     check_positive("batch_size", batch_size)
+    check_seed(seed)
     if watch is not None and decoder.mesh is not None:
         raise UserError("watching: this model is divided over devices: load it on one for that")
     if not prompts:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difflm_jax.diffusion.canvas import Decoder, check_positive, width_bucket
+from difflm_jax.diffusion.canvas import Decoder, check_positive, check_seed, width_bucket
 from difflm_jax.diffusion.corruption import Corruption, NoisyBatch
 from difflm_jax.diffusion.cross_entropy import scored_cross_entropy
 from difflm_jax.diffusion.objective import predicting_states_of
@@ -70,6 +70,7 @@ def log_likelihoods(
     """
     check_positive("samples", samples)
     check_positive("batch_size", batch_size)
+    check_seed(seed)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if not len(answer):
             raise UserError(f"log_likelihood: answer {row} holds no token")

@@ -96,7 +96,15 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
 )
 _CHOICES = {"algorithm": ALGORITHMS, "schedule": SCHEDULES, "remask": REMASKINGS, "cache": CACHES}
 # Values that mean the same as leaving the option out.
-_OFF = {"temperature": 0, "top_p": 1, "alg_temp": 0, "cfg_scale": 0, "repetition_penalty": 1, "eos_penalty": 0}
+_OFF = {
+    "temperature": 0,
+    "top_p": 1,
+    "alg_temp": 0,
+    "cfg_scale": 0,
+    "repetition_penalty": 1,
+    "eos_penalty": 0,
+    "eos_last": False,
+}
 
 
 def sampling_options(attention: str, default_algorithm: str, options: Mapping[str, Any]) -> Sampling:
@@ -110,7 +118,11 @@ def sampling_options(attention: str, default_algorithm: str, options: Mapping[st
     for name, value in given.items():
         given[name] = _converted(name, value, fields[name].metadata["type"])
     given = {name: value for name, value in given.items() if not (name in _OFF and value == _OFF[name])}
+    if attention == "causal" and default_algorithm == "origin":
+        default_algorithm = "probability"
     default_algorithm, given = _expanded(attention, default_algorithm, given)
+    if given.get("leftmost") is False:  # it has taken the place of a preset's
+        del given["leftmost"]
     _check_together(given, attention)
     if "algorithm" not in given:
         ruled = [algorithms[0] for rule, algorithms in _ALGORITHMS_OF.items() if rule in given]
@@ -194,6 +206,8 @@ def _check_together(given: Mapping[str, Any], attention: str) -> None:
     if cache in ("prefix", "dual") and attention in (*BLOCK_RULES, "causal"):
         refuse("cache", f"the cache of {attention} attention is exact already: leave it at auto")
     if attention == "causal":
+        if algorithm == "origin":
+            refuse("algorithm", "causal attention decodes one token a pass from left to right")
         for name in (*rules, "schedule", "alg_temp", "edit_threshold", "eos_last", "leftmost"):
             if name in given:
                 refuse(name, "causal attention decodes one token a pass from left to right")

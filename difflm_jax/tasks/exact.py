@@ -13,6 +13,8 @@ def question(row: Any) -> Question:
     _, parsed = parse_row(row)
     if not isinstance(parsed, Conversation) or parsed.messages[-1]["role"] != "assistant":
         raise RowError("the row has no answer to compare with")
+    if len(parsed.messages) == 1:
+        raise RowError("no turn precedes the answer")
     answer = parsed.messages[-1]["content"]
     if not answer.strip():
         raise RowError("its answer has no text to compare with")

@@ -10,19 +10,26 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Whether somebody wants the run to end."""
+    """Whether somebody wants the run to end; one for all its phases."""
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
+        self._asked = 0
 
-    def reached(self, step: int) -> str:
-        """The name of the signal after which the run shall end with `step`, or "". Call it once after every step.
+    def reached(self) -> str:
+        """The name of the signal after which the run shall end with this step, or "". Call it once after every step.
 
         With several processes, jax's coordination service agrees on a step that all of them have yet to reach,
-        whichever of them was signalled.
+        whichever of them was signalled; its steps are counted over all phases.
         """
+        self._asked += 1
         if jax.process_count() > 1:
-            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(self._asked) else ""
+        return self.received
+
+    @property
+    def received(self) -> str:
+        """The name of the signal that this process has received, or "" (with several: jax knows, see `reached`)."""
         return self._received.name if self._received else ""
 
     def receive(self, number: int, _frame: FrameType | None) -> None:

@@ -13,13 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from difflm_jax.checkpoint.state import Checkpoints, Restored
+from difflm_jax.data.packing import Batching
 from difflm_jax.data.pipeline import batches, plan_batches, prefetch
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
 from difflm_jax.mesh import agreed, batch_sharding, is_writer, place, place_rows, rows_of_process
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
-from difflm_jax.training.interruption import stop_request
+from difflm_jax.training.interruption import StopRequest
 from difflm_jax.training.meter import Meter, throughput
 from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -48,6 +49,26 @@ class Phase:
     pad_id: int
     eos_id: int
 
+    @functools.cached_property
+    def plan(self) -> Batching:
+        """Which examples of the training rows share a row, and which rows a step."""
+        config = self.config
+        return plan_batches(
+            self.train_rows,
+            rows_per_step=config.batch_size * config.gradient_accumulation_steps,
+            batching=batching_of(self),
+            max_length=config.max_length,
+            length_multiple=config.length_multiple,
+            answer_padding=answer_padding(self),
+            seed=config.seed,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Of all epochs, or `max_steps`."""
+        steps = self.plan.steps_per_epoch * self.config.epochs
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
@@ -61,7 +82,9 @@ class Outputs:
     on_evaluation: Callable[[dict[str, Any], int], None]  # (what is trained, step): logs sample generations
 
 
-def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: Outputs) -> TrainState:
+def run_phase(
+    phase: Phase, initial: TrainState, resumed: Restored | None, out: Outputs, stop: StopRequest
+) -> TrainState:
     """Trains to the end of the phase, from `resumed` if it is given, else from `initial`, which is used up; returns the
     best state.
 
@@ -70,17 +93,21 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     """
     config = phase.config
     data = make_batches(phase, phase.train_rows, train=True)
-    steps_per_epoch = len(data) // config.epochs
-    total = min(len(data), config.max_steps) if config.max_steps else len(data)
-    interval = max(1, min(total, steps_per_epoch) // max(1, config.log_frequency_per_epoch))
+    total = phase.steps
+    interval = max(1, min(total, phase.plan.steps_per_epoch) // max(1, config.log_frequency_per_epoch))
     options = step_options(phase)
     schedule = learning_rate_schedule(config, total)
     train_step = make_train_step(options, make_optimizer(config), schedule, phase.mesh)
     evaluate = make_evaluator(phase, options)
     key = phase_key(phase)
 
-    print(f"{phase.name}: {data_line(phase, len(data))}", flush=True)
+    print(f"{phase.name}: {data_line(phase)}", flush=True)
     done, state, saved = (resumed.step, resumed.state, resumed.metrics["meter"]) if resumed else (0, initial, None)
+    if done > total:
+        raise UserError(
+            f"{out.directory}: the checkpoint of {phase.name} is of step {done}, but the phase has only {total} steps "
+            "now: set max_steps back, or begin in another output_dir"
+        )
     everything = make_batches(phase, phase.train_rows, train=True, whole=True)
     speed = throughput(phase.model, config.max_length, phase.mesh.size)
     meter = Meter(
@@ -92,7 +119,7 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
     sharding = batch_sharding(phase.mesh)
 
     pending = None  # metrics are read one step late, so that the host never waits for the step it has just started
-    with stop_request() as stop, contextlib.closing(profile):
+    with contextlib.closing(profile):
         for step in range(done + 1, total + 1):
             heartbeat.beat(phase.name, step - 1, total, "training")
             profile.before(step)
@@ -108,12 +135,14 @@ def run_phase(phase: Phase, initial: TrainState, resumed: Restored | None, out: 
                     meter.write(pending[0])
             pending = (step, metrics, waited)
             due = step % interval == 0 or step == total
-            signal = stop.reached(step)
+            signal = stop.reached()
             in_a_row = meter.nonfinite_in_a_row
             if not (due or signal or in_a_row >= config.max_nonfinite_steps):
                 continue
             meter.add(*pending)
             pending, in_a_row = None, max(in_a_row, meter.nonfinite_in_a_row)
+            if in_a_row >= config.max_nonfinite_steps:
+                meter.nonfinite_in_a_row = 0  # it ends this run, and not the one that goes on from its checkpoint
             if due or step % config.log_interval == 0:
                 meter.write(step)
             heartbeat.beat(phase.name, step, total, "evaluating and saving")
@@ -218,25 +247,15 @@ def make_batches(phase: Phase, rows: Any, train: bool, whole: bool = False) -> A
     )
 
 
-def data_line(phase: Phase, steps: int) -> str:
+def data_line(phase: Phase) -> str:
     """How the rows of a phase are arranged, and what share of what is computed is real tokens."""
-    config = phase.config
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    plan = plan_batches(
-        phase.train_rows,
-        rows_per_step=rows_per_step,
-        batching=batching_of(phase),
-        max_length=config.max_length,
-        length_multiple=config.length_multiple,
-        answer_padding=answer_padding(phase),
-        seed=config.seed,
-    )
+    plan = phase.plan
     rows = plan.epoch(0).num_rows
     examples = f", {len(phase.train_rows) / rows:.1f} examples a row" if plan.is_packed else ""
     shared = f", the first {plan.shared} tokens of all of them once" if plan.shared else ""
     return (
         f"batching {plan.kind}: {rows:,} rows an epoch{examples}{shared}, {plan.real_share:.1%} real tokens, "
-        f"{steps:,} steps of {rows_per_step} rows"
+        f"{phase.steps:,} steps of {plan.rows_per_step} rows"
     )
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.shards import read_json
-from difflm_jax.config import difference, load_config, to_json
+from difflm_jax.config import difference, load_run_config, to_json
 from difflm_jax.dtypes import AUTO, fastest_dtype
 from difflm_jax.errors import UserError
 from difflm_jax.files import write_whole
@@ -36,7 +36,7 @@ def settle_dtype(config: ConfigDict) -> ConfigDict:
     settled = config.copy_and_resolve_references()
     with settled.unlocked():
         if begun.is_file():
-            settled.dtype = load_config(str(begun)).dtype
+            settled.dtype = load_run_config(begun).dtype
         else:
             settled.dtype = config.qlora_config.bnb_4bit_compute_dtype if config.use_qlora else fastest_dtype()
     print(f"dtype: {settled.dtype}")
@@ -50,7 +50,7 @@ def check_config(directory: Path, config: ConfigDict, force: bool) -> None:
     """
     path = directory / CONFIG_FILE
     if path.is_file():
-        before = load_config(str(path))
+        before = load_run_config(path)
         changed = difference(_comparable(before), _comparable(config))
         _refuse_or_announce(directory, "another configuration", changed, force)
     elif directory.exists() and not directory.is_dir():

@@ -7,10 +7,11 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.state import Checkpoints
 from difflm_jax.config import CONVERTED, notes, phase_config, quantization, to_json
 from difflm_jax.data.pipeline import describe, split, tokenize
-from difflm_jax.errors import UserError
+from difflm_jax.errors import RunInterruptedError, UserError
 from difflm_jax.files import write_whole
 from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import open_model
@@ -19,13 +20,15 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.kernels import check_kernel
 from difflm_jax.parallel import FSDP
 from difflm_jax.quant import QuantConfig
+from difflm_jax.training.interruption import StopRequest, stop_request
 from difflm_jax.training.loop import Outputs, Phase, initial_state, released, run_phase
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
+from difflm_jax.training.optimizer import learning_rate_schedule
 from difflm_jax.training.resume import check_config, check_data, describe_data, settle_dtype, write_identity
 from difflm_jax.training.samples import Sampler
 from difflm_jax.training.step import TrainState
 from difflm_jax.training.tracking import Tracker
-from difflm_jax.training.trained import Collections, collections, save, start, with_trained
+from difflm_jax.training.trained import collections, save, start, with_trained
 
 
 def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
@@ -57,13 +60,35 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     if "params" in trained:
         lm = dataclasses.replace(lm, params={})  # only the float32 masters stay in memory
 
+    phases = [
+        Phase(
+            name=name,
+            config=phase_config(config, name),
+            model=lm.model,
+            frozen=frozen,
+            mesh=mesh,
+            train_rows=rows[name][0],
+            test_rows=rows[name][1],
+            pad_id=lm.pad_token_id,
+            eos_id=lm.tokenizer.eos_token_id,
+        )
+        for name in config.phases
+    ]
+    for phase in phases:
+        learning_rate_schedule(phase.config, phase.steps)  # refuses a warm-up that the phase has no steps for
+
     by_one_process(lambda: write_identity(directory, config, data), str(directory))
     log = MetricsLog(directory, enabled=is_writer())
     tracker = Tracker(config, enabled=is_writer())
-    state = initial_state(phase_config(config, config.phases[0]), trained, mesh)
+    state = initial_state(phases[0].config, trained, mesh)
     try:
-        for name in config.phases:
-            state = _run(name, config, lm, frozen, mesh, rows[name], state, log, tracker, directory)
+        with stop_request() as stop:
+            for phase in phases:
+                state = _run(phase, config, lm, state, log, tracker, stop)
+                if stop.received and phase is not phases[-1]:
+                    raise RunInterruptedError(
+                        f"stopped by {stop.received} after {phase.name}; the same command goes on behind it"
+                    )
     finally:
         tracker.finish()
     return with_trained(lm, state.trained)
@@ -89,22 +114,25 @@ def open_configured(config: ConfigDict) -> LanguageModel:
             "name a dense checkpoint, or set trained='adapter'"
         )
     print(f"mask token: {lm.tokenizer.mask_token!r} (id {lm.mask_token_id})")
+    begun = config.adapter or config.model
+    trained_for = {**lm.source.diffusion, **(read_diffusion_config(config.adapter or lm.source.path) or {})}
+    for key in ("attention", "logit_shift"):
+        if trained_for.get(key, config[key]) != config[key]:
+            print(f"note: {begun} was trained with {key}={trained_for[key]!r}, and goes on with {config[key]!r}")
     return lm
 
 
 def _run(
-    name: str,
+    phase: Phase,
     config: ConfigDict,
     lm: LanguageModel,
-    frozen: Collections,
-    mesh: Any,
-    rows: tuple[Any, Any],
     state: TrainState,
     log: MetricsLog,
     tracker: Tracker,
-    directory: Path,
+    stop: StopRequest,
 ) -> TrainState:
     """One phase, from wherever it stands, to the directory of what it trained; returns its best state."""
+    name, directory = phase.name, Path(config.output_dir)
     target = directory / f"{name}_model"
     checkpoints = Checkpoints(directory / "checkpoints" / name, keep=config.keep_checkpoints)
     try:
@@ -120,21 +148,10 @@ def _run(
         samples = MetricsLog(directory, SAMPLES_FILE, enabled=is_writer())
         for records in (log, samples):
             records.cut_back(config.phases, name, step)
-        print(f"{name}: {'from step ' + str(step) if step else 'from the start'}; {describe(rows[0])}")
-        resolved = phase_config(config, name)
-        phase = Phase(
-            name=name,
-            config=resolved,
-            model=lm.model,
-            frozen=frozen,
-            mesh=mesh,
-            train_rows=rows[0],
-            test_rows=rows[1],
-            pad_id=lm.pad_token_id,
-            eos_id=lm.tokenizer.eos_token_id,
-        )
-        sampler = Sampler(lm, resolved, name, rows[1], samples, tracker)
-        best = run_phase(phase, state, resumed, Outputs(directory, checkpoints, log, samples, tracker, sampler))
+        print(f"{name}: {'from step ' + str(step) if step else 'from the start'}; {describe(phase.train_rows)}")
+        sampler = Sampler(lm, phase.config, name, phase.test_rows, samples, tracker)
+        out = Outputs(directory, checkpoints, log, samples, tracker, sampler)
+        best = run_phase(phase, state, resumed, out, stop)
         save(with_trained(lm, best.trained), target, name)
         settings = target / "training_config.json"
         by_one_process(lambda: write_whole(settings, to_json(config)), str(settings))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.config import lora_config
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
@@ -23,11 +24,12 @@ def start(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
     """The model that training starts from: computed as configured, with a fresh adapter if it trains one and has none.
 
     The mask's embedding starts at the mean of the embeddings of the tokenizer's tokens (unused rows of a pretrained
-    table are near zero, a known cause of spikes at high mask rates), but for a checkpoint that masks were trained in.
+    table are near zero, a known cause of spikes at high mask rates), but where masks were trained in the checkpoint, or
+    in the adapter with the embedding that the checkpoint has.
     """
     lm = lm.with_model(lm.model.clone(remat=config.remat, attention_kernel=config.attention_kernel))
     table_VD = lm.params["embed_tokens"]["weight"]
-    if lm.mask_is_trained:
+    if lm.mask_is_trained or (config.adapter and read_diffusion_config(Path(config.adapter)) is not None):
         mask_row_D = table_VD[lm.mask_token_id]
     else:
         rows = min(len(lm.tokenizer), lm.config.vocab_size)

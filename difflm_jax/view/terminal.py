@@ -20,16 +20,17 @@ class TerminalView:
         self._pieces, self._mask, self._eos = Pieces(tokenizer, mask_token_id), mask_token_id, eos_token_ids
         self._stream, self._drawn = stream, 0
         self._live = stream.isatty()
-        self._colours = self._live and "NO_COLOR" not in os.environ
+        self._colours = self._live and not os.environ.get("NO_COLOR")
 
     def __call__(self, seen: Pass) -> None:
         """Draws every row of the batch."""
-        columns, lines = shutil.get_terminal_size()
+        columns, lines = _size(self._stream)
         drawn = []
         for at, row in enumerate(seen.rows):
             masks = int((seen.real[at] & (seen.tokens[at] == self._mask)).sum())
             name = f"row {row + 1}, " if len(seen.rows) > 1 else ""
-            drawn.append(f"{name}pass {seen.number}: {int(seen.written[at].sum())} committed, {masks} masks left")
+            header = f"{name}pass {seen.number}: {int(seen.written[at].sum())} committed, {masks} masks left"
+            drawn.append(header[:columns] if self._live else header)
             drawn += self._text(seen, at, columns) if self._live else ["".join(self._row(seen, at))]
         if seen.number == 1:
             self._drawn = 0
@@ -67,3 +68,11 @@ class TerminalView:
         confidence = float(seen.confidence[at, i])
         codes = [confidence_code(confidence)] if confidence > 0 else []  # a token that was given has none
         return ansi(piece, *codes, *(["1", "4"] if seen.written[at, i] else []))
+
+
+def _size(stream: IO[str]) -> os.terminal_size:
+    """(columns, lines) of the terminal that is drawn on, which need not be that of standard output."""
+    try:
+        return os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):  # no terminal, or no file at all
+        return shutil.get_terminal_size()

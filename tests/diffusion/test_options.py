@@ -134,3 +134,16 @@ def test_the_preset_of_an_adapter_does_not_reach_its_causal_base():
 def test_leftmost_and_presets_are_refused_where_they_contradict(options, message):
     with pytest.raises(UserError, match=message):
         sampling_options("full", "confidence", options)
+
+
+def test_a_switch_that_is_off_says_nothing():
+    assert sampling_options("full", "confidence", {"algorithm": "random", "leftmost": False}).algorithm == "random"
+    assert not sampling_options("causal", "confidence", {"eos_last": False}).eos_last
+    options = sampling_options("full", "confidence", {"algorithm": "steady", "leftmost": False, "eos_last": True})
+    assert options.eos_last and not options.leftmost and options.threshold == 0.9
+
+
+def test_left_to_right_is_not_left_to_chance():
+    assert sampling_options("causal", "origin", {}).algorithm == "probability"
+    with pytest.raises(UserError, match="one token a pass"):
+        sampling_options("causal", "confidence", {"algorithm": "origin"})
