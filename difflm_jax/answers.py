@@ -32,7 +32,7 @@ def as_list(prompts: Any) -> list[Any]:
     prompts = list(prompts)
     first = prompts[0] if prompts else None
     is_message = isinstance(first, Mapping) and "messages" not in first
-    return [prompts] if is_message or isinstance(first, (int, np.integer)) else prompts
+    return [prompts] if is_message or isinstance(first, int) or getattr(first, "ndim", 1) == 0 else prompts
 
 
 def stop_strings(stop: str | Sequence[str]) -> list[str]:

@@ -207,6 +207,8 @@ class LanguageModel:
         Prompts are those of `generate`. An answer is tokens, or text that ends its turn as in training. `samples`:
         masked copies of each row; see `difflm_jax.diffusion.likelihood`.
         """
+        if isinstance(prompts, str) or isinstance(answers, str) or len(prompts) != len(answers):
+            raise UserError("log_likelihood takes a list of prompts and a list of as many answers")
         rows = [self.prompts.scored(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         self._check_length(max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
         return log_likelihoods(

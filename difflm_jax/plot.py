@@ -64,8 +64,9 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
         raise UserError(f"plots need matplotlib ({one_line(error)}): pip install -e '.[plot]'") from error
     figure = Figure(figsize=(12, 8), layout="constrained")
     (loss, nll), (by_time, by_rate) = figure.subplots(2, 2)
+    labels = _labels(list(runs))
     for number, (name, records) in enumerate(runs.items()):
-        colour, label = f"C{number % 10}", Path(name).name
+        colour, label = f"C{number % 10}", labels[name]
         for axes, key in ((loss, "loss"), (nll, "masked_nll")):
             axes.plot(*_series(records, key), color=colour, linewidth=1, alpha=0.8, label=label)
             evaluated = _series(records, f"eval_{key}")
@@ -85,6 +86,13 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     return figure
+
+
+def _labels(names: list[str]) -> dict[str, str]:
+    """What runs are called: the names of their directories, or their paths where these are alike or hidden (`_run`)."""
+    short = {name: Path(name).name for name in names}
+    alike = len(set(short.values())) < len(names)
+    return {name: f"./{name}" if alike or label[:1] in ("", "_") else label for name, label in short.items()}
 
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -28,7 +28,7 @@ class Prompts:
         if isinstance(prompt, str) and self.tokenizer.chat_template is None:
             tokens = np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
         elif _is_tokens(prompt):
-            tokens = np.asarray(prompt, np.int32)
+            tokens = _tokens(prompt)
         else:
             tokens = encode_prompt(self.tokenizer, *_conversation(prompt))
         if tokens.ndim != 1 or tokens.size == 0:
@@ -57,8 +57,7 @@ class Prompts:
     def scored(self, prompt: Prompt, answer: str | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(prompt, answer). Text of an answer ends its turn as in training; the tokens of both may be none."""
         if not isinstance(answer, str):
-            given = np.asarray(prompt, np.int32) if _is_tokens(prompt) else self.prompt(prompt)
-            parts = given, np.asarray(answer, np.int32)
+            parts = _tokens(prompt) if _is_tokens(prompt) else self.prompt(prompt), _tokens(answer)
         elif isinstance(prompt, str) and self.tokenizer.chat_template is None:
             answered = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
             parts = self.prompt(prompt), np.asarray(answered, np.int32)
@@ -74,7 +73,7 @@ class Prompts:
         if isinstance(canvas, str):
             _check_text(canvas)
         tokens = self.tokenizer(canvas)["input_ids"] if isinstance(canvas, str) else canvas
-        return self._checked(np.asarray(tokens, np.int32), "infill: the canvas", masks_allowed=True)
+        return self._checked(_tokens(tokens), "infill: the canvas", masks_allowed=True)
 
     def _checked(self, tokens: np.ndarray, what: str, masks_allowed: bool) -> np.ndarray:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
@@ -89,6 +88,13 @@ def _check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not text in UTF-8 ({error.reason} at character {error.start})") from error
+
+
+def _tokens(tokens: Sequence[int]) -> np.ndarray:
+    found = np.asarray(tokens)
+    if found.size and found.dtype.kind not in "iu":
+        raise UserError(f"tokens must be integers, not {found.dtype.name}")
+    return np.clip(found, -1, np.iinfo(np.int32).max).astype(np.int32)  # what is too large stays out of every range
 
 
 def _is_tokens(prompt: Prompt) -> bool:

@@ -151,6 +151,12 @@ def test_bfloat16_is_near_float32(model_dir):
     ("call", "message"),
     [
         (lambda lm: lm.generate("Hi", max_new_tokens=0), "max_new_tokens must be a positive integer"),
+        (lambda lm: lm.generate("Hi", seed=1.5), "seed must be an integer in"),
+        (lambda lm: lm.generate([[1.7, 2.2]]), "tokens must be integers, not float64"),
+        (lambda lm: lm.generate([[2**40]]), "holds a token outside"),
+        (lambda lm: lm.generate(["Hi", [10**9]]), r"holds a token outside .* \(prompt 2 of 2\)"),
+        (lambda lm: lm.log_likelihood("ab", "cd"), "takes a list of prompts"),
+        (lambda lm: lm.log_likelihood(["ab"], ["c", "d"]), "a list of as many answers"),
         (lambda lm: lm.generate("Hi", max_new_tokens=10, block_length=3), "multiple of block_length"),
         (lambda lm: lm.generate("Hi", max_new_tokens=12, block_length=4, steps=4), "multiple of the number of blocks"),
         (lambda lm: lm.generate("Hi", max_new_tokens=8, temperature=-1), "temperature"),

@@ -88,3 +88,9 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(builtins, "__import__", without)
     assert command(f"--run={write_run(tmp_path / 'run')}", f"--out={tmp_path / 'a.png'}") == 1
     assert "pip install -e '.[plot]'" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart():
+    assert plot._labels(["a/run", "b/other"]) == {"a/run": "run", "b/other": "other"}
+    assert plot._labels(["a/run", "b/run"]) == {"a/run": "./a/run", "b/run": "./b/run"}
+    assert plot._labels(["a/_run"]) == {"a/_run": "./a/_run"}  # matplotlib keeps what begins so out of a legend

@@ -111,7 +111,7 @@ def test_the_terminal_shows_tokens_in_the_colour_of_their_confidence_and_redraws
     first = stream.getvalue()
     assert "\x1b[38;5;46;1;4ma\x1b[0m" in first  # sure: green, just committed: bold and underlined
     assert first.count("\x1b[2m░\x1b[0m") == 3
-    assert "pass 1: 1 committed, 3 masks left" in first
+    assert "pass 1: 1 committed,\n" in first  # cut at the width, as a wrapped line could not be drawn over
     view(a_pass([a, escape, newline, eos], [0.99, 0.02, 0.5, 0.5], [False, True, True, True], number=2))
     second = stream.getvalue()[len(first) :]
     assert second.startswith("\x1b[2F\x1b[J")  # over the two lines of the first pass
