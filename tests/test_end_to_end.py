@@ -170,7 +170,7 @@ def test_block_attention_trains_and_answers_in_its_blocks(arguments, model_dir, 
         (["--threshold=0.9", "--factor=1"], "two rules"),
         (["--cache=huge"], "cache='huge'"),
         (["--infill", "--stop=x"], "--stop"),
-        (["--infill", "--nostop_at_eos"], "infill fills every mask"),
+        (["--infill", "--prompt=1+1=<|mask|>", "--nostop_at_eos"], "infill fills every mask"),
     ],
 )
 def test_flags_of_decoding_that_make_no_sense_are_one_line(finished, flags, named, capsys):

@@ -66,16 +66,16 @@ def test_a_damaged_file_is_announced_and_made_again(source, tmp_path, capsys, da
         (other,) = (tmp_path / "other").iterdir()
         shutil.copy(other, path)
     assert same(expected, load_converted(source, "float32", INT4, tmp_path / "kept"))
-    assert f"{path}: is damaged" in capsys.readouterr().out
+    assert f"{path}: is damaged" in capsys.readouterr().err
     capsys.readouterr()
     assert same(expected, load_converted(source, "float32", INT4, tmp_path / "kept"))
-    assert "damaged" not in capsys.readouterr().out  # it was written again, whole
+    assert "damaged" not in capsys.readouterr().err  # it was written again, whole
 
 
 def test_a_disk_that_refuses_costs_only_the_file(source, tmp_path, capsys):
     (tmp_path / "kept").write_text("a file where the directory should be")
     assert same(load_params(source, "float32", INT4), load_converted(source, "float32", INT4, tmp_path / "kept"))
-    assert "cannot be kept" in capsys.readouterr().out
+    assert "cannot be kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quantization", [None, INT4, QuantConfig("nf4", 16)], ids=str)
