@@ -1,14 +1,17 @@
 """What the commands share: flags parsed by absl, errors as one line, the model that flags name."""
 
 import copy
+import dataclasses
 import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 
 from difflm_jax.compilation import keep_compiled
+from difflm_jax.diffusion.options import Sampling
 from difflm_jax.dtypes import AUTO, DTYPES
 from difflm_jax.errors import UserError, exit_with_errors, one_line
 from difflm_jax.hosts import connect, define_host_flags
@@ -81,6 +84,19 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "mask_token", "", "The mask token, where the rule's choice is not wanted.", flag_values=flag_values
     )
+
+
+def define_sampling_flags(flag_values: flags.FlagValues) -> None:
+    """A flag for every option of decoding."""
+    define = {float: flags.DEFINE_float, int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
+    for field in dataclasses.fields(Sampling):
+        define[field.metadata["type"]](field.name, None, field.metadata["help"], flag_values=flag_values)
+
+
+def sampling_flags(flag_values: flags.FlagValues) -> dict[str, Any]:
+    """The options of decoding that the flags name."""
+    options = {field.name: flag_values[field.name].value for field in dataclasses.fields(Sampling)}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> LanguageModel:

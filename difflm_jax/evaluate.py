@@ -15,9 +15,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, load_from_flags, run_command
+from difflm_jax.cli import define_model_flags, define_sampling_flags, load_from_flags, run_command, sampling_flags
 from difflm_jax.data.pipeline import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
+from difflm_jax.diffusion.options import sampling_options
 from difflm_jax.errors import UserError
 from difflm_jax.files import check_writable
 from difflm_jax.fluency import print_fluency
@@ -55,8 +56,10 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "fluency", False, "Add length, ends, repetition and NLL under the causal base of the answers.", flag_values=FLAGS
 )
-flags.DEFINE_integer("seed", 0, "Seed of the masks.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Seed of the masks and draws.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_string("out", "", "A JSON file for the figures and every answer.", flag_values=FLAGS)
+
+define_sampling_flags(FLAGS)
 
 TEXT_SAMPLES = 32  # masked copies of a window of text, where --likelihood does not say
 
@@ -76,11 +79,19 @@ def main(flag_values: flags.FlagValues) -> None:
         if not questions:
             raise UserError(f"--data={flag_values.data}: holds no rows")
     lm = _with_its_base(load_from_flags(flag_values, with_base=True), flag_values.base)
-    record = {"model": lm.source.name, "diffusion_config": lm.diffusion_config(), "seed": flag_values.seed}
+    decoding = sampling_flags(flag_values)
+    sampling_options(lm.attention, lm.algorithm, decoding)  # refused before anything is scored
+    decoding["seed"] = flag_values.seed
+    record = {
+        "model": lm.source.name,
+        "decoding": decoding,
+        "diffusion_config": lm.diffusion_config(),
+        "seed": flag_values.seed,
+    }
     if flag_values.text:
         record["text"] = _text_scores(lm, flag_values)
     if questions:
-        record |= _answer_scores(lm, flag_values, questions, tokens_per_pass)
+        record |= _answer_scores(lm, flag_values, questions, tokens_per_pass, decoding)
     if flag_values.out and is_writer():
         write_results(flag_values.out, record)
 
@@ -108,7 +119,11 @@ def _tokens_per_pass(items: list[str]) -> list[int]:
 
 
 def _answer_scores(
-    lm: LanguageModel, flag_values: flags.FlagValues, questions: list[Question], tokens_per_pass: list[int]
+    lm: LanguageModel,
+    flag_values: flags.FlagValues,
+    questions: list[Question],
+    tokens_per_pass: list[int],
+    decoding: dict[str, Any],
 ) -> dict[str, Any]:
     """Masked scores and likelihoods of the reference answers, then generated answers."""
     record: dict[str, Any] = {"task": flag_values.task, "data": flag_values.data}
@@ -140,6 +155,7 @@ def _answer_scores(
         flag_values.max_new_tokens,
         task=flag_values.task,
         batch_size=flag_values.decode_batch_size,
+        decoding=decoding,
     )
     if flag_values.fluency:
         record["fluency"] = print_fluency(lm, questions, columns, flag_values.batch_size)

@@ -6,7 +6,6 @@ Without --prompt or --file it reads lines from a pipe (one prompt a line, one an
 `--watch` shows on stderr how an answer comes out of its masks; `--watch_html=FILE` makes a page of it to scrub through.
 """
 
-import dataclasses
 import functools
 import sys
 import time
@@ -16,8 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, load_from_flags, run_command
-from difflm_jax.diffusion.options import Sampling
+from difflm_jax.cli import define_model_flags, define_sampling_flags, load_from_flags, run_command, sampling_flags
 from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
 from difflm_jax.files import check_writable
@@ -40,9 +38,7 @@ flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", flag_values=
 flags.DEFINE_bool("stats", False, "Print tokens, passes and tokens a pass to stderr.", flag_values=FLAGS)
 flags.DEFINE_bool("watch", False, "Show the answer after every pass, on stderr; prompts in turn.", flag_values=FLAGS)
 flags.DEFINE_string("watch_html", "", "A page of every pass, to scrub through; prompts in turn.", flag_values=FLAGS)
-_DEFINE = {float: flags.DEFINE_float, int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
-for _field in dataclasses.fields(Sampling):
-    _DEFINE[_field.metadata["type"]](_field.name, None, _field.metadata["help"], flag_values=FLAGS)
+define_sampling_flags(FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
@@ -94,11 +90,12 @@ def _lines(flag_values: flags.FlagValues) -> list[str] | None:
 
 
 def _options(flag_values: flags.FlagValues) -> dict[str, Any]:
-    """The options of decoding that the flags name."""
-    options = {field.name: flag_values[field.name].value for field in dataclasses.fields(Sampling)}
-    options = {name: value for name, value in options.items() if value is not None}
+    """What `generate` and `infill` are given of the flags."""
     one_by_one = flag_values.watch or flag_values.watch_html
-    return options | {"seed": flag_values.seed, "batch_size": 1 if one_by_one else flag_values.batch_size}
+    return sampling_flags(flag_values) | {
+        "seed": flag_values.seed,
+        "batch_size": 1 if one_by_one else flag_values.batch_size,
+    }
 
 
 def _page(lm: LanguageModel, flag_values: flags.FlagValues, options: dict[str, Any]) -> PageRecorder:

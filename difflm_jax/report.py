@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from difflm_jax.lm import LanguageModel
@@ -42,15 +42,21 @@ def compare(
     max_new_tokens: int,
     task: str = "exact",
     batch_size: int = 64,
+    decoding: Mapping[str, Any] | None = None,
 ) -> list[Column]:
-    """The causal base's greedy answers, then those of `lm` at each number of tokens committed in a forward pass."""
-    ways = [(lm.base(), "causal base", 1)]
-    ways += [(lm, f"{tokens} token{'s' if tokens > 1 else ''} a pass", tokens) for tokens in tokens_per_pass]
+    """The causal base's greedy answers, then those of `lm` at each number of tokens committed in a forward pass.
+
+    `decoding`: options of `LanguageModel.generate` for `lm`.
+    """
+    ways = [(lm.base(), "causal base", 1, {})]
+    ways += [
+        (lm, f"{tokens} token{'s' if tokens > 1 else ''} a pass", tokens, decoding or {}) for tokens in tokens_per_pass
+    ]
     columns = []
-    for model, name, tokens in ways:
+    for model, name, tokens, options in ways:
         start = time.perf_counter()
         prompts = [question.prompt for question in questions]
-        out = model.generate(prompts, max_new_tokens, -(-max_new_tokens // tokens), batch_size=batch_size)
+        out = model.generate(prompts, max_new_tokens, -(-max_new_tokens // tokens), batch_size=batch_size, **options)
         is_correct = TASKS[task].is_correct
         correct = [is_correct(question, text) for question, text in zip(questions, out.texts, strict=True)]
         seconds = time.perf_counter() - start
@@ -68,9 +74,10 @@ def print_report(
     shown: int = 12,
     task: str = "exact",
     batch_size: int = 64,
+    decoding: Mapping[str, Any] | None = None,
 ) -> list[Column]:
     """Answers `questions` (of `dataset`), prints some of them and a table of right answers; returns the columns."""
-    columns = compare(lm, questions, tokens_per_pass, max_new_tokens, task, batch_size)
+    columns = compare(lm, questions, tokens_per_pass, max_new_tokens, task, batch_size, decoding)
     print(f"\nHeld-out questions ({len(questions)}, {dataset}), answers of at most {max_new_tokens} tokens")
     for i in range(0, len(questions), max(1, len(questions) // shown)):
         print(f"\n  Q: {_line(questions[i].messages[-1]['content'])}")

@@ -18,7 +18,7 @@ import difflm_jax
 from difflm_jax import evaluate, export, generate
 from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError
-from difflm_jax.named import read_run_config
+from difflm_jax.named import load_named, read_run_config
 from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training import loop, samples
@@ -257,6 +257,7 @@ def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, r
     arguments = [
         "evaluate", f"--run={finished}", f"--data={rows}", "--rows=6", "--max_new_tokens=8", f"--out={out}",
         "--max_length=64", "--likelihood=4", f"--text={text}", "--seed=3", "--fluency",
+        "--threshold=0.005",
     ]  # fmt: skip
     assert run_command(evaluate.main, evaluate.FLAGS, "", arguments) == 0
     printed = capsys.readouterr().out
@@ -272,6 +273,13 @@ def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, r
     assert base["minus_base_interval"] == [0, 0] and len(base["answers"]) == len(base["correct"]) == 6
     assert all(low <= c["accuracy"] <= high for c in record["generated"] for low, high in [c["interval"]])
     assert record["masked"]["masked_nll"] > 0
+    assert record["decoding"] == {"threshold": 0.005, "seed": 3}
+    column = record["generated"][1]
+    again = load_named(run=str(finished)).generate(
+        [question["messages"] for question in record["questions"]], 8, 8, seed=3, threshold=0.005
+    )
+    assert column["passes"] == again.steps.tolist() and max(column["passes"]) < 8
+    assert column["answers"] == again.texts
     reads = record["fluency"]["causal base"]
     assert reads["tokens"]["mean"] == np.mean([len(tokens) for tokens in base["tokens"]])
     lm = difflm_jax.load(record["model"], causal=True, dtype="float32")
