@@ -46,6 +46,7 @@ class LanguageModel:
     provenance: str = ""  # where the weights come from, if not from the source as it is
     mesh: Mesh | None = None  # over which the arrays are divided; None: they are on one device
     mask_is_trained: bool = False  # the embedding has a row of the mask token that was trained as one
+    adapter_knows_masks: bool = False  # the adapter was trained on masks, with a row of its own for them or the table's
     origin: "LanguageModel | None" = None  # the causal model whose every weight was trained; None: it has these weights
 
     @property
@@ -245,7 +246,8 @@ class LanguageModel:
             params=params,
             lora=None,
             quantization=None,
-            mask_is_trained=self.mask_is_trained or "mask_row" in self.lora,
+            mask_is_trained=self.mask_is_trained or self.adapter_knows_masks or "mask_row" in self.lora,
+            adapter_knows_masks=False,
         )
         if self.quantization is None:
             return merged

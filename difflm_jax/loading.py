@@ -123,6 +123,7 @@ def open_model(
         lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
         quantization=quantization or next(iter(opened.stored.values()), None),
         mask_is_trained=_mask_is_trained(opened, mask_token_id),
+        adapter_knows_masks=loaded is not None and loaded.diffusion_config is not None,
     )
 
 

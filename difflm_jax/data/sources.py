@@ -224,9 +224,22 @@ def _table_rows(name: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> Iter
 
 def _table_row(batch: pa.RecordBatch | pa.Table, i: int) -> dict[str, Any]:
     try:
-        return batch.slice(i, 1).to_pylist()[0]
+        return _without_added_nulls(batch.slice(i, 1).to_pylist()[0])
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _without_added_nulls(value: Any, free_form: bool = False) -> Any:
+    """Without nulls in arguments and tools: a column has the fields of all its rows, and null where a row has none."""
+    if isinstance(value, list):
+        return [_without_added_nulls(each, free_form) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_added_nulls(each, free_form or key in ("arguments", "tools"))
+        for key, each in value.items()
+        if each is not None or not free_form
+    }
 
 
 def _read_txt(name: str, path: Path) -> Iterator[Row]:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.config import lora_config
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
@@ -29,7 +28,7 @@ def start(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
     """
     lm = lm.with_model(lm.model.clone(remat=config.remat, attention_kernel=config.attention_kernel))
     table_VD = lm.params["embed_tokens"]["weight"]
-    if lm.mask_is_trained or (config.adapter and read_diffusion_config(Path(config.adapter)) is not None):
+    if lm.mask_is_trained or lm.adapter_knows_masks:
         mask_row_D = table_VD[lm.mask_token_id]
     else:
         rows = min(len(lm.tokenizer), lm.config.vocab_size)
@@ -64,7 +63,7 @@ def with_trained(lm: LanguageModel, trained: Mapping[str, Any]) -> LanguageModel
     if "params" in trained:
         params = jax.tree.map(lambda leaf: leaf.astype(lm.model.dtype), trained["params"])
         return dataclasses.replace(lm, params=params, mask_is_trained=True)
-    return lm.with_adapter(trained["lora"], lm.model.lora)
+    return dataclasses.replace(lm.with_adapter(trained["lora"], lm.model.lora), adapter_knows_masks=True)
 
 
 def save(lm: LanguageModel, directory: Path, phase: str) -> None:

@@ -69,6 +69,15 @@ def test_parquet_rows_are_numbered_across_row_groups(tmp_path: Path) -> None:
     assert read(path) == [(f"{path}[{i}]", row) for i, row in enumerate(rows)]
 
 
+def test_arguments_keep_the_fields_of_their_own_row(tmp_path: Path) -> None:
+    """A parquet column has the fields of all rows; a null that it added must not become an argument to learn."""
+    calls = [{"city": "Rome", "at": {"x": 1}}, {"zone": "UTC"}]
+    rows = [{"messages": [{"content": None, "function": {"arguments": arguments}}]} for arguments in calls]
+    path = str(tmp_path / "a.parquet")
+    pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    assert [row for _, row in read(path)] == rows
+
+
 def test_a_file_that_only_is_called_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(UserError, match=r"a\.parquet: is not a readable parquet file"):

@@ -149,3 +149,10 @@ def test_a_mask_row_that_is_not_trained_leaves_lora_alone(model, rows, tmp_path)
     assert not [name for name in open_files([adapter / "adapter_model.safetensors"]).shapes if "embed" in name]
     assert not json.loads((adapter / "adapter_config.json").read_text()).get("trainable_token_indices")
     assert "mask_row" not in difflm_jax.load(model, adapter=adapter, dtype="float32").lora
+    going_on = start(
+        difflm_jax.load(model, adapter=adapter, dtype="float32"),
+        load_config("", [f"adapter={adapter}", "dtype=float32", "lora_config.r=4"]),
+    )
+    row_it_was_trained_with = going_on.params["embed_tokens"]["weight"][going_on.mask_token_id]
+    np.testing.assert_array_equal(going_on.lora["mask_row"], row_it_was_trained_with)
+    assert going_on.merge().mask_is_trained
