@@ -174,8 +174,10 @@ class _Collate:
         for row, place in enumerate(places):
             if place < len(starts) - 1:
                 self._fill(fields, row, ids, range(starts[place], starts[place + 1]))
-        shape = (accumulation, len(self.local_rows), -1)
-        return {name: field.reshape(shape) for name, field in fields.items()}
+        shape = (accumulation, len(self.local_rows))
+        if not self.plan.is_packed:
+            fields["row_lengths"] = fields["lengths"].max(axis=1)
+        return {name: field.reshape(*shape, *field.shape[1:]) for name, field in fields.items()}
 
     def _width(self, ids: np.ndarray) -> int:
         if self.plan.is_packed:

@@ -84,6 +84,7 @@ class CleanBatch:
     prompt_lengths: jax.Array  # [B, L] int32, index of the example's first answer token, or its length if it has none
     example_ids: jax.Array  # [B, L] int32, index in the data set; -1 at padding
     strata: jax.Array  # [B, L] float32 in [0, 1), place of the example among all of the step
+    row_lengths: jax.Array | None = None  # [B] int32, real tokens of rows that hold one example; None: of several
 
     @classmethod
     def of_rows(cls, tokens, lengths, answer_mask, prompt_lengths, example_ids, strata) -> "CleanBatch":
@@ -103,6 +104,7 @@ class CleanBatch:
             prompt_lengths=at_tokens(prompt_lengths),
             example_ids=at_tokens(example_ids, -1),
             strata=at_tokens(strata.astype(jnp.float32)),
+            row_lengths=lengths,
         )
 
 
@@ -122,6 +124,7 @@ class NoisyBatch:
     teacher_weights: jax.Array  # [B, L] float32, of the divergence from the teacher
     counts: jax.Array  # [B, L] float32, what each position adds to the divisor of the loss
     open: jax.Array | None = None  # [B, L, L] bool, `open_BTS` of the attention mask
+    row_lengths: jax.Array | None = None  # [B] int32, as in `CleanBatch`
 
 
 def mask_rates(key: jax.Array, corruption: Corruption, strata_BL: jax.Array, block_BL: jax.Array) -> jax.Array:
@@ -159,6 +162,7 @@ def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption, mask_toke
         weights=zeros,
         teacher_weights=zeros,
         counts=zeros,
+        row_lengths=batch.row_lengths,
     )
     return hide(everything, masked, rates, corruption, mask_token_id)
 

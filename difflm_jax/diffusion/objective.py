@@ -150,6 +150,7 @@ def _states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruptio
         seeds_BL,
         segments_BT=noisy.segments,
         open_BTS=noisy.open,
+        row_lengths_B=noisy.row_lengths,
     )
     return predicting_states(hidden_BLD, corruption.logit_shift)
 

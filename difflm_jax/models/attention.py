@@ -208,13 +208,14 @@ def _query_axis(x) -> int:
     return 2 if x.ndim > 3 else 1
 
 
+# Both by arithmetic: the other value of a `jnp.where` is an array of the size of the scores to jax, which it keeps.
 def _scores(q_BKTGE, k_BKSE, mask_BTS):
     scores_BKTGS = _einsum("bktge,bkse->bktgs", q_BKTGE, k_BKSE) * _scale(q_BKTGE)
-    return _seen(scores_BKTGS, mask_BTS, otherwise=_UNSEEN)
+    return scores_BKTGS + (mask_BTS[:, None, :, None].astype(jnp.float32) - 1.0) * -_UNSEEN
 
 
-def _seen(x_BKTGS, mask_BTS, otherwise: float = 0.0):
-    return jnp.where(mask_BTS[:, None, :, None], x_BKTGS, otherwise)
+def _seen(x_BKTGS, mask_BTS):
+    return x_BKTGS * mask_BTS[:, None, :, None].astype(jnp.float32)
 
 
 def _scale(q) -> float:

@@ -41,7 +41,7 @@ class Transformer(nn.Module):
     Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
     "block" and "block_causal"; `attention_kernel` (a key of `models.kernels.KERNELS`) computes it. `remat` (a key of
     `REMAT`) says what the backward pass computes again. `on_cpu`: the loop over layers takes its slices of bfloat16
-    weights as `difflm_jax.bits`.
+    weights as `difflm_jax.bits`, and sums of products are asked for in float32.
     """
 
     config: ModelConfig
@@ -67,13 +67,15 @@ class Transformer(nn.Module):
         segments_BT: jax.Array | None = None,
         open_BTS: jax.Array | None = None,
         block_length: jax.Array | None = None,
+        row_lengths_B: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] hidden states after the final norm, in `dtype`.
 
         `positions_BT` counts real tokens, `valid_BT` is False at padding. `window` places the tokens in a canvas whose
         keys are in the `cache` collection; `prompt_lengths`, `noisy_T`, `segments_BT` and `open_BTS` are those of
         `attention_mask`; `dropout_seeds_BT` are those of `difflm_jax.lora.dropout` (None: no dropout). `block_length`
-        [] takes the place of the model's own, for blocks that grow.
+        [] takes the place of the model's own, for blocks that grow. `row_lengths_B` are the real tokens of rows that
+        hold one example each, padded on the right: what a fused kernel needs to know of `full` attention within them.
         """
         key_positions_BS, key_valid_BS = positions_BT, valid_BT
         if window is not None:
@@ -96,15 +98,17 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0, "lora": 0, "cache": 0},
             split_rngs={},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 5),
             length=self.config.num_layers,
             check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
         )
         if self.on_cpu:
             layers = nn.map_variables(layers, "params", _matrices_as_bits)
         x_BTD = self.embed(tokens_BT)
-        stack = layers(self.config, self.lora, self.attention_kernel, name="layers")
-        x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), rope, mask_BTS, dropout_seeds_BT, window)
+        stack = layers(self.config, self.lora, self.attention_kernel, self.on_cpu, name="layers")
+        lengths_B = row_lengths_B if self.attention == "full" and open_BTS is None else None
+        arguments = (rope, mask_BTS, lengths_B, dropout_seeds_BT, window)
+        x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), *arguments)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:

@@ -98,6 +98,8 @@ def training_job(
     step = make_train_step(options, optimizer, learning_rate_schedule(settings, 10**6), mesh)
     key, index = abstract((jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)), mesh)
     batch = abstract_batch(settings.gradient_accumulation_steps, batch_size, settings.max_length)
+    if settings.batching in ("packed", "shared"):
+        batch = batch.replace(row_lengths=None)
     arguments = {
         "frozen": abstract(frozen, mesh),
         "state": state,
@@ -143,7 +145,7 @@ def sampling_job(
 
 
 def abstract_batch(accumulation: int, batch_size: int, length: int) -> CleanBatch:
-    """The shapes of a step's rows, none of them shorter than `length`."""
+    """The shapes of a step's rows of one example each, none of them shorter than `length`."""
     row = jax.ShapeDtypeStruct((accumulation, batch_size), jnp.int32)
     tokens = jax.ShapeDtypeStruct((accumulation, batch_size, length), jnp.int32)
     is_answer = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)

@@ -117,7 +117,9 @@ def test_fields_of_a_batch() -> None:
         "prompt_lengths": ("int32", (2, 2, 8)),
         "example_ids": ("int32", (2, 2, 8)),
         "strata": ("float32", (2, 2, 8)),
+        "row_lengths": ("int32", (2, 2)),
     }
+    assert batch["row_lengths"].tolist() == [[5, 4], [7, 0]]
     # What concerns an example stands at each of its tokens and nowhere else.
     valid = np.arange(8) < np.array([[5, 4], [7, 0]])[..., None]
     np.testing.assert_array_equal(batch["segments"], valid)
@@ -144,10 +146,12 @@ def test_batches_hold_the_same_examples_however_they_are_arranged(batching: str)
     """Packed rows are as wide as `max_length` and hold examples one behind the other, as they would stand alone."""
     options = {"epochs": 2, "seed": 3, "max_length": 40, "length_multiple": 16, "answer_padding": 3, "eos_id": EOS}
 
+    unlike = ("strata", "row_lengths")
+
     def examples(data: Any) -> list[dict[str, bytes]]:
         found = []
         for step in data:
-            rows = {name: field.reshape(-1, field.shape[-1]) for name, field in step.items() if name != "strata"}
+            rows = {name: field.reshape(-1, field.shape[-1]) for name, field in step.items() if name not in unlike}
             for row, segments in enumerate(rows.pop("segments")):
                 for number in range(1, segments.max() + 1):
                     at = np.flatnonzero(segments == number)

@@ -35,28 +35,64 @@ def test_what_is_given_to_it_makes_the_same_attention(monkeypatch, queries, keys
     rng = np.random.default_rng(queries)
     q, k, v = (jnp.asarray(rng.normal(size=(2, n, h, 8)), jnp.float32) for n, h in ((queries, 4), (keys, 2), (keys, 2)))
     mask = jnp.asarray(rng.random((2, queries, keys)) < 0.5).at[:, :, 0].set(True)
+    assert_same(q, k, v, mask, None, jnp.ones((2, queries), bool))
+    assert not any(queries % 2 or keys % 2 for queries, keys in lengths)
+
+
+def test_rows_of_known_lengths_need_no_mask(monkeypatch):
+    """Not even one row of which nothing is real, whose values nothing reads."""
+    of_jax = jax.nn.dot_product_attention
+
+    def in_its_place(*arrays, implementation, query_seq_lengths, key_value_seq_lengths):
+        lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
+        return of_jax(*arrays, **lengths, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+    rng, lengths = np.random.default_rng(0), jnp.array([7, 4, 0])
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 7, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    real = jnp.arange(7) < lengths[:, None]
+    assert_same(q, k, v, jnp.broadcast_to(real[:, None], (3, 7, 7)), lengths, real)
+
+
+def assert_same(q, k, v, mask, lengths, real_BT):
+    """Values of the queries that are real, and their gradients, as `attend` gives them."""
 
     def total(kernel):
-        return lambda q, k, v: jnp.sum(jnp.sin(kernel(q, k, v, mask)))
+        return lambda q, k, v: jnp.sum(jnp.where(real_BT[..., None, None], jnp.sin(kernel(q, k, v)), 0))
 
-    found = jax.value_and_grad(total(kernels.attend_in_cudnn), argnums=(0, 1, 2))(q, k, v)
-    expected = jax.value_and_grad(total(attend), argnums=(0, 1, 2))(q, k, v)
+    def fused(q, k, v):
+        return kernels.attend_in_cudnn(q, k, v, mask, lengths)
+
+    found = jax.value_and_grad(total(fused), argnums=(0, 1, 2))(q, k, v)
+    expected = jax.value_and_grad(total(lambda q, k, v: attend(q, k, v, mask)), argnums=(0, 1, 2))(q, k, v)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
-    assert not any(queries % 2 or keys % 2 for queries, keys in lengths)
 
 
 CONFIG = ("attention_kernel=cudnn", "batch_size=2", "max_length=64", "gradient_accumulation_steps=1")
 
 
-@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("save_attention", 1), ("save_dots", 1), ("full", 2)])
-def test_the_training_step_of_a_gpu(a_cudnn, remat, forward):
-    """One call in the forward pass of a layer, one in its backward pass, and again only where nothing is kept."""
-    config = load_config("", [*CONFIG, f"remat={remat}"])
+@pytest.mark.parametrize(
+    ("key", "forward", "name"),
+    [
+        ("remat=none", 1, "Softmax"),
+        ("remat=save_attention", 1, "Softmax"),
+        ("remat=save_dots", 1, "Softmax"),
+        ("remat=full", 2, "Softmax"),
+        ("batching=packed", 2, "ScaleBiasSoftmax"),
+        ("attention=prefix", 2, "ScaleBiasSoftmax"),
+        ("anneal_steps=9", 2, "ScaleBiasSoftmax"),
+    ],
+)
+def test_the_training_step_of_a_gpu(a_cudnn, key, forward, name):
+    """One call in the forward pass of a layer, one in its backward pass, and again only where nothing is kept; with a
+    mask only where the lengths of rows do not say it all."""
+    config = load_config("", [*CONFIG, key])
     job = training_job(config, "pretrain", ModelConfig.from_hf(HF), make_mesh(1))
     program = job.trace().lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count("@__cudnn$fmhaScaleBiasSoftmax(") == forward
-    assert program.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    assert program.count(f"@__cudnn$fmha{name}(") == forward
+    assert program.count(f"@__cudnn$fmha{name}Backward(") == 1
+    assert program.count("@__cudnn$") == forward + 1
     assert "2x4x64x64xf32" not in program and "2x2x64x2x64xf32" not in program  # scores
 
 
@@ -77,7 +113,7 @@ def test_its_products_are_counted(a_cudnn):
 def test_without_the_library_it_says_so():
     q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
     with pytest.raises(UserError, match="attention_kernel='cudnn': cuDNN is not detected"):
-        kernels.attend_in_cudnn(q, q, q, jnp.ones((1, 4, 4), bool))
+        kernels.attend_in_cudnn(q, q, q, jnp.ones((1, 4, 4), bool), None)
 
 
 @pytest.mark.parametrize(

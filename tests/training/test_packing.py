@@ -40,8 +40,9 @@ def unpacked() -> CleanBatch:
 
 def packed() -> CleanBatch:
     """Three full rows, and three without an example."""
-    rows, batch = unpacked(), {}
-    for name, field in vars(rows).items():
+    rows, batch = dict(vars(unpacked())), {}
+    del rows["row_lengths"]  # they hold several examples
+    for name, field in rows.items():
         field = np.asarray(field)
         batch[name] = np.full((6, LENGTH), -1 if name == "example_ids" else 0, field.dtype)
         for row, examples in enumerate(PACKED):
