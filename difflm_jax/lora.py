@@ -75,7 +75,8 @@ def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
     width = x_BLD.shape[-1]
     start = jax.lax.axis_index(TENSOR) * width if varies(x_BLD, TENSOR) else 0
     kept = element_bits(seeds_BL, start + jnp.arange(width)) >= np.uint32(round(rate * 2**32))
-    return jnp.where(kept, x_BLD / jnp.asarray(1.0 - rate, x_BLD.dtype), 0)
+    # A product: the zero of a `jnp.where` is an array to jax, which every layer would read.
+    return x_BLD / jnp.asarray(1.0 - rate, x_BLD.dtype) * kept.astype(x_BLD.dtype)
 
 
 def init_lora(
