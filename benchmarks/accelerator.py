@@ -14,6 +14,7 @@ none holds memory of another; medians over rounds of steps between which the hos
 import argparse
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -91,7 +92,8 @@ def in_own_process(way: str, options: argparse.Namespace) -> list[dict[str, Any]
         lines = done.stdout.splitlines()
         print("\n".join(line for line in lines if not line.startswith("RESULT ")), flush=True)
         results = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
-        error = "" if results else " ".join((done.stderr.strip() or "?").splitlines()[-1:])[:200]
+        errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        error = (errors or [f"exit status {done.returncode}"])[-1][:200]
     except subprocess.TimeoutExpired:
         results, error = [], f"not finished in {options.limit} s"
     results = [{"way": way, **result} for result in results or [{"error": error}]]

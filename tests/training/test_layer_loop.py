@@ -17,7 +17,7 @@ ROWS, LENGTH = 2, 16
 @pytest.mark.parametrize("held", ["", "nf4", "int4"])
 @pytest.mark.parametrize("remat", ["none", "save_dots", "full"])
 def test_no_large_constant_of_the_loop(held, remat):
-    """jax takes out of a differentiated loop what follows from its constants alone, and literals broadcast to arrays."""
+    """jax takes out of a differentiated loop what follows from constants alone, and literals broadcast to arrays."""
     keys = [f"batch_size={ROWS}", f"max_length={LENGTH}", "gradient_accumulation_steps=1", "dtype=float32"]
     keys += [f"quantization={held}", f"remat={remat}", "quantization_block_size=16"]
     model_config = ModelConfig.from_hf(HF)
