@@ -176,6 +176,7 @@ class Layer(nn.Module):
         # Tied to the hidden states, or jax takes what follows from the mask and the angles alone out of the loop: they
         # would be read by each layer in the size of the scores and of all heads.
         x_BTD, rope, mask_BTS = jax.lax.optimization_barrier((x_BTD, rope, mask_BTS))
+        rope = jax.lax.stop_gradient(rope)  # behind the barrier they would have one
         if seeds_BT is not None:
             seeds_BT = fold_seeds(seeds_BT, layer_index)
         epsilon = self.config.rms_norm_eps
