@@ -14,8 +14,7 @@ from tests.tiny import HF
 ROWS, LENGTH = 2, 16
 
 
-@pytest.mark.parametrize("held", ["", "nf4", "int4"])
-@pytest.mark.parametrize("remat", ["none", "save_dots", "full"])
+@pytest.mark.parametrize(("held", "remat"), [("", "none"), ("nf4", "save_dots"), ("int4", "full")])
 def test_no_large_constant_of_the_loop(held, remat):
     """jax takes out of a differentiated loop what follows from constants alone, and literals broadcast to arrays."""
     keys = [f"batch_size={ROWS}", f"max_length={LENGTH}", "gradient_accumulation_steps=1", "dtype=float32"]
