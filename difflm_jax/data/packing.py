@@ -8,6 +8,7 @@ import numpy as np
 from difflm_jax.errors import UserError
 
 BATCHING = ("rows", "grouped", "packed", "shared")
+PACKED = ("packed", "shared")  # those by which a row holds several examples
 GROUPED_STEPS = 64  # steps among whose rows "grouped" sorts by length
 
 
@@ -51,7 +52,7 @@ class Batching:
     @property
     def is_packed(self) -> bool:
         """Whether a row holds several examples, and all rows are `row_length` wide."""
-        return self.kind in ("packed", "shared")
+        return self.kind in PACKED
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:

@@ -101,18 +101,13 @@ def dequantize(w: QTensor, dtype: Any) -> jax.Array:
     """The weight [..., out, in] in `dtype`: code values times scales in float32, then rounded once."""
     if w.codes.ndim > 2:
         return jax.vmap(functools.partial(dequantize, dtype=dtype))(w)
-    scales = _unnested(w.scales) if isinstance(w.scales, NestedScales) else w.scales.astype(jnp.float32)
+    scales = unnest(w.scales) if isinstance(w.scales, NestedScales) else w.scales.astype(jnp.float32)
     form = FORMATS[w.format]
     parts = _halves(w.codes, w.block_size) if form.bits == 4 else (w.codes.reshape(*scales.shape, -1),)
     # Each half is finished before they are joined: joined codes would take 2 GiB more of an H100 in a training step of
     # Qwen3-4B (compiled ahead of time), and a sixth more time on a CPU.
     values = [(form.decode(part) * scales[..., None]).astype(dtype) for part in parts]
     return jnp.concatenate(values, axis=-1).reshape(w.shape)
-
-
-def _unnested(scales: NestedScales) -> jax.Array:
-    # Made before they are used: XLA would else look them up for every weight, and not for every group of weights.
-    return jax.lax.optimization_barrier(unnest(scales))
 
 
 def own_scales(w: QTensor) -> QTensor:

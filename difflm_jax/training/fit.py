@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.config import lora_config, phase_config, quantization
+from difflm_jax.data.packing import PACKED
 from difflm_jax.diffusion.canvas import answer_plan
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.diffusion.denoiser import Canvas, generate
@@ -98,7 +99,7 @@ def training_job(
     step = make_train_step(options, optimizer, learning_rate_schedule(settings, 10**6), mesh)
     key, index = abstract((jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)), mesh)
     batch = abstract_batch(settings.gradient_accumulation_steps, batch_size, settings.max_length)
-    if settings.batching in ("packed", "shared"):
+    if settings.batching in PACKED:
         batch = batch.replace(row_lengths=None)
     arguments = {
         "frozen": abstract(frozen, mesh),
