@@ -30,6 +30,7 @@ def default_config() -> ConfigDict:
             "convert_cache": True,  # keep a quantised base in output_dir/converted
             "mask_token": "",  # empty: chosen by rule, and announced
             "remat": "full",  # or save_attention, save_dots, none: more memory, less computed twice
+            "unroll_layers": False,  # True: no loop over layers in a training step; on a GPU faster, minutes to compile
             "attention": "full",
             "attention_kernel": "xla",  # or cudnn: NVIDIA's fused one
             "block_length": 0,  # of attention "block"

@@ -17,6 +17,7 @@ from absl import flags
 
 from difflm_jax.cli import define_model_flags, define_sampling_flags, load_from_flags, run_command, sampling_flags
 from difflm_jax.data.pipeline import batches, tokenize
+from difflm_jax.diffusion.canvas import answer_plan
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.diffusion.options import sampling_options
 from difflm_jax.errors import UserError
@@ -41,6 +42,7 @@ flags.DEFINE_string(
 flags.DEFINE_enum("task", "exact", list(TASKS), "What the rows are, and what counts as right.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 0, "Only the first rows (0: all).", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("max_new_tokens", 32, "Length of the answer's canvas.", flag_values=FLAGS)
+flags.DEFINE_integer("block_length", 0, "Fill answers in blocks of this length (0: one block).", flag_values=FLAGS)
 flags.DEFINE_list("tokens_per_pass", ["1", "2", "4"], "Tokens committed in a forward pass.", flag_values=FLAGS)
 flags.DEFINE_integer("max_length", 768, "Longest row that is scored, in tokens.", lower_bound=2, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 8, "Rows scored together.", lower_bound=1, flag_values=FLAGS)
@@ -80,8 +82,10 @@ def main(flag_values: flags.FlagValues) -> None:
             raise UserError(f"--data={flag_values.data}: holds no rows")
     lm = _with_its_base(load_from_flags(flag_values, with_base=True), flag_values.base)
     decoding = sampling_flags(flag_values)
-    sampling_options(lm.attention, lm.algorithm, decoding)  # refused before anything is scored
+    _check_decoding(lm, flag_values, tokens_per_pass, decoding)  # before anything is scored
     decoding["seed"] = flag_values.seed
+    if flag_values.block_length:
+        decoding["block_length"] = flag_values.block_length
     record = {
         "model": lm.source.name,
         "decoding": decoding,
@@ -116,6 +120,16 @@ def _tokens_per_pass(items: list[str]) -> list[int]:
     if min(numbers, default=0) < 1:
         raise UserError("--tokens_per_pass: must be integers greater than 0")
     return numbers
+
+
+def _check_decoding(
+    lm: LanguageModel, flag_values: flags.FlagValues, tokens_per_pass: list[int], decoding: dict[str, Any]
+) -> None:
+    """Raises `UserError` for options that the model cannot decode with."""
+    sampling = sampling_options(lm.attention, lm.algorithm, decoding)
+    length = flag_values.max_new_tokens
+    for tokens in tokens_per_pass if flag_values.data else []:
+        answer_plan(lm.model, length, -(-length // tokens), flag_values.block_length or None, sampling)
 
 
 def _answer_scores(

@@ -257,7 +257,7 @@ def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, r
     arguments = [
         "evaluate", f"--run={finished}", f"--data={rows}", "--rows=6", "--max_new_tokens=8", f"--out={out}",
         "--max_length=64", "--likelihood=4", f"--text={text}", "--seed=3", "--fluency",
-        "--threshold=0.005",
+        "--threshold=0.005", "--block_length=4",
     ]  # fmt: skip
     assert run_command(evaluate.main, evaluate.FLAGS, "", arguments) == 0
     printed = capsys.readouterr().out
@@ -273,10 +273,10 @@ def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, r
     assert base["minus_base_interval"] == [0, 0] and len(base["answers"]) == len(base["correct"]) == 6
     assert all(low <= c["accuracy"] <= high for c in record["generated"] for low, high in [c["interval"]])
     assert record["masked"]["masked_nll"] > 0
-    assert record["decoding"] == {"threshold": 0.005, "seed": 3}
+    assert record["decoding"] == {"threshold": 0.005, "seed": 3, "block_length": 4}
     column = record["generated"][1]
     again = load_named(run=str(finished)).generate(
-        [question["messages"] for question in record["questions"]], 8, 8, seed=3, threshold=0.005
+        [question["messages"] for question in record["questions"]], 8, 8, 4, seed=3, threshold=0.005
     )
     assert column["passes"] == again.steps.tolist() and max(column["passes"]) < 8
     assert column["answers"] == again.texts
@@ -312,6 +312,13 @@ def test_what_cannot_be_evaluated_is_said_before_the_model_is_read(rows, tmp_pat
     assert run_command(evaluate.main, evaluate.FLAGS, "", arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_evaluate_refuses_blocks_before_it_scores(finished, rows, capsys):
+    arguments = ["evaluate", f"--run={finished}", f"--data={rows}", "--max_new_tokens=8", "--block_length=3"]
+    assert run_command(evaluate.main, evaluate.FLAGS, "", arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith("max_new_tokens=8 must be a multiple of block_length=3\n") and "nll" not in printed.out
 
 
 def check_base(merged, model_dir, capsys):

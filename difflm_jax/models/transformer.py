@@ -40,8 +40,9 @@ class Transformer(nn.Module):
 
     Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
     "block" and "block_causal"; `attention_kernel` (a key of `models.kernels.KERNELS`) computes it. `remat` (a key of
-    `REMAT`) says what the backward pass computes again. `on_cpu`: the loop over layers takes its slices of bfloat16
-    weights as `difflm_jax.bits`, and sums of products are asked for in float32.
+    `REMAT`) says what the backward pass computes again. `unroll`: every layer is compiled for itself, in place of one
+    loop over a stack. `on_cpu`: that loop takes its slices of bfloat16 weights as `difflm_jax.bits`, and sums of
+    products are asked for in float32.
     """
 
     config: ModelConfig
@@ -50,6 +51,7 @@ class Transformer(nn.Module):
     mask_token_id: int | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
+    unroll: bool = False
     block_length: int = 0
     on_cpu: bool = False
     attention_kernel: str = "xla"
@@ -93,13 +95,17 @@ class Transformer(nn.Module):
         )
         rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
 
-        layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[self.remat])
+        layer = Layer
+        if self.remat != "none":
+            # Outside a loop XLA would find what is computed twice, and keep it.
+            layer = nn.remat(Layer, prevent_cse=self.unroll, policy=REMAT[self.remat])
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "lora": 0, "cache": 0},
             split_rngs={},
             in_axes=(0, *[nn.broadcast] * 5),
             length=self.config.num_layers,
+            unroll=self.config.num_layers if self.unroll else 1,
             check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
         )
         if self.on_cpu:

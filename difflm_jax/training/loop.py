@@ -295,7 +295,7 @@ def step_options(phase: Phase) -> StepOptions:
         logit_shift=config.logit_shift,
         block_length=config.block_length,
     )
-    return StepOptions(phase.model, corruption, config.loss_chunk)
+    return StepOptions(phase.model, corruption, config.loss_chunk, config.unroll_layers)
 
 
 def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:

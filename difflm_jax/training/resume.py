@@ -23,6 +23,7 @@ FORCE = "--force"
 _FREE = (
     "mesh.", "cache_dir", "dataloader_num_workers", "pin_memory", "keep_checkpoints", "heartbeat_seconds", "profile.",
     "wandb_config.", "log_interval", "report.", "remat", "attention_kernel", "loss_chunk", "max_nonfinite_steps",
+    "unroll_layers",
 )  # fmt: skip
 _READ_ROWS = 10_000
 

@@ -34,11 +34,13 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What is static in a step. `chunk` is the number of positions whose logits exist at once."""
+    """What is static in a step. `chunk` is the number of positions whose logits exist at once; `unroll` is that of the
+    model where it is trained."""
 
     model: Transformer
     corruption: Corruption
     chunk: int
+    unroll: bool = False
 
 
 def make_train_step(
@@ -116,8 +118,8 @@ def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
 
 
 def _loss_of(options, frozen, rows, key, index, trained):
-    variables, corruption, chunk = {**frozen, **trained}, options.corruption, options.chunk
-    return loss_sums(options.model, variables, rows, key, corruption, chunk, train=True, index=index)
+    model, variables = options.model.clone(unroll=options.unroll), {**frozen, **trained}
+    return loss_sums(model, variables, rows, key, options.corruption, options.chunk, train=True, index=index)
 
 
 def _varying_over_rows(leaf: jax.Array) -> jax.Array:

@@ -89,21 +89,24 @@ def test_a_row_of_padding_alone_is_finite():
     assert np.isfinite(hidden(valid=np.array([[True] * 12, [False] * 12]))).all()
 
 
-@pytest.mark.parametrize("remat", ["save_dots", "save_attention", "full"])
-def test_remat_changes_neither_value_nor_gradient(remat):
+@pytest.mark.parametrize(
+    ("remat", "unroll"),
+    [("save_dots", False), ("save_attention", False), ("full", False), ("none", True), ("full", True)],
+)
+def test_neither_remat_nor_unrolling_changes_value_or_gradient(remat, unroll):
     config = LoraConfig(r=4)
     lora = random_lora(config)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def loss(lora, name):
-        model = Transformer(CONFIG, lora=config, mask_token_id=MASK, remat=name)
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def loss(lora, name, unroll):
+        model = Transformer(CONFIG, lora=config, mask_token_id=MASK, remat=name, unroll=unroll)
         out = model.apply({"params": PARAMS, "lora": lora}, TOKENS, positions_of(VALID), VALID, PROMPTS)
         return (out * out[::-1]).sum()
 
-    value, gradient = jax.value_and_grad(loss)(lora, "none")
-    value_remat, gradient_remat = jax.value_and_grad(loss)(lora, remat)
-    np.testing.assert_allclose(value, value_remat, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, gradient_remat)
+    value, gradient = jax.value_and_grad(loss)(lora, "none", False)
+    other_value, other_gradient = jax.value_and_grad(loss)(lora, remat, unroll)
+    np.testing.assert_allclose(value, other_value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, other_gradient)
 
 
 def cached_states(rule, filled, start, written_from, mutable=False):
