@@ -7,10 +7,12 @@ import jax
 import pytest
 from jax._src import compiler
 
-# XLA's newer emitters of fusions take twice as long to compile for a CPU (`optimised` has them); before jax starts.
+# XLA's newer emitters of fusions take twice as long to compile for a CPU (`optimised` has them), and programs cut into
+# parts for threads to compile a tenth longer; before jax starts.
 _EMITTERS = "xla_cpu_use_fusion_emitters"
-_AS_USERS = os.environ.get("XLA_FLAGS", "").replace(f"--{_EMITTERS}=false", "").strip()
-os.environ["XLA_FLAGS"] = f"{_AS_USERS} --{_EMITTERS}=false"
+_FLAGS = f"--{_EMITTERS}=false --xla_cpu_parallel_codegen_split_count=1"
+_AS_USERS = os.environ.get("XLA_FLAGS", "").replace(_FLAGS, "").strip()
+os.environ["XLA_FLAGS"] = f"{_AS_USERS} {_FLAGS}".strip()
 
 _PROJECT = Path(__file__).parents[1]
 _SHARED = _PROJECT.parent / "shared" / "data"
