@@ -1,8 +1,10 @@
 """Tiny random models of every family, made by transformers, and our logits for them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +142,14 @@ def assert_same_weights() -> Callable[[dict[str, Any], dict[str, torch.Tensor]],
 
 def _leaves(tree: Any) -> list[Any]:
     return [leaf for branch in tree.values() for leaf in _leaves(branch)] if isinstance(tree, dict) else [tree]
+
+
+@pytest.fixture
+def read_once(monkeypatch):
+    """A .gguf file is read once: `gguf` needs seconds, and transformers does it for config, tokenizer and weights."""
+    kept = functools.cache(gguf.GGUFReader)
+    for name in ("gguf.GGUFReader", "difflm_jax.checkpoint.gguf.GGUFReader"):
+        monkeypatch.setattr(name, lambda path: kept(str(path)))
 
 
 @pytest.fixture(scope="session")

@@ -204,6 +204,7 @@ def test_an_alien_file(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised", "read_once")
 def test_real_weights_and_logits_are_those_of_transformers(smollm2, assert_same_weights, our_logits, their_logits):
     """A real llama-architecture file: all 272 dequantised tensors bit for bit, logits to 1e-4, the greedy answer."""
     source = open_source(str(smollm2))

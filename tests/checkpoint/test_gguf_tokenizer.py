@@ -226,6 +226,7 @@ def test_the_real_qwen_tokenizer_id_for_id(shared_data):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("read_once")
 def test_the_real_smollm2_tokenizer_id_for_id(shared_data, smollm2):
     """1,000 real lines give the ids of transformers' reading of the file, once its dropped digit rule is put back."""
     ours, theirs = ours_of(smollm2), AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
