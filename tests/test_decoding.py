@@ -60,8 +60,10 @@ def compare(lm, references, max_new_tokens, seeds=range(2), **options):
             assert out.committed[i] == max_new_tokens
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize(("cache", "refresh"), [("prefix", None), ("dual", None), ("dual", 2), ("prefix", 3)])
+@pytest.mark.parametrize(
+    ("cache", "refresh", "shift"),
+    [("prefix", None, False), ("prefix", 3, True), ("dual", None, True), ("dual", 2, False)],
+)
 def test_fast_dllm_caches(load, torch_model, cache, refresh, shift):
     """Threshold decoding in blocks, cached: the same tokens and passes as torch with real past keys and values."""
 
@@ -74,8 +76,7 @@ def test_fast_dllm_caches(load, torch_model, cache, refresh, shift):
     compare(load("full", None, shift), references, 18, block_length=6, threshold=0.12, cache=cache, **options)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("attention", ["full", "prefix"])
+@pytest.mark.parametrize(("attention", "shift"), [("full", False), ("prefix", False), ("prefix", True)])
 def test_factor_decoding_of_a_real_model(load, torch_model, attention, shift):
     def references(prompt):
         denoise = Uncached(torch_model, attention, prompt, shift=shift)
@@ -85,8 +86,7 @@ def test_factor_decoding_of_a_real_model(load, torch_model, attention, shift):
     compare(load(attention, None, shift), references, 16, block_length=8, factor=1.7)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize(("block", "steps"), [(4, 8), (5, 4), (1, 128)])
+@pytest.mark.parametrize(("block", "steps", "shift"), [(4, 8, True), (5, 4, False), (1, 128, True)])
 def test_block_attention_decodes_as_without_a_cache(load, torch_model, block, steps, shift):
     """The exact cache of the prompt and of finished blocks: tokens of a torch loop that has none, and of our own."""
     lm, length = load("block", block, shift), 4 * block
