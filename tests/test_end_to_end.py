@@ -188,17 +188,15 @@ def test_generate_answers_a_prompt_a_file_and_a_pipe(finished, tmp_path, capsys,
     alone = capsys.readouterr().out
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("1+1\n\nwhat is 2+2, and why?\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "difflm_jax.generate", *run[1:], f"--file={prompts}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    assert run_command(generate.main, generate.FLAGS, "", [*run, f"--file={prompts}"]) == 0
+    read = capsys.readouterr().out
     piped = subprocess.run(
         [sys.executable, "-m", "difflm_jax.generate", *run[1:]],
         input=prompts.read_text(), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout == piped.stdout
-    assert len(done.stdout.splitlines()) == 2
-    assert done.stdout.splitlines()[0] == alone.rstrip("\n").replace("\\", "\\\\").replace("\n", "\\n")
+    assert read == piped.stdout
+    assert len(read.splitlines()) == 2
+    assert read.splitlines()[0] == alone.rstrip("\n").replace("\\", "\\\\").replace("\n", "\\n")
 
 
 def test_what_generate_cannot_do_is_said_before_or_at_once(finished, capsys, monkeypatch):
