@@ -226,6 +226,17 @@ def test_a_new_prompt_another_threshold_and_another_batch_do_not_compile_again(l
     assert denoiser.generate._cache_size() == before + 1
 
 
+def test_the_sampler_as_compiled_for_gpus_gives_the_same_answers(load, monkeypatch):
+    """Its options are names that XLA knows, on whatever it runs."""
+    lm = load("prefix")
+    expected = lm.generate(prompts(), max_new_tokens=8)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    before = denoiser.generate_on_gpu._cache_size()
+    found = lm.generate(prompts(), max_new_tokens=8)
+    assert denoiser.generate_on_gpu._cache_size() == before + 1
+    assert [row.tolist() for row in found.tokens] == [row.tolist() for row in expected.tokens]
+
+
 def test_no_logits_outside_the_active_block_are_made(load):
     """The compiled sampler holds no array of vocabulary size for all columns of the canvas."""
     lm = load("full")

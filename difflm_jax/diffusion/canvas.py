@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.diffusion.denoiser import BLOCK_CACHE_RULES, Canvas, generate, row_sampling_keys
+from difflm_jax.diffusion.denoiser import BLOCK_CACHE_RULES, Canvas, generate, generate_on_gpu, row_sampling_keys
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.sampler import Plan
 from difflm_jax.diffusion.schedule import DEADLINE, quotas
@@ -226,7 +227,8 @@ def _fill(
             sampling,
         )
         if watch is None:
-            carry = generate(*arguments, decoder.mesh)
+            generate_here = generate_on_gpu if jax.default_backend() == "gpu" else generate
+            carry = generate_here(*arguments, decoder.mesh)
         else:
             carry = generate_watched(*arguments, numbers[first : first + count], watch)
         tokens, used = to_host(carry.tokens), to_host(carry.passes)

@@ -11,9 +11,9 @@ from tests.multi_device.same_numbers import numbers
 CASES = [
     {"micro_batches": 4, "mesh": [1, 1, 1], "evaluated": False},
     {"micro_batches": 2, "mesh": [8, 1, 1]},
-    {"micro_batches": 4, "mesh": [1, 4, 2]},
+    {"micro_batches": 1, "mesh": [1, 8, 1]},
     {"quantization": "nf4", "micro_batches": 2, "mesh": [2, 2, 2]},
-    {"quantization": "int8", "micro_batches": 1, "mesh": [1, 8, 1], "evaluated": False},
+    {"quantization": "int8", "micro_batches": 4, "mesh": [1, 4, 2], "evaluated": False},
     {"objective": "distillation", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"objective": "complementary", "micro_batches": 2, "mesh": [2, 1, 2], "evaluated": False},
     {"trained": "all", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
