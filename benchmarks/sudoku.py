@@ -37,11 +37,15 @@ SHARED = {
     "min_mask_probability": 0.1,
     "epochs": 1,
 }
-# Way of training -> (keys of the configuration, tokens a pass to decode with).
-WAYS = {
-    "diffusion": ({}, "1,2,4"),
-    "causal": ({"attention": "block", "block_length": 1, "mask_rate": "block", "min_mask_probability": 1.0}, "1"),
+NEXT_TOKEN = {
+    "attention": "block",
+    "block_length": 1,
+    "mask_rate": "block",
+    "min_mask_probability": 1.0,
+    "loss_weight": "uniform",  # by CART's weights a token would count the less the further it is from the prompt
 }
+# Way of training -> (keys of the configuration, tokens a pass to decode with).
+WAYS = {"diffusion": ({}, "1,2,4"), "causal": (NEXT_TOKEN, "1")}
 
 
 def main() -> None:
