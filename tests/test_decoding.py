@@ -226,6 +226,17 @@ def test_a_new_prompt_another_threshold_and_another_batch_do_not_compile_again(l
     assert denoiser.generate._cache_size() == before + 1
 
 
+@pytest.mark.parametrize("algorithm", ["probability", "steady", "origin"])
+def test_another_number_of_passes_does_not_compile_again(load, algorithm):
+    lm = load("full")
+    options = {"max_new_tokens": 16, "algorithm": algorithm, "stop_at_eos": False}
+    most = lm.generate(prompts(), steps=16, **options)
+    before = denoiser.generate._cache_size()
+    fewer = [lm.generate(prompts(), steps=steps, **options).steps.max() for steps in (12, 8, 4, 2)]
+    assert denoiser.generate._cache_size() == before
+    assert most.steps.max() > fewer[0] > fewer[1] > fewer[2] > fewer[3] == 2
+
+
 def test_the_sampler_as_compiled_for_gpus_gives_the_same_answers(load, monkeypatch):
     """Its options are names that XLA knows, on whatever it runs."""
     lm = load("prefix")

@@ -198,7 +198,8 @@ def _fill(
         return Filled([], np.zeros(0, np.int32), np.zeros(0, np.int32))
     # The first window of block decoding reaches one block and one token back.
     longest = max(max(len(prompt) for prompt in prompts), plan.block_length + 1 if _in_blocks(decoder) else 1)
-    plan = dataclasses.replace(plan, first_column=width_bucket(longest))
+    steps = np.int32(plan.steps_per_block)
+    plan = dataclasses.replace(plan, first_column=width_bucket(longest), steps_per_block=most_steps(plan))
     rows = [np.concatenate(parts) for parts in zip(prompts, rests, strict=True)]
     numbers = range(len(rows)) if numbers is None else numbers
     keys = row_sampling_keys(seed, [tuple(row.tolist()) for row in rows])
@@ -215,7 +216,7 @@ def _fill(
         tokens, valid = _padded([prompts[i] for i in index], [rests[i] for i in index], plan, decoder.pad_token_id)
         fillable = valid & (tokens == decoder.model.mask_token_id)
         answers = fillable[:, plan.first_column :].reshape(len(index), plan.num_blocks, plan.block_length)
-        schedule = quotas(sampling.schedule, answers.sum(axis=2), plan.steps_per_block)
+        schedule = quotas(sampling.schedule, answers.sum(axis=2), int(steps), plan.steps_per_block)
         canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], schedule, keys[index])
         arguments = (
             decoder.model,
@@ -225,6 +226,7 @@ def _fill(
             decoder.eos_token_ids,
             canvas,
             sampling,
+            steps,
         )
         if watch is None:
             generate_here = generate_on_gpu if jax.default_backend() == "gpu" else generate
@@ -236,6 +238,11 @@ def _fill(
         committed += (fillable & (tokens != decoder.model.mask_token_id)).sum(axis=1)[:count].tolist()
         passes += used[:count].tolist()
     return Filled(filled, np.asarray(committed, np.int32), np.asarray(passes, np.int32))
+
+
+def most_steps(plan: Plan) -> int:
+    """The scheduled passes of a block that are compiled for: few different numbers, so that few are compiled."""
+    return max(map(width_bucket, (plan.steps_per_block, plan.block_length))) if plan.steps_per_block > 1 else 1
 
 
 def _in_blocks(decoder: Decoder) -> bool:

@@ -57,22 +57,23 @@ def fill(
     eos_token_ids: tuple[int, ...],
     canvas: Canvas,
     sampling: Sampling,
+    steps: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> Carry:
-    """Fills a canvas (`generate` is this, compiled).
+    """Fills a canvas (`generate` is this, compiled) in `steps` scheduled passes a block (None: those of the plan).
 
     `mesh` is that over which `variables` are divided; it divides the rows. Of the last carry only what belongs to rows
     is returned.
     """
 
     def rows(variables: Variables, canvas: Canvas) -> Carry:
-        loop, start = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling)
+        loop, start = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling, steps)
         return loop.run(start).replace(cache=None, block=None, step=None)
 
     return over_rows(rows, mesh, variables, canvas)
 
 
-# Compiles once for each shape of canvas and plan and each set of options that is on.
+# Compiles once for each shape of canvas and plan and each set of options that is on; the number of passes is data.
 _compiled = functools.partial(jax.jit, fill, static_argnames=("model", "logit_shift", "plan", "eos_token_ids", "mesh"))
 generate = _compiled()
 # A pass over few tokens takes as long as reading the weights. XLA's own kernels for products get those of a layer as a
@@ -92,6 +93,7 @@ def loop_of(
     eos_token_ids: tuple[int, ...],
     canvas: Canvas,
     sampling: Sampling,
+    steps: jax.Array | None,
 ) -> tuple[Loop, Carry]:
     """The sampler's loop over a model, and its first carry."""
     predict, cache = make_predict(model, variables, logit_shift, plan, sampling, canvas)
@@ -107,6 +109,7 @@ def loop_of(
         model.mask_token_id,
         eos_token_ids,
         real_BL=canvas.valid,
+        steps=steps,
     )
 
 

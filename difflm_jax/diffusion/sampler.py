@@ -17,7 +17,7 @@ from flax import struct
 from difflm_jax.diffusion import commit, revise
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.proposal import REMASK_STREAM, Proposal, noise, propose, seen_tokens
-from difflm_jax.diffusion.schedule import DEADLINE, timesteps
+from difflm_jax.diffusion.schedule import DEADLINE, time_of
 from difflm_jax.parallel import everywhere, varying_with
 
 # (cache, tokens [B, L], first column of the active block, step in the block)
@@ -30,7 +30,8 @@ class Plan:
     """The shape of a generation: `num_blocks` blocks of `block_length` columns from column `first_column` on.
 
     Blocks are filled from left to right, each in at most `steps_per_block` scheduled passes, and by a deadline in those
-    that a row has saved in earlier blocks too.
+    that a row has saved in earlier blocks too. What is compiled for a plan takes any smaller number of them (`steps` of
+    `prepare`), but for one alone.
     """
 
     first_column: int
@@ -65,14 +66,18 @@ def prepare(
     mask_token_id: int,
     eos_token_ids: tuple[int, ...],
     real_BL: jax.Array | None = None,
+    steps: jax.Array | None = None,
 ) -> tuple["Loop", Carry]:
     """The loop that fills the masks of `tokens_BL` where `fillable_BL`, and the carry that it starts from.
 
     `quotas_BNS`: masks to commit at each step, at least (`schedule.quotas`). `keys_B`: one key a row. `real_BL` is
-    False at padding (for `repetition_penalty`). The mask token is never produced.
+    False at padding (for `repetition_penalty`). `steps` []: scheduled passes of a block (None: those of the plan). The
+    mask token is never produced.
     """
     real_BL = jnp.ones_like(fillable_BL) if real_BL is None else real_BL
-    loop = Loop(predict, fillable_BL, quotas_BNS, keys_B, real_BL, plan, sampling, mask_token_id, tuple(eos_token_ids))
+    steps = plan.steps_per_block if steps is None else steps
+    rows = (fillable_BL, quotas_BNS, keys_B, real_BL)
+    loop = Loop(predict, *rows, steps, plan, sampling, mask_token_id, tuple(eos_token_ids))
     zeros_B = varying_with(jnp.zeros(tokens_BL.shape[0], jnp.int32), tokens_BL)
     no_confidence_BL = varying_with(jnp.zeros(tokens_BL.shape), tokens_BL)
     zero = jnp.zeros((), jnp.int32)
@@ -88,6 +93,7 @@ class Loop:
     quotas: jax.Array  # [B, N, S]
     keys: jax.Array  # [B]
     real: jax.Array  # [B, L]
+    steps: jax.Array | int  # []
     plan: Plan
     sampling: Sampling
     mask_token_id: int
@@ -97,7 +103,7 @@ class Loop:
         """Passes in a block at most. The last one edits nothing, so that it can fill what editing opened again."""
         shares = block + 1 if self.sampling.schedule == DEADLINE else 1  # earlier blocks may have saved all of theirs
         editing = self.sampling.edit_threshold is not None
-        return self.plan.steps_per_block * shares + (self.sampling.edit_passes + 1 if editing else 0)
+        return self.steps * shares + (self.sampling.edit_passes + 1 if editing else 0)
 
     def unfinished(self, carry: Carry) -> jax.Array:
         nothing_open = everywhere(~self._open(carry.tokens).any())
@@ -178,7 +184,7 @@ class Loop:
         if sampling.schedule == DEADLINE:
             quota_B = commit.deadline_quota(open_BT, self._passes_left(carry))
         else:
-            is_last = scheduled == self.plan.steps_per_block - 1
+            is_last = scheduled == self.steps - 1
             quota_B = jnp.where(is_last, self.plan.block_length, self.quotas[:, carry.block, scheduled])
         score_BT = commit.leftmost_first(proposal.score, open_BT) if sampling.leftmost else proposal.score
         known = (score_BT, open_BT)
@@ -215,15 +221,14 @@ class Loop:
         to_fill_BN = answers_BL.reshape(-1, self.plan.num_blocks, self.plan.block_length).any(axis=2)
         blocks_before_B = (to_fill_BN & (jnp.arange(self.plan.num_blocks) < carry.block)).sum(axis=1)
         before_B = carry.passes - carry.step
-        saved_B = jnp.maximum(blocks_before_B * self.plan.steps_per_block - before_B, 0)
-        return jnp.maximum(self.plan.steps_per_block + saved_B - carry.step, 1)
+        saved_B = jnp.maximum(blocks_before_B * self.steps - before_B, 0)
+        return jnp.maximum(self.steps + saved_B - carry.step, 1)
 
     def _scheduled(self, step: jax.Array) -> jax.Array:
-        return jnp.minimum(step, self.plan.steps_per_block - 1)
+        return jnp.minimum(step, self.steps - 1)
 
     def _times(self, scheduled: jax.Array) -> tuple[jax.Array, jax.Array]:
-        times = jnp.asarray(timesteps(self.plan.steps_per_block), jnp.float32)
-        return times[scheduled], times[scheduled + 1]
+        return time_of(scheduled, self.steps), time_of(scheduled + 1, self.steps)
 
     def _remask_rate(self, t: jax.Array, s: jax.Array, confidence_BT, committed_BT) -> jax.Array:
         if self.sampling.remask is None:

@@ -1,10 +1,13 @@
 """How many masks of a block are committed at each step: functions (masks, steps) -> a quota for each step.
 
-They run on the host in float64, once for each number of masks, and reach the sampler as data.
+They run on the host in float64, once for each number of masks, and reach the sampler as data (`time_of` is the
+sampler's own).
 """
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 START_OF_TIME = 1.0
@@ -63,15 +66,23 @@ def timesteps(steps: int) -> np.ndarray:
     return times
 
 
+def time_of(step: jax.Array, steps: jax.Array | int) -> jax.Array:
+    """[] float32, `timesteps(steps)[step]`."""
+    time = START_OF_TIME - (START_OF_TIME - END_OF_TIME) / steps * step
+    return jnp.where(step == steps, 0.0, time).astype(jnp.float32)
+
+
 def reveal_rates(steps: int) -> np.ndarray:
     """[steps] float64, 1 - s / t: the probability that a mask is revealed at each step; 1 at the last."""
     times = timesteps(steps)
     return 1 - times[1:] / times[:-1]
 
 
-def quotas(schedule: str, masks_BN: np.ndarray, steps: int) -> np.ndarray:
-    """[B, N, steps] int32 quotas of every row and block from their numbers of masks [B, N]."""
+def quotas(schedule: str, masks_BN: np.ndarray, steps: int, most: int = 0) -> np.ndarray:
+    """[B, N, S] int32 quotas of every row and block from their numbers of masks [B, N]; S is `steps`, or filled up with
+    zeros to `most`."""
     table = {int(count): SCHEDULES[schedule](int(count), steps) for count in np.unique(masks_BN)}
-    return np.array([[table[int(count)] for count in row] for row in masks_BN], np.int32).reshape(
-        *masks_BN.shape, steps
-    )
+    found_BNS = np.zeros((*masks_BN.shape, max(steps, most)), np.int32)
+    for place, count in np.ndenumerate(masks_BN):
+        found_BNS[place][:steps] = table[int(count)]
+    return found_BNS

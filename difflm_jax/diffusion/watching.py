@@ -50,6 +50,7 @@ def generate_watched(
     eos_token_ids: tuple[int, ...],
     canvas: Canvas,
     sampling: Sampling,
+    steps: jax.Array | None,
     rows: Sequence[int],
     watch: Watcher,
 ) -> Carry:
@@ -58,14 +59,15 @@ def generate_watched(
     The first rows of `canvas` are those at places `rows` of all; what follows is filler.
     """
     static = (model, logit_shift, plan, eos_token_ids)
-    carry, unfinished = _begin(*static, variables, canvas, sampling)
+    moving = (variables, canvas, sampling, steps)
+    carry, unfinished = _begin(*static, *moving)
     real_BT = canvas.valid[:, plan.first_column :]
     starts = [plan.first_column - int(length) for length in canvas.prompt_lengths]
     prompts = [np.asarray(canvas.tokens[i, starts[i] : plan.first_column]) for i in range(len(rows))]
     number, count = 0, len(rows)
     while bool(unfinished):
         before, block = np.asarray(carry.tokens), int(carry.block)
-        carry, candidates, probabilities, unfinished = _one_pass(*static, variables, canvas, sampling, carry)
+        carry, candidates, probabilities, unfinished = _one_pass(*static, *moving, carry)
         after, number = np.asarray(carry.tokens), number + 1
         answer = np.s_[:count, plan.first_column :]
         watch(
@@ -86,14 +88,14 @@ def generate_watched(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _begin(model, logit_shift, plan, eos_token_ids, variables, canvas: Canvas, sampling: Sampling) -> tuple[Carry, Any]:
-    loop, start = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling)
+def _begin(model, logit_shift, plan, eos_token_ids, variables, canvas, sampling, steps) -> tuple[Carry, Any]:
+    loop, start = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling, steps)
     return start, loop.unfinished(start)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _one_pass(model, logit_shift, plan, eos_token_ids, variables, canvas: Canvas, sampling: Sampling, carry: Carry):
-    loop, _ = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling)
+def _one_pass(model, logit_shift, plan, eos_token_ids, variables, canvas, sampling, steps, carry: Carry):
+    loop, _ = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling, steps)
     carry, proposal = loop.seen_step(carry)
     probabilities_BTV = jax.nn.softmax(proposal.logits, axis=-1)
     probabilities, candidates = jax.lax.top_k(probabilities_BTV, min(ALTERNATIVES, probabilities_BTV.shape[-1]))

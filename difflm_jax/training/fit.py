@@ -140,6 +140,7 @@ def sampling_job(
         "variables": {"params": params, **({"lora": abstract(_adapters(params, model), mesh)} if model.lora else {})},
         "canvas": canvas,
         "sampling": sampling,
+        "steps": abstract(jax.ShapeDtypeStruct((), jnp.int32), mesh),
     }
     static = {"model": model, "logit_shift": config.logit_shift, "plan": plan, "eos_token_ids": (0,), "mesh": mesh}
     on_gpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform in ("gpu", "cuda")

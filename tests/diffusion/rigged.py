@@ -1,5 +1,6 @@
 """Denoisers that are no models: small functions of the tokens of a row, in JAX and in torch, to sample with."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from difflm_jax.diffusion.canvas import most_steps
 from difflm_jax.diffusion.denoiser import row_sampling_keys
 from difflm_jax.diffusion.options import sampling_options
 from difflm_jax.diffusion.sampler import Carry, Plan, prepare
@@ -37,7 +39,7 @@ class Rigged:
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "eos"))
-def _sampled(arrays, tokens_BL, fillable_BL, quotas_BNS, keys_B, sampling, plan, eos):
+def _sampled(arrays, tokens_BL, fillable_BL, quotas_BNS, keys_B, sampling, steps, plan, eos):
     embedding, mix, head, bias = arrays
 
     def predict(cache, tokens_BL, first, _step):
@@ -45,7 +47,8 @@ def _sampled(arrays, tokens_BL, fillable_BL, quotas_BNS, keys_B, sampling, plan,
         logits_BLV = jnp.einsum("bid,dv->biv", logits_BLV, head, precision="highest") + bias
         return jax.lax.dynamic_slice_in_dim(logits_BLV, first, plan.block_length, axis=1), cache
 
-    loop, start = prepare(predict, None, tokens_BL, fillable_BL, quotas_BNS, keys_B, plan, sampling, MASK, eos)
+    rows = (tokens_BL, fillable_BL, quotas_BNS, keys_B)
+    loop, start = prepare(predict, None, *rows, plan, sampling, MASK, eos, steps=steps)
     return loop.run(start)
 
 
@@ -57,9 +60,11 @@ def run(denoiser: Rigged, tokens, plan: Plan, seed=0, eos=(EOS,), fillable=None,
     sampling = sampling_options("full", "probability", options)
     end = plan.first_column + plan.num_blocks * plan.block_length
     answers = fillable[:, plan.first_column : end].reshape(len(tokens), plan.num_blocks, plan.block_length)
-    schedule = quotas(sampling.schedule, answers.sum(axis=2), plan.steps_per_block)
+    steps = plan.steps_per_block
+    plan = dataclasses.replace(plan, steps_per_block=most_steps(plan))
+    schedule = quotas(sampling.schedule, answers.sum(axis=2), steps, plan.steps_per_block)
     keys = row_sampling_keys(seed, [tuple(map(int, row)) for row in tokens])
-    return _sampled(denoiser.arrays(), jnp.asarray(tokens), fillable, schedule, keys, sampling, plan, eos)
+    return _sampled(denoiser.arrays(), jnp.asarray(tokens), fillable, schedule, keys, sampling, steps, plan, eos)
 
 
 def rows(seed: int, batch: int, prompt: int, answer: int, masked: float = 1.0) -> np.ndarray:
