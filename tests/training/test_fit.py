@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import pytest
@@ -114,13 +115,14 @@ def run(model, *more):
 
 def test_the_command_prints_a_line_a_function_chip_and_mesh(model, tmp_path, capsys):
     out = tmp_path / "plan.json"
-    assert run(model, "--chips=v5e,h100", "--mesh=1,1,1", "--mesh=2,2,2", "--steps=8", f"--out={out}") == 0
+    meshes = ["--mesh=1,1,1", "--mesh=2,2,2"]
+    assert run(model, "--chips=v5e,h100", *meshes, "--steps=8", "--config.phases=sft", f"--out={out}") == 0
     printed = capsys.readouterr().out
-    assert printed.count("largest batch_size") == 12
+    assert printed.count("largest batch_size") == 8
     records = json.loads(out.read_text())
     assert {(r["function"], r["chip"], tuple(r["mesh"])) for r in records} == {
         (function, chip, mesh)
-        for function in ("pretrain", "sft", "sampling")
+        for function in ("sft", "sampling")
         for chip in ("v5e", "h100")
         for mesh in ((1, 1, 1), (2, 2, 2))
     }
@@ -129,8 +131,9 @@ def test_the_command_prints_a_line_a_function_chip_and_mesh(model, tmp_path, cap
         assert record["total_gib"] == pytest.approx(sum(record["gib"].values()), abs=0.01)
         assert (record["link_gib"] > 0) == (record["mesh"] != [1, 1, 1])
         assert record["largest_batch_size"] >= 16
-    starved = run(model, "--chips=v5e", "--memory_share=0.001", "--what=train", "--config.phases=sft")
-    assert starved == 0 and "DOES NOT FIT, largest batch_size 0" in capsys.readouterr().out
+    assert run(model, "--chips=v5e", "--memory_share=0.001", "--what=train") == 0
+    starved = re.findall(r"^(\w+) .*DOES NOT FIT, largest batch_size 0", capsys.readouterr().out, re.M)
+    assert starved == ["pretrain", "sft"]
 
 
 def test_this_machine_and_its_compiler(model, capsys):
