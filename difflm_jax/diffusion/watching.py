@@ -1,7 +1,7 @@
 """Sampling with someone who watches: the passes of the sampler's own loop, made one by one, and what each of them did.
 
-The host steps the body of the loop that `denoiser.generate` runs on the device, so that the answers are the same; what
-is not watched costs nothing.
+The host steps the body of the loop that `denoiser.generate` runs on the device, so that the answers are the same
+(on a GPU, where products are then other kernels, up to their rounding); what is not watched costs nothing.
 """
 
 import dataclasses

@@ -13,12 +13,18 @@ import pytest
 from difflm_jax.diffusion.options import sampling_options
 from difflm_jax.diffusion.proposal import draw, drawn_from
 from difflm_jax.diffusion.sampler import Plan, prepare
-from difflm_jax.diffusion.schedule import quotas, timesteps
+from difflm_jax.diffusion.schedule import quotas, time_of, timesteps
 from tests.oracles.samplers import remdm_rates
 
 ROWS, MASK = 20_000, 20
 # Quantiles of chi-square at 1 - 1e-4, by degrees of freedom: a wrong test in ten thousand.
 QUANTILE = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 128])
+def test_the_samplers_own_times_are_those_of_the_host(steps: int) -> None:
+    found = jax.jit(jax.vmap(time_of, in_axes=(0, None)))(jnp.arange(steps + 1), steps)
+    np.testing.assert_allclose(found, timesteps(steps), rtol=1e-4, atol=0)
 
 
 def check(values: np.ndarray, expected: np.ndarray) -> None:
