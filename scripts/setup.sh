@@ -35,7 +35,9 @@ elif [ "$update" = false ] && [ -f .venv/complete ] && [ "$(cat .venv/complete)"
 fi
 rm -f .venv/complete
 
-# Modules are compiled when they are imported: all of them at once takes longer than to install them.
+# Modules are compiled when they are imported: all of them at once takes longer than to install them. Some containers
+# forbid Python to keep what it compiled: every start of every command would then be ten seconds later.
+unset PYTHONDONTWRITEBYTECODE
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint scripts/constraints.txt)
 case " ${extras[*]-} " in *" test "*)
     "${pip[@]}" torch==2.13.0 # first, so that nothing else chooses another build of it
@@ -43,5 +45,6 @@ case " ${extras[*]-} " in *" test "*)
 esac
 joined=$(IFS=,; echo "${extras[*]-}")
 "${pip[@]}" --editable ".${joined:+[$joined]}"
+.venv/bin/python -c "import difflm_jax.train"
 echo "${extras[*]-}" >.venv/complete
 echo "environment ready: source .venv/bin/activate"

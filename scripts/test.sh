@@ -2,6 +2,7 @@
 # Makes the test environment and runs everything: lint, import contracts, all tests. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE # see setup.sh; the tests start many processes
 
 bash scripts/setup.sh --test
 bash scripts/fetch_smollm2.sh
