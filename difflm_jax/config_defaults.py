@@ -32,7 +32,7 @@ def default_config() -> ConfigDict:
             "remat": "full",  # or save_attention, save_dots, none: more memory, less computed twice
             "unroll_layers": False,  # True: no loop over layers in a training step; on a GPU faster, minutes to compile
             "attention": "full",
-            "attention_kernel": "xla",  # or cudnn: NVIDIA's fused one
+            "attention_kernel": "xla",  # or a fused one: cudnn (NVIDIA's), pallas (ours, on TPUs)
             "block_length": 0,  # of attention "block"
             "logit_shift": False,
             "lora_config": {

@@ -99,9 +99,10 @@ def _load_leaf(
         if leaf is None:
             shapes = jax.eval_shape(functools.partial(_convert, dtype, quantization), tensor)
             leaf = jax.tree.map(lambda part: jnp.empty(part.shape, part.dtype), _stack_of(shapes, len(names)))
-        # Waiting for each tensor keeps those of a faster disk from piling up before the device.
-        leaf = jax.block_until_ready(_put(leaf, tensor, index, dtype, quantization))
-    return leaf
+        # The next tensor is read while this one is put into its place; waiting for that keeps those of a faster disk
+        # from piling up before the device.
+        leaf = _put(jax.block_until_ready(leaf), tensor, index, dtype, quantization)
+    return jax.block_until_ready(leaf)
 
 
 def _convert(dtype: Any, quantization: QuantConfig | None, tensor: jax.Array | QTensor) -> jax.Array | QTensor:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.diffusion.denoiser import BLOCK_CACHE_RULES, Canvas, generate, generate_on_gpu, row_sampling_keys
+from difflm_jax.diffusion.denoiser import BLOCK_CACHE_RULES, Canvas, generate_on, row_sampling_keys
 from difflm_jax.diffusion.options import Sampling
 from difflm_jax.diffusion.sampler import Plan
 from difflm_jax.diffusion.schedule import DEADLINE, quotas
@@ -229,8 +229,7 @@ def _fill(
             steps,
         )
         if watch is None:
-            generate_here = generate_on_gpu if jax.default_backend() == "gpu" else generate
-            carry = generate_here(*arguments, decoder.mesh)
+            carry = generate_on(jax.default_backend())(*arguments, decoder.mesh)
         else:
             carry = generate_watched(*arguments, numbers[first : first + count], watch)
         tokens, used = to_host(carry.tokens), to_host(carry.passes)

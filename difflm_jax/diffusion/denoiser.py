@@ -60,7 +60,7 @@ def fill(
     steps: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> Carry:
-    """Fills a canvas (`generate` is this, compiled) in `steps` scheduled passes a block (None: those of the plan).
+    """Fills a canvas (`generate_on` is this, compiled) in `steps` scheduled passes a block (None: those of the plan).
 
     `mesh` is that over which `variables` are divided; it divides the rows. Of the last carry only what belongs to rows
     is returned.
@@ -75,14 +75,19 @@ def fill(
 
 # Compiles once for each shape of canvas and plan and each set of options that is on; the number of passes is data.
 _compiled = functools.partial(jax.jit, fill, static_argnames=("model", "logit_shift", "plan", "eos_token_ids", "mesh"))
-generate = _compiled()
+_generate = _compiled()
 # A pass over few tokens takes as long as reading the weights. XLA's own kernels for products get those of a layer as a
 # copy out of their stack, and products of one input are joined by writing their weights side by side; cuBLAS reads them
 # where they lie. Qwen3-4B in blocks of 32 on an H200, a pass: 7.4 ms for 9.1 at batch 1, 10.6 for 15.1 at batch 8
 # (measured with the products still joined).
-generate_on_gpu = _compiled(
+_generate_on_gpu = _compiled(
     compiler_options={"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 )
+
+
+def generate_on(platform: str) -> Callable[..., Carry]:
+    """`fill`, compiled for devices of jax's `platform`."""
+    return _generate_on_gpu if platform in ("gpu", "cuda") else _generate
 
 
 def loop_of(

@@ -1,6 +1,6 @@
 """Sampling with someone who watches: the passes of the sampler's own loop, made one by one, and what each of them did.
 
-The host steps the body of the loop that `denoiser.generate` runs on the device, so that the answers are the same
+The host steps the body of the loop that `denoiser.fill` runs on the device, so that the answers are the same
 (on a GPU, where products are then other kernels, up to their rounding); what is not watched costs nothing.
 """
 
@@ -54,7 +54,7 @@ def generate_watched(
     rows: Sequence[int],
     watch: Watcher,
 ) -> Carry:
-    """`denoiser.generate` on one device, calling `watch` after every pass.
+    """`denoiser.fill` on one device, calling `watch` after every pass.
 
     The first rows of `canvas` are those at places `rows` of all; what follows is filler.
     """

@@ -11,7 +11,7 @@ BLOCK_RULES = ("block", "block_causal")  # those that have a block length
 QUERY_CHUNK = 256  # queries whose scores exist at once
 ATTENTION_OUTPUT = "attention_output"  # what the backward pass needs of the forward pass: its name in remat policies
 SHARED_SEGMENT = -1  # of tokens that every example of a row begins with, where they stand in it once
-_UNSEEN = -1e30  # the score of a key that a query does not see; finite, so that differences of scores are
+UNSEEN = -1e30  # the score of a key that a query does not see; finite, so that differences of scores are
 
 
 @struct.dataclass
@@ -211,7 +211,7 @@ def _query_axis(x) -> int:
 # Both by arithmetic: the other value of a `jnp.where` is an array of the size of the scores to jax, which it keeps.
 def _scores(q_BKTGE, k_BKSE, mask_BTS):
     scores_BKTGS = _einsum("bktge,bkse->bktgs", q_BKTGE, k_BKSE) * _scale(q_BKTGE)
-    return scores_BKTGS + (mask_BTS[:, None, :, None].astype(jnp.float32) - 1.0) * -_UNSEEN
+    return scores_BKTGS + (mask_BTS[:, None, :, None].astype(jnp.float32) - 1.0) * -UNSEEN
 
 
 def _seen(x_BKTGS, mask_BTS):

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.models.attention import attend
 
-CUDNN = "cudnn"
-# jax's primitives of it: a remat policy cannot ask for their results by name, and `training.costs` counts them.
+CUDNN, PALLAS = "cudnn", "pallas"
+# jax's primitives of fused kernels, which it computes again whether their results are kept by name or not, unless a
+# remat policy asks for them; and `training.costs` counts them.
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
+PALLAS_CALL = "pallas_call"
+FUSED_FORWARD = (CUDNN_FORWARD, PALLAS_CALL)  # what a layer's forward pass may have of them
 
 
 def attend_in_xla(q_BTHE, k_BSKE, v_BSKE, mask_BTS: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
@@ -42,14 +45,21 @@ def attend_in_cudnn(q_BTHE, k_BSKE, v_BSKE, mask_BTS: jax.Array, lengths_B: jax.
     return y_BTHE[:, :queries]
 
 
-KERNELS = {"xla": attend_in_xla, CUDNN: attend_in_cudnn}
+def attend_in_pallas(q_BTHE, k_BSKE, v_BSKE, mask_BTS: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
+    """`tpu_attention.flash_attend`: no score is put into memory, and tiles of the mask that are empty cost nothing."""
+    from difflm_jax.models.tpu_attention import flash_attend  # Pallas takes its time to import
+
+    return flash_attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
+
+
+KERNELS = {"xla": attend_in_xla, CUDNN: attend_in_cudnn, PALLAS: attend_in_pallas}
 
 
 def check_kernel(name: str, dtype: str, platform: str) -> None:
     """Raises `UserError` where devices of `platform` do not have the kernel `name` for `dtype`."""
-    if name != CUDNN:
-        return
-    if platform not in ("gpu", "cuda"):
+    if name == PALLAS and platform != "tpu":
+        raise UserError(f"attention_kernel={PALLAS!r} needs TPUs, not a {platform!r}")
+    if name == CUDNN and platform not in ("gpu", "cuda"):
         raise UserError(f"attention_kernel={CUDNN!r} needs NVIDIA GPUs, not a {platform!r}")
-    if dtype != "bfloat16":
+    if name == CUDNN and dtype != "bfloat16":
         raise UserError(f"attention_kernel={CUDNN!r} computes in bfloat16, not in dtype={dtype!r}")

@@ -11,7 +11,7 @@ from difflm_jax.bits import bits_of
 from difflm_jax.lora import LoraConfig
 from difflm_jax.models.attention import ATTENTION_OUTPUT, Window, attention_mask
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.kernels import CUDNN_FORWARD
+from difflm_jax.models.kernels import FUSED_FORWARD
 from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
 from difflm_jax.models.rope import rope_tables
 from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
@@ -23,7 +23,7 @@ _policies = jax.checkpoint_policies
 def _keeping(*names: str) -> Callable[..., bool]:
     """Keeps values of these names, and what a fused kernel gives."""
     of_name = _policies.save_only_these_names(*names)
-    return lambda primitive, *args, **params: primitive.name == CUDNN_FORWARD or of_name(primitive, *args, **params)
+    return lambda primitive, *args, **params: primitive.name in FUSED_FORWARD or of_name(primitive, *args, **params)
 
 
 # What a layer keeps for its backward pass beside its input; the rest is computed again there.

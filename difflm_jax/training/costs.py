@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal, Var
 
-from difflm_jax.models.kernels import CUDNN_BACKWARD, CUDNN_FORWARD
+from difflm_jax.models.kernels import CUDNN_BACKWARD, CUDNN_FORWARD, PALLAS_CALL
 
 # Operations that XLA computes wherever their result is read.
 _FUSED = {
@@ -216,6 +216,9 @@ class _Analysis:
             elif node.name == "dot_general" or node.name in _FUSED_ATTENTION:
                 flops += _product_flops(node, program)
                 moved += sum(_size(program.avals[value]) for value in (*node.inputs, *node.outputs))
+            elif node.name == PALLAS_CALL:
+                flops += node.params["cost_estimate"].flops
+                moved += node.params["cost_estimate"].bytes_accessed
             elif node.name in _COLLECTIVES:
                 transfers += self._transfers(node, program)
         return Costs(peak, live, flops, moved, tuple(transfers))

@@ -20,7 +20,7 @@ from difflm_jax.config import lora_config, phase_config, quantization
 from difflm_jax.data.packing import PACKED
 from difflm_jax.diffusion.canvas import answer_plan
 from difflm_jax.diffusion.corruption import CleanBatch
-from difflm_jax.diffusion.denoiser import Canvas, generate, generate_on_gpu
+from difflm_jax.diffusion.denoiser import Canvas, generate_on
 from difflm_jax.diffusion.options import sampling_options
 from difflm_jax.dtypes import DTYPES
 from difflm_jax.lora import init_lora
@@ -143,9 +143,8 @@ def sampling_job(
         "steps": abstract(jax.ShapeDtypeStruct((), jnp.int32), mesh),
     }
     static = {"model": model, "logit_shift": config.logit_shift, "plan": plan, "eos_token_ids": (0,), "mesh": mesh}
-    on_gpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform in ("gpu", "cuda")
-    function = generate_on_gpu if on_gpu else generate
-    return Job("sampling", function, arguments, static, plan.num_blocks * plan.steps_per_block)
+    generate = generate_on(mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "none")
+    return Job("sampling", generate, arguments, static, plan.num_blocks * plan.steps_per_block)
 
 
 def abstract_batch(accumulation: int, batch_size: int, length: int) -> CleanBatch:
