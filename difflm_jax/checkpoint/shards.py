@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -15,7 +18,8 @@ from difflm_jax.quant import QTensor, QuantConfig
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-_LARGE_BYTES = 1_000_000
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "U8": np.uint8}
+_ALIGNMENT = 64  # bytes; what does not begin at a multiple of them jax copies
 _LISTED = 8  # names that one error spells out of each kind of fault
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
@@ -83,21 +87,51 @@ def open_files(
 
 
 class _Reader:
-    """Reads tensors by name. A file is mapped into memory only while large tensors of it are not yet copied out: what
-    has been touched of a mapping counts as memory of this process, so a large read is followed by an unmapping."""
+    """Reads tensors by name, each from its file straight into memory that jax takes as it is.
+
+    The library maps a file and copies what it holds twice; its header is read by the library too, which checks it.
+    """
 
     def __init__(self, home: Mapping[str, Path]):
         self._home = home
-        self._handles: dict[Path, safe_open] = {}
+        self._headers: dict[Path, tuple[int, dict]] = {}
 
     def __call__(self, name: str) -> np.ndarray:
         path = self._home[name]
-        if path not in self._handles:
-            self._handles[path] = _open_file(path)
-        tensor = self._handles[path].get_tensor(name)
-        if tensor.nbytes > _LARGE_BYTES:
-            del self._handles[path]
+        try:
+            with path.open("rb", buffering=0) as file:
+                if path not in self._headers:
+                    self._headers[path] = _header(file)
+                first_byte, entries = self._headers[path]
+                entry = entries[name]
+                tensor = _aligned(tuple(entry["shape"]), np.dtype(_DTYPES[entry["dtype"]]))
+                file.seek(first_byte + entry["data_offsets"][0])
+                _fill(memoryview(tensor.reshape(-1).view(np.uint8)), file)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: {name} cannot be read; has the file changed? ({one_line(error)})") from error
         return tensor
+
+
+def _header(file: BinaryIO) -> tuple[int, dict]:
+    """(where the data begin, {tensor: its dtype, shape and place in the data})."""
+    length = int.from_bytes(file.read(8), "little")
+    return 8 + length, json.loads(file.read(length))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(memory: memoryview, file: BinaryIO) -> None:
+    """Reads on until `memory` is full: one call gives 2 GB at most."""
+    while len(memory):
+        count = file.readinto(memory)
+        if not count:
+            raise OSError(f"it ends {len(memory)} bytes before the tensor does")
+        memory = memory[count:]
 
 
 def _open_file(path: Path) -> safe_open:
