@@ -106,14 +106,14 @@ def test_exact_caches_give_the_logits_of_a_whole_forward(load, attention, block,
     """Bit-near: the confidences of every committed token, cached and not."""
     lm = load(attention, block, True)
     found = []
-    whole = denoiser.generate
+    whole = denoiser.generate_on("cpu")
 
     def recording(*arguments):
         carry = whole(*arguments)
         found.append(np.asarray(carry.confidence))
         return carry
 
-    monkeypatch.setattr("difflm_jax.diffusion.canvas.generate", recording)
+    monkeypatch.setattr("difflm_jax.diffusion.canvas.generate_on", lambda platform: recording)
     for cache in ("auto", "none"):
         lm.generate(prompts(), max_new_tokens=16, steps=8, block_length=block, stop_at_eos=False, cache=cache)
     assert found[0].any()
@@ -216,14 +216,14 @@ def test_a_new_prompt_another_threshold_and_another_batch_do_not_compile_again(l
     options = {"max_new_tokens": 8, "block_length": 4, "cache": "dual"}
     rng = np.random.default_rng(0)
     lm.generate([rng.integers(0, 250, 5).tolist()] * 4, threshold=0.5, temperature=0.3, **options)
-    before = denoiser.generate._cache_size()
+    before = denoiser.generate_on("cpu")._cache_size()
     for length in (1, 7, 11, 15, 16):
         for threshold in (0.3, 0.9):
             row = rng.integers(0, 250, length).tolist()
             lm.generate([row, row, row], threshold=threshold, temperature=0.1 + threshold, seed=length, **options)
-    assert denoiser.generate._cache_size() == before
+    assert denoiser.generate_on("cpu")._cache_size() == before
     lm.generate([rng.integers(0, 250, 40).tolist()] * 4, threshold=0.5, temperature=0.3, **options)
-    assert denoiser.generate._cache_size() == before + 1
+    assert denoiser.generate_on("cpu")._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("algorithm", ["probability", "steady", "origin"])
@@ -231,9 +231,9 @@ def test_another_number_of_passes_does_not_compile_again(load, algorithm):
     lm = load("full")
     options = {"max_new_tokens": 16, "algorithm": algorithm, "stop_at_eos": False}
     most = lm.generate(prompts(), steps=16, **options)
-    before = denoiser.generate._cache_size()
+    before = denoiser.generate_on("cpu")._cache_size()
     fewer = [lm.generate(prompts(), steps=steps, **options).steps.max() for steps in (12, 8, 4, 2)]
-    assert denoiser.generate._cache_size() == before
+    assert denoiser.generate_on("cpu")._cache_size() == before
     assert most.steps.max() > fewer[0] > fewer[1] > fewer[2] > fewer[3] == 2
 
 
@@ -242,9 +242,9 @@ def test_the_sampler_as_compiled_for_gpus_gives_the_same_answers(load, monkeypat
     lm = load("prefix")
     expected = lm.generate(prompts(), max_new_tokens=8)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    before = denoiser.generate_on_gpu._cache_size()
+    before = denoiser.generate_on("gpu")._cache_size()
     found = lm.generate(prompts(), max_new_tokens=8)
-    assert denoiser.generate_on_gpu._cache_size() == before + 1
+    assert denoiser.generate_on("gpu")._cache_size() == before + 1
     assert [row.tolist() for row in found.tokens] == [row.tolist() for row in expected.tokens]
 
 
@@ -261,7 +261,7 @@ def test_no_logits_outside_the_active_block_are_made(load):
     )
     sampling = denoiser.Sampling(algorithm="confidence", schedule="even")
     plan = denoiser.Plan(64, 2, 4, 4)
-    text = denoiser.generate.lower(lm.model, lm.variables, False, plan, (2,), canvas, sampling).as_text()
+    text = denoiser.generate_on("cpu").lower(lm.model, lm.variables, False, plan, (2,), canvas, sampling).as_text()
     assert "2x4x264xf32" in text
     assert "2x72x264" not in text
     assert "144x264" not in text

@@ -99,9 +99,11 @@ def _load_leaf(
         if leaf is None:
             shapes = jax.eval_shape(functools.partial(_convert, dtype, quantization), tensor)
             leaf = jax.tree.map(lambda part: jnp.empty(part.shape, part.dtype), _stack_of(shapes, len(names)))
-        # The next tensor is read while this one is put into its place; waiting for that keeps those of a faster disk
-        # from piling up before the device.
+        # The next tensor is read while this one is put into its place, unless that takes memory of its own; waiting
+        # for it keeps those of a faster disk from piling up before the device.
         leaf = _put(jax.block_until_ready(leaf), tensor, index, dtype, quantization)
+        if quantization is not None:
+            jax.block_until_ready(leaf)
     return jax.block_until_ready(leaf)
 
 
