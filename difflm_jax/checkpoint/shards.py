@@ -107,7 +107,7 @@ class _Reader:
                 tensor = _aligned(tuple(entry["shape"]), np.dtype(_DTYPES[entry["dtype"]]))
                 file.seek(first_byte + entry["data_offsets"][0])
                 _fill(memoryview(tensor.reshape(-1).view(np.uint8)), file)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, OverflowError) as error:
             raise UserError(f"{path}: {name} cannot be read; has the file changed? ({one_line(error)})") from error
         return tensor
 
