@@ -67,7 +67,7 @@ def test_peak_memory_is_the_loaded_model_and_two_of_the_largest_tensors(checkpoi
     assert done.returncode == 0, done.stderr[-2000:]
     peak, loaded = map(int, done.stdout.split())
     checkpoint, largest = (checkpoints / "12" / "model.safetensors").stat().st_size, VOCABULARY * 1024 * 2
-    assert loaded < peak <= loaded + 2 * largest
+    assert 0.75 * loaded < peak <= loaded + 2 * largest  # glibc may have kept memory of the load before
     assert loaded + 2 * largest < 0.8 * checkpoint  # else the bound would say nothing
 
 
