@@ -29,20 +29,20 @@ from benchmarks.common import add_report_flags, median_of, report
 from benchmarks.kernels import time_of_kernels
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.checkpoint.source import read_model_config
-from difflm_jax.config import load_config, lora_config, quantization
-from difflm_jax.diffusion.canvas import Decoder, answer_plan, fill_answers
+from difflm_jax.config.files import load_config, lora_config, quantization
 from difflm_jax.diffusion.corruption import CleanBatch
-from difflm_jax.diffusion.options import sampling_options
-from difflm_jax.dtypes import DTYPES
-from difflm_jax.lora import init_lora
-from difflm_jax.mesh import make_mesh
+from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.flops import peak_flops, train_flops_per_token
+from difflm_jax.models.lora import init_lora
 from difflm_jax.models.transformer import Transformer
+from difflm_jax.planning.jobs import training_job
 from difflm_jax.quant import QTensor, QuantConfig, quantize
-from difflm_jax.training.fit import training_job
-from difflm_jax.training.flops import peak_flops, train_flops_per_token
+from difflm_jax.sampling.batching import Decoder, answer_plan, fill_answers
+from difflm_jax.sampling.options import sampling_options
 from difflm_jax.training.optimizer import make_optimizer
 from difflm_jax.training.step import TrainState
+from difflm_jax.utils.dtypes import DTYPES
 
 GENERATED, PROMPT, BLOCK, PASSES = 128, 128, 32, 32  # tokens, tokens, tokens, forward passes of an answer
 WAYS = (

@@ -17,7 +17,7 @@ from pathlib import Path
 from recipes import cpu_seconds, masked_scores
 
 from difflm_jax import load
-from difflm_jax.config import load_config
+from difflm_jax.config.files import load_config
 from difflm_jax.lm import LanguageModel
 from difflm_jax.named import read_run_config
 from difflm_jax.training.run import train

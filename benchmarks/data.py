@@ -13,8 +13,8 @@ import time
 
 import difflm_jax
 from benchmarks.common import add_report_flags, alternating, median_of, report
+from difflm_jax.data.batches import batches, plan_batches, tokenize
 from difflm_jax.data.formats import parse_row
-from difflm_jax.data.pipeline import batches, plan_batches, tokenize
 from difflm_jax.data.sources import open_source
 
 

@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 import difflm_jax
 from benchmarks.common import add_report_flags, alternating, median_of, report
 from difflm_jax.checkpoint.hf import load_params
-from difflm_jax.checkpoint.names import table
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.weights import table
 from difflm_jax.quant import QuantConfig
 
 WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM = 1024, 3072, 16, 8, 128

@@ -22,8 +22,8 @@ from benchmarks.common import add_report_flags, alternating, median_of, report
 from difflm_jax.checkpoint.converted import load_converted
 from difflm_jax.config import default_config
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
-from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.mesh import make_mesh
+from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.quant import FORMATS, QTensor, QuantConfig, quantize
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step

@@ -22,14 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from difflm_jax.config import load_config
-from difflm_jax.data.pipeline import batches, tokenize
+from difflm_jax.config.files import load_config
+from difflm_jax.data.batches import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
+from difflm_jax.distributed.mesh import make_mesh, place
+from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
+from difflm_jax.evaluation.tasks import read_questions
+from difflm_jax.evaluation.tasks.exact import normalised
 from difflm_jax.lm import LanguageModel
-from difflm_jax.mesh import make_mesh, place
-from difflm_jax.tasks import read_questions
-from difflm_jax.tasks.exact import normalised
-from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
 from difflm_jax.training.run import train
 from difflm_jax.training.step import StepOptions
 

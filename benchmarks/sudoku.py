@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from difflm_jax.config import load_config
-from difflm_jax.tasks import read_questions
+from difflm_jax.config.files import load_config
+from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.training.run import train
 
 EMPTY, HELD_OUT = 8, 72

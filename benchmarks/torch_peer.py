@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import accelerator
 from difflm_jax.checkpoint.source import read_model_config
-from difflm_jax.lora import ADAPTABLE
+from difflm_jax.models.lora import ADAPTABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -24,12 +24,12 @@ import numpy as np
 import difflm_jax
 from benchmarks.common import add_report_flags, alternating, gemm_flops, median_of, report
 from difflm_jax.config import default_config
-from difflm_jax.data.pipeline import batches, tokenize
+from difflm_jax.data.batches import batches, tokenize
 from difflm_jax.data.shared_prefix import shared_prefix
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
-from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.mesh import make_mesh
-from difflm_jax.training.flops import train_flops_per_token
+from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.models.flops import train_flops_per_token
+from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 

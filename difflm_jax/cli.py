@@ -10,14 +10,14 @@ from typing import Any
 
 from absl import flags
 
-from difflm_jax.compilation import keep_compiled
-from difflm_jax.diffusion.options import Sampling
-from difflm_jax.dtypes import AUTO, DTYPES
+from difflm_jax.distributed.processes import connect, define_host_flags
 from difflm_jax.errors import UserError, exit_with_errors, one_line
-from difflm_jax.hosts import connect, define_host_flags
 from difflm_jax.lm import LanguageModel
 from difflm_jax.named import load_named
 from difflm_jax.quant import FORMATS
+from difflm_jax.sampling.options import Sampling
+from difflm_jax.utils.compilation import keep_compiled
+from difflm_jax.utils.dtypes import AUTO, DTYPES
 
 
 def run_command(

@@ -16,22 +16,22 @@ import jax
 from absl import flags
 
 from difflm_jax.cli import define_model_flags, define_sampling_flags, load_from_flags, run_command, sampling_flags
-from difflm_jax.data.pipeline import batches, tokenize
-from difflm_jax.diffusion.canvas import answer_plan
+from difflm_jax.data.batches import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
-from difflm_jax.diffusion.options import sampling_options
+from difflm_jax.distributed.mesh import is_writer, make_mesh, place, row_shards, rows_of_process
 from difflm_jax.errors import UserError
-from difflm_jax.files import check_writable
-from difflm_jax.fluency import print_fluency
+from difflm_jax.evaluation.fluency import print_fluency
+from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
+from difflm_jax.evaluation.report import print_report
+from difflm_jax.evaluation.results import write_results
+from difflm_jax.evaluation.scores import print_scores, read_windows, score_answers, score_text
+from difflm_jax.evaluation.tasks import TASKS, Question, read_questions
 from difflm_jax.lm import LanguageModel
-from difflm_jax.mesh import is_writer, make_mesh, place, row_shards, rows_of_process
 from difflm_jax.named import with_origin
-from difflm_jax.report import print_report
-from difflm_jax.results import write_results
-from difflm_jax.scores import print_scores, read_windows, score_answers, score_text
-from difflm_jax.tasks import TASKS, Question, read_questions
-from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
+from difflm_jax.sampling.batching import answer_plan
+from difflm_jax.sampling.options import sampling_options
 from difflm_jax.training.step import StepOptions
+from difflm_jax.utils.files import check_writable
 
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)

@@ -12,8 +12,8 @@ from absl import flags
 
 from difflm_jax.cli import define_model_flags, load_from_flags, run_command
 from difflm_jax.errors import UserError
-from difflm_jax.files import check_new_directory
 from difflm_jax.named import read_run_config
+from difflm_jax.utils.files import check_new_directory
 
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)

@@ -16,10 +16,10 @@ from typing import Any
 from absl import flags
 
 from difflm_jax.cli import define_model_flags, define_sampling_flags, load_from_flags, run_command, sampling_flags
-from difflm_jax.diffusion.watching import Watcher
 from difflm_jax.errors import UserError
-from difflm_jax.files import check_writable
 from difflm_jax.lm import LanguageModel
+from difflm_jax.sampling.watch import Watcher
+from difflm_jax.utils.files import check_writable
 from difflm_jax.view.page import PageRecorder
 from difflm_jax.view.terminal import TerminalView
 

@@ -11,24 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.answers import Generation, as_list, cut_answer, stop_strings
 from difflm_jax.checkpoint.converted import load_converted
 from difflm_jax.checkpoint.diffusion_config import model_card
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.peft import save_adapter
 from difflm_jax.checkpoint.source import Source
-from difflm_jax.diffusion.canvas import Decoder, answer_plan, fill_answers, fill_masks
-from difflm_jax.diffusion.likelihood import LogLikelihood, log_likelihoods
-from difflm_jax.diffusion.options import Sampling, sampling_options
-from difflm_jax.diffusion.watching import Watcher
+from difflm_jax.distributed.mesh import by_one_process, over_rows, place, row_shards, to_host
 from difflm_jax.errors import UserError
-from difflm_jax.lora import LoraConfig, merge_lora
-from difflm_jax.mesh import by_one_process, over_rows, place, row_shards, to_host
 from difflm_jax.models.attention import BLOCK_RULES, positions_of
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.lora import LoraConfig, merge_lora
 from difflm_jax.models.transformer import Transformer, head_logits
-from difflm_jax.prompts import Prompt, Prompts
 from difflm_jax.quant import QuantConfig
+from difflm_jax.sampling.answers import Generation, as_list, cut_answer, stop_strings
+from difflm_jax.sampling.batching import Decoder, answer_plan, fill_answers, fill_masks
+from difflm_jax.sampling.likelihood import LogLikelihood, log_likelihoods
+from difflm_jax.sampling.options import Sampling, sampling_options
+from difflm_jax.sampling.prompts import Prompt, Prompts
+from difflm_jax.sampling.watch import Watcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +155,10 @@ class LanguageModel:
         them, the surest ones first. `block_length` fills the answer in blocks from left to right (None: one block, or
         those that `block` attention was trained with). `algorithm` ranks the masks; None: what the other options need,
         else what the adapter's `diffusion_config.json` names. `options` are the fields of
-        `difflm_jax.diffusion.options.Sampling`.
+        `difflm_jax.sampling.options.Sampling`.
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
         string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
-        called after every forward pass with a `difflm_jax.diffusion.watching.Pass`.
+        called after every forward pass with a `difflm_jax.sampling.watch.Pass`.
         """
         rows = self.prompts.all(as_list(prompts))
         sampling = self._sampling(temperature, algorithm, options)
@@ -206,7 +206,7 @@ class LanguageModel:
         standard error, of a causal one (`base()`) exact.
 
         Prompts are those of `generate`. An answer is tokens, or text that ends its turn as in training. `samples`:
-        masked copies of each row; see `difflm_jax.diffusion.likelihood`.
+        masked copies of each row; see `difflm_jax.sampling.likelihood`.
         """
         if isinstance(prompts, str) or isinstance(answers, str) or len(prompts) != len(answers):
             raise UserError("log_likelihood takes a list of prompts and a list of as many answers")

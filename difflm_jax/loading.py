@@ -12,13 +12,13 @@ from difflm_jax.checkpoint.hf import check_quantization
 from difflm_jax.checkpoint.peft import load_adapter
 from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.data.mask_token import choose_mask_token, token_of_id
-from difflm_jax.diffusion.options import check_algorithm
-from difflm_jax.dtypes import AUTO, DTYPES, fastest_dtype
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.models.attention import ATTENTION_RULES, BLOCK_RULES
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
+from difflm_jax.sampling.options import check_algorithm
+from difflm_jax.utils.dtypes import AUTO, DTYPES, fastest_dtype
 
 
 def load(
@@ -39,7 +39,7 @@ def load(
     the merged checkpoint was trained for, else "full" and False. `causal=True` is the base's own attention (with the
     shift it was trained with). `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
     the block size too); a checkpoint that bitsandbytes quantised stays as it is. `dtype` "auto" is what this machine
-    computes fastest (`difflm_jax.dtypes`). Without an adapter the model is the
+    computes fastest (`difflm_jax.utils.dtypes`). Without an adapter the model is the
     checkpoint as stored. Raises `UserError` for anything that cannot be represented.
     """
     if causal:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from difflm_jax.config import CONVERTED, load_run_config
-from difflm_jax.config import quantization as quantization_of
+from difflm_jax.config.files import CONVERTED, load_run_config
+from difflm_jax.config.files import quantization as quantization_of
+from difflm_jax.distributed.mesh import check_model, make_mesh
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import open_model
-from difflm_jax.mesh import check_model, make_mesh
 from difflm_jax.quant import QuantConfig
 
 

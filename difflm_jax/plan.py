@@ -27,15 +27,15 @@ from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.source import read_model_config
 from difflm_jax.cli import run_command
-from difflm_jax.config import load_config, phase_config, quantization, take_overrides
-from difflm_jax.dtypes import AUTO, fastest_dtype
+from difflm_jax.config.files import load_config, phase_config, quantization, take_overrides
+from difflm_jax.distributed.mesh import AXES, row_shards
 from difflm_jax.errors import UserError, exit_with_errors
-from difflm_jax.files import check_writable, write_whole
-from difflm_jax.mesh import AXES, row_shards
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.kernels import check_kernel
-from difflm_jax.training.chips import CHIPS, GIB, Chip, absent_devices
-from difflm_jax.training.fit import (
+from difflm_jax.models.flops import peak_flops
+from difflm_jax.ops.attention_kernels import check_kernel
+from difflm_jax.planning.chips import CHIPS, GIB, Chip, absent_devices
+from difflm_jax.planning.hlo import collective_bytes
+from difflm_jax.planning.jobs import (
     Estimate,
     Job,
     abstract_mesh,
@@ -45,9 +45,9 @@ from difflm_jax.training.fit import (
     sampling_job,
     training_job,
 )
-from difflm_jax.training.flops import peak_flops
-from difflm_jax.training.hlo import collective_bytes
 from difflm_jax.training.run import check_sizes
+from difflm_jax.utils.dtypes import AUTO, fastest_dtype
+from difflm_jax.utils.files import check_writable, write_whole
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", "", "A .py, .yaml or .json file; without it the defaults.", flag_values=FLAGS)

@@ -16,8 +16,8 @@ from absl import flags
 
 from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError, one_line
-from difflm_jax.files import check_writable, write_whole
 from difflm_jax.training.metrics import read_metrics
+from difflm_jax.utils.files import check_writable, write_whole
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("run", [], "Output directories of training runs, separated by commas.", flag_values=FLAGS)

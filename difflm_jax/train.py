@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from absl import flags
 
 from difflm_jax.cli import run_command
-from difflm_jax.config import load_config, take_overrides
+from difflm_jax.config.files import load_config, take_overrides
+from difflm_jax.distributed.processes import connect, define_host_flags
 from difflm_jax.errors import exit_with_errors
-from difflm_jax.hosts import connect, define_host_flags
+from difflm_jax.evaluation.report import print_report
+from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.named import load_named, with_origin
-from difflm_jax.report import print_report
-from difflm_jax.tasks import read_questions
 from difflm_jax.training.preview import preview
 from difflm_jax.training.run import train
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import difflm_jax
 from difflm_jax import UserError
-from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.models.lora import LoraConfig, init_lora
 from tests.tiny_checkpoint import save_tiny_model
 
 PROMPTS = ["Hi", "A rather longer prompt than the first one.", "42?"]

@@ -5,8 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from difflm_jax.checkpoint.names import set_path, table
+from difflm_jax.checkpoint.names import set_path
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.weights import table
 
 HF = {
     "model_type": "qwen3",

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difflm_jax.checkpoint.shards import FLOAT_DTYPES, TensorFiles, open_shards
+from difflm_jax.checkpoint.safetensors import FLOAT_DTYPES, TensorFiles, open_shards
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.quant import NestedScales, QTensor, QuantConfig
 from difflm_jax.quant.nested import BLOCK as NESTED_BLOCK

@@ -18,7 +18,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from difflm_jax.checkpoint.hf import abstract_params, load_params
-from difflm_jax.checkpoint.shards import write_file
+from difflm_jax.checkpoint.safetensors import write_file
 from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import one_line
 from difflm_jax.quant import QuantConfig

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from difflm_jax.checkpoint.shards import read_json
+from difflm_jax.checkpoint.safetensors import read_json
 from difflm_jax.errors import UserError
 
 DIFFUSION_FILE = "diffusion_config.json"

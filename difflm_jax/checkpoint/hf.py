@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.bitsandbytes import bitsandbytes_config, bitsandbytes_tensors
 from difflm_jax.checkpoint.diffusion_config import write_diffusion_config
-from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, Row, get_path, set_path, table
-from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
+from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, get_path, set_path
+from difflm_jax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
 from difflm_jax.checkpoint.source import Source
+from difflm_jax.distributed.mesh import place_leaf, shardings_of, to_host, to_mesh
 from difflm_jax.errors import UserError
-from difflm_jax.files import new_directory
-from difflm_jax.mesh import place_leaf, shardings_of, to_host, to_mesh
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.weights import Row, table
 from difflm_jax.quant import QTensor, QuantConfig, dequantize, quantize
+from difflm_jax.utils.files import new_directory
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -37,7 +38,7 @@ def load_params(
     host and device hold what is loaded, and the one or two tensors on the way. Raises `UserError` listing all unknown,
     missing, duplicate and misshapen tensors before any is read.
 
-    With a `mesh` each tensor, once converted, is divided over its devices (`difflm_jax.mesh.specs`) before the next is
+    With a `mesh` each tensor, once converted, is divided over its devices (`mesh.specs`) before the next is
     read: no host and no device holds more of the model than its part, and that one tensor.
     """
     check_tensors(source)

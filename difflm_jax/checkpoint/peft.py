@@ -17,12 +17,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.diffusion_config import DIFFUSION_FILE, read_diffusion_config, write_diffusion_config
-from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS, get_path, peft_lora_name, set_path, table
-from difflm_jax.checkpoint.shards import TensorFiles, describe_faults, open_files, read_json, write_file
+from difflm_jax.checkpoint.names import PEFT_MASK_ROW, get_path, peft_lora_name, set_path
+from difflm_jax.checkpoint.safetensors import TensorFiles, describe_faults, open_files, read_json, write_file
 from difflm_jax.errors import UserError
-from difflm_jax.files import new_directory
-from difflm_jax.lora import LoraConfig
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.lora import LoraConfig
+from difflm_jax.models.weights import PROJECTIONS, table
+from difflm_jax.utils.files import new_directory
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -14,10 +14,10 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from difflm_jax.checkpoint.bitsandbytes import open_quantised
-from difflm_jax.checkpoint.field import read_field_config
-from difflm_jax.checkpoint.gguf import open_gguf
+from difflm_jax.checkpoint.foreign import read_field_config
+from difflm_jax.checkpoint.gguf.weights import open_gguf
 from difflm_jax.checkpoint.names import from_foreign
-from difflm_jax.checkpoint.shards import TensorFiles, open_shards, read_json
+from difflm_jax.checkpoint.safetensors import TensorFiles, open_shards, read_json
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.models.config import ModelConfig, unknown_keys
 from difflm_jax.quant import QTensor, QuantConfig

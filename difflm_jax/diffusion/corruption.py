@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from difflm_jax.diffusion.weights import behind_eos, loss_weights
-from difflm_jax.noise import token_seeds, uniform
+from difflm_jax.ops.random import token_seeds, uniform
 
 # Streams folded into the key of a step; the example id is folded in after them.
 _RATE_STREAM, _MASK_STREAM, _PREFIX_STREAM = range(3)
@@ -29,11 +29,11 @@ class Corruption:
       rows and over the blocks of a row (BD3-LM, arXiv:2503.09573).
     loss_tokens: "all" scores every token that could have been hidden, "masked" only those that were.
     loss_weight, loss_average, eos_loss, eos_token_id: see `difflm_jax.diffusion.weights.loss_weights`.
-    complementary: each row is used twice, with its mask and with the complement (`difflm_jax.diffusion.complementary`).
+    complementary: each row is used twice, with its mask and with the complement (`extras.complementary`).
     on_policy, on_policy_passes, on_policy_tokens: share of examples that are trained on states of the model's own
-      decoding (`difflm_jax.diffusion.on_policy`).
-    distillation: weight of the divergence from the causal base (`difflm_jax.diffusion.distillation`).
-    anneal_steps, anneal_power, block_growth_steps: a gentle start, off at 0 steps (`difflm_jax.diffusion.annealing`).
+      decoding (`difflm_jax.diffusion.extras.on_policy`).
+    distillation: weight of the divergence from the causal base (`difflm_jax.diffusion.extras.distillation`).
+    anneal_steps, anneal_power, block_growth_steps: a gentle start, off at 0 steps (`extras.annealing`).
     attention, logit_shift, block_length: the attention rule, shift and blocks of the model that is trained. Under
       "prefix" and "block" a row without a prompt of its own (scope "all") is cut at a random place, and what precedes
       the cut is its clean prompt.

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from difflm_jax.diffusion.annealing import grown_block_length, open_edges, open_share
-from difflm_jax.diffusion.complementary import complementary_pairs
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, NoisyBatch, corrupt
-from difflm_jax.diffusion.cross_entropy import Scores, Teacher, scored_cross_entropy
-from difflm_jax.diffusion.distillation import teacher_of
-from difflm_jax.diffusion.on_policy import on_policy_states
+from difflm_jax.diffusion.extras.annealing import grown_block_length, open_edges, open_share
+from difflm_jax.diffusion.extras.complementary import complementary_pairs
+from difflm_jax.diffusion.extras.distillation import teacher_of
+from difflm_jax.diffusion.extras.on_policy import on_policy_states
 from difflm_jax.models.attention import BLOCK_RULES, block_starts
 from difflm_jax.models.transformer import Transformer, head_weight
-from difflm_jax.noise import fold_seeds, token_seeds, uniform
+from difflm_jax.ops.cross_entropy import Scores, Teacher, scored_cross_entropy
+from difflm_jax.ops.random import fold_seeds, token_seeds, uniform
 
 RATE_BUCKETS = 5  # mask rates are reported in [0, 0.2), [0.2, 0.4), ... [0.8, 1]
 _DROPOUT_STREAM, _POLICY_STREAM, _OPENING_STREAM = 3, 4, 5  # the streams below them are those of `corruption`

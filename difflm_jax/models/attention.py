@@ -1,17 +1,12 @@
-"""Who attends to whom: one mask function for every attention rule, and the product itself."""
+"""Who attends to whom: one mask function for every attention rule."""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from difflm_jax.bits import named
-
 ATTENTION_RULES = ("full", "prefix", "block", "block_causal", "causal")
 BLOCK_RULES = ("block", "block_causal")  # those that have a block length
-QUERY_CHUNK = 256  # queries whose scores exist at once
-ATTENTION_OUTPUT = "attention_output"  # what the backward pass needs of the forward pass: its name in remat policies
 SHARED_SEGMENT = -1  # of tokens that every example of a row begins with, where they stand in it once
-UNSEEN = -1e30  # the score of a key that a query does not see; finite, so that differences of scores are
 
 
 @struct.dataclass
@@ -117,127 +112,3 @@ def _own_block(rule: str, positions_BT: jax.Array, prompts_BT: jax.Array, block_
 def positions_of(valid_BL: jax.Array) -> jax.Array:
     """[B, L] int32: the index of each token among the real tokens of its row, for padding on either side."""
     return jnp.maximum(jnp.cumsum(valid_BL.astype(jnp.int32), axis=1) - 1, 0)
-
-
-@jax.custom_vjp
-def attend(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """[B, T, H, E]: grouped-query attention, softmax in float32; a query that sees nothing gives zero.
-
-    The backward pass is FlashAttention-2's (arXiv:2307.08691, algorithm 2): it keeps the result and one number for each
-    query and head, and makes the scores again. No more than `QUERY_CHUNK` queries have scores at once; those of all
-    were the largest arrays of a training step (float32 [B, H, T, S], several times over).
-    """
-    return _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)[0]
-
-
-def _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
-    """(the result, log of the sum of exp(scores) of each query [B, K, T, G])."""
-    k_BKSE, v_BKSE = _heads_first(k_BSKE), _heads_first(v_BSKE)
-
-    def of_chunk(chunk):
-        q_BKTGE, mask_BTS = chunk
-        scores_BKTGS = _scores(q_BKTGE, k_BKSE, mask_BTS)
-        largest_BKTG = scores_BKTGS.max(axis=-1)
-        p_BKTGS = _seen(jnp.exp(scores_BKTGS - largest_BKTG[..., None]), mask_BTS)
-        sum_BKTG = jnp.maximum(p_BKTGS.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
-        y_BKTGE = _einsum("bktgs,bkse->bktge", p_BKTGS.astype(v_BKSE.dtype), v_BKSE) / sum_BKTG[..., None]
-        return y_BKTGE.astype(v_BKSE.dtype), largest_BKTG + jnp.log(sum_BKTG)
-
-    y_BKTGE, lse_BKTG = _in_chunks(of_chunk, (_grouped(q_BTHE, k_BSKE), mask_BTS), q_BTHE.shape[1])
-    return _ungrouped(y_BKTGE), lse_BKTG
-
-
-def _attend_forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
-    y_BTHE, lse_BKTG = _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
-    y_BTHE, lse_BKTG = (named(x, ATTENTION_OUTPUT) for x in (y_BTHE, lse_BKTG))
-    return y_BTHE, (q_BTHE, k_BSKE, v_BSKE, mask_BTS, y_BTHE, lse_BKTG)
-
-
-def _attend_backward(saved, dy_BTHE):
-    q_BTHE, k_BSKE, v_BSKE, mask_BTS, y_BTHE, lse_BKTG = saved
-    k_BKSE, v_BKSE = _heads_first(k_BSKE), _heads_first(v_BSKE)
-    dtype = q_BTHE.dtype
-    inner_BTH = (dy_BTHE.astype(jnp.float32) * y_BTHE.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-
-    def of_chunk(chunk):
-        q_BKTGE, dy_BKTGE, mask_BTS, lse_BKTG, inner_BKTG1 = chunk
-        p_BKTGS = _seen(jnp.exp(_scores(q_BKTGE, k_BKSE, mask_BTS) - lse_BKTG[..., None]), mask_BTS)
-        dp_BKTGS = _einsum("bktge,bkse->bktgs", dy_BKTGE, v_BKSE)
-        ds_BKTGS = (p_BKTGS * (dp_BKTGS - inner_BKTG1) * _scale(q_BTHE)).astype(dtype)
-        dq_BKTGE = _einsum("bktgs,bkse->bktge", ds_BKTGS, k_BKSE).astype(dtype)
-        # The small operand first: it is the one that is transposed, and scores transposed took a fifth of a CPU's step.
-        dk_BKES = _einsum("bktge,bktgs->bkes", q_BKTGE, ds_BKTGS)
-        return dq_BKTGE, dk_BKES, _einsum("bktge,bktgs->bkes", dy_BKTGE, p_BKTGS.astype(dtype))
-
-    grouped = (_grouped(q_BTHE, k_BSKE), _grouped(dy_BTHE, k_BSKE))
-    chunks = (*grouped, mask_BTS, lse_BKTG, _grouped(inner_BTH, k_BSKE))
-    dq_BKTGE, *of_keys = _in_chunks(of_chunk, chunks, q_BTHE.shape[1], sums=2)
-    return _ungrouped(dq_BKTGE), *(jnp.einsum("bkes->bske", x_BKES).astype(dtype) for x_BKES in of_keys), None
-
-
-attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _in_chunks(function, arrays, length: int, sums: int = 0):
-    """`function(arrays)`, by chunks of their queries where there are more than `QUERY_CHUNK` of the `length`.
-
-    Queries are the last axis but two, but of masks [B, T, S] and of numbers [B, K, T, G] the last but one. The last
-    `sums` results are summed over the chunks, the others joined again.
-    """
-    if length <= QUERY_CHUNK:
-        return function(arrays)
-    chunks = -(-length // QUERY_CHUNK)
-    size = -(-length // chunks)
-
-    def split(x):
-        axis = _query_axis(x)
-        padding = [(0, chunks * size - length) if i == axis else (0, 0) for i in range(x.ndim)]
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
-
-    def joined(x):
-        axis = _query_axis(x[0])
-        x = jnp.moveaxis(x, 0, axis)
-        return jax.lax.slice_in_dim(x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), 0, length, axis=axis)
-
-    results = jax.lax.map(function, tuple(split(x) for x in arrays))
-    first_sum = len(results) - sums
-    return *(joined(x) for x in results[:first_sum]), *(x.sum(axis=0) for x in results[first_sum:])
-
-
-def _query_axis(x) -> int:
-    return 2 if x.ndim > 3 else 1
-
-
-# Both by arithmetic: the other value of a `jnp.where` is an array of the size of the scores to jax, which it keeps.
-def _scores(q_BKTGE, k_BKSE, mask_BTS):
-    scores_BKTGS = _einsum("bktge,bkse->bktgs", q_BKTGE, k_BKSE) * _scale(q_BKTGE)
-    return scores_BKTGS + (mask_BTS[:, None, :, None].astype(jnp.float32) - 1.0) * -UNSEEN
-
-
-def _seen(x_BKTGS, mask_BTS):
-    return x_BKTGS * mask_BTS[:, None, :, None].astype(jnp.float32)
-
-
-def _scale(q) -> float:
-    return q.shape[-1] ** -0.5
-
-
-def _einsum(formula: str, a, b):
-    return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
-
-
-def _heads_first(x_BSKE):
-    """The heads before the tokens, or behind them again."""
-    return jnp.swapaxes(x_BSKE, 1, 2)
-
-
-def _grouped(x_BTHE, k_BSKE):
-    """[B, K, T, G, E]: the queries of a key's heads side by side, so that a product with it has T * G rows."""
-    batch, length, heads, width = x_BTHE.shape
-    kv_heads = k_BSKE.shape[2]
-    return _heads_first(x_BTHE.reshape(batch, length, kv_heads, heads // kv_heads, width))
-
-
-def _ungrouped(x_BKTGE):
-    x_BTKGE = _heads_first(x_BKTGE)
-    return x_BTKGE.reshape(*x_BTKGE.shape[:2], -1, x_BTKGE.shape[-1])

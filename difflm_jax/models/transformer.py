@@ -7,15 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from difflm_jax.bits import bits_of
-from difflm_jax.lora import LoraConfig
-from difflm_jax.models.attention import ATTENTION_OUTPUT, Window, attention_mask
+from difflm_jax.ops.cpu import bits_of
+from difflm_jax.models.lora import LoraConfig
+from difflm_jax.models.attention import Window, attention_mask
+from difflm_jax.ops.attention import ATTENTION_OUTPUT
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.kernels import FUSED_FORWARD
+from difflm_jax.ops.attention_kernels import FUSED_FORWARD
 from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
 from difflm_jax.models.rope import rope_tables
-from difflm_jax.parallel import lookup, rows_together, whole_vocabulary
-from difflm_jax.quant import matmul
+from difflm_jax.distributed.collectives import lookup, rows_together, whole_vocabulary
+from difflm_jax.ops.matmul import matmul
 
 _policies = jax.checkpoint_policies
 
@@ -41,7 +42,7 @@ class Transformer(nn.Module):
     Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
     "block" and "block_causal"; `attention_kernel` (a key of `models.kernels.KERNELS`) computes it. `remat` (a key of
     `REMAT`) says what the backward pass computes again. `unroll`: every layer is compiled for itself, in place of one
-    loop over a stack. `on_cpu`: that loop takes its slices of bfloat16 weights as `difflm_jax.bits`, and sums of
+    loop over a stack. `on_cpu`: that loop takes its slices of bfloat16 weights as `difflm_jax.ops.cpu`, and sums of
     products are asked for in float32.
     """
 
@@ -75,7 +76,7 @@ class Transformer(nn.Module):
 
         `positions_BT` counts real tokens, `valid_BT` is False at padding. `window` places the tokens in a canvas whose
         keys are in the `cache` collection; `prompt_lengths`, `noisy_T`, `segments_BT` and `open_BTS` are those of
-        `attention_mask`; `dropout_seeds_BT` are those of `difflm_jax.lora.dropout` (None: no dropout). `block_length`
+        `attention_mask`; `dropout_seeds_BT` are those of `difflm_jax.models.lora.dropout` (None: no dropout). `block_length`
         [] takes the place of the model's own, for blocks that grow. `row_lengths_B` are the real tokens of rows that
         hold one example each, padded on the right: what a fused kernel needs to know of `full` attention within them.
         """

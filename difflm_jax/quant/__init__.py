@@ -4,7 +4,6 @@
 quantised in turn. Nothing here knows files or models.
 """
 
-from difflm_jax.quant.matmul import matmul, summed_product
 from difflm_jax.quant.nested import NestedScales
 from difflm_jax.quant.qtensor import FORMATS, QTensor, QuantConfig, dequantize, quantize
 
@@ -14,7 +13,5 @@ __all__ = [
     "QTensor",
     "QuantConfig",
     "dequantize",
-    "matmul",
     "quantize",
-    "summed_product",
 ]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.distributed.collectives import TENSOR, varies
 from difflm_jax.errors import UserError
-from difflm_jax.parallel import TENSOR, varies
 from difflm_jax.quant import integers, nf4
 from difflm_jax.quant.nested import NestedScales, nest, unnest
 

@@ -12,21 +12,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.checkpoint.state import Checkpoints, Restored
+from difflm_jax.data.batches import batches, plan_batches, prefetch
 from difflm_jax.data.packing import Batching
-from difflm_jax.data.pipeline import batches, plan_batches, prefetch
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.distributed.mesh import agreed, batch_sharding, is_writer, place, place_rows, rows_of_process
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
-from difflm_jax.mesh import agreed, batch_sharding, is_writer, place, place_rows, rows_of_process
+from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.training.evaluation import Evaluator, by_rate, summarise
+from difflm_jax.training.checkpoints import Checkpoints, Restored
 from difflm_jax.training.interruption import StopRequest
 from difflm_jax.training.meter import Meter, throughput
 from difflm_jax.training.metrics import MetricsLog
+from difflm_jax.training.monitoring import Heartbeat, Profile
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from difflm_jax.training.tracking import Tracker
-from difflm_jax.training.watch import Heartbeat, Profile
 
 PHASE_SCOPE = {"pretrain": "all", "sft": "answer"}
 
@@ -37,7 +37,7 @@ _EVALUATION_STREAM = 2
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Everything that one phase needs: `config` is resolved for it (`difflm_jax.config.phase_config`)."""
+    """Everything that one phase needs: `config` is resolved for it (`difflm_jax.config.files.phase_config`)."""
 
     name: str
     config: Any

@@ -10,11 +10,11 @@ import numpy as np
 
 from difflm_jax.diffusion.objective import LossSums
 from difflm_jax.errors import UserError
-from difflm_jax.training.evaluation import add_sums, summarise
-from difflm_jax.training.flops import mfu, train_flops_per_token
+from difflm_jax.evaluation.masked import add_sums, summarise
+from difflm_jax.models.flops import mfu, train_flops_per_token
 from difflm_jax.training.metrics import MetricsLog, progress_line
+from difflm_jax.training.monitoring import memory_peaks
 from difflm_jax.training.tracking import Tracker
-from difflm_jax.training.watch import memory_peaks
 
 _FRESH = {
     "tokens": 0,

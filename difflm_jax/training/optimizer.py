@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from difflm_jax.distributed.collectives import FSDP, TENSOR, axes_of
 from difflm_jax.errors import UserError
-from difflm_jax.parallel import FSDP, TENSOR, axes_of
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from difflm_jax.config import notes, phase_config
-from difflm_jax.data.pipeline import describe
+from difflm_jax.config.files import notes, phase_config
+from difflm_jax.data.batches import describe
 from difflm_jax.diffusion.corruption import CleanBatch, NoisyBatch, corrupt
+from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.lm import LanguageModel
-from difflm_jax.mesh import make_mesh
 from difflm_jax.models.attention import SHARED_SEGMENT
 from difflm_jax.training.loop import Phase, make_batches, phase_key, step_options
 from difflm_jax.training.run import open_configured, read_rows

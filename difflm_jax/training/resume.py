@@ -10,11 +10,11 @@ import datasets
 import pyarrow as pa
 from ml_collections import ConfigDict
 
-from difflm_jax.checkpoint.shards import read_json
-from difflm_jax.config import difference, load_run_config, to_json
-from difflm_jax.dtypes import AUTO, fastest_dtype
+from difflm_jax.checkpoint.safetensors import read_json
+from difflm_jax.config.files import difference, load_run_config, to_json
 from difflm_jax.errors import UserError
-from difflm_jax.files import write_whole
+from difflm_jax.utils.dtypes import AUTO, fastest_dtype
+from difflm_jax.utils.files import write_whole
 
 CONFIG_FILE, DATA_FILE = "config.json", "checkpoints/data.json"
 FORCE = "--force"

@@ -8,27 +8,27 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
-from difflm_jax.checkpoint.state import Checkpoints
-from difflm_jax.config import CONVERTED, notes, phase_config, quantization, to_json
-from difflm_jax.data.pipeline import describe, split, tokenize
+from difflm_jax.config.files import CONVERTED, notes, phase_config, quantization, to_json
+from difflm_jax.data.batches import describe, split, tokenize
+from difflm_jax.distributed.collectives import FSDP
+from difflm_jax.distributed.mesh import by_one_process, check_model, is_writer, make_mesh, row_shards
 from difflm_jax.errors import RunInterruptedError, UserError
-from difflm_jax.files import write_whole
 from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import open_model
-from difflm_jax.mesh import by_one_process, check_model, is_writer, make_mesh, row_shards
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.kernels import check_kernel
-from difflm_jax.parallel import FSDP
+from difflm_jax.ops.attention_kernels import check_kernel
 from difflm_jax.quant import QuantConfig
+from difflm_jax.training.checkpoints import Checkpoints
 from difflm_jax.training.interruption import StopRequest, stop_request
 from difflm_jax.training.loop import Outputs, Phase, initial_state, released, run_phase
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.optimizer import learning_rate_schedule
+from difflm_jax.training.parameters import collections, save, start, with_trained
 from difflm_jax.training.resume import check_config, check_data, describe_data, settle_dtype, write_identity
 from difflm_jax.training.samples import Sampler
 from difflm_jax.training.step import TrainState
 from difflm_jax.training.tracking import Tracker
-from difflm_jax.training.trained import collections, save, start, with_trained
+from difflm_jax.utils.files import write_whole
 
 
 def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:

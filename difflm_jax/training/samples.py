@@ -6,8 +6,8 @@ import numpy as np
 
 from difflm_jax.lm import LanguageModel
 from difflm_jax.training.metrics import MetricsLog
+from difflm_jax.training.parameters import with_trained
 from difflm_jax.training.tracking import Tracker
-from difflm_jax.training.trained import with_trained
 
 
 class Sampler:

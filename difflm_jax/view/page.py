@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from difflm_jax.diffusion.watching import Pass
-from difflm_jax.files import write_whole
+from difflm_jax.sampling.watch import Pass
+from difflm_jax.utils.files import write_whole
 from difflm_jax.view.pieces import Pieces
 
 _DATA_PLACE = "/*DATA*/"

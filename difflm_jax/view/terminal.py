@@ -6,7 +6,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from difflm_jax.diffusion.watching import Pass
+from difflm_jax.sampling.watch import Pass
 from difflm_jax.view.pieces import Pieces, ansi, confidence_code, printable, width
 
 

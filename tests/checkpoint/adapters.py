@@ -5,8 +5,8 @@ from typing import Any
 import peft
 import torch
 
-from difflm_jax.checkpoint.names import PROJECTIONS
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.weights import PROJECTIONS
 
 MASK = 50
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -13,11 +13,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from difflm_jax.checkpoint.names import PROJECTIONS, get_path, set_path
-from difflm_jax.lora import LoraConfig
+from difflm_jax.checkpoint.names import get_path, set_path
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.transformer import Transformer, head_logits
+from difflm_jax.models.weights import PROJECTIONS
 
 _SIZES = {
     "vocab_size": 96,
@@ -148,7 +149,7 @@ def _leaves(tree: Any) -> list[Any]:
 def read_once(monkeypatch):
     """A .gguf file is read once: `gguf` needs seconds, and transformers does it for config, tokenizer and weights."""
     kept = functools.cache(gguf.GGUFReader)
-    for name in ("gguf.GGUFReader", "difflm_jax.checkpoint.gguf.GGUFReader"):
+    for name in ("gguf.GGUFReader", "difflm_jax.checkpoint.gguf.weights.GGUFReader"):
         monkeypatch.setattr(name, lambda path: kept(str(path)))
 
 

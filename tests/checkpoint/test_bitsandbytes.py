@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 
 import difflm_jax
 from difflm_jax import UserError
-from difflm_jax.config import load_config
-from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.config.files import load_config
+from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.quant import NestedScales, QTensor, QuantConfig, dequantize
 from difflm_jax.training.run import open_configured
 from tests.byte_tokenizer import byte_tokenizer

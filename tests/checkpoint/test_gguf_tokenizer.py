@@ -8,7 +8,7 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from difflm_jax.checkpoint.gguf_tokenizer import build_tokenizer
+from difflm_jax.checkpoint.gguf.tokenizer import build_tokenizer
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.errors import UserError
 from tests.checkpoint.gguf_files import add_tokenizer, write_gguf

@@ -16,7 +16,7 @@ from difflm_jax.checkpoint import hf
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.errors import UserError
-from difflm_jax.lora import LoraConfig, merge_lora
+from difflm_jax.models.lora import LoraConfig, merge_lora
 
 INDEX = "model.safetensors.index.json"
 
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, tiny_model, tiny_tokenizer, monkey
     tiny_model("llama").save_pretrained(tmp_path / "in")
     source = open_source(str(tmp_path / "in"))
     params = load_params(source, "float32")
-    monkeypatch.setattr("difflm_jax.checkpoint.shards.save_file", full)
+    monkeypatch.setattr("difflm_jax.checkpoint.safetensors.save_file", full)
     with pytest.raises(UserError, match=r"out: cannot be written \(I/O error: No space left on device\)"):
         save_pretrained(tmp_path / "out", params, source.config, source.hf_config, tiny_tokenizer, "", {})
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

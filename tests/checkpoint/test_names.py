@@ -4,8 +4,9 @@ import peft
 import pytest
 from gguf import MODEL_ARCH, get_tensor_name_map
 
-from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS, get_path, peft_lora_name, set_path, table
+from difflm_jax.checkpoint.names import PEFT_MASK_ROW, get_path, peft_lora_name, set_path
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.weights import PROJECTIONS, table
 
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "mistral": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}
 

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import load_params
-from difflm_jax.checkpoint.names import PEFT_MASK_ROW, PROJECTIONS
+from difflm_jax.checkpoint.names import PEFT_MASK_ROW
 from difflm_jax.checkpoint.peft import load_adapter, save_adapter
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.errors import UserError
-from difflm_jax.lora import LoraConfig
+from difflm_jax.models.lora import LoraConfig
+from difflm_jax.models.weights import PROJECTIONS
 from tests.checkpoint.adapters import CONFIG, MASK, WEIGHTS, config_of, trained_peft
 
 DIFFUSION = {"mask_token": "<mask>", "mask_token_id": MASK, "attention": "prefix", "logit_shift": True}

@@ -78,8 +78,8 @@ def _write_checkpoint(directory, layers: int) -> None:
     import ml_dtypes
     from safetensors.numpy import save_file
 
-    from difflm_jax.checkpoint.names import table
     from difflm_jax.models.config import ModelConfig
+    from difflm_jax.models.weights import table
     from tests.byte_tokenizer import byte_tokenizer
 
     hf = {

@@ -5,10 +5,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difflm_jax.data.pipeline import batches, plan_batches
+from difflm_jax.data.batches import batches, plan_batches
 from difflm_jax.data.shared_prefix import shared_prefix
 from difflm_jax.models.attention import SHARED_SEGMENT
-from tests.data.test_pipeline import make
+from tests.data.test_batches import make
 
 EOS = 7
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.diffusion.annealing import grown_block_length, open_edges, open_share
-from difflm_jax.diffusion.complementary import complementary_pairs
 from difflm_jax.diffusion.corruption import Corruption, corrupt
-from difflm_jax.diffusion.on_policy import least_confident
+from difflm_jax.diffusion.extras.annealing import grown_block_length, open_edges, open_share
+from difflm_jax.diffusion.extras.complementary import complementary_pairs
+from difflm_jax.diffusion.extras.on_policy import least_confident
 from difflm_jax.diffusion.weights import loss_weights
 from difflm_jax.models.attention import attention_mask
-from difflm_jax.noise import token_seeds
+from difflm_jax.ops.random import token_seeds
 from tests.diffusion.test_corruption import KEY, MASK, batch
 
 EOS = 7

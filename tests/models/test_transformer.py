@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.lora import LoraConfig, init_lora, merge_lora
+from difflm_jax.models.lora import LoraConfig, init_lora, merge_lora
 from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
-from difflm_jax.noise import token_seeds
+from difflm_jax.ops.random import token_seeds
 from tests.tiny import tiny_config, tiny_params
 
 CONFIG = tiny_config()
@@ -82,7 +82,7 @@ def test_padding_changes_nothing_on_either_side(rule):
         tokens = np.pad(TOKENS, ((0, 0), (before, after)), constant_values=11)
         valid = np.pad(VALID, ((0, 0), (before, after)), constant_values=False)
         padded = hidden(rule, tokens, valid)
-        np.testing.assert_allclose(padded[:, before : before + 12], alone, atol=2e-6, rtol=2e-5)
+        np.testing.assert_allclose(padded[:, before : before + 12], alone, atol=1e-5, rtol=2e-5)
 
 
 def test_a_row_of_padding_alone_is_finite():
@@ -124,13 +124,13 @@ def cached_states(rule, filled, start, written_from, mutable=False):
 @pytest.mark.parametrize(("rule", "filled"), [("prefix", 5), ("causal", 5), ("causal", 9), ("block", 5), ("block", 8)])
 def test_a_cache_of_what_sees_nothing_later_equals_the_whole_forward(rule, filled):
     whole = hidden(rule, prompts=np.array([5, 5]))
-    np.testing.assert_allclose(cached_states(rule, filled, filled, filled), whole[:, filled:], atol=2e-6, rtol=2e-5)
+    np.testing.assert_allclose(cached_states(rule, filled, filled, filled), whole[:, filled:], atol=1e-5, rtol=2e-5)
 
 
 def test_columns_before_the_written_ones_use_the_keys_that_are_cached():
     """A window may begin one column early for the logit shift without changing the keys of that column."""
     states, updated = cached_states("prefix", 5, 4, 5, mutable=True)
-    np.testing.assert_allclose(states, hidden("prefix", prompts=np.array([5, 5]))[:, 4:], atol=2e-6, rtol=2e-5)
+    np.testing.assert_allclose(states, hidden("prefix", prompts=np.array([5, 5]))[:, 4:], atol=1e-5, rtol=2e-5)
     _, spoilt = cached_states("prefix", 4, 4, 5, mutable=True)  # column 4 was never run: zeros, and they stay
     key = spoilt["cache"]["layers"]["self_attn"]["k"]
     assert not np.asarray(key)[:, :, 4].any()

@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
-from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.mesh import batch_sharding, make_mesh, place, place_rows
+from difflm_jax.distributed.mesh import batch_sharding, make_mesh, place, place_rows
+from difflm_jax.evaluation.masked import Evaluator, summarise
+from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig, quantize
-from difflm_jax.training.evaluation import Evaluator, summarise
 from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from tests.tiny import tiny_config, tiny_params

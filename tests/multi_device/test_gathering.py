@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from difflm_jax.training.hlo import collective_bytes
+from difflm_jax.planning.hlo import collective_bytes
 
 CHUNKS = 5  # of 8 scored positions, in the 2 rows of 20 that a device has of a micro-batch
 CODE = (
@@ -12,8 +12,8 @@ CODE = (
     + """
 import json, re
 import jax, optax
-from difflm_jax.mesh import batch_sharding, make_mesh, place, place_rows
-from difflm_jax.training.costs import costs
+from difflm_jax.distributed.mesh import batch_sharding, make_mesh, place, place_rows
+from difflm_jax.planning.costs import costs
 from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import TrainState, make_train_step
 from tests.multi_device.same_numbers import micro_batched, setting

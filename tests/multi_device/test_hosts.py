@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from difflm_jax import evaluate, generate
 from difflm_jax.cli import run_command
-from difflm_jax.hosts import _on_a_cluster
+from difflm_jax.distributed.processes import _on_a_cluster
 from difflm_jax.train import command
 from difflm_jax.training import loop
 from difflm_jax.training.metrics import read_metrics

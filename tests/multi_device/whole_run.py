@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from difflm_jax.checkpoint.state import Checkpoints
 from difflm_jax.train import command
 from difflm_jax.training import loop
+from difflm_jax.training.checkpoints import Checkpoints
 from tests.tiny_run import train_arguments
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from difflm_jax.checkpoint.gguf import open_gguf
+from difflm_jax.checkpoint.gguf.weights import open_gguf
 from difflm_jax.quant import NestedScales, QTensor, QuantConfig, dequantize, nested, nf4, quantize
 from difflm_jax.quant.qtensor import pack, unpack
 

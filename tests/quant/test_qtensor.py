@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difflm_jax.errors import UserError
-from difflm_jax.quant import FORMATS, NestedScales, QuantConfig, dequantize, matmul, quantize
+from difflm_jax.ops.matmul import matmul
+from difflm_jax.quant import FORMATS, NestedScales, QuantConfig, dequantize, quantize
 from difflm_jax.quant.qtensor import pack, unpack
 
 CONFIGS = [

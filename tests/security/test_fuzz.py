@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from difflm_jax.checkpoint.diffusion_config import DIFFUSION_FILE, read_diffusion_config
-from difflm_jax.checkpoint.gguf import open_gguf
+from difflm_jax.checkpoint.gguf.weights import open_gguf
 from difflm_jax.checkpoint.hf import check_tensors
 from difflm_jax.checkpoint.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from difflm_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, open_shards, write_file
+from difflm_jax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_shards, write_file
 from difflm_jax.checkpoint.source import open_source as open_model
-from difflm_jax.config import from_json, load_config
+from difflm_jax.config.files import from_json, load_config
 from difflm_jax.data.chat import encode_chat
 from difflm_jax.data.formats import parse_row
 from difflm_jax.data.sources import RowError, open_source

@@ -15,9 +15,9 @@ from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.names import peft_lora_name
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
-from difflm_jax.lora import LoraConfig, init_lora
-from difflm_jax.mesh import make_mesh
+from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer

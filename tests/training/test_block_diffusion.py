@@ -10,8 +10,8 @@ import pytest
 
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
 from difflm_jax.diffusion.objective import loss_sums
-from difflm_jax.lora import LoraConfig, init_lora
 from difflm_jax.models.attention import positions_of
+from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer, head_logits
 from tests.tiny import tiny_config, tiny_params
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from difflm_jax.diffusion.corruption import Corruption, corrupt
-from difflm_jax.diffusion.cross_entropy import Scores
+from difflm_jax.diffusion.extras.on_policy import on_policy_states
 from difflm_jax.diffusion.objective import loss_sums
-from difflm_jax.diffusion.on_policy import on_policy_states
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
+from difflm_jax.ops.cross_entropy import Scores
 from tests.training.test_block_diffusion import (
     CONFIG,
     LENGTH,

@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 import difflm_jax
 from difflm_jax import evaluate, export, generate
-from difflm_jax.checkpoint.shards import open_files, open_shards
+from difflm_jax.checkpoint.safetensors import open_files, open_shards
 from difflm_jax.cli import run_command
-from difflm_jax.config import load_config
+from difflm_jax.config.files import load_config
 from difflm_jax.harness import DiffusionHarness
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.train import command
+from difflm_jax.training.parameters import start
 from difflm_jax.training.samples import Sampler
-from difflm_jax.training.trained import start
 from tests.tiny import params_from_state_dict
 from tests.tiny_run import train_arguments
 from tests.training.test_against_peft import MASK, RULES, random_model, side_by_side

@@ -5,10 +5,10 @@ import math
 import jax
 import pytest
 
-from difflm_jax.config import load_config
-from difflm_jax.mesh import make_mesh
+from difflm_jax.config.files import load_config
+from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.training.fit import training_job
+from difflm_jax.planning.jobs import training_job
 from tests.tiny import HF
 
 ROWS, LENGTH = 2, 16

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from difflm_jax.config import load_config
+from difflm_jax.config.files import load_config
 from difflm_jax.errors import UserError
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 

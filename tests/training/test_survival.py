@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.lora import LoraConfig, init_lora
+from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.train import command
 from difflm_jax.training import loop, meter, run
 from difflm_jax.training.interruption import stop_request
@@ -266,7 +266,7 @@ def test_a_full_disk_costs_a_save_and_no_run(model, rows, whole, tmp_path):
 import sys
 from pathlib import Path
 from difflm_jax.train import command
-from difflm_jax.checkpoint.state import Checkpoints
+from difflm_jax.training.checkpoints import Checkpoints
 plain, filler = Checkpoints.save, Path(sys.argv[1]) / "filler"
 def save(self, step, state, metrics):  # the disk is full while the first checkpoint of sft is written
     first = "sft" in str(self._directory) and step == 2

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from difflm_jax.config import load_config
+from difflm_jax.config.files import load_config
 from difflm_jax.training.tracking import Tracker
 
 

@@ -1,0 +1,1 @@
+"""GGUF files: header, weights and tokenizer, read without running anything of theirs."""

@@ -1,0 +1,202 @@
+"""A .gguf file as a source of weights: llama.cpp's names, layout and metadata turned into Hugging Face's.
+
+The format is read through the `gguf` package (numpy only); its keys are those of the GGUF specification
+(github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what llama.cpp's converter does to weights is undone here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+from transformers import PreTrainedTokenizerBase
+
+from difflm_jax.checkpoint.gguf.header import check_header
+from difflm_jax.checkpoint.gguf.tokenizer import build_tokenizer
+from difflm_jax.checkpoint.safetensors import TensorFiles
+from difflm_jax.errors import UserError, one_line
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.rope import RopeConfig, inverse_frequencies
+from difflm_jax.models.weights import table
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_SIZES = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_ROPE_SCALING = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+_NEUTRAL = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")  # and whatever is 0 or false
+_ROPE_FREQS = "rope_freqs.weight"
+_PERMUTED = {"self_attn.q_proj": "num_heads", "self_attn.k_proj": "num_kv_heads"}
+
+
+def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], PreTrainedTokenizerBase]]:
+    """(config in Hugging Face's spelling, tensors under Hugging Face's names, a function that builds the tokenizer).
+
+    Raises `UserError` for a damaged file and for an architecture, a key or a RoPE that cannot be represented.
+    """
+    try:
+        check_header(path)
+        reader = GGUFReader(path)
+    except Exception as error:  # the reader checks little: a damaged file raises whatever numpy makes of it
+        raise UserError(f"{path}: not a complete GGUF file ({one_line(error)}); fetch it again") from error
+    metadata = _Metadata(path, reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    hf_config = _hf_config(metadata, tensors)
+    try:
+        config = ModelConfig.from_hf(hf_config)
+    except UserError as error:
+        raise UserError(f"{path}: metadata: {str(error).removeprefix('config.json: ')}") from error
+    hf_names = {
+        gguf: hf
+        for row in table(config)
+        for gguf, hf in zip(row.gguf_names(config.num_layers), row.hf_names(config.num_layers), strict=True)
+    }
+    tensors.pop(_ROPE_FREQS, None)  # it is in the config now
+    named = {hf_names.get(name, name): tensor for name, tensor in tensors.items()}
+    shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in named.items()}
+
+    def read(name: str) -> np.ndarray:
+        array = _dequantize(path, named[name])
+        for module, heads in _PERMUTED.items():
+            if metadata.architecture == "llama" and f".{module}." in name:
+                array = _unpermute(array, getattr(config, heads))
+        return array
+
+    return hf_config, TensorFiles(shapes, read), lambda: build_tokenizer(metadata)
+
+
+class _Metadata:
+    """The key-value part of a file, values decoded when asked for."""
+
+    def __init__(self, path: Path, reader: GGUFReader):
+        self.path = path
+        self._fields = reader.fields
+        if reader.byte_order != "I":
+            raise UserError(f"{path}: is in the other byte order; convert it for this machine")
+        if (self.get("split.count") or 1) > 1:
+            raise UserError(f"{path}: is one of {self.get('split.count')} parts; join them with gguf-split --merge")
+        self.architecture = self.get("general.architecture")
+        if self.architecture not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES)
+            raise UserError(f"{path}: architecture {self.architecture!r} is not supported (known: {known})")
+
+    def get(self, key: str) -> Any:
+        """The value of `key`, or None if the file does not have it."""
+        field = self._fields.get(key)
+        value = None if field is None else field.contents()
+        # float32 1e-5 is 9.999999747378752e-06; its shortest spelling is what was meant
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def of_architecture(self) -> dict[str, Any]:
+        """The values under `{architecture}.`, without that prefix."""
+        prefix = f"{self.architecture}."
+        return {key.removeprefix(prefix): self.get(key) for key in self._fields if key.startswith(prefix)}
+
+
+def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
+    """`config.json` as the model's Hugging Face repository would have it."""
+    path, values = metadata.path, metadata.of_architecture()
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path}: has no token_embd.weight")
+    if missing := [key for key in _SIZES if values.get(key) is None]:
+        raise UserError(f"{path}: metadata lacks {', '.join(f'{metadata.architecture}.{key}' for key in missing)}")
+    hf_config = {
+        "architectures": [_ARCHITECTURES[metadata.architecture]],
+        "model_type": metadata.architecture,
+        "hidden_act": "silu",
+        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+    }
+    for key, name in _SIZES.items():
+        hf_config[name] = values.pop(key)
+    for key, name in _IDS.items():
+        hf_config[name] = metadata.get(f"tokenizer.ggml.{key}")
+    hf_config["num_key_value_heads"] = values.pop("attention.head_count_kv", hf_config["num_attention_heads"])
+    head_dim = values.pop("attention.key_length", None) or _head_dim(path, hf_config)
+    hf_config["head_dim"] = head_dim
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := values.pop(key, head_dim)) != head_dim:
+            raise UserError(f"{path}: {metadata.architecture}.{key}={other} differs from the head size {head_dim}")
+    hf_config["rope_theta"] = values.pop("rope.freq_base", 10000.0)
+    hf_config["rope_scaling"] = _rope_scaling(path, values, hf_config, tensors.get(_ROPE_FREQS))
+    if strange := [key for key, value in values.items() if key not in _NEUTRAL and value not in (0, False)]:
+        named = ", ".join(f"{metadata.architecture}.{key}" for key in strange)
+        raise UserError(f"{path}: metadata that cannot be represented: {named}")
+    return hf_config
+
+
+def _head_dim(path: Path, hf_config: dict[str, Any]) -> int:
+    hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
+    if not isinstance(heads, int) or heads <= 0:  # llama.cpp also allows one number a layer
+        raise UserError(f"{path}: attention.head_count must be one positive number, not {heads}")
+    return hidden // heads
+
+
+def _rope_scaling(
+    path: Path, values: dict[str, Any], hf_config: dict[str, Any], rope_freqs: ReaderTensor | None
+) -> dict[str, Any] | None:
+    """`rope_scaling`, from the metadata (its keys are taken out of `values`) or the tensor of frequency factors."""
+    # llama.cpp takes a factor without a type for linear scaling
+    rope_type = values.pop("rope.scaling.type", "linear" if values.get("rope.scaling.factor") else "none")
+    options = {name: values.pop(f"rope.scaling.{key}", None) for key, name in _ROPE_SCALING.items()}
+    options = {name: value for name, value in options.items() if value is not None}
+    if rope_type not in ("none", "linear", "yarn"):
+        raise UserError(f"{path}: rope.scaling.type {rope_type!r} is not supported")
+    if rope_freqs is not None:
+        if rope_type != "none":
+            raise UserError(f"{path}: has both {_ROPE_FREQS} and rope.scaling.type {rope_type!r}")
+        return _llama3_scaling(path, hf_config, _dequantize(path, rope_freqs))
+    if rope_type == "none":
+        return None
+    if rope_type == "linear":
+        options.pop("original_max_position_embeddings", None)  # linear scaling does not depend on it
+    return {"rope_type": rope_type, **options}
+
+
+def _llama3_scaling(path: Path, hf_config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
+    """The Llama 3.1 rule behind `rope_freqs.weight`, which holds original / scaled frequency for every pair.
+
+    The rule's constants are not in the file. They are those of the Llama 3.1 to 3.3 releases, or the file is refused.
+    """
+    options = {
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    theta, head_dim = hf_config["rope_theta"], hf_config["head_dim"]
+    plain, _ = inverse_frequencies(RopeConfig(theta), head_dim)
+    scaled, _ = inverse_frequencies(RopeConfig(theta, "llama3", tuple(options.items())), head_dim)
+    if factors.shape != plain.shape or not np.allclose(plain / scaled, factors, rtol=1e-4):
+        raise UserError(f"{path}: {_ROPE_FREQS} is not the scaling of Llama 3.1, the only one that can be represented")
+    return {"rope_type": "llama3", **options}
+
+
+def _dequantize(path: Path, tensor: ReaderTensor) -> np.ndarray:
+    if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        return tensor.data
+    try:
+        return dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise UserError(f"{path}: {tensor.name} has type {tensor.tensor_type.name}, which cannot be read") from error
+
+
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q and k from llama.cpp's interleaved RoPE order back to two halves; [out, in] or a bias [out]."""
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -1,0 +1,1 @@
+"""Objectives whose gain was not shown (docs/recipes.md): each changes a `NoisyBatch` or adds a teacher."""

@@ -1,0 +1,33 @@
+"""Self-distillation: the frozen base, causal and without adapter, teaches the diffusion model made from it.
+
+At a hidden position i of a clean sequence x the teacher's distribution is the base's p(x_i | x_<i); the loss is
+CE + weight * KL(teacher || model) there. The weights are the same arrays, so that the teacher costs a forward pass and
+no memory of its own (OPDLM distils an adapted model in this way).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from difflm_jax.diffusion.corruption import NoisyBatch
+from difflm_jax.models.transformer import Transformer
+from difflm_jax.ops.cross_entropy import Teacher
+
+
+def teacher_of(model: Transformer, params: dict[str, Any], noisy: NoisyBatch) -> Teacher:
+    """The base's states [B, L, D] that predict each clean token, and the weights [B, L] of the divergence from it.
+
+    The first token of an example has no teacher: nothing precedes it.
+    """
+    base = model.clone(attention="causal", lora=None, remat="none")
+    hidden_BLD = base.apply(
+        {"params": params},
+        noisy.clean,
+        noisy.positions,
+        noisy.segments != 0,
+        noisy.prompt_lengths,
+        segments_BT=noisy.segments,
+    )
+    hidden_BLD = jax.lax.stop_gradient(jnp.roll(hidden_BLD, 1, axis=1))
+    return Teacher(hidden_BLD, jnp.where(noisy.positions > 0, noisy.teacher_weights, 0.0))

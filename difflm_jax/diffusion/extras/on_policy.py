@@ -1,0 +1,84 @@
+"""Training on states of the model's own decoding: which tokens are hidden is what it would have left open.
+
+Chance hides any token; a sampler leaves the ones that the model is least sure of. A model that is to commit several
+tokens a pass meets only the latter. Here all candidates are hidden, the model itself commits the surest in a few passes
+without gradient, until as many are left as the drawn mask rate says, and these are what it is trained on.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from difflm_jax.diffusion.corruption import Corruption, NoisyBatch, hide
+from difflm_jax.diffusion.weights import in_group
+from difflm_jax.ops.cross_entropy import Scores
+
+# (state, [B, L] float32 weights, not zero at the positions to score) -> (any, scores), without gradient
+Score = Callable[[NoisyBatch, jax.Array], tuple[jax.Array, Scores]]
+
+
+def on_policy_states(
+    draws_BL: jax.Array,
+    noisy: NoisyBatch,
+    group_BL: jax.Array,
+    score: Score,
+    corruption: Corruption,
+    mask_token_id: int,
+) -> NoisyBatch:
+    """`noisy` with a share `on_policy` of its examples in states of decoding, reached in `on_policy_passes` passes.
+
+    These are the examples whose `draws_BL` (uniform in [0, 1), one an example) are below the share. Tokens are
+    committed within each group of equal `group_BL` (a block, an answer) by their probability. With `on_policy_tokens`
+    "reference" the clean tokens are put there; with "own" the model's own choices (OPDLM). An example that they lead
+    away from its reference has no target any more: only the teacher judges it, on its completion by the model.
+    """
+    masked_BL, own_BL, choice_BL = noisy.candidates, noisy.clean, noisy.clean
+    count_BL = in_group(group_BL, noisy.candidates)
+    target_BL = jnp.maximum(jnp.round(noisy.rates * count_BL), 1)
+    for index in range(corruption.on_policy_passes):
+        state = hide(noisy.replace(clean=own_BL), masked_BL, noisy.rates, corruption, mask_token_id)
+        _, scores = score(state, masked_BL.astype(jnp.float32))
+        share = (index + 1) / corruption.on_policy_passes
+        left_BL = jnp.round(count_BL - (count_BL - target_BL) * share)
+        still_BL = least_confident(scores.confidence, masked_BL, group_BL, left_BL)
+        choice_BL = jnp.where(masked_BL, scores.choice, choice_BL)
+        if corruption.on_policy_tokens == "own":
+            own_BL = jnp.where(masked_BL & ~still_BL, scores.choice, own_BL)
+        masked_BL = still_BL
+
+    is_chosen_BL = draws_BL < corruption.on_policy
+    state = hide(noisy, jnp.where(is_chosen_BL, masked_BL, noisy.masked), noisy.rates, corruption, mask_token_id)
+    if corruption.on_policy_tokens == "reference":
+        return state
+    strays_BL = in_group(noisy.segments, is_chosen_BL & ~masked_BL & (own_BL != noisy.clean)) > 0
+    return _led_away(state, strays_BL, jnp.where(masked_BL, choice_BL, own_BL), corruption, mask_token_id)
+
+
+def least_confident(
+    confidence_BL: jax.Array, open_BL: jax.Array, group_BL: jax.Array, count_BL: jax.Array
+) -> jax.Array:
+    """[B, L] bool: of the open positions of each group the `count_BL` of lowest confidence; of equals the rightmost."""
+    confidence_BL = jnp.where(open_BL, confidence_BL, jnp.inf)
+    position_L = jnp.arange(confidence_BL.shape[1])
+    mine, other = confidence_BL[:, :, None], confidence_BL[:, None, :]
+    lower_BLL = (other < mine) | ((other == mine) & (position_L[None, :] > position_L[:, None]))
+    return open_BL & (in_group(group_BL, open_BL, lower_BLL) < count_BL)
+
+
+def _led_away(
+    state: NoisyBatch, strays_BL: jax.Array, own_BL: jax.Array, corruption: Corruption, mask_token_id: int
+) -> NoisyBatch:
+    """`state` with the examples `strays_BL` replaced by the model's own text `own_BL`, judged by the teacher alone.
+
+    Nothing is judged behind the first end-of-sequence token that the model itself has put.
+    """
+    clean_BL = jnp.where(strays_BL & state.candidates, own_BL, state.clean)
+    moved = hide(state.replace(clean=clean_BL), state.masked, state.rates, corruption, mask_token_id)
+    is_eos_BL = state.candidates & (clean_BL == corruption.eos_token_id)
+    before_LL = jnp.tri(is_eos_BL.shape[1], k=-1)
+    ended_BL = in_group(state.segments, is_eos_BL, before_LL[None]) > 0
+    return moved.replace(
+        weights=jnp.where(strays_BL, 0.0, moved.weights),
+        teacher_weights=jnp.where(strays_BL & ended_BL, 0.0, moved.teacher_weights),
+    )

@@ -1,0 +1,1 @@
+"""Scores: masked likelihood, tasks beside the causal base, fluency, intervals and results files."""

@@ -1,0 +1,65 @@
+"""How generated answers read, right or wrong: length, ends, repetition, and what the causal base thinks of them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from difflm_jax.evaluation.intervals import mean_interval, ratio_interval
+from difflm_jax.evaluation.report import Column
+from difflm_jax.evaluation.tasks import Question
+from difflm_jax.lm import LanguageModel
+
+NGRAM = 4  # tokens whose recurrence within an answer counts as repetition
+
+
+def fluency(lm: LanguageModel, questions: Sequence[Question], column: Column, batch_size: int) -> dict[str, Any]:
+    """Figures of the answers of one way of decoding, means over the questions with 95 % bootstrap intervals.
+
+    tokens: length, end of sequence included. ended: share with an end of sequence within the canvas. empty: share that
+    begins with one (a flood of them). repetition: share of an answer's 4-grams of tokens that it had before. base_nll:
+    nats a token under the causal base, exactly; None where no answer holds more than its end.
+    """
+    ends = [bool(np.isin(tokens[-1:], lm.eos_token_ids).any()) for tokens in column.tokens]
+    rows = {
+        "tokens": [len(tokens) for tokens in column.tokens],
+        "ended": ends,
+        "empty": [end and len(tokens) == 1 for end, tokens in zip(ends, column.tokens, strict=True)],
+        "repetition": [repetition(tokens) for tokens in column.tokens],
+    }
+    figures: dict[str, Any] = {
+        name: {"mean": float(np.mean(x)), "interval": mean_interval(x)} for name, x in rows.items()
+    }
+    kept = [i for i, empty in enumerate(rows["empty"]) if not empty and column.tokens[i]]
+    if not kept:
+        return {**figures, "base_nll": None}
+    prompts = [questions[i].prompt for i in kept]
+    found = lm.base().log_likelihood(prompts, [column.tokens[i] for i in kept], batch_size=batch_size)
+    mean = float(-found.values.sum() / found.tokens.sum())
+    return {**figures, "base_nll": {"mean": mean, "interval": ratio_interval(-found.values, found.tokens)}}
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """The share of the 4-grams of `tokens` that occur earlier in them; 0 of fewer than two."""
+    ngrams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(Counter(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def print_fluency(
+    lm: LanguageModel, questions: Sequence[Question], columns: Sequence[Column], batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """A table of all ways of decoding; returns their figures by name."""
+    found = {column.name: fluency(lm, questions, column, batch_size) for column in columns}
+    print(f"\n  {'decoding':<18}{'tokens':>8}{'ended':>8}{'empty':>8}{'repeats':>9}{'NLL under the base':>26}")
+    for name, figures in found.items():
+        nll = "-"
+        if figures["base_nll"]:
+            low, high = figures["base_nll"]["interval"]
+            nll = f"{figures['base_nll']['mean']:.3f} [{low:.2f}, {high:.2f}]"
+        means = {key: figures[key]["mean"] for key in ("tokens", "ended", "empty", "repetition")}
+        print(
+            f"  {name:<18}{means['tokens']:>8.1f}{means['ended']:>8.2f}{means['empty']:>8.2f}"
+            f"{means['repetition']:>9.3f}{nll:>26}"
+        )
+    return found

@@ -1,0 +1,78 @@
+"""Evaluation on a test split with fixed masks: the same rows, rates and masks at every call, in batches of any size."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from difflm_jax.diffusion.corruption import CleanBatch
+from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums
+from difflm_jax.distributed.mesh import batch_sharding, place_rows
+from difflm_jax.training.step import StepOptions, make_eval_step
+
+
+def add_sums(a: LossSums | None, b: LossSums) -> LossSums:
+    """Sum of two `LossSums` on the host."""
+    b = jax.tree.map(lambda x: np.asarray(x, np.float64), b)
+    return b if a is None else jax.tree.map(np.add, a, b)
+
+
+def summarise(sums: LossSums) -> dict[str, Any]:
+    """loss (weighted, as trained on), masked_nll (nats a hidden token), masked_accuracy and perplexity (its exp)."""
+    count = float(np.sum(sums.masked_count))
+    nll = float(np.sum(sums.masked_nll)) / count if count else None
+    return {
+        "loss": float(sums.loss) / float(sums.weight) if sums.weight else None,
+        "masked_nll": nll,
+        "masked_accuracy": float(np.sum(sums.masked_correct)) / count if count else None,
+        "perplexity": float(np.exp(nll)) if nll is not None else None,
+    }
+
+
+def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
+    """masked_nll, masked_accuracy and perplexity for every bucket of mask rates that holds a hidden token."""
+    buckets = {}
+    for i in range(RATE_BUCKETS):
+        if sums.masked_count[i]:
+            nll = float(sums.masked_nll[i] / sums.masked_count[i])
+            buckets[f"{i / RATE_BUCKETS:.1f}-{(i + 1) / RATE_BUCKETS:.1f}"] = {
+                "masked_nll": nll,
+                "masked_accuracy": float(sums.masked_correct[i] / sums.masked_count[i]),
+                "perplexity": float(np.exp(nll)),
+            }
+    return buckets
+
+
+class Evaluator:
+    """Runs the evaluation step over a fixed list of batches.
+
+    Rates are stratified over all `num_examples` of the split, by their index in it: they do not depend on which rows
+    share a batch, or which examples a row.
+    """
+
+    def __init__(
+        self,
+        options: StepOptions,
+        mesh: Mesh,
+        batches: Iterable[dict[str, np.ndarray]],
+        num_examples: int,
+        key: jax.Array,
+    ):
+        plain = dataclasses.replace(options, corruption=options.corruption.for_evaluation())
+        self._step = make_eval_step(plain, mesh)
+        self._batches = [
+            CleanBatch(**{**batch, "strata": (np.maximum(batch["example_ids"], 0) / num_examples).astype(np.float32)})
+            for batch in batches
+        ]
+        self._sharding = batch_sharding(mesh)
+        self._key = key
+
+    def __call__(self, variables: Any) -> LossSums:
+        """Sums over all batches, on the host in float64, of the model applied to `variables`."""
+        total = None
+        for batch in self._batches:
+            total = add_sums(total, self._step(variables, place_rows(batch, self._sharding), self._key))
+        return total

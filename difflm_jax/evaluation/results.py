@@ -1,0 +1,47 @@
+"""A results file: what was run, on what, and everything that came out of it."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from difflm_jax.utils.files import write_whole
+
+_PACKAGES = ("difflm_jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+
+
+def environment() -> dict[str, Any]:
+    """The command, the time, and the versions and device that the figures are of."""
+    devices = jax.devices()
+    return {
+        "command": sys.argv,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "machine": platform.platform(),
+    }
+
+
+def write_results(path: str | Path, record: Mapping[str, Any]) -> None:
+    """`record` behind its `environment()`, as JSON."""
+    write_whole(
+        path,
+        json.dumps({**environment(), **record}, indent=2, ensure_ascii=False, default=_plain) + "\n",
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,50 @@
+"""Tasks with answers that can be checked: a row of data becomes a question, a generated text is right or wrong.
+
+A task is one file with `question(row) -> Question` and `is_correct(question, text) -> bool`, and a line in `TASKS`.
+Nothing here knows a model.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from difflm_jax.data.sources import RowError, open_source
+from difflm_jax.errors import UserError
+from difflm_jax.evaluation.tasks import countdown, exact, gsm8k, sudoku
+from difflm_jax.evaluation.tasks.question import Question
+
+__all__ = ["TASKS", "Question", "Task", "read_questions"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How rows of a task become questions (`RowError` for one that cannot), and what counts as a right answer.
+
+    `has_answers`: rows are in a format that training takes, with an answer that can be masked and scored.
+    """
+
+    question: Callable[[Any], Question]
+    is_correct: Callable[[Question, str], bool]
+    has_answers: bool = False
+
+
+TASKS = {
+    "exact": Task(exact.question, exact.is_correct, has_answers=True),
+    "contains": Task(exact.question, exact.contains, has_answers=True),
+    "gsm8k": Task(gsm8k.question, gsm8k.is_correct, has_answers=True),
+    "countdown": Task(countdown.question, countdown.is_correct),
+    "sudoku": Task(sudoku.question, sudoku.is_correct),
+}
+
+
+def read_questions(dataset: str, rows: int = 0, task: str = "exact") -> list[Question]:
+    """The first `rows` (0: all) questions of a data set. Raises `UserError` that names the first bad row."""
+    questions = []
+    for row in open_source(dataset).rows():
+        try:
+            questions.append(TASKS[task].question(row.load()))
+        except RowError as error:
+            raise UserError(f"{row.origin}: {error}") from error
+        if len(questions) == rows:
+            break
+    return questions

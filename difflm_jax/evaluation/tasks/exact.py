@@ -1,0 +1,40 @@
+"""Rows of any format that training takes, whose last answer is the reference."""
+
+import re
+from typing import Any
+
+from difflm_jax.data.formats import Conversation, parse_row
+from difflm_jax.data.sources import RowError
+from difflm_jax.evaluation.tasks.question import Question
+
+
+def question(row: Any) -> Question:
+    """The conversation up to its last answer."""
+    _, parsed = parse_row(row)
+    if not isinstance(parsed, Conversation) or parsed.messages[-1]["role"] != "assistant":
+        raise RowError("the row has no answer to compare with")
+    if len(parsed.messages) == 1:
+        raise RowError("no turn precedes the answer")
+    answer = parsed.messages[-1]["content"]
+    if not answer.strip():
+        raise RowError("its answer has no text to compare with")
+    return Question(list(parsed.messages[:-1]), answer, tools=parsed.tools)
+
+
+def normalised(text: str) -> str:
+    """Lower case, single spaces, without thoughts before it and one final period: what counts in an exact match."""
+    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)
+    return " ".join(text.lower().split()).removesuffix(".")
+
+
+def is_correct(question: Question, text: str) -> bool:
+    """The whole answer is the reference."""
+    return normalised(text) == normalised(question.reference)
+
+
+def contains(question: Question, text: str) -> bool:
+    """The reference occurs in the answer, as whole words."""
+    wanted, found = normalised(question.reference), normalised(text)
+    padded = "".join(c if c.isalnum() else " " for c in found).split()
+    words = "".join(c if c.isalnum() else " " for c in wanted).split()
+    return bool(words) and any(padded[i : i + len(words)] == words for i in range(len(padded)))

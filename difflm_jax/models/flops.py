@@ -1,0 +1,79 @@
+"""Floating-point operations of a training step, and what share of the hardware's peak they are."""
+
+from difflm_jax.models.weights import PROJECTIONS, table
+from difflm_jax.models.lora import LoraConfig
+from difflm_jax.models.config import ModelConfig
+
+# Dense bfloat16 peak of one device in FLOP/s by the beginning of jax's `device_kind`, from the vendors' data sheets
+# (cloud.google.com/tpu/docs, NVIDIA's architecture white papers; figures "with sparsity" halved). A TPU v2 or v3
+# device is one of the two cores of a chip.
+_PEAK = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig | None, remat: str) -> float:
+    """FLOPs of matrix products a token of rows of `length` tokens, forward and backward.
+
+    With P weights in the projections of all layers, P_lora in the factors, N layers, H heads of E and a head of D x V:
+
+        forward of the layers   F = 2 P + 2 P_lora + 4 N H E length   (two products a position pair in attention)
+        backward                2 P + 4 P_lora + 8 N H E length       (the frozen base needs no weight gradient)
+        output head             4 D V                                 (logits, and their gradient to the hidden state)
+        remat = "full"          F once more
+
+    Without `lora` every weight is trained: backward 4 P + 8 N H E length, and 6 D V for the head.
+
+    This is the count of Kaplan et al. (arXiv:2001.08361, section 2.1: 2 FLOPs a weight and token forward, 4 backward)
+    with the weight gradients of what is frozen left out, and with attention between all pairs of positions. The mask
+    row counts as trained, so the backward pass reaches the first layer whatever the target modules. The head is counted
+    at every token, as in an objective that scores them all: with one that scores only masked tokens this is an upper
+    bound. Element-wise work is not counted. Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B) are those
+    of remat "none".
+    """
+    base = adapted = 0
+    for row in table(config):
+        name = row.path[-2]
+        if name in PROJECTIONS and row.path[-1] == "weight":
+            base += config.num_layers * row.shape[0] * row.shape[1]
+            if lora is not None and name in lora.target_modules:
+                adapted += config.num_layers * lora.r * (row.shape[0] + row.shape[1])
+    attention = config.num_layers * config.num_heads * config.head_dim * length
+    forward = 2 * base + 2 * adapted + 4 * attention
+    weight_gradients = 2 if lora is None else 0  # a weight, of the base's
+    backward = (2 + weight_gradients) * base + 4 * adapted + 8 * attention
+    head = (4 + weight_gradients) * config.hidden_size * config.vocab_size
+    return float(forward * (2 if remat == "full" else 1) + backward + head)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device of jax's `device_kind`, or None where it is not known (a CPU)."""
+    known = [kind for kind in _PEAK if device_kind == kind or device_kind.startswith((f"{kind} ", f"{kind}-"))]
+    return _PEAK[max(known, key=len)] if known else None
+
+
+def mfu(flops_per_second: float, device_kind: str, num_devices: int) -> float | None:
+    """Share of the bfloat16 peak of `num_devices` devices, or None where the peak is not known."""
+    peak = peak_flops(device_kind)
+    return None if peak is None else flops_per_second / (peak * num_devices)

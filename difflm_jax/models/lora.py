@@ -1,0 +1,150 @@
+"""Low-rank adaptation (arXiv:2106.09685), written by hand: y = W x + scaling * B (A dropout(x)).
+
+The trained tree is the `lora` collection: for every adapted projection `lora_A` [N, R, in] and `lora_B` [N, out, R],
+stacked over layers like the base, and `mask_row` [D], the input embedding of the mask token, where that is trained.
+All masters are float32.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from difflm_jax.errors import UserError
+from difflm_jax.distributed.mesh import place_leaf
+from difflm_jax.ops.random import element_bits
+from difflm_jax.distributed.collectives import TENSOR, varies
+from difflm_jax.ops.matmul import matmul
+from difflm_jax.quant import QTensor, dequantize
+
+ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's keys, with PEFT's meaning. `target_modules` are names of projections."""
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ADAPTABLE
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def lora_down(
+    x_BLD: jax.Array,
+    factors_A: Sequence[jax.Array],
+    config: LoraConfig,
+    seeds_BL: jax.Array | None,
+) -> list[jax.Array]:
+    """A dropout(x) [B, L, R] for the factor A of each projection that `x` is the input of.
+
+    It is one product: several of rank 16 each would read `x` as often, and run far below the speed of a wide one. So
+    projections of one input share its dropout, whose mask follows from `seeds_BL` (see `dropout`; None: no dropout).
+    """
+    if not factors_A:
+        return []
+    if seeds_BL is not None and config.lora_dropout > 0:
+        x_BLD = dropout(x_BLD, config.lora_dropout, seeds_BL)
+    low_BLR = matmul(x_BLD, jnp.concatenate(factors_A))
+    ends = np.cumsum([len(factor) for factor in factors_A])[:-1]
+    return jnp.split(low_BLR, ends, axis=-1)
+
+
+def lora_up(low_BLR: jax.Array, lora_B: jax.Array, config: LoraConfig) -> jax.Array:
+    """The update scaling * B (A dropout(x)), [B, L, out], of what `lora_down` gave."""
+    return matmul(low_BLR * jnp.asarray(config.scaling, low_BLR.dtype), lora_B)
+
+
+def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
+    """`x` with the share `rate` of its elements set to zero and the others divided by 1 - rate.
+
+    An element's fate is a function of its token's seed (`difflm_jax.ops.random`) and its place in the token's vector, so it
+    depends neither on the other tokens and rows nor on how they are padded, packed or divided over devices.
+    """
+    width = x_BLD.shape[-1]
+    start = jax.lax.axis_index(TENSOR) * width if varies(x_BLD, TENSOR) else 0
+    kept = element_bits(seeds_BL, start + jnp.arange(width)) >= np.uint32(round(rate * 2**32))
+    # A product: the zero of a `jnp.where` is an array to jax, which every layer would read.
+    return x_BLD / jnp.asarray(1.0 - rate, x_BLD.dtype) * kept.astype(x_BLD.dtype)
+
+
+def init_lora(
+    key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_row_D: jax.Array | None
+) -> dict[str, Any]:
+    """A fresh `lora` tree: A as PEFT draws it (uniform in ±1/sqrt(in), Kaiming with a = sqrt 5), B zero.
+
+    `params` is the base (its stacked projections give the shapes), `mask_row_D` the starting mask embedding (None: it
+    is not trained, and stays the base's). Raises `UserError` for a target module that the model lacks.
+    """
+    lora: dict[str, Any] = {} if mask_row_D is None else {"mask_row": mask_row_D.astype(jnp.float32)}
+    block_of = {name: block for block, projections in params["layers"].items() for name in projections}
+    if missing := set(config.target_modules) - block_of.keys():
+        raise UserError(f"lora_config.target_modules: the model has no {', '.join(sorted(missing))}")
+    # In an order of our own: that of `params` depends on which files the weights were read from.
+    targets = [name for name in ADAPTABLE if name in config.target_modules]
+    for stream, name in enumerate(targets, start=1):
+        block = block_of[name]
+        layers, out_dim, in_dim = params["layers"][block][name]["weight"].shape
+        bound = 1.0 / math.sqrt(in_dim)
+        factor_A = jax.random.uniform(
+            jax.random.fold_in(key, stream), (layers, config.r, in_dim), jnp.float32, -bound, bound
+        )
+        module = {"lora_A": factor_A, "lora_B": jnp.zeros((layers, out_dim, config.r), jnp.float32)}
+        lora.setdefault("layers", {}).setdefault(block, {})[name] = module
+    return lora
+
+
+def merge_lora(
+    params: dict[str, Any],
+    lora: dict[str, Any],
+    config: LoraConfig,
+    mask_token_id: int | None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """The base with scaling * B A added to each adapted weight and the mask row put in its place.
+
+    Sums are made in float32, a layer at a time. Quantised weights, adapted or not, become dense ones in the dtype
+    of the embedding. With a `mesh`, over which all of it is divided, so is the result.
+    """
+
+    def laid(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if mesh is None else place_leaf(path, leaf, mesh)
+
+    dtype = params["embed_tokens"]["weight"].dtype
+    merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries around the same arrays
+    for block, projections in params["layers"].items():
+        for name, leaves in projections.items():
+            factors = lora.get("layers", {}).get(block, {}).get(name)
+            weight = leaves["weight"] if isinstance(leaves, dict) else leaves
+            if factors is not None or isinstance(weight, QTensor):
+                dense = _merged_stack(weight, factors, config.scaling, dtype)
+                merged["layers"][block][name]["weight"] = laid(("layers", block, name, "weight"), dense)
+    if "mask_row" in lora and mask_token_id is not None:
+        table = params["embed_tokens"]["weight"]
+        table = table.at[mask_token_id].set(lora["mask_row"].astype(table.dtype))
+        merged["embed_tokens"]["weight"] = laid(("embed_tokens", "weight"), table)
+    return merged
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _merged_stack(weight: Any, factors: dict[str, jax.Array] | None, scaling: float, dtype: Any) -> jax.Array:
+    def merged(layer: tuple[Any, dict[str, jax.Array] | None]) -> jax.Array:
+        weight, factors = layer
+        dense = dequantize(weight, jnp.float32) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
+        if factors is not None:
+            dense += scaling * jnp.matmul(factors["lora_B"], factors["lora_A"], precision="highest")
+        return dense.astype(dtype)
+
+    return jax.lax.map(merged, (weight, factors))

@@ -1,0 +1,1 @@
+"""Operations on arrays: products, attention, cross-entropy, random numbers, and their gradients. Knows no models."""

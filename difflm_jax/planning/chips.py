@@ -1,0 +1,93 @@
+"""Accelerators by name: memory, speed, links, and how XLA is told of one that is not there."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jax.experimental import topologies
+
+from difflm_jax.errors import UserError, one_line
+from difflm_jax.models.flops import peak_flops
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device. Bytes and bytes a second; `usable` is the share of its memory that jax takes by default.
+
+    Figures are those of the vendors' data sheets (cloud.google.com/tpu/docs, NVIDIA): `link` is what a device receives
+    from the others of its machine or slice, one direction.
+    """
+
+    name: str
+    memory: int
+    usable: float
+    flops: float | None  # dense bfloat16 FLOP/s; None where they are not known
+    bandwidth: float | None
+    link: float | None
+    platform: str  # tpu, cuda or cpu
+
+
+_TPU_USABLE, _GPU_USABLE = 0.98, 0.75  # a TPU's compiler keeps some; XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 16 * GIB, _TPU_USABLE, peak_flops("TPU v5e"), 819e9, 200e9, "tpu"),
+        Chip("v6e", 32 * GIB, _TPU_USABLE, peak_flops("TPU v6e"), 1640e9, 400e9, "tpu"),
+        Chip("a100", 80 * GIB, _GPU_USABLE, peak_flops("NVIDIA A100"), 2039e9, 300e9, "cuda"),
+        Chip("h100", 84_942_979_072, _GPU_USABLE, peak_flops("NVIDIA H100"), 3352e9, 450e9, "cuda"),
+        Chip("h200", 150_754_820_096, _GPU_USABLE, peak_flops("NVIDIA H200"), 4800e9, 450e9, "cuda"),
+    )
+}
+
+# What XLA must know of a GPU to compile without one: the fields of its GpuTargetConfig (NVIDIA's data sheets and CUDA's
+# table of compute capabilities).
+_TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+  threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus} block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: {cache}
+  clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: {optin}
+  cuda_compute_capability {{ major: {major} minor: 0 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+runtime_version {{ major: 12 minor: 8 patch: 0 }}
+device_description_str: "{name}"
+"""
+_HOPPER = {"shared": 233472, "optin": 232448, "cores": 132, "fpus": 128, "clock": 1.98, "major": 9, "cache": 52428800}
+_AMPERE = {"shared": 167936, "optin": 166912, "cores": 108, "fpus": 64, "clock": 1.41, "major": 8, "cache": 41943040}
+_GPUS = {
+    "h100": {"name": "NVIDIA H100 80GB HBM3", **_HOPPER},
+    "h200": {"name": "NVIDIA H200", **_HOPPER},
+    "a100": {"name": "NVIDIA A100-SXM4-80GB", **_AMPERE},
+}
+_TPU_SLICES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+
+
+def absent_devices(chip: Chip, count: int) -> list[Any]:
+    """`count` devices of a kind that is not there, to compile for.
+
+    Raises `UserError` where the compiler for them is not installed, or no such slice is known.
+    """
+    try:
+        if chip.platform == "tpu":
+            size = min((size for size in _TPU_SLICES if size >= count), default=None)
+            if size is None:
+                raise UserError(f"--compile: no slice of {count} {chip.name} chips is known (at most 256)")
+            topology = f"{chip.name}:{_TPU_SLICES[size]}"
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)[:count]
+        target = _TARGET.format(bandwidth=int(chip.bandwidth), memory=math.floor(chip.memory), **_GPUS[chip.name])
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=target, topology=f"1x1x{count}"
+        )
+        return list(described.devices)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        needed = "jax[tpu]" if chip.platform == "tpu" else "jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda-nvcc-cu12"
+        raise UserError(
+            f"--compile: the compiler for {chip.name} cannot be used ({one_line(error)[:160]}); it needs {needed}"
+        ) from error

@@ -1,0 +1,242 @@
+"""How probable a model finds an answer: exactly for a causal one, by LLaDA's Monte-Carlo bound for a diffusion one.
+
+For an answer of L tokens (arXiv:2502.09992, equation 6)
+
+    log p(answer | prompt)  >=  E_l E_S [ L / l * sum over i in S of log p(token i | prompt, tokens outside S) ]
+
+with l uniform in 1..L and S uniform among the sets of l of its tokens; exactly l are masked, which varies less than a
+mask rate. Under attention in blocks the blocks add up, each bounded on its own given the clean blocks before it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difflm_jax.diffusion.corruption import Corruption, NoisyBatch
+from difflm_jax.diffusion.objective import predicting_states_of
+from difflm_jax.distributed.mesh import over_rows, row_shards, to_host
+from difflm_jax.errors import UserError
+from difflm_jax.models.attention import BLOCK_RULES, positions_of
+from difflm_jax.models.transformer import Transformer, head_weight
+from difflm_jax.ops.cross_entropy import scored_cross_entropy
+from difflm_jax.sampling.batching import Decoder, check_positive, check_seed, width_bucket
+
+CHUNK = 256  # positions whose logits exist at once
+
+# (tokens [B, L], masked [B, L], real [B, L], prompt lengths [B]) -> [B, L] nats of the masked tokens, 0 elsewhere
+Score = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLikelihood:
+    """Row by row: log-probability in nats (of a diffusion model a lower bound), its standard error, and the tokens.
+
+    The standard error is that of the Monte-Carlo estimate; 0 where it is exact, NaN where one sample was drawn.
+    """
+
+    values: np.ndarray
+    standard_errors: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """A row with some of its answer masked; `weights` [A] are L / l where it is, 0 elsewhere."""
+
+    row: int
+    tokens: np.ndarray
+    prompt_length: int
+    weights: np.ndarray
+
+
+def log_likelihoods(
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
+    samples: int = 128,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> LogLikelihood:
+    """log p(answer | prompt) of each row of tokens under a model.
+
+    `samples` is the number of masked copies of a row (one is drawn of an answer of a single token: there is only one).
+    They depend on `seed` and the row alone. With causal attention the result is exact, and takes one pass a row.
+    Raises `UserError` for an empty answer, and with the logit shift for an empty prompt.
+    """
+    check_positive("samples", samples)
+    check_positive("batch_size", batch_size)
+    check_seed(seed)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if not len(answer):
+            raise UserError(f"log_likelihood: answer {row} holds no token")
+        if decoder.logit_shift and not len(prompt):
+            raise UserError(
+                f"log_likelihood: prompt {row} is empty, and with the logit shift nothing predicts its answer"
+            )
+    if decoder.mesh is not None:
+        batch_size += -batch_size % row_shards(decoder.mesh)
+    if decoder.model.attention == "causal":
+        return _exact(decoder, prompts, answers, batch_size)
+    score = functools.partial(_score, decoder)
+    block_length = decoder.model.block_length if decoder.model.attention in BLOCK_RULES else 0
+    counts_prompt = decoder.model.attention == "block_causal"
+    return bound(score, prompts, answers, samples, seed, batch_size, block_length, counts_prompt)
+
+
+def bound(
+    score: Score,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
+    samples: int,
+    seed: int,
+    batch_size: int,
+    block_length: int = 0,
+    counts_prompt: bool = False,
+) -> LogLikelihood:
+    """The Monte-Carlo bound with any `score`; `block_length` cuts answers into blocks (0: one), which begin with the
+    answer, or where it `counts_prompt` with the prompt."""
+    drawn: list[_Sample] = []
+    blocks = [
+        _blocks(len(prompt) if counts_prompt else 0, len(answer), block_length)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        rng = np.random.default_rng([seed, *prompt.tolist(), *answer.tolist()])
+        tokens = np.concatenate([prompt, answer])
+        weights = [_block_weights(rng, len(answer[block]), samples) for block in blocks[row]]
+        count = 1 if all(len(block) == 1 for block in weights) else samples
+        whole = np.concatenate([np.broadcast_to(block, (count, block.shape[1])) for block in weights], axis=1)
+        drawn += [_Sample(row, tokens, len(prompt), whole[j]) for j in range(count)]
+    parts = _weighted_nll(score, drawn, batch_size)
+    values, errors = np.zeros(len(answers)), np.zeros(len(answers))
+    by_row: list[list[int]] = [[] for _ in answers]
+    for index, sample in enumerate(drawn):
+        by_row[sample.row].append(index)
+    for row, answer in enumerate(answers):
+        nll_SA = np.stack([parts[i] for i in by_row[row]])
+        weights_SA = np.stack([drawn[i].weights for i in by_row[row]])
+        for block in blocks[row]:
+            nll_S = nll_SA[:, block].sum(axis=1)
+            values[row] -= nll_S.mean()
+            if len(answer[block]) > 1:  # else its one token can be masked in one way
+                errors[row] += _variance_of_mean(nll_S, weights_SA[:, block].max(axis=1))
+    return LogLikelihood(values, np.sqrt(errors), np.array([len(answer) for answer in answers]))
+
+
+def _blocks(given: int, length: int, block_length: int) -> list[slice]:
+    """The blocks of an answer of `length` tokens, the first of which completes one that holds `given` tokens."""
+    if not block_length:
+        return [slice(0, length)]
+    starts = [0, *range(block_length - given % block_length, length, block_length)]
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], length], strict=True)]
+
+
+def mask_counts(rng: np.random.Generator, length: int, samples: int) -> np.ndarray:
+    """[samples] int, each uniform in 1..`length`, spread evenly: LLaDA's stratified draw.
+
+    Halves are rounded up. Rounded to even, as LLaDA's code has it, even counts would come up more often.
+    """
+    first = int(rng.integers(length))
+    return (first + (2 * np.arange(samples) * length + samples) // (2 * samples)) % length + 1
+
+
+def _block_weights(rng: np.random.Generator, length: int, samples: int) -> np.ndarray:
+    """[samples, length] length / l at l masked tokens, 0 elsewhere; one sample where all would be alike."""
+    if length == 1:
+        return np.ones((1, 1))
+    counts = rng.permutation(mask_counts(rng, length, samples))  # the counts of one block say nothing about another's
+    ranks = rng.permuted(np.tile(np.arange(length), (samples, 1)), axis=1)
+    return np.where(ranks < counts[:, None], length / counts[:, None], 0.0)
+
+
+def _variance_of_mean(nll_S: np.ndarray, weights_S: np.ndarray) -> float:
+    """Of the mean of a systematic sample over mask counts (the larger the weight, the lower the count); NaN of one.
+
+    Neighbours in order of their count are compared, which leaves out what the counts explain (successive differences:
+    Wolter, Introduction to Variance Estimation, 2007, section 8.2, v2).
+    """
+    n = len(nll_S)
+    if n == 1:
+        return float("nan")
+    steps = np.diff(nll_S[np.argsort(weights_S, kind="stable")])
+    return float((steps**2).sum() / (2 * n * (n - 1)))
+
+
+def _weighted_nll(score: Score, samples: Sequence[_Sample], batch_size: int) -> list[np.ndarray]:
+    """[A] weighted nats of each sample, computed in batches of few widths."""
+    found: list[np.ndarray] = [np.zeros(0)] * len(samples)
+    widths = [width_bucket(len(sample.tokens)) for sample in samples]
+    for width in sorted(set(widths)):
+        of_width = [index for index, w in enumerate(widths) if w == width]
+        for first in range(0, len(of_width), batch_size):
+            chosen = of_width[first : first + batch_size]
+            rows = [samples[i] for i in chosen] + [samples[chosen[0]]] * (batch_size - len(chosen))
+            tokens, masked, real = (np.zeros((batch_size, width), kind) for kind in (np.int32, bool, bool))
+            for at, sample in enumerate(rows):
+                tokens[at, : len(sample.tokens)], real[at, : len(sample.tokens)] = sample.tokens, True
+                masked[at, sample.prompt_length : len(sample.tokens)] = sample.weights > 0
+            lengths = np.array([sample.prompt_length for sample in rows], np.int32)
+            nll = np.asarray(score(tokens, masked, real, lengths), np.float64)
+            for at, index in enumerate(chosen):
+                sample = samples[index]
+                found[index] = nll[at, sample.prompt_length : len(sample.tokens)] * sample.weights
+    return found
+
+
+def _exact(decoder: Decoder, prompts, answers, batch_size: int) -> LogLikelihood:
+    if not decoder.logit_shift:
+        raise UserError("log_likelihood: a causal model predicts the next token: it needs the logit shift")
+    score = functools.partial(_score, decoder)
+    rows = [
+        _Sample(row, np.concatenate([prompt, answer]), len(prompt), np.ones(len(answer)))
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    values = -np.array([nll.sum() for nll in _weighted_nll(score, rows, batch_size)])
+    return LogLikelihood(values, np.zeros(len(rows)), np.array([len(answer) for answer in answers]))
+
+
+def _score(decoder: Decoder, tokens_BL, masked_BL, real_BL, prompt_lengths_B) -> np.ndarray:
+    model = decoder.model
+    rows = (tokens_BL, masked_BL, real_BL, prompt_lengths_B)
+    return to_host(_token_nll(model, decoder.logit_shift, decoder.mesh, decoder.variables, *rows))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _token_nll(model: Transformer, logit_shift: bool, mesh: Any, variables: Any, *rows: Any) -> jax.Array:
+    """[B, L] float32 nats of the masked tokens. A causal model sees what is before a token, so it needs no masks."""
+
+    def nll(variables: Any, tokens_BL, masked_BL, real_BL, prompt_lengths_B) -> jax.Array:
+        hidden_BL = masked_BL & (model.attention != "causal")
+        zeros_BL = jnp.zeros(tokens_BL.shape)
+        noisy = NoisyBatch(
+            tokens=jnp.where(hidden_BL, model.mask_token_id, tokens_BL),
+            clean=tokens_BL,
+            segments=real_BL.astype(jnp.int32),
+            positions=positions_of(real_BL),
+            prompt_lengths=jnp.broadcast_to(prompt_lengths_B[:, None], tokens_BL.shape),
+            candidates=masked_BL,
+            masked=masked_BL,
+            rates=zeros_BL,
+            weights=masked_BL.astype(jnp.float32),
+            teacher_weights=zeros_BL,
+            counts=zeros_BL,
+        )
+        rule = Corruption(attention=model.attention, logit_shift=logit_shift, block_length=model.block_length)
+        states_BLD = predicting_states_of(model, variables, noisy, None, rule)
+        _, scores = scored_cross_entropy(
+            states_BLD.reshape(-1, states_BLD.shape[-1]),
+            head_weight(model.config, variables["params"]),
+            tokens_BL.reshape(-1),
+            noisy.weights.reshape(-1),
+            model.mask_token_id,
+            CHUNK,
+            model.config.vocab_size,
+        )
+        return scores.nll.reshape(tokens_BL.shape)
+
+    return over_rows(nll, mesh, variables, *rows)

@@ -1,0 +1,100 @@
+"""From the logits of a pass to what it proposes: penalties and filters, the drawn tokens, their scores."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from difflm_jax.sampling.confidence import CONFIDENCES, log_odds
+from difflm_jax.sampling.options import Sampling
+
+# Streams folded into the key of a row, a block and a step.
+TOKEN_STREAM, SCORE_STREAM, RANK_STREAM, REMASK_STREAM = range(4)
+
+
+@struct.dataclass
+class Proposal:
+    """What one forward pass would put into the active block."""
+
+    tokens: jax.Array  # [B, T] int32
+    score: jax.Array  # [B, T] float32, by which positions are ranked
+    probability: jax.Array  # [B, T] float32, of the token among those that it is drawn from
+    logits: jax.Array  # [B, T, V] float32, of the distribution that tokens are drawn from
+
+
+def propose(
+    logits_BTV: jax.Array,
+    seen_BV: jax.Array | None,
+    keys_B: jax.Array,
+    sampling: Sampling,
+    mask_token_id: int,
+    eos_token_ids: tuple[int, ...],
+) -> Proposal:
+    """Draws a token for every position and scores it. `seen_BV` marks the tokens that `repetition_penalty` is for.
+
+    The mask token is never drawn and has no share in any probability.
+    """
+    token_V = jnp.arange(logits_BTV.shape[-1])  # selects, not scatters: they fuse with what reads the logits
+    logits_BTV = jnp.where(token_V == mask_token_id, -jnp.inf, logits_BTV)
+    if sampling.repetition_penalty is not None:
+        logits_BTV = penalise_repetition(logits_BTV, seen_BV, sampling.repetition_penalty)
+    eos = jnp.array(eos_token_ids, jnp.int32)
+    if sampling.eos_penalty is not None:
+        logits_BTV = jnp.where(jnp.isin(token_V, eos), logits_BTV - sampling.eos_penalty, logits_BTV)
+    drawn_BTV = drawn_from(logits_BTV, sampling)
+    tokens_BT = draw(drawn_BTV, keys_B if sampling.temperature is not None else None)
+
+    confidence = CONFIDENCES[sampling.algorithm]
+    noise_BT = noise(jax.random.uniform, keys_B, SCORE_STREAM, tokens_BT.shape[1:])
+    score_BT = confidence.score(drawn_BTV if confidence.of_drawn else logits_BTV, tokens_BT, noise_BT)
+    if sampling.alg_temp is not None:  # the k largest of these are k draws without replacement
+        gumbel_BT = noise(jax.random.gumbel, keys_B, RANK_STREAM, tokens_BT.shape[1:], mode="high")
+        score_BT = confidence.value(score_BT) / sampling.alg_temp + gumbel_BT
+    if sampling.eos_last:
+        score_BT = jnp.where(jnp.isin(tokens_BT, eos), -jnp.inf, score_BT)
+    probability_BT = jax.nn.sigmoid(log_odds(drawn_BTV, tokens_BT, noise_BT))
+    return Proposal(tokens_BT, score_BT, probability_BT, drawn_BTV)
+
+
+def drawn_from(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits of the distribution that tokens are drawn from: temperature, then top-p, then top-k, as Dream has them."""
+    if sampling.temperature is not None:
+        logits_BTV = logits_BTV / sampling.temperature
+    if sampling.top_p is not None:
+        # A token stays if those before it in order of probability add up to at most top_p.
+        order_BTV = jnp.argsort(-logits_BTV, axis=-1, stable=True)
+        sorted_BTV = jax.nn.softmax(jnp.take_along_axis(logits_BTV, order_BTV, axis=-1), axis=-1)
+        dropped_BTV = jnp.cumsum(sorted_BTV, axis=-1) - sorted_BTV > sampling.top_p
+        dropped_BTV = jnp.take_along_axis(dropped_BTV, jnp.argsort(order_BTV, axis=-1), axis=-1)
+        logits_BTV = jnp.where(dropped_BTV, -jnp.inf, logits_BTV)
+    if sampling.top_k is not None:
+        best_BTk, _ = jax.lax.top_k(logits_BTV, min(sampling.top_k, logits_BTV.shape[-1]))
+        logits_BTV = jnp.where(logits_BTV < best_BTk[..., -1:], -jnp.inf, logits_BTV)
+    return logits_BTV
+
+
+def draw(logits_BTV: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    """[B, T] int32: a draw from softmax(logits), or without keys the likeliest token.
+
+    The Gumbel noise is made in float32 from -log(-log u) in its exact form for small u, so that its upper tail is not
+    cut off (which would act as a lower temperature).
+    """
+    if keys_B is not None:
+        logits_BTV = logits_BTV + noise(jax.random.gumbel, keys_B, TOKEN_STREAM, logits_BTV.shape[1:], mode="high")
+    return logits_BTV.argmax(axis=-1).astype(jnp.int32)
+
+
+def penalise_repetition(logits_BTV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits of seen tokens divided by `penalty` if positive, multiplied if negative (CTRL, arXiv:1909.05858)."""
+    penalised_BTV = jnp.where(logits_BTV > 0, logits_BTV / penalty, logits_BTV * penalty)
+    return jnp.where(seen_BV[:, None], penalised_BTV, logits_BTV)
+
+
+def seen_tokens(tokens_BL: jax.Array, real_BL: jax.Array, vocabulary: int) -> jax.Array:
+    """[B, V] bool: the tokens that occur in each row where `real_BL`."""
+    rows_B1 = jnp.arange(tokens_BL.shape[0])[:, None]
+    return jnp.zeros((tokens_BL.shape[0], vocabulary), bool).at[rows_B1, tokens_BL].max(real_BL)
+
+
+def noise(sampler, keys_B: jax.Array, stream: int, shape: tuple[int, ...], **options) -> jax.Array:
+    """[B, *shape] float32 noise of each row's own key."""
+    return jax.vmap(lambda key: sampler(jax.random.fold_in(key, stream), shape, **options))(keys_B)

@@ -1,0 +1,372 @@
+"""Checkpoints of training state through orbax: asynchronous, atomic, the last ones and the best one kept.
+
+Losing one is no reason to lose a run: a save that fails is announced and training goes on, and a checkpoint that turns
+out to be damaged is put aside and the one before it used.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tensorstore
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers
+
+from difflm_jax.distributed.mesh import agreed, is_writer, wait_for_all
+from difflm_jax.errors import UserError, one_line
+
+Tree = Any
+_METADATA_BYTES = 1 << 20  # what orbax writes besides the arrays is a few kilobytes
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint whose files are not those that were written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read: its step, its state (may be donated) and the metrics saved with it."""
+
+    step: int
+    state: Tree
+    metrics: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one phase, in `directory`/<step>.
+
+    The `keep` latest stay, and so does the best (lowest `eval_loss` in the metrics; of equals the latest). A directory
+    takes the name of its step only when it is complete, so that one whose writing was cut off is never found; and
+    checksums are stored with the arrays and the metrics, so that a damaged one is never taken for whole.
+    """
+
+    def __init__(self, directory: str | Path, keep: int):
+        self._directory = Path(directory).absolute()
+        self._keep = keep
+        self._writing: int | None = None  # the step that is on its way to the disk
+        self.failed_saves = 0
+        _silence_orbax()
+        if is_writer():
+            self._rename_unreadable()
+        wait_for_all("damaged checkpoints are put aside")
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        with self._errors("cannot be used"):
+            return ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_LatestAndBest(self._keep),
+                    best_fn=_eval_loss,  # without one orbax stores no metrics
+                    best_mode="min",
+                    cleanup_tmp_directories=True,
+                    # Directories made in the background that fail leave threads waiting for them, and the process
+                    # alive for minutes.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                ),
+            )
+
+    def save(self, step: int, state: Tree, metrics: Mapping[str, Any] | None = None) -> None:
+        """Begins to write `state` (a pytree of arrays) and `metrics` (what JSON can hold) as checkpoint `step`.
+
+        Returns once the arrays are copied, so that they may be donated. A save that fails, now or later, is announced
+        by the next call and counted in `failed_saves`; what it left behind is removed, and older checkpoints stay.
+        """
+        self.settle()
+        metrics, leaves = dict(metrics or {}), _leaves(state)
+        about = {
+            "checksum": int(jax.jit(_checksum)(state)),
+            "leaves": leaves,
+            "leaves_checksum": _json_checksum(leaves),
+            "metrics_checksum": _json_checksum(metrics),
+        }
+        self._writing = step
+        if jax.process_count() > 1 and not agreed(self._has_room(step, state)):
+            # In the middle of a save the others would wait for the one that cannot go on.
+            self._announce_failure(OSError("the disk of one of the processes has no room for its part"))
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(state),
+                metrics=metrics,
+                custom_metadata=about,
+                force=True,
+            )
+        except (OSError, ValueError) as error:
+            self._announce_failure(error)
+
+    def _has_room(self, step: int, state: Tree) -> bool:
+        """Whether this process's part of `state` fits on its disk, which is asked to set the room aside."""
+        shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + _METADATA_BYTES
+        probe = self._directory / f"room-for-{step}-{jax.process_index()}"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, needed)
+        except OSError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+        return True
+
+    def settle(self) -> None:
+        """Waits until the save under way is on disk, or has failed and is announced."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            self._announce_failure(error)
+        self._writing = None
+
+    def finish(self, step: int) -> None:
+        """Settles; raises `UserError` if there is no checkpoint of `step`, the last one of a phase."""
+        if step not in self.steps():
+            raise UserError(
+                f"{self._directory}: the last checkpoint ({step}) could not be written; make room and give the same "
+                f"command again: it goes on from {_of(self.latest())}"
+            )
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, ascending."""
+        self.settle()
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The last step that has a complete checkpoint."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The kept step with the lowest `eval_loss`; None if no checkpoint has one."""
+        return _best({step: self._metrics_or_none(step) for step in self.steps()})
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """The metrics that were saved with `step`. Raises `DamagedCheckpointError` if they are not what was written."""
+        self.settle()
+        try:
+            metrics = dict(self._manager.metrics(step) or {})
+            if self._about(step)["metrics_checksum"] != _json_checksum(metrics):
+                raise ValueError("its metrics are not those that were written")
+        except Exception as error:  # orbax raises anything for files that it cannot read
+            raise self._damaged(step, one_line(error)) from error
+        return metrics
+
+    def restore(self, step: int, abstract_state: Tree) -> Tree:
+        """The state of `step` in the structure and shardings of `abstract_state`; it may be donated.
+
+        The leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s of the shapes and dtypes that were saved;
+        without a sharding they go to the first device. Raises `DamagedCheckpointError` for one whose files are not
+        what was written, `UserError` for one of another shape; both name the directory.
+        """
+        self.settle()
+        abstract_state = jax.tree.map(_abstract, abstract_state)
+        try:
+            about = self._about(step)
+            leaves, checksum = about["leaves"], about["checksum"]
+            # A damaged list must not be taken for that of another run. Checkpoints of before have no checksum of it.
+            if about.get("leaves_checksum", _json_checksum(leaves)) != _json_checksum(leaves):
+                raise ValueError("its list of arrays is not the one that was written")
+        except Exception as error:
+            raise self._damaged(step, one_line(error)) from error
+        if different := sorted(leaves.items() ^ _leaves(abstract_state).items()):
+            raise UserError(
+                f"{self._directory / str(step)}: the checkpoint and this run differ in {different[0][0]}: choose "
+                "another output_dir, or the settings that the checkpoint was made with"
+            )
+        try:
+            state = self._read(step, abstract_state)
+        except Exception as error:  # orbax raises bare `Exception` for arrays that cannot be read
+            raise self._damaged(step, one_line(error)) from error
+        # Restored arrays may lie in memory that XLA does not own and cannot reuse: copies can be donated.
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+        state = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
+        if int(jax.jit(_checksum)(state)) != checksum:
+            raise self._damaged(step, "its arrays are not those that were written")
+        return state
+
+    def restore_latest(self, abstract_state: Tree) -> Restored | None:
+        """The latest checkpoint that is whole; None where there is none. Damaged ones are announced and put aside."""
+        return self._first_whole(self.latest, abstract_state)
+
+    def restore_best(self, abstract_state: Tree) -> Restored | None:
+        """The best checkpoint that is whole, the latest where none has an `eval_loss`; see `restore_latest`."""
+        return self._first_whole(lambda: self.best() or self.latest(), abstract_state)
+
+    def close(self) -> None:
+        """Settles, and ends the threads behind this object."""
+        self.settle()
+        with self._errors("a checkpoint could not be written"):
+            self._manager.close()
+
+    def _first_whole(self, choose: Callable[[], int | None], abstract_state: Tree) -> Restored | None:
+        while (step := choose()) is not None:
+            error = restored = None
+            try:
+                restored = Restored(step, self.restore(step, abstract_state), self.metrics(step))
+            except DamagedCheckpointError as found:
+                error = found
+            if not agreed(error is None):  # what one process cannot read no process goes on from
+                self._put_aside(step, error or self._damaged(step, "another process cannot read it"))
+                continue
+            return restored
+        return None
+
+    def _put_aside(self, step: int, error: DamagedCheckpointError) -> None:
+        self._rename(step)
+        wait_for_all(f"checkpoint {step} is put aside")
+        self._reopen()
+        print(f"{error}; it is kept as damaged-{step}, and {_of(self.latest())} is used instead", flush=True)
+
+    def _rename(self, step: int) -> None:
+        """Gives a damaged checkpoint another name, so that its step can be written again."""
+        target = self._directory / f"damaged-{step}"
+        if is_writer():
+            shutil.rmtree(target, ignore_errors=True)
+            with self._errors(f"the damaged checkpoint {step} cannot be renamed"):
+                (self._directory / str(step)).rename(target)
+
+    def _rename_unreadable(self) -> None:
+        """Puts checkpoints aside whose JSON is torn or has unknown keys: orbax reads it of all before it opens any."""
+        for path in self._directory.glob("[0-9]*/"):
+            try:
+                for file in ("_CHECKPOINT_METADATA", "metrics/metrics"):
+                    json.loads((path / file).read_bytes())
+                ocp.metadata.get_step_metadata(path)
+            except Exception as error:  # orbax raises anything for files that it cannot read
+                if path.name.isdecimal():
+                    self._rename(int(path.name))
+                    print(f"{self._damaged(int(path.name), one_line(error))}; it is kept as damaged-{path.name}")
+
+    def _announce_failure(self, error: Exception) -> None:
+        """Says that a save failed, and removes what it has written so far."""
+        step, self._writing = self._writing, None
+        self.failed_saves += 1
+        self._reopen()
+        print(
+            f"{self._directory}: checkpoint {step} could not be written ({one_line(error)[:200]}); training goes on, "
+            f"the last one on disk is {_of(self.latest())}",
+            flush=True,
+        )
+
+    def _reopen(self) -> None:
+        """A manager that knows what is on the disk now: after a failure the old one believes in what it never wrote."""
+        with contextlib.suppress(OSError, ValueError):
+            self._manager.close()
+        self._manager = self._open()
+
+    def _about(self, step: int) -> dict[str, Any]:
+        return self._manager.metadata(step).custom_metadata
+
+    def _metrics_or_none(self, step: int) -> dict[str, Any]:
+        try:
+            return self.metrics(step)
+        except DamagedCheckpointError:
+            return {}
+
+    def _read(self, step: int, abstract_state: Tree) -> Tree:
+        """The state; raises whatever orbax and tensorstore may raise."""
+        # orbax reads arrays concurrently, and prints a traceback for every further one that fails: look first.
+        store = tensorstore.KvStore.open(f"file://{self._directory}/{step}/default/|ocdbt:").result()
+        for key in store.list().result():
+            if not store.read(key).result().value:  # of a file that is gone it says: empty
+                raise FileNotFoundError(f"{key.decode()} is missing")
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{self._directory / str(step)}: the checkpoint is damaged ({reason[:200]})")
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turns the errors of disks and file formats into a `UserError` that names the directory."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._directory}: {what} ({one_line(error)[:200]})") from error
+
+
+@dataclasses.dataclass
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the `keep` latest checkpoints and the best one."""
+
+    keep: int
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> list[bool]:
+        kept = {info.step for info in checkpoints[-self.keep :]}
+        kept.add(_best({info.step: info.metrics or {} for info in checkpoints}))
+        return [info.step in kept for info in checkpoints]
+
+
+def _best(metrics: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """The step of the lowest finite `eval_loss`, the latest of equals."""
+    losses = {step: _eval_loss(of_step) for step, of_step in metrics.items()}
+    candidates = [step for step, loss in losses.items() if math.isfinite(loss)]
+    return min(candidates, key=lambda step: (losses[step], -step), default=None)
+
+
+def _eval_loss(metrics: Mapping[str, Any]) -> float:
+    loss = metrics.get("eval_loss")
+    return math.inf if loss is None else float(loss)
+
+
+def _of(step: int | None) -> str:
+    return "no checkpoint" if step is None else f"checkpoint {step}"
+
+
+def _json_checksum(values: Mapping[str, Any]) -> int:
+    """CRC-32 of metrics or of a list of leaves as JSON, which is how orbax stores them."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _leaves(tree: Tree) -> dict[str, str]:
+    """{path: dtype and shape} of all leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _checksum(tree: Tree) -> jax.Array:
+    """A uint32 over all bits of all leaves, computed where they lie; any one changed bit changes it.
+
+    Each leaf counts as the sum of its words, each times an odd number, modulo 2^32: an odd number has an inverse, so no
+    change of one word is lost, and integer sums do not depend on their order, that is on the sharding.
+    """
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        word = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
+        place = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(words.shape):  # the index in the flattened leaf, without moving a sharded one
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        total = 31 * total + jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+    return total
+
+
+def _silence_orbax() -> None:
+    """Drops the log records of orbax: it tells of every step of every save, and its errors are raised besides."""
+    logger = logging.getLogger("absl")
+    if _not_from_orbax not in logger.filters:
+        logger.addFilter(_not_from_orbax)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts

@@ -1,0 +1,129 @@
+"""What counts as a right answer in each task, and rows that are no question."""
+
+import json
+
+import pytest
+
+from difflm_jax import UserError
+from difflm_jax.evaluation.tasks import TASKS, read_questions
+from difflm_jax.evaluation.tasks.gsm8k import final_number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She makes 9 * 2 = $18 every day.\n#### 18", 18),
+        ("#### $1,234.50", 1234.5),
+        ("first #### 3 then #### 4", 4),
+        (r"so \boxed{-7} and not 8", -7),
+        (r"\boxed{\$12}", 12),
+        ("The answer is 42.", 42),
+        ("It is 3-2", 2),
+        ("3 - 2 = 1", 1),
+        ("a loss of -5 dollars", -5),
+        ("It costs $0.50.", 0.5),
+        ("18.00", 18),
+        ("no number at all", None),
+        ("", None),
+        ("9" * 5000, None),
+    ],
+)
+def test_the_final_number_of_a_text(text, number):
+    assert final_number(text) == number
+
+
+ROWS = {
+    "gsm8k": {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+    "countdown": {"input": "30,100,93", "output": "23"},
+    "sudoku": {"Puzzle": "3102200002100320", "Solution": "3142243142131324"},
+    "exact": {"question": "The capital of Peru?", "answer": "The capital is Lima."},
+    "contains": {"question": "The capital of Peru?", "answer": "Lima"},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "right"),
+    [
+        ("gsm8k", "The answer is 4.", True),
+        ("gsm8k", "#### 4.0", True),
+        ("gsm8k", "The answer is 5, not 4, so 5", False),
+        ("countdown", "30 - (100 - 93)", True),
+        ("countdown", "First 100 - 93 = 7.\n<answer>30 - (100 - 93)</answer>", True),
+        ("countdown", "30 - (100 - 93) = 23", True),
+        ("countdown", r"\boxed{30 + 93 - 100}", True),
+        ("countdown", "23", False),  # uses none of the numbers
+        ("countdown", "100 - 93 + 30 + 30 - 44", False),
+        ("countdown", "30 * 100 - 93", False),
+        ("countdown", "(((30 - 100", False),
+        ("countdown", "9 ** 9 ** 9 ** 9", False),
+        ("countdown", "30 / (100 - 100) + 93", False),
+        ("countdown", "__import__('os').system('1 + 1')", False),
+        ("countdown", "(" * 5000 + "1 + 1" + ")" * 5000, False),
+        ("sudoku", "3 1 4 2\n2 4 3 1\n4 2 1 3\n1 3 2 4", True),
+        ("sudoku", "3142243142131324", True),
+        ("sudoku", "<answer>3142 2431 4213 1324</answer> of 2024", True),
+        ("sudoku", "3142243142131342", False),  # a column holds a number twice
+        ("sudoku", "4321214334121234", False),  # valid, but not of this puzzle
+        ("sudoku", "31422431", False),
+        ("exact", "  the capital  is LIMA", True),
+        ("exact", "The capital is Lima, I think.", False),
+        ("contains", "The capital is Lima, I think.", True),
+        ("contains", "The capital is Limassol.", False),
+        ("contains", "", False),
+    ],
+)
+def test_what_is_right(task, text, right):
+    assert TASKS[task].is_correct(TASKS[task].question(ROWS[task]), text) is right
+
+
+ASKED = {"role": "user", "content": "Is it warm?"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+def test_what_a_model_thinks_before_its_answer_is_not_compared():
+    question = TASKS["exact"].question({"question": "What?", "answer": "It is warm."})
+    assert TASKS["exact"].is_correct(question, "<think>\n\n</think>\n\nIt is warm.")
+    assert not TASKS["exact"].is_correct(question, "It <think></think> is warm.")
+
+
+def test_a_question_keeps_the_tools_of_its_row():
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    row = {"messages": [ASKED, {"role": "assistant", "content": "Yes."}], "tools": tools}
+    assert TASKS["exact"].question(row).prompt == {"messages": [ASKED], "tools": tools}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("gsm8k", {"question": "How many?", "answer": "four"}, "no '#### number'"),
+        ("gsm8k", {"answer": "#### 4"}, "no text under 'question'"),
+        ("countdown", {"input": "1,x", "output": "2"}, "not integers"),
+        ("countdown", {"input": "1,2", "output": "2,3"}, "not one number"),
+        ("sudoku", {"Puzzle": "123", "Solution": "3142243142131324"}, "not 16 digits 0-4"),
+        ("sudoku", {"Puzzle": "3102200002100320", "Solution": "0142243142131324"}, "not 16 digits 1-4"),
+        ("sudoku", ["3102200002100320"], "no text under 'Puzzle'"),
+        ("exact", {"text": "plain"}, "no answer to compare with"),
+        ("exact", {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "no text to"),
+    ],
+)
+def test_a_row_that_is_no_question_is_named(task, row, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[task]) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{message}"):
+        read_questions(str(path), task=task)
+    assert len(read_questions(str(path), rows=1, task=task)) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "rows"),
+    [
+        ("gsm8k", "chat/gsm8k_test.jsonl", 1319),
+        ("countdown", "reason/d1_countdown_cd3_test.jsonl", 256),
+        ("sudoku", "reason/d1_4x4_test_sudoku.csv", 500),
+    ],
+)
+def test_published_test_sets_are_read_and_their_own_solutions_are_right(task, file, rows, shared_data):
+    questions = read_questions(str(shared_data / file), task=task)
+    assert len(questions) == rows
+    if task != "countdown":  # whose rows hold the target alone
+        assert all(TASKS[task].is_correct(question, question.reference) for question in questions)

@@ -1,0 +1,75 @@
+"""Denoisers that are no models: small functions of the tokens of a row, in JAX and in torch, to sample with."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from difflm_jax.sampling.batching import most_steps
+from difflm_jax.sampling.caches import row_sampling_keys
+from difflm_jax.sampling.loop import Carry, Plan, prepare
+from difflm_jax.sampling.options import sampling_options
+from difflm_jax.sampling.schedule import quotas
+
+VOCABULARY, MASK, EOS = 11, 10, 9
+
+
+class Rigged:
+    """logits = tanh(mix · embedding[tokens]) · head + bias: every position depends on every token.
+
+    `mix=False` leaves the tokens out: logits depend on the position alone.
+    """
+
+    def __init__(self, length: int, seed: int, mix: bool = True, scale: float = 3.0):
+        rng = np.random.default_rng(seed)
+        self.embedding = rng.normal(size=(VOCABULARY, 6))
+        self.mix = rng.normal(size=(length, length)) * (0.7 if mix else 0.0)
+        self.head = rng.normal(size=(6, VOCABULARY)) * scale / 2
+        self.bias = rng.normal(size=(length, VOCABULARY)) * scale / 2
+
+    def arrays(self):
+        return tuple(jnp.asarray(x, jnp.float32) for x in (self.embedding, self.mix, self.head, self.bias))
+
+    def __call__(self, row: torch.Tensor) -> torch.Tensor:
+        embedding, mix, head, bias = (torch.tensor(x) for x in (self.embedding, self.mix, self.head, self.bias))
+        return torch.tanh(mix @ embedding[row]) @ head + bias
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "eos"))
+def _sampled(arrays, tokens_BL, fillable_BL, quotas_BNS, keys_B, sampling, steps, plan, eos):
+    embedding, mix, head, bias = arrays
+
+    def predict(cache, tokens_BL, first, _step):
+        logits_BLV = jnp.tanh(jnp.einsum("ij,bjd->bid", mix, embedding[tokens_BL], precision="highest"))
+        logits_BLV = jnp.einsum("bid,dv->biv", logits_BLV, head, precision="highest") + bias
+        return jax.lax.dynamic_slice_in_dim(logits_BLV, first, plan.block_length, axis=1), cache
+
+    rows = (tokens_BL, fillable_BL, quotas_BNS, keys_B)
+    loop, start = prepare(predict, None, *rows, plan, sampling, MASK, eos, steps=steps)
+    return loop.run(start)
+
+
+def run(denoiser: Rigged, tokens, plan: Plan, seed=0, eos=(EOS,), fillable=None, **options) -> Carry:
+    """The product's sampler on a rigged denoiser; `options` as in `generate`, "probability" unless they say more."""
+    tokens = np.asarray(tokens, np.int32)
+    fillable = tokens == MASK if fillable is None else np.asarray(fillable)
+    fillable = fillable & (tokens == MASK)
+    sampling = sampling_options("full", "probability", options)
+    end = plan.first_column + plan.num_blocks * plan.block_length
+    answers = fillable[:, plan.first_column : end].reshape(len(tokens), plan.num_blocks, plan.block_length)
+    steps = plan.steps_per_block
+    plan = dataclasses.replace(plan, steps_per_block=most_steps(plan))
+    schedule = quotas(sampling.schedule, answers.sum(axis=2), steps, plan.steps_per_block)
+    keys = row_sampling_keys(seed, [tuple(map(int, row)) for row in tokens])
+    return _sampled(denoiser.arrays(), jnp.asarray(tokens), fillable, schedule, keys, sampling, steps, plan, eos)
+
+
+def rows(seed: int, batch: int, prompt: int, answer: int, masked: float = 1.0) -> np.ndarray:
+    """Random prompts, and answers of masks in which a share of tokens is given (never EOS)."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, EOS, (batch, prompt + answer))
+    tokens[:, prompt:][rng.random((batch, answer)) < masked] = MASK
+    return tokens
