@@ -17,7 +17,8 @@ from benchmarks.common import add_report_flags, median_of, report
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.config import default_config
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
-from difflm_jax.distributed.mesh import abstract, make_mesh
+from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.sharding import abstract
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer

@@ -25,7 +25,8 @@ import numpy as np
 from difflm_jax.config.files import load_config
 from difflm_jax.data.batches import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
-from difflm_jax.distributed.mesh import make_mesh, place
+from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.sharding import place
 from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
 from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.evaluation.tasks.exact import normalised

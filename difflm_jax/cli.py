@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from difflm_jax.distributed.processes import connect, define_host_flags
+from difflm_jax.distributed.processes import connect
 from difflm_jax.errors import UserError, exit_with_errors, one_line
 from difflm_jax.lm import LanguageModel
 from difflm_jax.named import load_named
@@ -52,6 +52,23 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")
     asked = [item.partition("=")[2].lower() for item in argv if re.fullmatch("--debug_traceback(=.*)?", item)]
     return exit_with_errors(command, debug_traceback=bool(asked) and asked[-1] not in ("false", "f", "0", "no"))
+
+
+_HOST_FLAGS = ("coordinator_address", "num_processes", "process_id")
+
+
+def define_host_flags(flag_values: flags.FlagValues) -> None:
+    """The flags that name the other processes; without them Cloud TPU, SLURM and Open MPI are asked."""
+    flags.DEFINE_string(
+        "coordinator_address", "", "host:port of process 0, where there are several.", flag_values=flag_values
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=flag_values)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=flag_values)
+
+
+def connect_from_flags(flag_values: flags.FlagValues) -> None:
+    """Joins the processes that the flags of `define_host_flags` name."""
+    connect(**{name: flag_values[name].value for name in _HOST_FLAGS})
 
 
 def define_model_flags(flag_values: flags.FlagValues) -> None:
@@ -101,6 +118,6 @@ def sampling_flags(flag_values: flags.FlagValues) -> dict[str, Any]:
 
 def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> LanguageModel:
     """Loads what the flags of `define_model_flags` name; `with_base` as for `load_named`."""
-    connect(flag_values)
+    connect_from_flags(flag_values)
     names = ("model", "adapter", "run", "dtype", "quantization", "revision", "mask_token", "mesh")
     return load_named(**{name: flag_values[name].value for name in names}, with_base=with_base)

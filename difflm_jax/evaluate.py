@@ -18,7 +18,9 @@ from absl import flags
 from difflm_jax.cli import define_model_flags, define_sampling_flags, load_from_flags, run_command, sampling_flags
 from difflm_jax.data.batches import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
-from difflm_jax.distributed.mesh import is_writer, make_mesh, place, row_shards, rows_of_process
+from difflm_jax.distributed.mesh import make_mesh, row_shards
+from difflm_jax.distributed.processes import is_writer
+from difflm_jax.distributed.sharding import place, rows_of_process
 from difflm_jax.errors import UserError
 from difflm_jax.evaluation.fluency import print_fluency
 from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise

@@ -16,7 +16,9 @@ from difflm_jax.checkpoint.diffusion_config import model_card
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.peft import save_adapter
 from difflm_jax.checkpoint.source import Source
-from difflm_jax.distributed.mesh import by_one_process, over_rows, place, row_shards, to_host
+from difflm_jax.distributed.mesh import row_shards
+from difflm_jax.distributed.processes import by_one_process
+from difflm_jax.distributed.sharding import over_rows, place, to_host
 from difflm_jax.errors import UserError
 from difflm_jax.models.attention import BLOCK_RULES, positions_of
 from difflm_jax.models.config import ModelConfig

@@ -22,13 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.source import read_model_config
 from difflm_jax.cli import run_command
 from difflm_jax.config.files import load_config, phase_config, quantization, take_overrides
-from difflm_jax.distributed.mesh import AXES, row_shards
+from difflm_jax.distributed.mesh import AXES, abstract_mesh, mesh_of, row_shards
 from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.flops import peak_flops
@@ -38,7 +37,6 @@ from difflm_jax.planning.hlo import collective_bytes
 from difflm_jax.planning.jobs import (
     Estimate,
     Job,
-    abstract_mesh,
     compiled_parts,
     estimate,
     largest_batch,
@@ -155,7 +153,7 @@ def _compiled(described: _Described, chip: Chip) -> dict[str, Any]:
         devices = absent_devices(chip, count)
     elif (devices := jax.devices()[:count]) and len(devices) < count:
         raise UserError(f"--compile: there are {len(devices)} devices here, and the mesh has {count}")
-    mesh = Mesh(np.array(devices).reshape(described.sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = mesh_of(np.array(devices).reshape(described.sizes))
     start = time.perf_counter()
     on_cpu = chip.platform == "cpu"
     job = described.job(mesh, described.rows, on_cpu)

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from difflm_jax.cli import run_command
+from difflm_jax.cli import connect_from_flags, define_host_flags, run_command
 from difflm_jax.config.files import load_config, take_overrides
-from difflm_jax.distributed.processes import connect, define_host_flags
 from difflm_jax.errors import exit_with_errors
 from difflm_jax.evaluation.report import print_report
 from difflm_jax.evaluation.tasks import read_questions
@@ -37,7 +36,7 @@ def command(argv: Sequence[str]) -> int:
 
     def main(flag_values: flags.FlagValues) -> None:
         config = load_config(flag_values.config, overrides, flag_values.hyper_parameters_json)
-        connect(flag_values)
+        connect_from_flags(flag_values)
         report = config.report
         questions = read_questions(report.data, report.rows) if report.data else []  # bad rows stop a run at its start
         if flag_values.preview:

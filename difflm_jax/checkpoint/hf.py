@@ -17,7 +17,7 @@ from difflm_jax.checkpoint.diffusion_config import write_diffusion_config
 from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, get_path, set_path
 from difflm_jax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
 from difflm_jax.checkpoint.source import Source
-from difflm_jax.distributed.mesh import place_leaf, shardings_of, to_host, to_mesh
+from difflm_jax.distributed.sharding import place_leaf, shardings_of, to_host, to_mesh
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.weights import Row, table

@@ -1,50 +1,75 @@
-"""Several processes, one a host or a device, that work as one: found by themselves on a cluster, or told by flags.
+"""Several processes, one per host or per device, that work as one: how they join, agree and write.
 
-Everything that a run reads and writes lies where every process sees it. Process 0 alone writes logs, metrics,
-what a phase trained and the terminal; checkpoints are written by all, each its part.
+Everything that a run reads and writes is where every process sees it. Process 0 alone writes logs, metrics, what a
+phase trained and the terminal. All processes write checkpoints, each its part.
 """
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from absl import flags
+import numpy as np
+from jax.experimental import multihost_utils
 
 from difflm_jax.errors import UserError, one_line
 
 
-def define_host_flags(flag_values: flags.FlagValues) -> None:
-    """The flags that name the other processes; without them Cloud TPU, SLURM and Open MPI are asked."""
-    flags.DEFINE_string(
-        "coordinator_address", "", "host:port of process 0, where there are several.", flag_values=flag_values
-    )
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=flag_values)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=flag_values)
+def connect(coordinator_address: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the other processes, if there are any; call it before anything touches a device.
 
-
-def connect(flag_values: flags.FlagValues) -> None:
-    """Joins the other processes, if there are any; before anything touches a device.
-
-    Raises `UserError` for flags that do not belong together and for a coordinator that cannot be reached.
+    Without arguments Cloud TPU, SLURM and Open MPI are asked. Raises `UserError` for arguments that do not belong
+    together and for a coordinator that cannot be reached.
     """
-    named = {name: flag_values[name].value for name in ("coordinator_address", "num_processes", "process_id")}
+    named = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     given = [name for name, value in named.items() if value not in ("", None)]
     if given and len(given) < 3:
         missing = ", ".join(f"--{name}" for name in named if name not in given)
         raise UserError(f"--{given[0]} needs {missing} too: every process is told all three")
     if given:
-        count, index = named["num_processes"], named["process_id"]
-        if count < 1 or not 0 <= index < count:
-            raise UserError(f"--process_id={index}: must be at least 0 and below --num_processes={count}")
-        if count > 1:
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id={process_id}: must be at least 0 and below --num_processes={num_processes}")
+        if num_processes > 1:
             _initialise(**named)
     elif _on_a_cluster(os.environ):
         _initialise()
     if jax.process_count() > 1:
         _quieten()
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes what is written once: logs, metrics, what a phase trained."""
+    return jax.process_index() == 0
+
+
+def agreed(here: bool) -> bool:
+    """Whether something holds in every process (which must all ask)."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.asarray(here)).all())
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def by_one_process(write: Callable[[], None], what: str) -> None:
+    """Calls `write` in process 0 while the others wait; a failure there is a failure in all of them.
+
+    `what` names what is written. Process 0 raises what `write` raises, the others raise `UserError`.
+    """
+    error = None
+    if is_writer():
+        try:
+            write()
+        except Exception as found:
+            error = found
+    if not agreed(error is None):
+        raise error or UserError(f"{what}: process 0 could not write it, and says why")
 
 
 def _on_a_cluster(environment: dict[str, str] | os._Environ) -> bool:
@@ -59,7 +84,7 @@ def _on_a_cluster(environment: dict[str, str] | os._Environ) -> bool:
 
 
 def _quieten() -> None:
-    """Leaves standard output to process 0 and to what this program prints: libraries underneath print there too."""
+    """Leaves standard output to process 0 and to this program's own prints: libraries print there too."""
     ours = os.dup(1) if jax.process_index() == 0 else os.open(os.devnull, os.O_WRONLY)
     sys.stdout.flush()
     os.dup2(2, 1)
@@ -83,7 +108,7 @@ def _initialise(**named: str | int) -> None:
 
 @contextlib.contextmanager
 def _without_proxies() -> Iterator[None]:
-    """gRPC sends even what is meant for a neighbour through an HTTP proxy, where it waits for ever."""
+    """Hides HTTP proxies from gRPC, which would send even a neighbour's messages there and wait for ever."""
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     for name in proxies:
         del os.environ[name]

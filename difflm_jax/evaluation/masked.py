@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums
-from difflm_jax.distributed.mesh import batch_sharding, place_rows
+from difflm_jax.distributed.sharding import batch_sharding, place_rows
 from difflm_jax.training.step import StepOptions, make_eval_step
 
 

@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, and what share of the hardware's peak they are."""
 
-from difflm_jax.models.weights import PROJECTIONS, table
-from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.lora import LoraConfig
+from difflm_jax.models.weights import PROJECTIONS, table
 
 # Dense bfloat16 peak of one device in FLOP/s by the beginning of jax's `device_kind`, from the vendors' data sheets
 # (cloud.google.com/tpu/docs, NVIDIA's architecture white papers; figures "with sparsity" halved). A TPU v2 or v3

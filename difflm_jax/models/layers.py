@@ -11,15 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from difflm_jax.ops.cpu import kept
-from difflm_jax.models.lora import LoraConfig, lora_down, lora_up
+from difflm_jax.distributed.collectives import ROW_PARALLEL, gathered, summed
 from difflm_jax.models.attention import Window
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.ops.attention_kernels import KERNELS
+from difflm_jax.models.lora import LoraConfig, lora_down, lora_up
 from difflm_jax.models.rope import rotate
-from difflm_jax.ops.random import fold_seeds
-from difflm_jax.distributed.collectives import ROW_PARALLEL, gathered, summed
+from difflm_jax.ops.attention_kernels import KERNELS
+from difflm_jax.ops.cpu import kept
 from difflm_jax.ops.matmul import matmul
+from difflm_jax.ops.random import fold_seeds
 
 # Names in remat policies.
 PROJECTION, LOW_RANK = "projection", "low_rank"

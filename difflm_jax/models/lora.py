@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.errors import UserError
-from difflm_jax.distributed.mesh import place_leaf
-from difflm_jax.ops.random import element_bits
 from difflm_jax.distributed.collectives import TENSOR, varies
+from difflm_jax.distributed.sharding import place_leaf
+from difflm_jax.errors import UserError
 from difflm_jax.ops.matmul import matmul
+from difflm_jax.ops.random import element_bits
 from difflm_jax.quant import QTensor, dequantize
 
 ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -70,7 +70,7 @@ def lora_up(low_BLR: jax.Array, lora_B: jax.Array, config: LoraConfig) -> jax.Ar
 def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
     """`x` with the share `rate` of its elements set to zero and the others divided by 1 - rate.
 
-    An element's fate is a function of its token's seed (`difflm_jax.ops.random`) and its place in the token's vector, so it
+    An element's fate is a function of its token's seed (`ops.random`) and its place in the token's vector, so it
     depends neither on the other tokens and rows nor on how they are padded, packed or divided over devices.
     """
     width = x_BLD.shape[-1]

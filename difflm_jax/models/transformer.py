@@ -7,15 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from difflm_jax.ops.cpu import bits_of
-from difflm_jax.models.lora import LoraConfig
-from difflm_jax.models.attention import Window, attention_mask
-from difflm_jax.ops.attention import ATTENTION_OUTPUT
-from difflm_jax.models.config import ModelConfig
-from difflm_jax.ops.attention_kernels import FUSED_FORWARD
-from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
-from difflm_jax.models.rope import rope_tables
 from difflm_jax.distributed.collectives import lookup, rows_together, whole_vocabulary
+from difflm_jax.models.attention import Window, attention_mask
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
+from difflm_jax.models.lora import LoraConfig
+from difflm_jax.models.rope import rope_tables
+from difflm_jax.ops.attention import ATTENTION_OUTPUT
+from difflm_jax.ops.attention_kernels import FUSED_FORWARD
+from difflm_jax.ops.cpu import bits_of
 from difflm_jax.ops.matmul import matmul
 
 _policies = jax.checkpoint_policies
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
 
         `positions_BT` counts real tokens, `valid_BT` is False at padding. `window` places the tokens in a canvas whose
         keys are in the `cache` collection; `prompt_lengths`, `noisy_T`, `segments_BT` and `open_BTS` are those of
-        `attention_mask`; `dropout_seeds_BT` are those of `difflm_jax.models.lora.dropout` (None: no dropout). `block_length`
+        `attention_mask`; `dropout_seeds_BT` are those of `lora.dropout` (None: no dropout). `block_length`
         [] takes the place of the model's own, for blocks that grow. `row_lengths_B` are the real tokens of rows that
         hold one example each, padded on the right: what a fused kernel needs to know of `full` attention within them.
         """

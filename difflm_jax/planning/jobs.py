@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.config.files import lora_config, phase_config, quantization
 from difflm_jax.data.packing import PACKED
 from difflm_jax.diffusion.corruption import CleanBatch
-from difflm_jax.distributed.mesh import AXES, abstract, batch_sharding, row_shards, rows_spec
+from difflm_jax.distributed.mesh import AnyMesh, row_shards
+from difflm_jax.distributed.sharding import abstract, batch_sharding, rows_spec
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import init_lora
 from difflm_jax.models.transformer import Transformer
@@ -33,16 +34,9 @@ from difflm_jax.training.parameters import Collections
 from difflm_jax.training.step import TrainState, make_train_step
 from difflm_jax.utils.dtypes import DTYPES
 
-AnyMesh = Mesh | AbstractMesh
-
 # What XLA assigns to a working set, over what it must hold at once: copies in other layouts, a schedule that is not the
 # best, holes. From 1.6 to 2.0 in the training steps that were compiled for a CPU, 1.5 in a generation.
 TRAINING_MARGIN, SAMPLING_MARGIN = 1.75, 1.4
-
-
-def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
-    """A mesh without devices."""
-    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from difflm_jax.distributed.mesh import row_shards, to_host
+from difflm_jax.distributed.mesh import row_shards
+from difflm_jax.distributed.sharding import to_host
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.sampling.caches import BLOCK_CACHE_RULES, Canvas, generate_on, row_sampling_keys

@@ -24,7 +24,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from difflm_jax.distributed.mesh import over_rows
+from difflm_jax.distributed.sharding import over_rows
 from difflm_jax.models.attention import BLOCK_RULES, Window, positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.sampling.loop import Carry, Loop, Plan, Predict, prepare

@@ -19,7 +19,8 @@ import numpy as np
 
 from difflm_jax.diffusion.corruption import Corruption, NoisyBatch
 from difflm_jax.diffusion.objective import predicting_states_of
-from difflm_jax.distributed.mesh import over_rows, row_shards, to_host
+from difflm_jax.distributed.mesh import row_shards
+from difflm_jax.distributed.sharding import over_rows, to_host
 from difflm_jax.errors import UserError
 from difflm_jax.models.attention import BLOCK_RULES, positions_of
 from difflm_jax.models.transformer import Transformer, head_weight

@@ -23,7 +23,7 @@ import tensorstore
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
-from difflm_jax.distributed.mesh import agreed, is_writer, wait_for_all
+from difflm_jax.distributed.processes import agreed, is_writer, wait_for_all
 from difflm_jax.errors import UserError, one_line
 
 Tree = Any

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from difflm_jax.data.batches import batches, plan_batches, prefetch
 from difflm_jax.data.packing import Batching
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
-from difflm_jax.distributed.mesh import agreed, batch_sharding, is_writer, place, place_rows, rows_of_process
+from difflm_jax.distributed.processes import agreed, is_writer
+from difflm_jax.distributed.sharding import batch_sharding, place, place_rows, rows_of_process
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
 from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
 from difflm_jax.models.transformer import Transformer

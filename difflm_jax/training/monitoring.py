@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from difflm_jax.distributed.mesh import is_writer
+from difflm_jax.distributed.processes import is_writer
 
 HEARTBEAT_FILE = "heartbeat.json"
 

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.config.files import lora_config
-from difflm_jax.distributed.mesh import by_one_process, place, place_leaf, to_host
+from difflm_jax.distributed.processes import by_one_process
+from difflm_jax.distributed.sharding import place, place_leaf, to_host
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.models.lora import LoraConfig, init_lora

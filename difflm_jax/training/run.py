@@ -11,7 +11,8 @@ from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.config.files import CONVERTED, notes, phase_config, quantization, to_json
 from difflm_jax.data.batches import describe, split, tokenize
 from difflm_jax.distributed.collectives import FSDP
-from difflm_jax.distributed.mesh import by_one_process, check_model, is_writer, make_mesh, row_shards
+from difflm_jax.distributed.mesh import check_model, make_mesh, row_shards
+from difflm_jax.distributed.processes import by_one_process, is_writer
 from difflm_jax.errors import RunInterruptedError, UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import open_model

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums, loss_sums
 from difflm_jax.distributed.collectives import DATA, FSDP, ROW_AXES, varies
-from difflm_jax.distributed.mesh import rows_spec, specs
+from difflm_jax.distributed.sharding import rows_spec, specs
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.optimizer import global_norm
 

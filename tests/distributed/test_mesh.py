@@ -1,50 +1,37 @@
-"""How arrays lie on a mesh, and what does not divide; numbers on real meshes are tested in tests/multi_device."""
+"""Which meshes are built and which refused; numbers on real meshes are tested in tests/multi_device."""
 
 import dataclasses
+import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
-from jax.sharding import PartitionSpec as P
 
-from difflm_jax.distributed.mesh import by_one_process, check_model, make_mesh, rows_of_process, specs
+from difflm_jax.distributed.mesh import by_links, check_model, make_mesh
+from difflm_jax.distributed.sharding import rows_of_process
 from difflm_jax.errors import UserError
-from difflm_jax.models.lora import LoraConfig, init_lora
-from difflm_jax.planning.jobs import abstract_mesh
-from difflm_jax.quant import QuantConfig, quantize
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import tiny_config
 
 
-def test_specs_of_every_kind_of_leaf():
-    config = tiny_config()
-    params = tiny_params(config)
-    mesh = abstract_mesh(2, 2, 2)
-    found = specs(params, mesh)
-    layer = found["layers"]
-    assert layer["self_attn"]["q_proj"]["weight"] == P(None, ("tensor", "fsdp"), None)
-    assert layer["mlp"]["down_proj"]["weight"] == P(None, "fsdp", "tensor")
-    assert layer["input_layernorm"]["weight"] == layer["self_attn"]["q_norm"]["weight"] == P()
-    assert found["embed_tokens"]["weight"] == P(("fsdp", "tensor"), None)
-    lora = init_lora(jax.random.key(0), params, LoraConfig(r=2), params["embed_tokens"]["weight"][0])
-    found = specs({"mu": lora}, mesh)["mu"]["layers"]["mlp"]
-    assert found["up_proj"] == {"lora_A": P(), "lora_B": P(None, "tensor", None)}
-    assert found["down_proj"] == {"lora_A": P(None, None, "tensor"), "lora_B": P()}
-    weight = jax.vmap(lambda w: quantize(w, QuantConfig("nf4", 16)))(params["layers"]["mlp"]["up_proj"]["weight"])
-    found = specs({"layers": {"mlp": {"up_proj": {"weight": weight}}}}, mesh)["layers"]["mlp"]["up_proj"]["weight"]
-    assert found.codes == P(None, ("tensor", "fsdp"), None)
-    assert found.scales.codes == P(None, "fsdp", None)  # nested scales are whole along `tensor`
-    assert found.scales.absmax == found.scales.offset == P()
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip of a TPU slice, as jax describes it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str = "TPU v6 lite"
+    platform: str = "tpu"
+    core_on_chip: int = 0
 
 
-def test_an_axis_of_one_device_divides_nothing():
-    params = tiny_params(tiny_config())
-    assert set(jax.tree.leaves(specs(params, abstract_mesh(8, 1, 1)))) == {P()}
-    found = specs(params, abstract_mesh(2, 4, 1))
-    assert found["layers"]["self_attn"]["q_proj"]["weight"] == P(None, "fsdp", None)
-    assert found["layers"]["mlp"]["down_proj"]["weight"] == P(None, "fsdp", None)
-    assert found["embed_tokens"]["weight"] == P("fsdp", None)
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 4, 2), (2, 2, 4), (16, 1, 1)])
+def test_devices_that_talk_most_are_neighbours_of_a_tpu_slice(shape):
+    """On 4x4 chips, also where the shape splits an axis of the slice, which `jax.make_mesh` refuses."""
+    chips = [Chip(x + 4 * y, (x, y, 0)) for y in range(4) for x in range(4)]
+    found = by_links(chips, shape)
+    assert found.shape == shape and {chip.id for chip in found.flat} == set(range(16))
+    for row in found.reshape(-1, shape[-1]):
+        for one, other in itertools.pairwise(row):
+            assert sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
 
 
 def test_a_mesh_that_is_too_large_or_not_told_is_refused():
@@ -72,28 +59,3 @@ def test_a_model_that_does_not_divide_is_refused_by_name(sizes, block_size, mess
 
     with pytest.raises(UserError, match=message):
         check_model(tiny_config(), block_size, Shaped({"data": 1, "fsdp": 1, "tensor": 1, **sizes}))
-
-
-def test_without_a_mesh_the_model_is_whole():
-    from difflm_jax.distributed.collectives import everywhere, gathered, lookup, summed
-
-    x = jnp.arange(6.0).reshape(2, 3)
-    for function in (gathered, summed, everywhere):
-        assert function(x) is x
-    np.testing.assert_array_equal(lookup(x, jnp.array([[1, 0]])), x[jnp.array([[1, 0]])])
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_write_that_fails_in_one_process_fails_in_all(monkeypatch, index):
-    def write():
-        raise UserError("out: no space left")
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: index)
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda here: np.array([False, True]))
-    with pytest.raises(UserError, match=["no space left", "out: process 0 could not write it"][index]):
-        by_one_process(write, "out")
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda here: np.array([True, True]))
-    written = []
-    by_one_process(lambda: written.append(index), "out")
-    assert written == ([0] if index == 0 else [])

@@ -6,9 +6,9 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.flops import mfu, peak_flops, train_flops_per_token
+from difflm_jax.models.lora import LoraConfig
 
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.models.lora import LoraConfig, init_lora, merge_lora
 from difflm_jax.models.attention import Window, positions_of
+from difflm_jax.models.lora import LoraConfig, init_lora, merge_lora
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.ops.random import token_seeds
 from tests.tiny import tiny_config, tiny_params

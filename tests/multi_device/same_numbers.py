@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
-from difflm_jax.distributed.mesh import batch_sharding, make_mesh, place, place_rows
+from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.sharding import batch_sharding, place, place_rows
 from difflm_jax.evaluation.masked import Evaluator, summarise
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer

@@ -12,7 +12,8 @@ CODE = (
     + """
 import json, re
 import jax, optax
-from difflm_jax.distributed.mesh import batch_sharding, make_mesh, place, place_rows
+from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.sharding import batch_sharding, place, place_rows
 from difflm_jax.planning.costs import costs
 from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import TrainState, make_train_step

@@ -17,7 +17,8 @@ from difflm_jax.checkpoint.hf import load_params
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.loading import open_model
 from difflm_jax.models.lora import LoraConfig, init_lora
-from difflm_jax.distributed.mesh import make_mesh, place
+from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.sharding import place
 from difflm_jax.quant import QuantConfig
 
 source = open_source({model!r})

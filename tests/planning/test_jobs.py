@@ -10,10 +10,10 @@ import pytest
 
 from difflm_jax import plan
 from difflm_jax.config.files import load_config, lora_config
-from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.mesh import abstract_mesh, make_mesh
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.flops import train_flops_per_token
-from difflm_jax.planning.jobs import abstract_mesh, compiled_parts, estimate, largest_batch, sampling_job, training_job
+from difflm_jax.planning.jobs import compiled_parts, estimate, largest_batch, sampling_job, training_job
 from tests.tiny import HF
 
 SMALL = {

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.distributed.mesh import make_mesh, place
+from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.sharding import place
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.sampling.batching import Decoder
