@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from difflm_jax.config.files import load_config
-from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.mesh import abstract_mesh, make_mesh
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.ops import attention_kernels
 from difflm_jax.ops.attention import attend
-from difflm_jax.planning.jobs import abstract_mesh, estimate, training_job
+from difflm_jax.planning.jobs import estimate, training_job
 from tests.tiny import HF
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from difflm_jax.config.files import load_config
-from difflm_jax.distributed.mesh import make_mesh
+from difflm_jax.distributed.mesh import abstract_mesh, make_mesh
 from difflm_jax.errors import UserError
 from difflm_jax.models.attention import attention_mask
 from difflm_jax.models.config import ModelConfig
@@ -16,7 +16,7 @@ from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.ops import attention_kernels, attention_tpu
 from difflm_jax.ops.attention import attend
-from difflm_jax.planning.jobs import abstract_mesh, estimate, training_job
+from difflm_jax.planning.jobs import estimate, training_job
 from tests.tiny import HF, tiny_config, tiny_params
 
 interpreted = functools.partial(attention_tpu.flash_attend, interpret=True)
