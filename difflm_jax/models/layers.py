@@ -53,11 +53,10 @@ class Linear(nn.Module):
     """
 
     lora: LoraConfig | None
-    on_cpu: bool
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, low_BLR: jax.Array | None) -> jax.Array:
-        y = matmul(x_BLD, gathered(self.variable("params", "weight", stored).value), wide=self.on_cpu)
+        y = matmul(x_BLD, gathered(self.variable("params", "weight", stored).value))
         if low_BLR is not None:
             y = y + lora_up(low_BLR, self.variable("lora", "lora_B", stored).value, self.lora)
         if self.name in ROW_PARALLEL:
@@ -96,7 +95,6 @@ class Attention(nn.Module):
     config: ModelConfig
     lora: LoraConfig | None
     kernel: str
-    on_cpu: bool
 
     @nn.compact
     def __call__(
@@ -110,7 +108,7 @@ class Attention(nn.Module):
     ) -> jax.Array:
         config = self.config
         batch, length, _ = x_BTD.shape
-        projections = [Linear(self.lora, self.on_cpu, name=name) for name in ("q_proj", "k_proj", "v_proj")]
+        projections = [Linear(self.lora, name=name) for name in ("q_proj", "k_proj", "v_proj")]
         q_BTHE, k_BSKE, v_BSKE = (
             projected.reshape(batch, length, -1, config.head_dim)  # as many heads as this device has
             for projected in adapted(projections, x_BTD, seeds_BT, _ATTENTION_INPUT)
@@ -121,7 +119,7 @@ class Attention(nn.Module):
         q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
         k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
         y_BTHE = KERNELS[self.kernel](q_BTHE, k_BSKE, v_BSKE, mask_BTS, lengths_B)
-        output = Linear(self.lora, self.on_cpu, name="o_proj")
+        output = Linear(self.lora, name="o_proj")
         return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT)[0]
 
     def _cached(self, name: str, new_BTKE: jax.Array, window: Window | None) -> jax.Array:
@@ -142,13 +140,12 @@ class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
     lora: LoraConfig | None
-    on_cpu: bool
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, seeds_BL: jax.Array | None) -> jax.Array:
-        projections = [Linear(self.lora, self.on_cpu, name=name) for name in ("gate_proj", "up_proj")]
+        projections = [Linear(self.lora, name=name) for name in ("gate_proj", "up_proj")]
         gate_BLF, up_BLF = adapted(projections, x_BLD, seeds_BL, _MLP_INPUT)
-        down = Linear(self.lora, self.on_cpu, name="down_proj")
+        down = Linear(self.lora, name="down_proj")
         # One rounding: between operations in bfloat16 there would be one each, and half of the time is theirs on a CPU.
         hidden_BLF = nn.silu(gate_BLF.astype(jnp.float32)) * up_BLF.astype(jnp.float32)
         return adapted([down], hidden_BLF.astype(x_BLD.dtype), seeds_BL, _MLP_HIDDEN)[0]
@@ -160,7 +157,6 @@ class Layer(nn.Module):
     config: ModelConfig
     lora: LoraConfig | None
     attention_kernel: str
-    on_cpu: bool
 
     @nn.compact
     def __call__(
@@ -181,7 +177,7 @@ class Layer(nn.Module):
             seeds_BT = fold_seeds(seeds_BT, layer_index)
         epsilon = self.config.rms_norm_eps
         h_BTD = RMSNorm(epsilon, name="input_layernorm")(x_BTD)
-        attention = Attention(self.config, self.lora, self.attention_kernel, self.on_cpu, name="self_attn")
+        attention = Attention(self.config, self.lora, self.attention_kernel, name="self_attn")
         x_BTD = x_BTD + attention(h_BTD, rope, mask_BTS, lengths_B, seeds_BT, window)
         h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
-        return x_BTD + MLP(self.lora, self.on_cpu, name="mlp")(h_BTD, seeds_BT), None
+        return x_BTD + MLP(self.lora, name="mlp")(h_BTD, seeds_BT), None

@@ -42,8 +42,7 @@ class Transformer(nn.Module):
     Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
     "block" and "block_causal"; `attention_kernel` (a key of `models.kernels.KERNELS`) computes it. `remat` (a key of
     `REMAT`) says what the backward pass computes again. `unroll`: every layer is compiled for itself, in place of one
-    loop over a stack. `on_cpu`: that loop takes its slices of bfloat16 weights as `difflm_jax.ops.cpu`, and sums of
-    products are asked for in float32.
+    loop over a stack. `on_cpu`: that loop takes its slices of bfloat16 weights as bits (`difflm_jax.ops.cpu`).
     """
 
     config: ModelConfig
@@ -112,7 +111,7 @@ class Transformer(nn.Module):
         if self.on_cpu:
             layers = nn.map_variables(layers, "params", _matrices_as_bits)
         x_BTD = self.embed(tokens_BT)
-        stack = layers(self.config, self.lora, self.attention_kernel, self.on_cpu, name="layers")
+        stack = layers(self.config, self.lora, self.attention_kernel, name="layers")
         lengths_B = row_lengths_B if self.attention == "full" and open_BTS is None else None
         arguments = (rope, mask_BTS, lengths_B, dropout_seeds_BT, window)
         x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), *arguments)

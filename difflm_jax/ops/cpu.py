@@ -1,8 +1,9 @@
-"""bfloat16 arrays as integers of the same bits, where a loop takes slices of a stack or puts them into one.
+"""Workaround for XLA on CPUs: keeps bfloat16 stacks as uint16 inside scans.
 
-XLA's CPU backend moves no bfloat16: it turns the whole stack into float32 before the loop, twice the base in memory,
-and every slice back. Integers it moves as they are, though the change of type is a copy of the stack, once the base.
-Other backends need none of this: weights are left as they are there (`Transformer.on_cpu`).
+XLA's CPU backend moves no bfloat16. It turns the whole stack into float32 before a loop, twice the base in memory, and
+every slice back. It moves integers unchanged, though the change of type copies the stack once. Other backends need none
+of this, and would pay for that copy: `Transformer.on_cpu` says where it is wanted. `jax.lax.platform_dependent` cannot
+choose at lowering here, because its branches must return one dtype.
 """
 
 import functools
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 
 def bits_of(tree: Any) -> Any:
-    """A tree whose bfloat16 leaves are uint16; no weight is stored in that type otherwise."""
+    """`tree` with its bfloat16 leaves as uint16. No weight is stored in uint16 otherwise."""
     return jax.tree.map(lambda x: _bits(x) if x.dtype == jnp.bfloat16 else x, tree)
 
 
@@ -25,17 +26,17 @@ def floats_of(tree: Any) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def kept(x: jax.Array, name: str) -> jax.Array:
-    """`x`, which a remat policy knows as `name`; a stack of them over layers holds bits."""
+    """Returns `x`, named for remat policies; what a scan saves of it over the layers is bits."""
     return named(x, name)
 
 
 @kept.defjvp
 def _kept_jvp(name: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return named(primals[0], name), tangents[0]  # a policy does not look into a call of `kept` itself
+    return named(primals[0], name), tangents[0]  # a remat policy does not look inside a call of `kept`
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
-    """What `kept` is once it was differentiated: for rules that are written by hand, which nothing differentiates."""
+    """Like `kept`, for use inside hand-written VJP rules, which are never differentiated."""
     return floats_of(checkpoint_name(bits_of(x), name))
 
 

@@ -1,10 +1,8 @@
-"""Products of activations with weights: dense or quantised, frozen or trained.
+"""Matrix products of activations with weights: dense or quantised, frozen or trained.
 
 Sums are made in float32 and rounded once, in the forward and in the backward pass. That needs gradients of our own: by
-jax's rule a float32 sum has a float32 gradient, and the products behind it are no longer of bfloat16 numbers. XLA's CPU
-backend uses a processor's matrix unit for bfloat16 only where the sum is asked for in float32: on a Xeon with AMX it is
-four to five times as fast as otherwise, and as float32. Its GPU backend sums in float32 whatever it is asked for, but
-writes what was asked for: in bfloat16 a product of a Qwen3-4B layer took 0.76 ms of an H200, in float32 0.90.
+jax's rule a float32 sum has a float32 gradient, and the matmuls of the backward pass would not take bfloat16 operands.
+What is asked of the backend for that sum is chosen when the program is lowered (`summed_product`).
 """
 
 import functools
@@ -20,18 +18,17 @@ from difflm_jax.ops.gradients import is_differentiated, values
 from difflm_jax.quant.qtensor import QTensor, dequantize, own_scales
 
 
-def matmul(x: jax.Array, w: jax.Array | QTensor, dtype: Any = None, wide: bool = True) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array | QTensor, dtype: Any = None) -> jax.Array:
     """`x` [..., in] times `w` [out, in] -> [..., out] in `dtype`, that of `x` by default.
 
-    Weights keep Hugging Face's [out, in] order: the contraction is over the last axis of both, which costs nothing
-    against [in, out] (measured on CPU), and neither import nor export transposes. `w` takes part in the dtype of `x`.
-    It has a gradient, in its own dtype, where it is differentiated (a factor of LoRA, a weight that is trained in
-    full); a frozen one costs neither that product nor the memory for `x`, and may be quantised or come as
-    `ops.cpu`. `wide`: sums are asked for in float32, as a CPU needs it; otherwise the backend rounds its own.
+    Weights keep Hugging Face's [out, in] order: the contraction is over the last axis of both, which costs no more than
+    [in, out] (measured on CPU), and neither import nor export transposes. `w` is cast to the dtype of `x`. It has a
+    gradient, in its own dtype, if it is differentiated (a factor of LoRA, a weight that is trained in full). A frozen
+    one costs neither that matmul nor the memory for `x`, and may be quantised or stored as `ops.cpu` bits.
     """
     w = own_scales(w) if isinstance(w, QTensor) else varying_with(w, x)
     rows = _rows(varying_with(x, w))
-    return _product(jnp.dtype(dtype or x.dtype), x.dtype, wide, rows, w).reshape(*x.shape[:-1], w.shape[0])
+    return _product(jnp.dtype(dtype or x.dtype), x.dtype, rows, w).reshape(*x.shape[:-1], w.shape[0])
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -40,28 +37,42 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def summed_product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any, wide: bool = True) -> jax.Array:
-    """The product of two matrices over axis `over[0]` of `a` and `over[1]` of `b`, summed in float32, in `dtype`."""
-    dimensions = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32 if wide else dtype).astype(dtype)
+def summed_product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
+    """The product of two matrices over axis `over[0]` of `a` and `over[1]` of `b`, summed in float32, in `dtype`.
+
+    XLA's CPU backend uses the matrix unit for bfloat16 (AMX) only where a float32 result is asked for: that is four to
+    five times as fast. GPUs sum in float32 in any case but write what was asked for: 0.90 ms in float32 and 0.76 in
+    bfloat16 for a matmul of a Qwen3-4B layer on an H200. The branch of the other platforms is not compiled.
+    """
+    product = functools.partial(_dot, over)
+    if jnp.dtype(dtype) == jnp.float32:
+        return product(jnp.float32, a, b)
+    wide = functools.partial(product, jnp.float32)
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: wide(a, b).astype(dtype), default=functools.partial(product, dtype)
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(dtype: Any, given_dtype: Any, wide: bool, rows: jax.Array, w: jax.Array | QTensor) -> jax.Array:
-    return summed_product(rows, _dense(w, given_dtype), (1, 1), dtype, wide)
+def _dot(over: tuple[int, int], dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), preferred_element_type=dtype)
 
 
-def _forward(dtype, given_dtype, wide, rows, w):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(dtype: Any, given_dtype: Any, rows: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+    return summed_product(rows, _dense(w, given_dtype), (1, 1), dtype)
+
+
+def _forward(dtype, given_dtype, rows, w):
     is_trained = is_differentiated(w)
     rows, w = values(rows, w)
-    return _product(dtype, given_dtype, wide, rows, w), (rows if is_trained else None, w)
+    return _product(dtype, given_dtype, rows, w), (rows if is_trained else None, w)
 
 
-def _backward(dtype, given_dtype, wide, saved, gradient):
+def _backward(dtype, given_dtype, saved, gradient):
     rows, w = saved
     gradient = gradient.astype(given_dtype)
     # A quantised weight is decoded once more: keeping the decoded one would hold the model in full.
-    of_rows = summed_product(gradient, _dense(w, given_dtype), (1, 0), given_dtype, wide)
+    of_rows = summed_product(gradient, _dense(w, given_dtype), (1, 0), given_dtype)
     return of_rows, None if rows is None else summed_product(gradient, rows, (0, 0), w.dtype)
 
 

@@ -1,8 +1,11 @@
 """Products are summed in float32 and rounded once, forward and backward, whatever the dtype of their operands."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from difflm_jax.ops.matmul import matmul
 
@@ -48,3 +51,13 @@ def test_a_float32_master_gets_a_float32_gradient_from_bfloat16_activations():
     assert y.dtype == jnp.bfloat16 and gradient.dtype == jnp.float32
     expected = np.einsum("blr,bli->ri", np.asarray(ct, np.float64), np.asarray(x, np.float64))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("platform", "asked"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
+def test_only_the_platform_s_own_sum_is_compiled(platform, asked):
+    """A CPU is asked for float32 and rounds after, in both passes; nothing of the other branch reaches the program."""
+    x, w = operands()
+    gradient = jax.jit(jax.grad(lambda x: matmul(x, w).astype(jnp.float32).sum()))
+    text = gradient.trace(x).lower(lowering_platforms=(platform,)).as_text()
+    found = re.findall(r"dot_general.*-> tensor<\d+x\d+x(\w+)>", text)
+    assert found and set(found) == {asked}
