@@ -4,13 +4,27 @@ Shape letters used as suffixes everywhere: B batch, L sequence (T query, S key),
 E head dimension, F MLP, V vocabulary, N layers, R LoRA rank, M scored positions, G quantisation group, C chunk.
 """
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 # transformers announces that PyTorch is missing; only its tokenizers are used here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from difflm_jax.errors import UserError
-from difflm_jax.lm import Generation, LanguageModel
-from difflm_jax.loading import load
+if TYPE_CHECKING:
+    from difflm_jax.errors import UserError
+    from difflm_jax.lm import Generation, LanguageModel
+    from difflm_jax.loading import load
 
 __all__ = ["Generation", "LanguageModel", "UserError", "load"]
+
+_HOMES = {"Generation": "lm", "LanguageModel": "lm", "UserError": "errors", "load": "loading"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first used: `difflm --help` should not wait for jax."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

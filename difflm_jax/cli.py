@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import difflib
+import importlib
 import io
 import re
 import sys
@@ -121,3 +123,33 @@ def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> L
     connect_from_flags(flag_values)
     names = ("model", "adapter", "run", "dtype", "quantization", "revision", "mask_token", "mesh")
     return load_named(**{name: flag_values[name].value for name in names}, with_base=with_base)
+
+
+# What `difflm COMMAND` runs: the module of that name.
+COMMANDS = {
+    "train": "train a masked-diffusion model out of a causal one",
+    "generate": "answer prompts, fill masks, or chat",
+    "evaluate": "score a model next to its causal base",
+    "export": "write a PEFT adapter or a merged checkpoint",
+    "plan": "say whether a run will fit, and how long a step takes",
+    "plot": "draw the metrics of runs",
+    "harness": "run lm-evaluation-harness on a model",
+}
+
+
+def difflm(argv: Sequence[str] | None = None) -> int:
+    """The console script: `difflm COMMAND ...` is `python -m difflm_jax.COMMAND ...`."""
+    argv = list(sys.argv if argv is None else argv)
+    name = argv[1] if len(argv) > 1 else "--help"
+    if name in ("--help", "-h", "-help", "help"):
+        print("difflm COMMAND [--flags]     (difflm COMMAND --help lists the flags)\n")
+        print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
+        return 0
+
+    def command() -> int:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1, 0)[0]
+            raise UserError(f"{name}: no such command (did you mean difflm {near}? difflm --help lists them)")
+        return importlib.import_module(f"difflm_jax.{name}").command([f"difflm {name}", *argv[2:]])
+
+    return exit_with_errors(command)

@@ -10,6 +10,7 @@ the command, versions, seed, every figure and every answer as JSON.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -233,5 +234,10 @@ def masked_scores(
     return {**summarise(sums), "by_mask_rate": by_rate(sums)}
 
 
+def command(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` and returns the exit status."""
+    return run_command(main, FLAGS, __doc__, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, FLAGS, __doc__))
+    sys.exit(command(sys.argv))

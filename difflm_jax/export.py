@@ -6,6 +6,7 @@
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -41,5 +42,10 @@ def main(flag_values: flags.FlagValues) -> None:
     print(f"wrote {flag_values.out}")
 
 
+def command(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` and returns the exit status."""
+    return run_command(main, FLAGS, __doc__, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, FLAGS, __doc__))
+    sys.exit(command(sys.argv))

@@ -9,7 +9,7 @@ Without --prompt or --file it reads lines from a pipe (one prompt a line, one an
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,5 +171,10 @@ def _chat(lm: LanguageModel, answers: Callable[[list], list[str]]) -> None:
         print(answer)
 
 
+def command(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` and returns the exit status."""
+    return run_command(main, FLAGS, __doc__, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, FLAGS, __doc__))
+    sys.exit(command(sys.argv))

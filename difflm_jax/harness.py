@@ -1,4 +1,4 @@
-"""A model of lm-evaluation-harness (`pip install -e '.[lm_eval]'`), so that its tasks score a converted model.
+"""A model of lm-evaluation-harness (`pip install -e '.[lm-eval]'`), so that its tasks score a converted model.
 
     python -m difflm_jax.harness run --model difflm_jax --model_args run=runs/quickstart,samples=32 --tasks arc_easy
 
@@ -26,7 +26,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    missing = UserError(f"lm-evaluation-harness is not installed ({error}): pip install -e '.[lm_eval]'")
+    missing = UserError(f"lm-evaluation-harness is not installed ({error}): pip install -e '.[lm-eval]'")
     if __name__ == "__main__":
         sys.exit(f"error: {missing}")
     raise missing from error
@@ -195,7 +195,13 @@ def _flag(value: bool | str) -> bool:
     return value if isinstance(value, bool) else str(value).lower() in _TRUE
 
 
-if __name__ == "__main__":
+def command(argv: Sequence[str]) -> int:
+    """Runs lm-eval's own command line on `argv` and returns the exit status."""
     from lm_eval.__main__ import cli_evaluate
 
-    sys.exit(exit_with_errors(cli_evaluate))
+    sys.argv = list(argv)
+    return exit_with_errors(cli_evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv))

@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,5 +136,10 @@ def _mark_phases(axes: Any, records: list[dict[str, Any]]) -> None:
                           textcoords="offset points", fontsize="small", color="0.4")  # fmt: skip
 
 
+def command(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` and returns the exit status."""
+    return run_command(main, FLAGS, __doc__, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, FLAGS, __doc__))
+    sys.exit(command(sys.argv))
