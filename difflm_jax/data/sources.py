@@ -1,86 +1,75 @@
-"""Where rows come from: local files, a directory of them, the built-in sets, or the hub. Rows are streamed."""
+"""Where rows come from: local files and folders, the built-in sets, or the hub. Rows are streamed."""
 
-import csv
-import dataclasses
 import functools
 import hashlib
 import importlib.resources
-import json
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-
+from difflm_jax.data.readers import READERS, ending, endings, read_file
+from difflm_jax.data.rows import Row, RowError, Source
+from difflm_jax.data.splits import METADATA_FILES, Files, Part, files_by_split, parse_splits
+from difflm_jax.data.tables import BATCH_ROWS, table_rows
 from difflm_jax.errors import UserError, one_line
 
-_BATCH_ROWS = 1000
-_TEXT_PIECE_BYTES = 1 << 16
-_DOCUMENT_END = b"<|endoftext|>"
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+__all__ = ["Row", "RowError", "Source", "open_source"]
+
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 _UNREAD_ENDINGS = (".tsv", ".gz", ".zst", ".zip", ".arrow")
 _LOCAL_ALTERNATIVES = "a local .jsonl, .json, .parquet, .csv or .txt file, a directory of these, or builtin:NAME"
 
-csv.field_size_limit(2**31 - 1)  # its own limit, 131,072 characters, is less than a document
-
-
-class RowError(UserError):
-    """What is wrong with one row; whoever knows the row's origin adds it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row that is not parsed yet: `load()` gives its value or raises `RowError`.
-
-    `origin` is 'file:line', 'file[index]' or 'hubid[index]'. `continues` says that the text of this row goes on in the
-    next one, so that no document ends here.
-    """
-
-    origin: str
-    load: Callable[[], Any]
-    continues: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A data set that has been found: `rows()` streams it from the start; `fingerprint` changes with its contents."""
-
-    name: str
-    fingerprint: str
-    rows: Callable[[], Iterator[Row]]
+_Rows = Callable[[], Iterator[Row]]
 
 
 def open_source(dataset: str) -> Source:
     """Finds the data set that `dataset` names: a file, a directory, 'builtin:NAME', or a hub id.
 
-    A hub id may name a configuration and a split, 'id:config@split'; the split is 'train' without it. Raises
-    `UserError` for what is not there or not readable.
+    A name may end in a configuration and a split, 'NAME:CONFIG@SPLIT', where the split is written as for `datasets`
+    ('test', 'train[:10%]', 'train+test'); it is 'train' otherwise. Raises `UserError` for what is not there or not
+    readable.
     """
     if not dataset:
         raise UserError(f"dataset: is empty; give {_LOCAL_ALTERNATIVES}, or a hub id")
     if dataset.startswith("builtin:"):
-        return _files_source(dataset, [(dataset, _builtin_file(dataset.removeprefix("builtin:")))])
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return _files_source(dataset, _files_of_directory(dataset, path))
+        return _files_source(dataset, {"train": [(dataset, _builtin_file(dataset.removeprefix("builtin:")))]}, [])
+    if (found := _open_local(dataset, dataset, "")) is not None:
+        return found
+    name, at, splits = dataset.rpartition("@")
+    if at and (found := _open_local(dataset, name, splits)) is not None:
+        return found
+    name, splits = (name, splits) if at else (dataset, "train")
+    hub_id = _HUB_ID.fullmatch(name)
+    if hub_id is None or _looks_like_path(name):
+        raise UserError(f"{name}: no such file or directory")
+    parse_splits(splits, dataset)
+    return _hub_source(dataset, hub_id["id"], hub_id["config"], splits)
+
+
+def _open_local(dataset: str, name: str, splits: str) -> Source | None:
+    """The source `name` on this machine, None if there is none; `splits` are those asked for, as text."""
+    path = Path(name).expanduser()
+    parts = parse_splits(splits, dataset) if splits else [Part("train")]
     if path.is_file():
-        if path.suffix.lower() not in _READERS:
-            raise UserError(f"{dataset}: files that end in {path.suffix or 'nothing'} are not read; give {_endings()}")
-        return _files_source(dataset, [(dataset, path)])
-    hub_id = _HUB_ID.fullmatch(dataset)
-    if hub_id is None or _looks_like_path(dataset):
-        raise UserError(f"{dataset}: no such file or directory")
-    return _hub_source(dataset, hub_id["id"], hub_id["config"], hub_id["split"] or "train")
+        if ending(path) is None:
+            raise UserError(f"{name}: files that end in {path.suffix or 'nothing'} are not read; give {endings()}")
+        return _files_source(dataset, {"train": [(name, path)]}, parts)
+    if path.is_dir():
+        return _folder_source(dataset, name, path, None, parts)
+    folder, _, config = name.rpartition(":")
+    if re.fullmatch(r"[\w.-]+", config) and folder and Path(folder).expanduser().is_dir():
+        return _folder_source(dataset, folder, Path(folder).expanduser(), config, parts)
+    return None
 
 
-def _looks_like_path(dataset: str) -> bool:
+def _looks_like_path(name: str) -> bool:
     """Whether a name that is no file was more likely meant as one than as a hub id."""
-    path = Path(dataset)
+    path = Path(name)
     return (
-        dataset.startswith((".", "/", "~"))
-        or path.suffix.lower() in (*_READERS, *_UNREAD_ENDINGS)
+        name.startswith((".", "/", "~"))
+        or path.suffix.lower() in (*READERS, *_UNREAD_ENDINGS)
         or (len(path.parts) > 1 and path.parent.is_dir())
     )
 
@@ -93,36 +82,94 @@ def _builtin_file(name: str) -> Path:
     return Path(str(folder / f"{name}.jsonl"))
 
 
-def _endings() -> str:
-    return ", ".join(_READERS)
-
-
-def _files_of_directory(dataset: str, folder: Path) -> list[tuple[str, Path]]:
-    """(name, path) of the data files right in `folder`, sorted; announces what else lies there."""
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in _READERS]
+def _folder_source(dataset: str, name: str, folder: Path, config: str | None, parts: list[Part]) -> Source:
+    """A folder of files, or one that `save_to_disk` wrote."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved_source(dataset, name, folder, parts)
+    files = files_by_split(name, folder, config)
     if not files:
-        raise UserError(f"{dataset}: the directory holds no file that ends in {_endings()}")
-    if others := [entry.name for entry in entries if entry not in files]:
-        print(f"data: {dataset}: not read: {', '.join(others[:10])}{' …' if len(others) > 10 else ''}", flush=True)
-    return [(str(Path(dataset) / file.name), file) for file in files]
+        raise UserError(f"{name}: the directory holds no file that ends in {endings()}")
+    named = {split: [(str(Path(name) / path), folder / path) for path in paths] for split, paths in files.items()}
+    source = _files_source(dataset, named, parts)
+    _announce(name, folder, files, parts)
+    return source
 
 
-def _files_source(name: str, files: list[tuple[str, Path]]) -> Source:
+def _announce(name: str, folder: Path, files: Files, parts: list[Part]) -> None:
+    """Says which splits there are, and what lies in the folder and is of none."""
+    if len(files) > 1:
+        counts = ", ".join(f"{split} ({len(paths)} file{'s' * (len(paths) > 1)})" for split, paths in files.items())
+        print(f"data: {name}: reads the split {'+'.join(part.split for part in parts)} of {counts}", flush=True)
+    used = {path.parts[0] for paths in files.values() for path in paths}
+    entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    others = [entry for entry in entries if entry not in used and entry not in METADATA_FILES - {"README.md"}]
+    if others:
+        print(f"data: {name}: not read: {', '.join(others[:10])}{' …' if len(others) > 10 else ''}", flush=True)
+
+
+def _files_source(name: str, files: dict[str, list[tuple[str, Path]]], parts: list[Part]) -> Source:
+    """Rows of the files of `parts`, of all splits there are if that is empty."""
+    splits = {split: functools.partial(_rows_of_files, paths) for split, paths in files.items()}
+    parts = parts or [Part(split) for split in splits]
+    rows = _rows_of_parts(name, splits, parts)
     digest = hashlib.blake2b(digest_size=16)
+    for split in dict.fromkeys(part.split for part in parts):
+        for file_name, path in files[split]:
+            digest.update(file_name.encode("utf-8", "surrogateescape") + b"\0")
+            try:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+            except OSError as error:
+                raise UserError(f"{file_name}: cannot be read ({one_line(error)})") from error
+    return Source(name, digest.hexdigest(), rows)
+
+
+def _rows_of_files(files: Iterable[tuple[str, Path]]) -> Iterator[Row]:
     for file_name, path in files:
-        digest.update(file_name.encode("utf-8", "surrogateescape") + b"\0")
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        except OSError as error:
-            raise UserError(f"{file_name}: cannot be read ({one_line(error)})") from error
+        yield from read_file(file_name, path)
+
+
+def _rows_of_parts(name: str, splits: dict[str, _Rows], parts: list[Part]) -> _Rows:
+    """Rows of several parts, one after the other. Raises `UserError` for a split that is not there."""
+    for part in parts:
+        if part.split not in splits:
+            source = name.rpartition("@")[0] or name
+            raise UserError(
+                f"{name}: has no split {part.split!r}; there is {', '.join(splits)} "
+                f"(name it as {source}@{next(iter(splits))})"
+            )
 
     def rows() -> Iterator[Row]:
-        for file_name, path in files:
-            yield from _READERS[path.suffix.lower()](file_name, path)
+        for part in parts:
+            whole = splits[part.split]
+            first, last = part.bounds(functools.partial(_count, whole))
+            yield from itertools.islice(whole(), first, last)
 
-    return Source(name, digest.hexdigest(), rows)
+    return rows
+
+
+def _count(rows: _Rows) -> int:
+    return sum(1 for _ in rows())
+
+
+def _saved_source(dataset: str, name: str, folder: Path, parts: list[Part]) -> Source:
+    """What `save_to_disk` of a `Dataset` or `DatasetDict` wrote."""
+    import datasets  # a second of every start of `generate`, which reads no rows
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # anything at all comes out of the library's code
+        raise UserError(
+            f"{name}: `datasets` saved this folder, and cannot load it ({one_line(error)[:300]})"
+        ) from error
+    tables = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    splits = {split: functools.partial(_rows_of_table, name, table) for split, table in tables.items()}
+    rows = _rows_of_parts(dataset, splits, parts)
+    return Source(dataset, f"{dataset} {' '.join(tables[part.split]._fingerprint for part in parts)}", rows)
+
+
+def _rows_of_table(name: str, table: Any) -> Iterator[Row]:
+    return table_rows(name, table.with_format("arrow").iter(batch_size=BATCH_ROWS))
 
 
 def _hub_source(dataset: str, hub_id: str, config: str | None, split: str) -> Source:
@@ -136,149 +183,4 @@ def _hub_source(dataset: str, hub_id: str, config: str | None, split: str) -> So
             f"{dataset}: there is no local file or directory of this name, and as a data set of the hub it cannot be "
             f"fetched ({one_line(error)[:300]}); give {_LOCAL_ALTERNATIVES}"
         ) from error
-    batches = functools.partial(table.with_format("arrow").iter, batch_size=_BATCH_ROWS)
-    return Source(dataset, f"{dataset} {table._fingerprint}", lambda: _table_rows(dataset, batches()))
-
-
-def _read_jsonl(name: str, path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield Row(f"{name}:{number}", functools.partial(_parse_json, line, is_first=number == 1))
-
-
-def _parse_json(line: bytes, is_first: bool) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError) as error:  # ValueError itself: a number of thousands of digits
-        raise RowError(f"not JSON ({one_line(error)})") from error
-
-
-def _read_json(name: str, path: Path) -> Iterator[Row]:
-    """The elements of a JSON list. The file's text is held in memory, its parsed elements are not."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    decoder = json.JSONDecoder()
-    skip = re.compile(r"[ \t\r\n]*").match
-    position = skip(text).end()
-    if text[position : position + 1] != "[":
-        raise UserError(f"{name}: is not a JSON list of rows; a file with one object a line must end in .jsonl")
-    position = skip(text, position + 1).end()
-    index = 0
-    while text[position : position + 1] != "]":
-        try:
-            value, position = decoder.raw_decode(text, position)
-            position = skip(text, position).end()
-            if text[position : position + 1] == ",":
-                position = skip(text, position + 1).end()
-            elif text[position : position + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}[{index}]: the file is not JSON from here on ({one_line(error)})") from error
-        yield Row(f"{name}[{index}]", functools.partial(_identity, value))
-        index += 1
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _read_csv(name: str, path: Path) -> Iterator[Row]:
-    """Rows of texts under the names of the first line."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                yield Row(f"{name}:{reader.line_num}", functools.partial(_csv_row, row, len(reader.fieldnames)))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except csv.Error as error:
-        raise UserError(f"{name}:{reader.line_num}: not CSV ({one_line(error)})") from error
-
-
-def _csv_row(row: dict[str | None, Any], columns: int) -> dict[str, str]:
-    if None in row or None in row.values():
-        raise RowError(f"does not have {columns} columns, as the first line")
-    return row
-
-
-def _read_parquet(name: str, path: Path) -> Iterator[Row]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _table_rows(name, file.iter_batches(batch_size=_BATCH_ROWS))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{name}: is not a readable parquet file ({one_line(error)})") from error
-
-
-def _table_rows(name: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Row]:
-    index = 0
-    for batch in batches:
-        for i in range(batch.num_rows):
-            yield Row(f"{name}[{index}]", functools.partial(_table_row, batch, i))
-            index += 1
-
-
-def _table_row(batch: pa.RecordBatch | pa.Table, i: int) -> dict[str, Any]:
-    try:
-        return _without_added_nulls(batch.slice(i, 1).to_pylist()[0])
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def _without_added_nulls(value: Any, free_form: bool = False) -> Any:
-    """Without nulls in arguments and tools: a column has the fields of all its rows, and null where a row has none."""
-    if isinstance(value, list):
-        return [_without_added_nulls(each, free_form) for each in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: _without_added_nulls(each, free_form or key in ("arguments", "tools"))
-        for key, each in value.items()
-        if each is not None or not free_form
-    }
-
-
-def _read_txt(name: str, path: Path) -> Iterator[Row]:
-    """A text file is one document, or several that lines of `<|endoftext|>` part.
-
-    Documents are given in pieces of some 64 thousand bytes that end where a line does.
-    """
-    piece: list[bytes] = []
-    size, start = 0, 1
-
-    def row(continues: bool) -> Row:
-        return Row(f"{name}:{start}", functools.partial(_parse_text, b"".join(piece), start), continues)
-
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            is_end = line.strip() == _DOCUMENT_END
-            if size and (is_end or size >= _TEXT_PIECE_BYTES):
-                yield row(continues=not is_end)
-                piece, size = [], 0
-            if not is_end and (size or line.strip()):  # no piece begins with empty lines
-                start = start if size else number
-                piece.append(line)
-                size += len(line)
-    if size:
-        yield row(continues=False)
-
-
-def _parse_text(piece: bytes, first_line: int) -> dict[str, str]:
-    try:
-        return {"text": piece.decode("utf-8").removeprefix("\ufeff")}
-    except UnicodeDecodeError as error:
-        line = first_line + piece.count(b"\n", 0, error.start)
-        raise RowError(f"not UTF-8 ({error.reason} in line {line})") from error
-
-
-_READERS: dict[str, Callable[[str, Path], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-    ".csv": _read_csv,
-}
+    return Source(dataset, f"{dataset} {table._fingerprint}", functools.partial(_rows_of_table, dataset, table))

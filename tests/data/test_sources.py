@@ -51,7 +51,7 @@ def test_json_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ('{"text": "a"}', "is not a JSON list of rows; a file with one object a line must end in .jsonl"),
+        ('{"text":\n "a"}', "is neither a JSON list of rows nor one JSON object per line"),
         ('[{"text": "a"}, {"text": ', r"a.json\[1\]: the file is not JSON from here on"),
         ('[{"text": "a"} {"text": "b"}]', r"a.json\[0\]: the file is not JSON from here on \(Expecting ',' or '\]'"),
     ],
