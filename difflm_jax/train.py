@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from difflm_jax.cli import connect_from_flags, define_host_flags, run_command
+from difflm_jax.config.docs import help_text
 from difflm_jax.config.files import load_config, take_overrides
 from difflm_jax.errors import exit_with_errors
 from difflm_jax.evaluation.report import print_report
@@ -53,7 +54,7 @@ def command(argv: Sequence[str]) -> int:
     def split_and_run() -> int:
         nonlocal overrides
         overrides, others = take_overrides(argv)
-        return run_command(main, FLAGS, __doc__, others)
+        return run_command(main, FLAGS, f"{__doc__}\nKeys of the config:\n\n{help_text()}", others)
 
     return exit_with_errors(split_and_run)
 

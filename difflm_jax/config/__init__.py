@@ -1,8 +1,9 @@
-"""Every key of a configuration: its default, what it may be, and the ways to set it.
+"""The config: every key with its default and what it may be, and the ways to set it.
 
-A config file starts from `default_config`.
+A config file starts from `default_config`. `python -m difflm_jax.config` prints docs/configuration.md. Nothing here
+trains or loads anything.
 """
 
-from difflm_jax.config.defaults import default_config
+from difflm_jax.config.schema import default_config
 
 __all__ = ["default_config"]

@@ -1,13 +1,10 @@
-"""The configuration: the ways to set a key (all of them are in `config_defaults`), and its form on disk.
+"""The config of a run: read from its sources, checked, and written.
 
 Values come from the defaults, a file (`--config`: .py, .yaml or .json), `--hyper_parameters_json` and
-`--config.key=value`, each over the one before, all through `_set`: one set of rules and one wording of errors. The keys
-of the original PyTorch system keep their names and defaults, so that its YAML and JSON work unchanged.
+`--config.key=value`. Later sources win. All go through `_set`: one set of rules and one wording of errors.
 """
 
-import dataclasses
 import difflib
-import functools
 import importlib.util
 import json
 import reprlib
@@ -19,20 +16,20 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict
 
-from difflm_jax.config.checks import PHASES, validate
-from difflm_jax.config.defaults import PHASE_KEYS, default_config
+from difflm_jax.config.aliases import VERSION, VERSION_KEY, current, resolve
+from difflm_jax.config.checks import validate
+from difflm_jax.config.schema import KEYS, PHASE_KEYS, build, default_config, flatten
+from difflm_jax.data.examples import PHASES
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.models.lora import LoraConfig
 from difflm_jax.quant import QuantConfig
-
-# Keys of earlier versions, which `config.json` of a run may hold: nothing that it has trained with.
-_RETIRED = ("eval_batches",)
+from difflm_jax.utils.files import expanded
 
 CONVERTED = "converted"  # directory of a run where its quantised base is kept
 
 
 def load_config(path: str = "", overrides: Sequence[str] = (), hyper_parameters_json: str = "") -> ConfigDict:
-    """The validated, locked configuration of a run; an empty `path` means the defaults.
+    """The validated, locked config of a run; an empty `path` means the defaults. It holds no aliases.
 
     `overrides` are "key=value" (a leading "--config." may be there), see `take_overrides`. Raises `UserError` for a
     file that cannot be read, an unknown key, a wrong type or a value out of range.
@@ -48,17 +45,12 @@ def load_config(path: str = "", overrides: Sequence[str] = (), hyper_parameters_
         if not equals:
             raise UserError(f"--config.{key}: write --config.{key}=VALUE")
         _set(config, key, text, "--config.")
-    validate(config)
-    return config.lock()
+    return _settled(config)
 
 
 def load_run_config(path: str | Path) -> ConfigDict:
-    """The configuration that a run wrote, without keys that have been given up since then. Raises `UserError`."""
-    config = default_config()
-    values = {key: value for key, value in _flatten(_read(str(path))).items() if key not in _RETIRED}
-    _update(config, values, f"{path}: ")
-    validate(config)
-    return config.lock()
+    """The config that a run wrote, whichever version wrote it. Raises `UserError`."""
+    return from_json(_text(str(path)), f"{path}: ")
 
 
 def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -75,8 +67,8 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         key, equals, text = argument.removeprefix("--config.").partition("=")
         if not equals:
-            kind = _kinds().get(key)
-            if kind is not None and kind.type is bool and (not waiting or waiting[0].lower() not in _WORDS):
+            known = KEYS.get(key)
+            if known is not None and known.kind is bool and (not waiting or waiting[0].lower() not in _WORDS):
                 text = "true"
             elif waiting and not waiting[0].startswith("--"):
                 text = waiting.pop(0)
@@ -87,7 +79,7 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def phase_config(config: ConfigDict, phase: str) -> ConfigDict:
-    """The configuration of one phase: its own values in place of the common ones, and no `pretrain` or `sft` left."""
+    """The config of one phase: its own values in place of the common ones, and no `pretrain` or `sft` left."""
     resolved = config.copy_and_resolve_references()
     with resolved.unlocked():
         for key in PHASE_KEYS:
@@ -99,54 +91,43 @@ def phase_config(config: ConfigDict, phase: str) -> ConfigDict:
 
 
 def quantization(config: ConfigDict) -> QuantConfig | None:
-    """How the frozen projections are held; None where they are not quantised."""
-    kind = config.quantization or (config.qlora_config.bnb_4bit_quant_type if config.use_qlora else "")
-    if not kind:
-        return None
-    return QuantConfig(kind, config.quantization_block_size, config.qlora_config.bnb_4bit_use_double_quant)
+    """How the frozen projections are stored; None if they are not quantised."""
+    return build(QuantConfig, config) if config.quantization else None
 
 
 def lora_config(config: ConfigDict) -> LoraConfig:
     """The shape of the adapters that are trained."""
-    settings = config.lora_config
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=tuple(settings.target_modules),
-        use_rslora=settings.use_rslora,
-    )
+    return build(LoraConfig, config)
 
 
 def notes(config: ConfigDict) -> list[str]:
     """Lines to announce at the start of a run: keys that were set and have no effect here."""
     found = []
-    if config.pin_memory != default_config().pin_memory:
+    if not config.pin_memory:
         found.append("pin_memory has no effect here: JAX has no pinned host buffers to choose")
-    if config.trained == "all" and config.lora_config.to_dict() != default_config().lora_config.to_dict():
+    if config.trained == "all" and lora_config(config) != lora_config(default_config()):
         found.append("lora_config has no effect with trained='all': there is no adapter, and so no dropout")
     return found
 
 
 def to_json(config: ConfigDict) -> str:
-    """The configuration as JSON, sorted and stable; `from_json` reads it back."""
-    return json.dumps(config.to_dict(), sort_keys=True, indent=2) + "\n"
+    """The config as JSON, sorted and stable; `from_json` reads it."""
+    return json.dumps({VERSION_KEY: VERSION, **config.to_dict()}, sort_keys=True, indent=2) + "\n"
 
 
 def from_json(text: str, where: str = "config.json: ") -> ConfigDict:
-    """The validated, locked configuration that `to_json` wrote; keys that it lacks have their defaults.
+    """The validated, locked config that `to_json` of this or an earlier version wrote.
 
-    Raises `UserError` that begins with `where`.
+    Missing keys have their defaults. Raises `UserError` that begins with `where`.
     """
     config = default_config()
     _update(config, _parse_json(text, where), where)
-    validate(config)
-    return config.lock()
+    return _settled(config)
 
 
 def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Lines "key: old -> new" for every key whose value differs, sorted by key."""
-    a, b = _flatten(old.to_dict()), _flatten(new.to_dict())
+    a, b = (flatten(resolve(config).to_dict()) for config in (old, new))
     return [
         f"{key}: {json.dumps(a.get(key))} -> {json.dumps(b.get(key))}"
         for key in sorted(a.keys() | b.keys())
@@ -154,85 +135,65 @@ def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """The type of a key; `element` is that of a tuple's elements, `optional` allows None."""
-
-    type: type
-    element: type | None = None
-    optional: bool = False
-
-    def __str__(self) -> str:
-        names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", tuple: "a list"}
-        elements = {str: " of strings", int: " of integers", None: ""}[self.element]
-        return names[self.type] + elements + (" or none" if self.optional else "")
+def _settled(config: ConfigDict) -> ConfigDict:
+    config = resolve(config)
+    validate(config)
+    return config.lock()
 
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-@functools.cache
-def _kinds() -> dict[str, _Kind]:
-    config = default_config()
-    kinds = {}
-    for key, value in _flatten(config.to_dict()).items():
-        if value is None:
-            kinds[key] = _Kind(PHASE_KEYS[key.split(".")[1]], optional=True)
-        else:
-            kinds[key] = _Kind(type(value), type(value[0]) if isinstance(value, tuple) else None)
-    return kinds
-
-
 def _update(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
-    for key, value in _flatten(values).items():
+    for key, value in current(flatten(values), where).items():
         _set(config, key, value, where)
 
 
 def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
     """Sets a dotted key; `where` begins the message of an error."""
-    kind = _kinds().get(key)
-    if kind is None:
-        inside = [known for known in _kinds() if known.startswith(f"{key}.")]
+    known = KEYS.get(key)
+    if known is None:
+        inside = [name for name in KEYS if name.startswith(f"{key}.")]
         if inside and value == {}:
             return
         if inside:
             raise UserError(f"{where}{key} is a section, not a value: set one of {', '.join(inside)}")
         raise UserError(f"{where}{key}: unknown key (did you mean {_nearest(key)}?)")
     try:
-        converted = _convert(kind, value)
+        converted = None if known.optional and value in (None, "none") else _convert(known.kind, known.element, value)
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{where}{key} must be {kind}, not {reprlib.repr(value)}") from error
+        raise UserError(f"{where}{key} must be {known}, not {reprlib.repr(value)}") from error
+    if known.setting.path and converted:
+        converted = expanded(converted, where + key)
     section, _, leaf = key.rpartition(".")
     (config[section] if section else config)[leaf] = converted
 
 
-def _convert(kind: _Kind, value: Any) -> Any:
+def _convert(kind: type, element: type | None, value: Any) -> Any:
     """`value` as `kind`; text is read as on the command line, wherever it comes from.
 
-    Raises ValueError, TypeError or OverflowError where it is none.
+    Raises ValueError, TypeError or OverflowError if it is none.
     """
-    if kind.optional and (value is None or value == "none"):
-        return None
-    if kind.type is tuple:
+    if kind is tuple:
         if isinstance(value, str):
             parts = (part.strip(" '\"") for part in value.strip(" ()[]").split(","))
             value = [part for part in parts if part]
         if not isinstance(value, (list, tuple)):
             raise TypeError
-        return tuple(_convert(_Kind(kind.element), element) for element in value)
-    if kind.type is bool:
+        return tuple(_convert(element, None, each) for each in value)
+    if kind is bool:
         if str(value).lower() not in _WORDS:
             raise ValueError
         return _WORDS[str(value).lower()]
-    if kind.type is str:
+    if kind is str:
         if not isinstance(value, (str, Path)):
             raise TypeError
         return str(value)
     if isinstance(value, bool):
         raise TypeError
-    if kind.type is int and isinstance(value, float) and not value.is_integer():
+    if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
-    return kind.type(value)
+    return kind(value)
 
 
 def _nearest(key: str) -> str:
@@ -243,18 +204,7 @@ def _nearest(key: str) -> str:
         last = difflib.SequenceMatcher(None, known.split(".")[-1], key.split(".")[-1]).ratio()
         return max(whole, last), whole
 
-    return max(_kinds(), key=likeness)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys. An empty dictionary stays a value."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return max(KEYS, key=likeness)
 
 
 def _read(path: str) -> Mapping[str, Any]:
@@ -262,10 +212,7 @@ def _read(path: str) -> Mapping[str, Any]:
     suffix = Path(path).suffix
     if suffix not in (".py", ".yaml", ".yml", ".json"):
         raise UserError(f"--config={path}: a config file ends in .py, .yaml or .json")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config={path}: cannot be read ({one_line(error)})") from error
+    text = _text(path)
     if suffix == ".py":
         return _run(path)
     if suffix == ".json":
@@ -275,6 +222,13 @@ def _read(path: str) -> Mapping[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid YAML: {one_line(error)}") from error
     return _mapping({} if values is None else values, f"{path}: ")
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config={path}: cannot be read ({one_line(error)})") from error
 
 
 def _run(path: str) -> Mapping[str, Any]:

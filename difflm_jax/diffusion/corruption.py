@@ -12,6 +12,7 @@ from flax import struct
 
 from difflm_jax.diffusion.weights import behind_eos, loss_weights
 from difflm_jax.ops.random import token_seeds, uniform
+from difflm_jax.utils.settings import NOT_NEGATIVE, POSITIVE, RATE, SHARE, setting
 
 # Streams folded into the key of a step; the example id is folded in after them.
 _RATE_STREAM, _MASK_STREAM, _PREFIX_STREAM = range(3)
@@ -40,25 +41,51 @@ class Corruption:
     """
 
     scope: str = "all"
-    mask_rate: str = "batch"
-    min_rate: float = 0.1
-    max_rate: float = 0.95
-    loss_tokens: str = "all"
-    loss_weight: str = "uniform"
-    loss_average: str = "tokens"
-    eos_loss: str = "all"
+    mask_rate: str = setting(
+        "batch", "One mask rate per step, row (stratified) or block.", choices=("batch", "row", "block")
+    )
+    min_rate: float = setting(0.1, "Lowest mask rate.", within=RATE, key="min_mask_probability")
+    max_rate: float = setting(0.95, "Highest mask rate.", within=RATE, key="max_mask_probability")
+    loss_tokens: str = setting(
+        "all", "Tokens that are scored: all that could have been hidden, or those that were.", choices=("all", "masked")
+    )
+    loss_weight: str = setting(
+        "uniform", "inverse_rate: by 1 / mask rate (MDLM, LLaDA); context: by visible neighbours (CART).",
+        choices=("uniform", "inverse_rate", "context"),
+    )  # fmt: skip
+    loss_average: str = setting(
+        "tokens", "answers: every answer counts the same (LLaDA's SFT).", choices=("tokens", "answers")
+    )
+    eos_loss: str = setting("all", "first: EOS tokens that fill an answer up are not scored.", choices=("all", "first"))
     eos_token_id: int = -1
-    complementary: bool = False
-    on_policy: float = 0.0
-    on_policy_passes: int = 1
-    on_policy_tokens: str = "reference"
-    distillation: float = 0.0
-    anneal_steps: int = 0
-    anneal_power: float = 1.0
-    block_growth_steps: int = 0
-    attention: str = "full"
-    logit_shift: bool = False
-    block_length: int = 0
+    complementary: bool = setting(
+        False, "Each row is used twice, with its mask and with the complement.", key="complementary_masks"
+    )
+    on_policy: float = setting(0.0, "Share of rows in states of the model's own decoding.", within=SHARE)
+    on_policy_passes: int = setting(1, "Forward passes of that decoding.", within=POSITIVE)
+    on_policy_tokens: str = setting(
+        "reference", "own: the model's own tokens there, which only a teacher judges.", choices=("reference", "own")
+    )
+    distillation: float = setting(
+        0.0,
+        "Weight of the KL divergence from the causal base; one more forward pass.",
+        within=NOT_NEGATIVE,
+        key="distillation_weight",
+    )
+    anneal_steps: int = setting(
+        0, "Steps in which edges to later tokens open at random; 0: open from the start.", within=NOT_NEGATIVE
+    )
+    anneal_power: float = setting(1.0, "Above 1: slowly first.", within=POSITIVE)
+    block_growth_steps: int = setting(
+        0, "Steps in which blocks grow from 1 to block_length; 0: they do not.", within=NOT_NEGATIVE
+    )
+    attention: str = setting(
+        "full",
+        "prefix: the prompt is causal, the answer sees everything; block: block diffusion.",
+        choices=("full", "prefix", "block"),
+    )
+    logit_shift: bool = setting(False, "The state of the token before a mask predicts it, as in the causal base.")
+    block_length: int = setting(0, "Tokens per block of attention=block.", within=NOT_NEGATIVE)
 
     def for_evaluation(self) -> "Corruption":
         """What evaluations hide and score: random masks at rates over all examples, against the reference alone."""

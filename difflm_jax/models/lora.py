@@ -22,6 +22,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.ops.matmul import matmul
 from difflm_jax.ops.random import element_bits
 from difflm_jax.quant import QTensor, dequantize
+from difflm_jax.utils.settings import POSITIVE, PROPER_SHARE, setting
 
 ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -30,11 +31,11 @@ ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "do
 class LoraConfig:
     """PEFT's keys, with PEFT's meaning. `target_modules` are names of projections."""
 
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ADAPTABLE
-    use_rslora: bool = False
+    r: int = setting(16, "Rank.", within=POSITIVE)
+    lora_alpha: float = setting(32, "The update is multiplied by lora_alpha / r.", within=POSITIVE)
+    lora_dropout: float = setting(0.0, "Dropout of the adapter's input.", within=PROPER_SHARE, config_default=0.05)
+    target_modules: tuple[str, ...] = setting(ADAPTABLE, "Adapted projections.", choices=ADAPTABLE, required=True)
+    use_rslora: bool = setting(False, "Divide lora_alpha by sqrt(r) instead (rank-stabilised LoRA).")
 
     @property
     def scaling(self) -> float:

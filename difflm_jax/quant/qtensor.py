@@ -13,6 +13,7 @@ from difflm_jax.distributed.collectives import TENSOR, varies
 from difflm_jax.errors import UserError
 from difflm_jax.quant import integers, nf4
 from difflm_jax.quant.nested import NestedScales, nest, unnest
+from difflm_jax.utils.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,11 @@ class QuantConfig:
     (4.127 bits a weight at G = 64) and not in float32 (4.5); those of the integer formats are bfloat16 (4.25, 8.25).
     """
 
-    format: str
-    block_size: int = 64
-    double_quant: bool = True
+    format: str = setting(
+        help="Format of the frozen projections: nf4, int4 or int8; empty: none.", config_default="", key="quantization"
+    )
+    block_size: int = setting(64, "Weights along the input that share a scale.", key="quantization_block_size")
+    double_quant: bool = setting(True, "NF4's scales are quantised too.", key="double_quantization")
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from difflm_jax.config.schema import build
 from difflm_jax.data.batches import batches, plan_batches, prefetch
 from difflm_jax.data.packing import Batching
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
@@ -274,28 +275,7 @@ def answer_padding(phase: Phase) -> int:
 def step_options(phase: Phase) -> StepOptions:
     """The static part of a phase's step, from its config keys."""
     config = phase.config
-    corruption = Corruption(
-        scope=PHASE_SCOPE[phase.name],
-        mask_rate=config.mask_rate,
-        min_rate=config.min_mask_probability,
-        max_rate=config.max_mask_probability,
-        loss_tokens=config.loss_tokens,
-        loss_weight=config.loss_weight,
-        loss_average=config.loss_average,
-        eos_loss=config.eos_loss,
-        eos_token_id=phase.eos_id,
-        complementary=config.complementary_masks,
-        on_policy=config.on_policy,
-        on_policy_passes=config.on_policy_passes,
-        on_policy_tokens=config.on_policy_tokens,
-        distillation=config.distillation_weight,
-        anneal_steps=config.anneal_steps,
-        anneal_power=config.anneal_power,
-        block_growth_steps=config.block_growth_steps,
-        attention=config.attention,
-        logit_shift=config.logit_shift,
-        block_length=config.block_length,
-    )
+    corruption = build(Corruption, config, scope=PHASE_SCOPE[phase.name], eos_token_id=phase.eos_id)
     return StepOptions(phase.model, corruption, config.loss_chunk, config.unroll_layers)
 
 

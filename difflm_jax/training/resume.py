@@ -29,17 +29,13 @@ _READ_ROWS = 10_000
 
 
 def settle_dtype(config: ConfigDict) -> ConfigDict:
-    """`config` with a dtype in place of "auto": that of the run which it goes on with, else what `qlora_config` says,
-    else the machine's fastest."""
+    """`config` with a dtype in place of "auto": that of the run which it resumes, else the machine's fastest."""
     if config.dtype != AUTO:
         return config
     begun = Path(config.output_dir) / CONFIG_FILE
     settled = config.copy_and_resolve_references()
     with settled.unlocked():
-        if begun.is_file():
-            settled.dtype = load_run_config(begun).dtype
-        else:
-            settled.dtype = config.qlora_config.bnb_4bit_compute_dtype if config.use_qlora else fastest_dtype()
+        settled.dtype = load_run_config(begun).dtype if begun.is_file() else fastest_dtype()
     print(f"dtype: {settled.dtype}")
     return settled.lock()
 

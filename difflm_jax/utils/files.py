@@ -10,6 +10,16 @@ from pathlib import Path
 from difflm_jax.errors import UserError, one_line
 
 
+def expanded(path: str, name: str = "") -> str:
+    """`path` with a leading `~` or `~user` replaced by that home directory; an unknown one is a `UserError`."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{name}={path}: there is no such home directory") from error
+
+
 @contextlib.contextmanager
 def new_directory(target: str | Path, may_replace: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """Yields an empty sibling of `target` to fill, which takes its place when the block ends without an error.

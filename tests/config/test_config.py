@@ -5,21 +5,25 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from difflm_jax.config.checks import PHASES, validate
+from difflm_jax.config.checks import validate
+from difflm_jax.config.docs import markdown
 from difflm_jax.config.files import (
-    PHASE_KEYS,
-    default_config,
     difference,
     from_json,
     load_config,
+    load_run_config,
     notes,
     phase_config,
     quantization,
     take_overrides,
     to_json,
 )
+from difflm_jax.config.schema import KEYS, PHASE_KEYS, default_config
+from difflm_jax.data.examples import PHASES
 from difflm_jax.errors import UserError
 from difflm_jax.quant import QuantConfig
+from difflm_jax.train import command
+from difflm_jax.training.resume import check_config, settle_dtype
 
 # The original system's keys and defaults; `entity` alone differs (it was the author's own account).
 ORIGINAL = {
@@ -143,14 +147,14 @@ def test_a_quantised_base_is_chosen_by_either_switch():
     ("overrides", "message"),
     [
         (["use_qlora=true", "dtype=float32"], "bnb_4bit_compute_dtype='bfloat16' contradicts dtype='float32'"),
-        (["use_qlora=true", "quantization=int8"], "contradicts use_qlora"),
+        (["use_qlora=true", "quantization=int8"], "use_qlora=True contradicts quantization='int8'"),
         (["on_policy=0.5", "complementary_masks=true"], "has no complement"),
         (["on_policy=0.5", "answers=all"], "decoding fills one answer"),
         (["on_policy=0.5", "on_policy_tokens=own"], "needs on_policy and distillation_weight"),
         (["loss_weight=context"], "needs loss_tokens='masked'"),
         (["block_growth_steps=10"], "block_growth_steps needs attention='block'"),
         (["use_qlora=true", "qlora_config.bnb_4bit_quant_type=fp4"], "bnb_4bit_quant_type must be 'nf4'"),
-        (["use_qlora=true", "qlora_config.load_in_4bit=false"], "load_in_4bit=false"),
+        (["use_qlora=true", "qlora_config.load_in_4bit=false"], "load_in_4bit must be true, not false"),
         (["trained=all", "quantization=int8"], "codes cannot be trained"),
         (["trained=all", "adapter=there"], "merge it first"),
         (["trained=all", "distillation_weight=1"], "no frozen base"),
@@ -393,3 +397,53 @@ def test_validate_takes_a_config_made_by_hand():
     config.lora_config.r = -1
     with pytest.raises(UserError, match=r"lora_config\.r must be greater than 0, not -1"):
         validate(config)
+
+
+def test_every_key_is_documented_and_the_committed_page_is_current(pytestconfig):
+    assert all(key.setting.help.endswith(".") for key in KEYS.values())
+    assert (pytestconfig.rootpath / "docs" / "configuration.md").read_text() == markdown()
+
+
+def test_help_of_training_names_every_key(capsys):
+    assert command(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--config.{name}=" in shown for name, key in KEYS.items() if not key.optional)
+
+
+BEGUN = (
+    "use_qlora=true", "qlora_config.bnb_4bit_use_double_quant=false", "dtype=auto", "sft.learning_rate=5e-4",
+    "lora_config.r=8", "report.tokens_per_pass=1,4",
+)  # fmt: skip
+
+
+def test_a_run_begun_before_the_aliases_resumes(tmp_path, pytestconfig):
+    """version_1.json was written at commit 3ed94c5 with these overrides: it is the same configuration, and no other."""
+    text = (pytestconfig.rootpath / "tests" / "config" / "version_1.json").read_text()
+    (tmp_path / "config.json").write_text(text)
+    quickstart = str(pytestconfig.rootpath / "configs" / "quickstart.py")
+    again = settle_dtype(load_config(quickstart, [*BEGUN, f"output_dir={tmp_path}"]))
+    begun = load_run_config(tmp_path / "config.json")
+    assert quantization(begun) == QuantConfig("nf4", double_quant=False) and begun.dtype == "bfloat16"
+    assert difference(begun, again) == [f'output_dir: "runs/quickstart" -> "{tmp_path}"']
+    with pytest.raises(UserError, match=r"lora_config\.r: 8 -> 16"):
+        check_config(tmp_path, load_config(quickstart, ["use_qlora=true"]), force=False)
+
+
+def test_both_ways_to_say_nf4_are_one_configuration():
+    original = load_config(hyper_parameters_json=json.dumps({**ORIGINAL, "use_qlora": True}))
+    assert difference(original, load_config(overrides=["quantization=nf4"])) == []
+    assert "use_qlora" not in original and "qlora_config" not in json.loads(to_json(original))
+
+
+def test_a_config_of_a_later_version_is_refused():
+    assert from_json('{"config_version": 2, "epochs": 3}').epochs == 3
+    with pytest.raises(UserError, match=r"^config\.json: config_version=3: written by a later version"):
+        from_json('{"config_version": 3}')
+
+
+def test_a_path_that_begins_with_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(overrides=["output_dir=~/run", "dataset=~/a~b.jsonl", "sft.dataset=~/c", "report.data=x~"])
+    assert (config.output_dir, config.dataset) == ("/home/somebody/run", "/home/somebody/a~b.jsonl")
+    assert (config.sft.dataset, config.report.data) == ("/home/somebody/c", "x~")
+    assert _refusal("model=~nobody_here/x") == "--config.model=~nobody_here/x: there is no such home directory"

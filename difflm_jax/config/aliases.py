@@ -1,0 +1,91 @@
+"""Other names for keys: those of the original system, and those of our own earlier versions.
+
+Users write any of them. A loaded config, and with it `config.json`, holds only the keys that they stand for.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from difflm_jax.config.schema import KEYS, flatten
+from difflm_jax.errors import UserError
+
+VERSION_KEY = "config_version"  # in config.json
+VERSION = 2  # 1, without the key: before `double_quantization`; quantised bases by use_qlora and qlora_config
+
+# Keys of version 1 that no longer exist: a run trained with none of them.
+RETIRED = ("eval_batches",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    """`values` maps a value of the alias to the value of `key`; None leaves `key` unchanged. Other values are refused;
+    without `values` they are the same. The alias counts only where the key `when` is true."""
+
+    key: str
+    values: Mapping[Any, Any] | None = None
+    when: str = ""
+
+
+ALIASES = {
+    "use_qlora": Alias("quantization", {False: None, True: "nf4"}),
+    "qlora_config.load_in_4bit": Alias("quantization", {True: None}, "use_qlora"),
+    "qlora_config.bnb_4bit_quant_type": Alias("quantization", {"nf4": None}, "use_qlora"),
+    "qlora_config.bnb_4bit_use_double_quant": Alias("double_quantization", {True: None, False: False}),
+    "qlora_config.bnb_4bit_compute_dtype": Alias("dtype", when="use_qlora"),
+    "lora_config.bias": Alias("", {"none": None}),
+}
+_UNDECIDED = ("", "auto", True)  # values of a key that an alias may decide
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """`config` with the keys that its aliases stand for, and without the aliases.
+
+    Raises `UserError` for a value that an alias cannot have, and for an alias that contradicts its key.
+    """
+    flat = flatten(config.to_dict())
+    given = {name: flat[name] for name in ALIASES if name in flat}
+    resolved = config.copy_and_resolve_references()
+    with resolved.unlocked():
+        for name, value in given.items():
+            alias = ALIASES[name]
+            wanted = _meaning(name, alias, value) if flat.get(alias.when, True) else None
+            if wanted is not None:
+                if resolved[alias.key] not in (*_UNDECIDED, wanted):
+                    raise UserError(
+                        f"{name}={value!r} contradicts {alias.key}={resolved[alias.key]!r}: set one of them"
+                    )
+                resolved[alias.key] = wanted
+            section, _, leaf = name.rpartition(".")
+            del (resolved[section] if section else resolved)[leaf]
+        if "qlora_config" in resolved:
+            del resolved["qlora_config"]
+    return resolved
+
+
+def _meaning(name: str, alias: Alias, value: Any) -> Any:
+    """The value of the alias's key; None where it leaves the key unchanged."""
+    if alias.values is None:
+        return value
+    if value not in alias.values:
+        allowed = " or ".join(_said(each) for each in alias.values)
+        instead = f"; set {alias.key} instead" if alias.key else ""
+        raise UserError(f"{name} must be {allowed}, not {_said(value)}{instead}")
+    return alias.values[value]
+
+
+def _said(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def current(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys of a `config.json` that this or an earlier version wrote, flat. Raises `UserError` for a later one."""
+    version = values.get(VERSION_KEY, 1)
+    if not isinstance(version, int) or version > VERSION:
+        raise UserError(f"{where}{VERSION_KEY}={version!r}: written by a later version; update difflm_jax")
+    return {key: value for key, value in values.items() if key != VERSION_KEY and key not in RETIRED}
+
+
+assert all(name in KEYS for name in ALIASES)
