@@ -72,7 +72,7 @@ class Model:
     train_mask_row: bool = setting(True, "false: the adapter is LoRA alone, and the mask's embedding is the base's.")
     remat: str = setting(
         "full",
-        "xla", "cudnn: NVIDIA's fused kernel, in bfloat16; pallas: ours, on TPUs; xla: on any backend.", choices=KERNELS
+        "What the backward pass recomputes: everything (full), all but attention, all but it and matmuls, nothing.",
         choices=REMAT,
     )
     unroll_layers: bool = setting(
