@@ -102,3 +102,10 @@ def test_commands_of_the_pages_are_accepted(page, words):
 def test_pages_hold_commands_to_check():
     assert len(COMMANDS) > 40
     assert isinstance(importlib.import_module("difflm_jax.generate").FLAGS, flags.FlagValues)
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"], ids=_name)
+def test_files_that_a_contributor_is_sent_to_exist(page):
+    named = re.findall(r"`([\w./]+(?:\.py|\.md|\.sh|\.toml|\.yml|/))`", page.read_text(encoding="utf-8"))
+    missing = [name for name in named if not ((ROOT / "difflm_jax" / name).exists() or (ROOT / name).exists())]
+    assert named and not missing
