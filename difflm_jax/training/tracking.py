@@ -1,9 +1,7 @@
 """Weights & Biases beside `metrics.jsonl`: a convenience that never stops a run."""
 
 import datetime
-import netrc
 import os
-import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,15 @@ _START_TIMEOUT, _FINISH_TIMEOUT = 20, 60  # seconds that a run waits for the ser
 class Tracker:
     """One W&B run, or nothing: with an empty project, or after the first failure, every call does nothing.
 
-    `wandb_config.mode`: "online", "offline", "disabled", or "auto", which is offline where no API key is found, so that
-    a run never waits for a login. A run that cannot begin online goes on offline. What is chosen, and a failure, is
-    said once.
+    `wandb_config.mode`: "online", "offline", "disabled", or "auto". With "auto" wandb's own settings decide; without
+    an API key the run is offline, and never waits for a login. A run that cannot begin online continues offline. The
+    choice, and a failure, is printed once.
     """
 
     def __init__(self, config: Any, enabled: bool = True):
         settings = config.wandb_config
-        mode = _mode(settings.mode)
         self._run = None
-        if not settings.project or mode == "disabled" or not enabled:
+        if not settings.project or not enabled or (mode := _mode(settings.mode)) == "disabled":
             return
         for attempt in ("online", "offline") if mode == "online" else (mode,):
             try:
@@ -92,18 +89,19 @@ def _start(config: Any, mode: str) -> Any:
 
 
 def _mode(wanted: str) -> str:
-    """What "auto" means here: the environment's WANDB_MODE, else online with an API key, else offline."""
+    """What "auto" means here: what wandb is set to (`wandb offline`, `wandb disabled`, its environment variables), else
+    online with an API key, else offline."""
     if wanted != "auto":
         return wanted
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc() else "offline"
-
-
-def _in_netrc() -> bool:
-    """Whether `wandb login` has left a key in ~/.netrc."""
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):  # wandb itself no longer reads it
+        return "disabled"
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False  # no such file, or one that wandb could not read either
+        import wandb
+        from requests.utils import get_netrc_auth
+
+        own = wandb.setup().settings
+        if own.mode != "online" or os.environ.get("WANDB_MODE"):
+            return own.mode
+        return "online" if own.api_key or get_netrc_auth(own.base_url) else "offline"
+    except Exception:  # not installed, or broken: `_start` says why
+        return "offline"

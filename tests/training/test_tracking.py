@@ -1,11 +1,13 @@
 """Weights & Biases: what is sent, and that none of its failures stops a run."""
 
 import os
+import socket
 import sys
 import time
 import types
 
 import pytest
+import wandb
 
 from difflm_jax.config.files import load_config
 from difflm_jax.training.tracking import Tracker
@@ -50,7 +52,12 @@ def fake(monkeypatch):
             raise RuntimeError("no\nluck")
         return module.run
 
-    module.init = init
+    def setup():
+        url, key = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), os.environ.get("WANDB_API_KEY")
+        own = types.SimpleNamespace(mode=os.environ.get("WANDB_MODE", "online"), api_key=key, base_url=url)
+        return types.SimpleNamespace(settings=own)
+
+    module.init, module.setup = init, setup
     module.Settings = dict
     module.Table = lambda columns, data: (columns, data)
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -118,6 +125,29 @@ def test_the_mode_follows_the_account(tmp_path, fake, monkeypatch, capsys):
     assert mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert mode() == "offline"
+
+
+@pytest.mark.parametrize("setting", ["offline", "disabled", "WANDB_DISABLED"])
+def test_nothing_leaves_where_wandb_is_set_offline_though_there_is_a_key(tmp_path, monkeypatch, capsys, setting):
+    """`wandb offline` and `wandb disabled` write the mode into a settings file; the server here sees no connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        if setting == "WANDB_DISABLED":
+            monkeypatch.setenv("WANDB_DISABLED", "true")
+        else:
+            (tmp_path / "wandb_config").mkdir()
+            (tmp_path / "wandb_config" / "settings").write_text(f"[default]\nmode = {setting}\n")
+        wandb.teardown()  # it reads its settings once
+        tracker = Tracker(_config(tmp_path))
+        _use(tracker)
+        wandb.teardown()
+        server.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    said = capsys.readouterr().out
+    assert ("offline (upload with" in said) == (setting == "offline")
+    assert (tmp_path / "wandb").exists() == (setting == "offline")
 
 
 def test_without_a_network_it_goes_on_offline(tmp_path, fake, capsys):
