@@ -20,6 +20,7 @@ from difflm_jax.quant import FORMATS
 from difflm_jax.sampling.options import Sampling
 from difflm_jax.utils.compilation import keep_compiled
 from difflm_jax.utils.dtypes import AUTO, DTYPES
+from difflm_jax.utils.files import expanded
 
 
 def run_command(
@@ -46,6 +47,7 @@ def run_command(
             raise UserError(one_line(error)) from error
         if rest[1:]:
             raise UserError(f"unexpected argument {rest[1]!r} (flags are written --name=value)")
+        _expand_paths(flag_values)
         keep_compiled()
         return main(flag_values)
 
@@ -54,6 +56,18 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")
     asked = [item.partition("=")[2].lower() for item in argv if re.fullmatch("--debug_traceback(=.*)?", item)]
     return exit_with_errors(command, debug_traceback=bool(asked) and asked[-1] not in ("false", "f", "0", "no"))
+
+
+# Flags that name files or directories: the shell leaves the `~` of --name=~/path to us.
+PATH_FLAGS = ("model", "adapter", "run", "config", "data", "base", "text", "out", "file", "watch_html")
+
+
+def _expand_paths(flag_values: flags.FlagValues) -> None:
+    for name in PATH_FLAGS:
+        if name in flag_values and (value := flag_values[name].value):
+            where = f"--{name}"
+            expand = [expanded(path, where) for path in value] if isinstance(value, list) else expanded(value, where)
+            flag_values[name].value = expand
 
 
 _HOST_FLAGS = ("coordinator_address", "num_processes", "process_id")
