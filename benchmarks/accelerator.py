@@ -30,6 +30,7 @@ from benchmarks.kernels import time_of_kernels
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.checkpoint.source import read_model_config
 from difflm_jax.config.files import load_config, lora_config, quantization
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.config import ModelConfig
@@ -147,10 +148,10 @@ def generation(name: str, keys: dict[str, str], options: argparse.Namespace) -> 
     model_config = read_model_config(config.model)
     params = random_params(model_config, DTYPES[config.dtype], quantization(config))
     mask_id = model_config.vocab_size - 1
-    model = Transformer(model_config, "block", None, mask_id, DTYPES[config.dtype], block_length=BLOCK)
-    decoder = Decoder(model, {"params": params}, True, (), 0)
+    model = Transformer(model_config, None, mask_id, DTYPES[config.dtype])
+    decoder = Decoder(model, {"params": params}, DiffusionConfig("block", BLOCK, True, mask_id), (), 0)
     sampling = sampling_options("block", "probability", {"stop_at_eos": False})
-    plan = answer_plan(model, GENERATED, PASSES, None, sampling)
+    plan = answer_plan(decoder.diffusion, GENERATED, PASSES, None, sampling)
     rows = np.random.default_rng(0).integers(10, model_config.vocab_size - 1, (max(batches), PROMPT)).astype(np.int32)
     found = []
     for batch in batches:

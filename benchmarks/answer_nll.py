@@ -75,8 +75,8 @@ def main() -> None:
 
 def causal(lm: LanguageModel) -> LanguageModel:
     """The base as block diffusion with blocks of one token and the shift, which is next-token prediction."""
-    model = lm.model.clone(attention="block", block_length=1, lora=None)
-    return dataclasses.replace(lm, model=model, lora=None, logit_shift=True)
+    base = dataclasses.replace(lm, model=lm.model.clone(lora=None), lora=None)
+    return base.with_diffusion(attention="block", block_length=1, logit_shift=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from benchmarks.common import add_report_flags, median_of, report
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.config import default_config
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import abstract
@@ -75,7 +76,9 @@ def _lowered(layers: int, width: int) -> jax.stages.Lowered:
     model = Transformer(config, lora=lora_config, mask_token_id=5, dtype=jnp.bfloat16, remat="full")
     optimizer = make_optimizer(settings)
     schedule = learning_rate_schedule(settings, 1000)
-    step = make_train_step(StepOptions(model, Corruption(), settings.loss_chunk), optimizer, schedule, mesh)
+    step = make_train_step(
+        StepOptions(model, Corruption(DiffusionConfig(mask_token_id=5)), settings.loss_chunk), optimizer, schedule, mesh
+    )
     row = jax.ShapeDtypeStruct((width,), jnp.float32)
     lora = jax.eval_shape(lambda p, r: init_lora(jax.random.key(0), p, lora_config, r), params, row)
     state = abstract(TrainState({"lora": lora}, jax.eval_shape(optimizer.init, {"lora": lora})), mesh)

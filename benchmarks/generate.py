@@ -97,7 +97,7 @@ def load_models(run: Path, block_length: int, dtype: str) -> dict[str | None, La
     model, adapter = trained_model(run, config)
     lm = difflm_jax.load(model, adapter=adapter, dtype=dtype or config.dtype)
     lm = lm.merge() if adapter else lm
-    return {None: lm, "block": lm.with_model(lm.model.clone(attention="block", block_length=block_length))}
+    return {None: lm, "block": lm.with_diffusion(attention="block", block_length=block_length)}
 
 
 def samplers(lms, prompts, references, arguments) -> list[dict]:

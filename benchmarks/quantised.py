@@ -98,7 +98,10 @@ def _our_step(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Call
     model = lm.model.clone(lora=LORA, remat="full")
     optimizer = make_optimizer(settings)
     step = make_train_step(
-        StepOptions(model, Corruption(), 256), optimizer, learning_rate_schedule(settings, 1000), make_mesh(1)
+        StepOptions(model, Corruption(lm.diffusion), 256),
+        optimizer,
+        learning_rate_schedule(settings, 1000),
+        make_mesh(1),
     )
     lora = init_lora(jax.random.key(0), lm.params, LORA, jnp.zeros(lm.config.hidden_size))
     state = TrainState({"lora": lora}, optimizer.init({"lora": lora}))

@@ -165,14 +165,10 @@ def masked_scores(
         mask_token_id=lm.mask_token_id,
     )
     rows = rows.select(range(min(count or len(rows), len(rows))))
-    block = lm.model.block_length
-    corruption = Corruption(
-        scope="answer", min_rate=low, max_rate=high, loss_tokens="masked", attention=lm.attention,
-        logit_shift=lm.logit_shift, block_length=block,
-    )  # fmt: skip
+    corruption = Corruption(lm.diffusion, scope="answer", min_rate=low, max_rate=high, loss_tokens="masked")
     data_batches = batches(
-        rows, batch_size=20, shuffle=False, pad_id=lm.pad_token_id, max_length=max_length, answer_padding=block,
-        eos_id=lm.tokenizer.eos_token_id,
+        rows, batch_size=20, shuffle=False, pad_id=lm.pad_token_id, max_length=max_length,
+        answer_padding=lm.block_length, eos_id=lm.tokenizer.eos_token_id,
     )  # fmt: skip
     mesh = lm.mesh or make_mesh(1)
     evaluate = Evaluator(

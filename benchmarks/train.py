@@ -136,10 +136,10 @@ def _our_way(
     lm: difflm_jax.LanguageModel, options: argparse.Namespace, data: Any, attention: str = "full"
 ) -> Callable[[int], tuple[int, Any]]:
     settings = default_config()
-    model = lm.model.clone(lora=LORA, remat=options.remat, attention=attention)
+    model = lm.model.clone(lora=LORA, remat=options.remat)
     optimizer = make_optimizer(settings)
     schedule = learning_rate_schedule(settings, 1000)
-    rule = dataclasses.replace(RULE, attention=attention)
+    rule = dataclasses.replace(RULE, diffusion=lm.with_diffusion(attention=attention).diffusion)
     step = make_train_step(StepOptions(model, rule, options.loss_chunk), optimizer, schedule, make_mesh(1))
     lora = init_lora(jax.random.key(0), lm.params, LORA, jnp.zeros(lm.config.hidden_size))
     frozen = {"params": lm.params}
@@ -174,7 +174,8 @@ def _torch_way(directory: str, dtype: str, data: Any, checkpoint: bool, lm: Any)
     model = get_peft_model(model, PeftConfig(r=16, lora_alpha=32, target_modules=list(LORA.target_modules)))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    hide = jax.jit(lambda batch: corrupt(jax.random.key(1), batch, RULE, lm.mask_token_id))
+    rule = dataclasses.replace(RULE, diffusion=lm.diffusion)
+    hide = jax.jit(lambda batch: corrupt(jax.random.key(1), batch, rule))
 
     def prepared(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = CleanBatch(**{name: field[0] for name, field in data[number % len(data)].items()})

@@ -132,7 +132,7 @@ def _check_decoding(
     sampling = sampling_options(lm.attention, lm.algorithm, decoding)
     length = flag_values.max_new_tokens
     for tokens in tokens_per_pass if flag_values.data else []:
-        answer_plan(lm.model, length, -(-length // tokens), flag_values.block_length or None, sampling)
+        answer_plan(lm.diffusion, length, -(-length // tokens), flag_values.block_length or None, sampling)
 
 
 def _answer_scores(
@@ -204,14 +204,12 @@ def masked_scores(
     batch_size = min(batch_size, len(examples))
     batch_size += -batch_size % row_shards(mesh)
     corruption = Corruption(
+        diffusion=lm.diffusion,
         scope="answer",
         mask_rate="row",
         min_rate=1e-3,
         max_rate=1.0,
         loss_tokens="masked",
-        attention=lm.attention,
-        logit_shift=lm.logit_shift,
-        block_length=lm.model.block_length,
     )
     data = batches(
         examples,
@@ -220,7 +218,7 @@ def masked_scores(
         shuffle=False,
         pad_id=lm.pad_token_id,
         max_length=max_length,
-        answer_padding=lm.model.block_length,
+        answer_padding=lm.block_length,
         eos_id=lm.tokenizer.eos_token_id,
     )
     evaluate = Evaluator(

@@ -16,11 +16,12 @@ from difflm_jax.checkpoint.diffusion_config import model_card
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.peft import save_adapter
 from difflm_jax.checkpoint.source import Source
+from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.distributed.mesh import row_shards
 from difflm_jax.distributed.processes import by_one_process
 from difflm_jax.distributed.sharding import over_rows, place, to_host
 from difflm_jax.errors import UserError
-from difflm_jax.models.attention import BLOCK_RULES, positions_of
+from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, merge_lora
 from difflm_jax.models.transformer import Transformer, head_logits
@@ -41,13 +42,11 @@ class LanguageModel:
     model: Transformer
     params: dict[str, Any]
     tokenizer: Any
-    logit_shift: bool
-    algorithm: str = "confidence"
+    diffusion: DiffusionConfig
     lora: dict[str, Any] | None = None
     quantization: QuantConfig | None = None
     provenance: str = ""  # where the weights come from, if not from the source as it is
     mesh: Mesh | None = None  # over which the arrays are divided; None: they are on one device
-    mask_is_trained: bool = False  # the embedding has a row of the mask token that was trained as one
     adapter_knows_masks: bool = False  # the adapter was trained on masks, with a row of its own for them or the table's
     origin: "LanguageModel | None" = None  # the causal model whose every weight was trained; None: it has these weights
 
@@ -57,11 +56,28 @@ class LanguageModel:
 
     @property
     def mask_token_id(self) -> int:
-        return self.model.mask_token_id
+        return self.diffusion.mask_token_id
 
     @property
     def attention(self) -> str:
-        return self.model.attention
+        return self.diffusion.attention
+
+    @property
+    def block_length(self) -> int:
+        return self.diffusion.block_length
+
+    @property
+    def logit_shift(self) -> bool:
+        return self.diffusion.logit_shift
+
+    @property
+    def algorithm(self) -> str:
+        return self.diffusion.algorithm
+
+    @property
+    def mask_is_trained(self) -> bool:
+        """The embedding has a row of the mask token that was trained as one."""
+        return self.diffusion.mask_is_trained
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -96,6 +112,10 @@ class LanguageModel:
             params = load_converted(self.source, self.model.dtype, self.quantization, converted)
         return dataclasses.replace(self, params=params)
 
+    def with_diffusion(self, **changes: Any) -> "LanguageModel":
+        """The same arrays under another attention rule, logit shift or preset: fields of `DiffusionConfig`."""
+        return dataclasses.replace(self, diffusion=dataclasses.replace(self.diffusion, **changes))
+
     def with_model(self, model: Transformer) -> "LanguageModel":
         """The same arrays under another form of the model (remat, say)."""
         return dataclasses.replace(self, model=model)
@@ -110,7 +130,7 @@ class LanguageModel:
         if self.origin is not None:
             return self.origin
         return dataclasses.replace(
-            self, model=self.model.clone(lora=None, attention="causal"), lora=None, logit_shift=True
+            self, model=self.model.clone(lora=None), lora=None, diffusion=self.diffusion.causal()
         )
 
     def __call__(
@@ -131,10 +151,10 @@ class LanguageModel:
         prompts_B = jnp.zeros(tokens_BL.shape[0], jnp.int32) if prompt_lengths is None else jnp.asarray(prompt_lengths)
         rows = (tokens_BL, valid_BL, prompts_B)
         if self.mesh is None:
-            return _logits(self.model, None, self.variables, *rows)
+            return _logits(self.model, self.diffusion, None, self.variables, *rows)
         extra = -len(tokens_BL) % row_shards(self.mesh)  # rows divide over the devices
         rows = [jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in rows]
-        return _logits(self.model, self.mesh, self.variables, *rows)[: len(tokens_BL)]
+        return _logits(self.model, self.diffusion, self.mesh, self.variables, *rows)[: len(tokens_BL)]
 
     def generate(
         self,
@@ -164,7 +184,7 @@ class LanguageModel:
         """
         rows = self.prompts.all(as_list(prompts))
         sampling = self._sampling(temperature, algorithm, options)
-        plan = answer_plan(self.model, max_new_tokens, steps, block_length, sampling)
+        plan = answer_plan(self.diffusion, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
         stops = stop_strings(stop)
         filled = fill_answers(self._decoder, rows, max_new_tokens, plan, sampling, seed, batch_size, on_pass)
@@ -242,13 +262,13 @@ class LanguageModel:
         if self.lora is None:
             raise UserError("merge: this model has no adapter")
         params = merge_lora(self.params, self.lora, self.model.lora, self.mask_token_id, self.mesh)
+        trained = self.mask_is_trained or self.adapter_knows_masks or "mask_row" in self.lora
         merged = dataclasses.replace(
-            self,
+            self.with_diffusion(mask_is_trained=trained),
             model=self.model.clone(lora=None),
             params=params,
             lora=None,
             quantization=None,
-            mask_is_trained=self.mask_is_trained or self.adapter_knows_masks or "mask_row" in self.lora,
             adapter_knows_masks=False,
         )
         if self.quantization is None:
@@ -281,15 +301,7 @@ class LanguageModel:
 
     def diffusion_config(self) -> dict[str, Any]:
         """What a user of the weights must know to decode with them: `diffusion_config.json`."""
-        return {
-            "mask_token": self.tokenizer.mask_token,
-            "mask_token_id": self.mask_token_id,
-            "attention": self.attention,
-            "logit_shift": self.logit_shift,
-            "algorithm": self.algorithm,
-            **({"block_length": self.model.block_length} if self.attention in BLOCK_RULES else {}),
-            **({"mask_is_trained": True} if self.mask_is_trained else {}),
-        }
+        return self.diffusion.to_json()
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:
@@ -305,7 +317,7 @@ class LanguageModel:
 
     @property
     def _decoder(self) -> Decoder:
-        return Decoder(self.model, self.variables, self.logit_shift, self.eos_token_ids, self.pad_token_id, self.mesh)
+        return Decoder(self.model, self.variables, self.diffusion, self.eos_token_ids, self.pad_token_id, self.mesh)
 
     def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:
         given = {"temperature": temperature, "algorithm": algorithm, **options}
@@ -315,12 +327,15 @@ class LanguageModel:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _logits(
-    model: Transformer, mesh: Mesh | None, variables: dict[str, Any], tokens_BL, valid_BL, prompt_lengths_B
+    model: Transformer, diffusion: DiffusionConfig, mesh: Mesh | None, variables: dict[str, Any], *rows: jax.Array
 ) -> jax.Array:
+    """[B, L, V] for rows of (tokens [B, L], valid [B, L], prompt lengths [B])."""
+
     def logits(variables, tokens_BL, valid_BL, prompt_lengths_B):
-        hidden_BLD = model.apply(variables, tokens_BL, positions_of(valid_BL), valid_BL, prompt_lengths_B)
+        layout = Layout(positions_of(valid_BL), valid_BL, prompt_lengths_B)
+        hidden_BLD = model.apply(variables, tokens_BL, layout.positions, diffusion.view(layout))
         return head_logits(model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BLD)
 
-    return over_rows(logits, mesh, variables, tokens_BL, valid_BL, prompt_lengths_B)
+    return over_rows(logits, mesh, variables, *rows)

@@ -12,9 +12,9 @@ from difflm_jax.checkpoint.hf import check_quantization
 from difflm_jax.checkpoint.peft import load_adapter
 from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.data.mask_token import choose_mask_token, token_of_id
+from difflm_jax.diffusion.config import ATTENTION_RULES, BLOCK_RULES, DiffusionConfig
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
-from difflm_jax.models.attention import ATTENTION_RULES, BLOCK_RULES
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
 from difflm_jax.sampling.options import check_algorithm
@@ -106,23 +106,30 @@ def open_model(
     check_algorithm(algorithm)
     model = Transformer(
         config=opened.config,
-        attention=attention,
         lora=loaded.lora_config if loaded else None,
         mask_token_id=mask_token_id,
         dtype=DTYPES[dtype],
-        block_length=block_length,
         on_cpu=jax.default_backend() == "cpu",
+    )
+    diffusion = DiffusionConfig(
+        attention=attention,
+        block_length=block_length,
+        logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
+        mask_token=tokenizer.mask_token,
+        mask_token_id=mask_token_id,
+        algorithm=algorithm,
+        mask_is_trained=_mask_is_trained(opened, mask_token_id),
+        gated=bool(trained_for.get("gated", False)),
+        noise=trained_for.get("noise") or "mask",
     )
     return LanguageModel(
         source=opened,
         model=model,
         params={},
         tokenizer=tokenizer,
-        logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
-        algorithm=algorithm,
+        diffusion=diffusion,
         lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
         quantization=quantization or next(iter(opened.stored.values()), None),
-        mask_is_trained=_mask_is_trained(opened, mask_token_id),
         adapter_knows_masks=loaded is not None and loaded.diffusion_config is not None,
     )
 

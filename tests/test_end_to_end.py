@@ -154,7 +154,7 @@ def test_block_attention_trains_and_answers_in_its_blocks(arguments, model_dir, 
     block = ["--config.attention=block", "--config.block_length=4", "--config.mask_rate=block"]
     assert command([*arguments, *block, "--config.phases=sft", "--config.max_steps=1"]) == 0
     lm = difflm_jax.load(model_dir, adapter=tmp_path / "run" / "sft_model", dtype="float32")
-    assert (lm.attention, lm.model.block_length, lm.logit_shift) == ("block", 4, True)
+    assert (lm.attention, lm.block_length, lm.logit_shift) == ("block", 4, True)
     capsys.readouterr()
     run = ["generate", f"--run={tmp_path / 'run'}", "--max_new_tokens=10", "--prompt=1+1"]
     assert run_command(generate.main, generate.FLAGS, "", [*run, "--threshold=0.5", "--stats", "--noeos_last"]) == 0

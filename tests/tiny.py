@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from difflm_jax.checkpoint.names import set_path
+from difflm_jax.diffusion.config import DiffusionConfig, Layout
+from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.transformer import Transformer
 from difflm_jax.models.weights import table
 
 HF = {
@@ -46,3 +49,11 @@ def params_from_state_dict(config: ModelConfig, tensors: dict[str, np.ndarray]) 
         leaves = [np.asarray(tensors[name], np.float32) for name in row.hf_names(config.num_layers)]
         set_path(params, row.path, jnp.asarray(np.stack(leaves) if row.stacked else leaves[0]))
     return params
+
+
+def hidden_states(
+    model: Transformer, rule: DiffusionConfig, variables: Any, tokens: Any, valid: Any, prompts: Any, seeds: Any = None
+) -> Any:
+    """[B, T, D] of rows padded on either side, each token seeing what `rule` lets it see."""
+    layout = Layout(positions_of(valid), valid, prompts)
+    return model.apply(variables, tokens, layout.positions, rule.view(layout), seeds)

@@ -16,6 +16,8 @@ _TYPES = {
     "logit_shift": bool,
     "algorithm": str,
     "mask_is_trained": bool,
+    "gated": bool,
+    "noise": str,
 }
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from difflm_jax.data.chat import ANSWERS, OVERLONG
 from difflm_jax.data.examples import PHASES
 from difflm_jax.data.packing import BATCHING
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.transformer import REMAT
@@ -209,6 +210,7 @@ SECTIONS: tuple[tuple[type, str, str], ...] = (
     (LoraConfig, "lora_config.", "Adapter"),
     (Data, "", "Data"),
     (Corruption, "", "Objective"),
+    (DiffusionConfig, "", "Objective"),
     (Optimisation, "", "Optimisation"),
     (Mesh, "mesh.", "Devices"),
     (Monitoring, "", "Evaluation, logs and checkpoints"),

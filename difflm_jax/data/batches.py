@@ -15,8 +15,8 @@ import pyarrow as pa
 from difflm_jax.data.packing import Batching
 from difflm_jax.data.shared_prefix import shared_prefix
 from difflm_jax.data.tokenised import tokenize
+from difflm_jax.diffusion.segments import SHARED_SEGMENT
 from difflm_jax.errors import UserError
-from difflm_jax.models.attention import SHARED_SEGMENT
 
 __all__ = ["batches", "describe", "plan_batches", "prefetch", "split", "tokenize"]
 

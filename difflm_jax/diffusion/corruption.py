@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.diffusion.weights import behind_eos, loss_weights
 from difflm_jax.ops.random import token_seeds, uniform
 from difflm_jax.utils.settings import NOT_NEGATIVE, POSITIVE, RATE, SHARE, setting
@@ -35,11 +36,11 @@ class Corruption:
       decoding (`difflm_jax.diffusion.extras.on_policy`).
     distillation: weight of the divergence from the causal base (`difflm_jax.diffusion.extras.distillation`).
     anneal_steps, anneal_power, block_growth_steps: a gentle start, off at 0 steps (`extras.annealing`).
-    attention, logit_shift, block_length: the attention rule, shift and blocks of the model that is trained. Under
-      "prefix" and "block" a row without a prompt of its own (scope "all") is cut at a random place, and what precedes
-      the cut is its clean prompt.
+    diffusion: the model that is trained. Under attention "prefix" and "block" a row without a prompt of its own (scope
+      "all") is cut at a random place, and what precedes the cut is its clean prompt.
     """
 
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     scope: str = "all"
     mask_rate: str = setting(
         "batch", "One mask rate per step, row (stratified) or block.", choices=("batch", "row", "block")
@@ -79,13 +80,6 @@ class Corruption:
     block_growth_steps: int = setting(
         0, "Steps in which blocks grow from 1 to block_length; 0: they do not.", within=NOT_NEGATIVE
     )
-    attention: str = setting(
-        "full",
-        "prefix: the prompt is causal, the answer sees everything; block: block diffusion.",
-        choices=("full", "prefix", "block"),
-    )
-    logit_shift: bool = setting(False, "The state of the token before a mask predicts it, as in the causal base.")
-    block_length: int = setting(0, "Tokens per block of attention=block.", within=NOT_NEGATIVE)
 
     def for_evaluation(self) -> "Corruption":
         """What evaluations hide and score: random masks at rates over all examples, against the reference alone."""
@@ -153,6 +147,10 @@ class NoisyBatch:
     open: jax.Array | None = None  # [B, L, L] bool, `open_BTS` of the attention mask
     row_lengths: jax.Array | None = None  # [B] int32, as in `CleanBatch`
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.positions, self.segments != 0, self.prompt_lengths, self.segments)
+
 
 def mask_rates(key: jax.Array, corruption: Corruption, strata_BL: jax.Array, block_BL: jax.Array) -> jax.Array:
     """[B, L] float32 mask rates of examples at places `strata_BL` (in [0, 1)) among those of a step.
@@ -168,10 +166,10 @@ def mask_rates(key: jax.Array, corruption: Corruption, strata_BL: jax.Array, blo
     return corruption.min_rate + (corruption.max_rate - corruption.min_rate) * (t_BL % 1.0)
 
 
-def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption, mask_token_id: int) -> NoisyBatch:
+def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> NoisyBatch:
     """Hides tokens of `batch` by the rule `corruption`; `key` is that of the step."""
     candidates, prompt_lengths = _candidates(key, batch, corruption)
-    block_BL = (batch.positions - prompt_lengths) // jnp.maximum(corruption.block_length, 1)
+    block_BL = (batch.positions - prompt_lengths) // jnp.maximum(corruption.diffusion.block_length, 1)
     rates = mask_rates(key, corruption, batch.strata, block_BL)
     seeds = token_seeds(jax.random.fold_in(key, _MASK_STREAM), batch.example_ids, batch.positions)
     masked = candidates & (uniform(seeds) < rates)
@@ -191,12 +189,10 @@ def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption, mask_toke
         counts=zeros,
         row_lengths=batch.row_lengths,
     )
-    return hide(everything, masked, rates, corruption, mask_token_id)
+    return hide(everything, masked, rates, corruption)
 
 
-def hide(
-    noisy: NoisyBatch, masked_BL: jax.Array, rates_BL: jax.Array, corruption: Corruption, mask_token_id: int
-) -> NoisyBatch:
+def hide(noisy: NoisyBatch, masked_BL: jax.Array, rates_BL: jax.Array, corruption: Corruption) -> NoisyBatch:
     """The same rows with another choice of hidden tokens, drawn at `rates_BL`."""
     weights_BL = loss_weights(
         masked_BL,
@@ -214,7 +210,7 @@ def hide(
     # The base never saw an answer filled up with end-of-sequence tokens: behind the first it has nothing to teach.
     taught_BL = masked_BL & ~behind_eos(noisy.clean, noisy.candidates, noisy.segments, corruption.eos_token_id)
     return noisy.replace(
-        tokens=jnp.where(masked_BL, mask_token_id, noisy.clean),
+        tokens=jnp.where(masked_BL, corruption.diffusion.mask_token_id, noisy.clean),
         masked=masked_BL,
         rates=rates_BL,
         weights=weights_BL,
@@ -228,7 +224,7 @@ def _candidates(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> tu
     valid = batch.segments != 0
     if corruption.scope == "answer":
         candidates, prompt_lengths = valid & batch.answer_mask, batch.prompt_lengths
-    elif corruption.attention in ("prefix", "block"):
+    elif corruption.diffusion.attention in ("prefix", "block"):
         # One draw an example: that of its first token, at each of its tokens.
         first = jnp.zeros_like(batch.positions)
         draw = uniform(token_seeds(jax.random.fold_in(key, _PREFIX_STREAM), batch.example_ids, first))
@@ -236,6 +232,4 @@ def _candidates(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> tu
         candidates = valid & (batch.positions >= prompt_lengths)
     else:
         candidates, prompt_lengths = valid, jnp.zeros_like(batch.lengths)
-    if corruption.logit_shift:
-        candidates = candidates & (batch.positions > 0)  # nothing precedes the first token, so nothing predicts it
-    return candidates, prompt_lengths
+    return candidates & corruption.diffusion.predictable(batch.positions), prompt_lengths

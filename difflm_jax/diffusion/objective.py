@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, NoisyBatch, corrupt
 from difflm_jax.diffusion.extras.annealing import grown_block_length, open_edges, open_share
 from difflm_jax.diffusion.extras.complementary import complementary_pairs
 from difflm_jax.diffusion.extras.distillation import teacher_of
 from difflm_jax.diffusion.extras.on_policy import on_policy_states
-from difflm_jax.models.attention import BLOCK_RULES, block_starts
 from difflm_jax.models.transformer import Transformer, head_weight
 from difflm_jax.ops.cross_entropy import Scores, Teacher, scored_cross_entropy
 from difflm_jax.ops.random import fold_seeds, token_seeds, uniform
@@ -34,11 +34,6 @@ class LossSums:
     tokens: jax.Array  # [] real tokens
 
 
-def predicting_states(hidden_BLD: jax.Array, logit_shift: bool) -> jax.Array:
-    """Aligns hidden states with the tokens that they predict: with the shift, state i - 1 predicts token i."""
-    return jnp.roll(hidden_BLD, 1, axis=1) if logit_shift else hidden_BLD
-
-
 def loss_sums(
     model: Transformer,
     variables: dict[str, Any],
@@ -54,20 +49,21 @@ def loss_sums(
     `key` is that of the step; `train` turns dropout on; `index` is the number of the step, for what changes on the way.
     """
     if corruption.block_growth_steps:
-        block_length = grown_block_length(index, corruption.block_growth_steps, corruption.block_length)
-        corruption = dataclasses.replace(corruption, block_length=block_length)
+        block_length = grown_block_length(index, corruption.block_growth_steps, corruption.diffusion.block_length)
+        grown = dataclasses.replace(corruption.diffusion, block_length=block_length)
+        corruption = dataclasses.replace(corruption, diffusion=grown)
 
     def seeds(stream: int, positions_BL: jax.Array = batch.positions) -> jax.Array:
         return token_seeds(jax.random.fold_in(key, stream), batch.example_ids, positions_BL)
 
     score = functools.partial(_score, model, corruption, chunk)
     dropout_seeds = seeds(_DROPOUT_STREAM) if train else None
-    noisy = corrupt(key, batch, corruption, model.mask_token_id)
+    noisy = corrupt(key, batch, corruption)
     if corruption.anneal_steps:
         share = open_share(index, corruption.anneal_steps, corruption.anneal_power)
         noisy = noisy.replace(open=open_edges(seeds(_OPENING_STREAM), batch.positions, share))
     if corruption.complementary:
-        noisy = complementary_pairs(noisy, corruption, model.mask_token_id)
+        noisy = complementary_pairs(noisy, corruption)
         dropout_seeds = (
             None if dropout_seeds is None else jnp.concatenate([dropout_seeds, fold_seeds(dropout_seeds, 1)])
         )
@@ -75,8 +71,8 @@ def loss_sums(
         draws_BL = uniform(seeds(_POLICY_STREAM, jnp.zeros_like(batch.positions)))  # one an example
         own_score = functools.partial(score, jax.lax.stop_gradient(variables), None, None)
         groups_BL = _groups(noisy, corruption)
-        noisy = on_policy_states(draws_BL, noisy, groups_BL, own_score, corruption, model.mask_token_id)
-    teacher = teacher_of(model, variables["params"], noisy) if corruption.distillation else None
+        noisy = on_policy_states(draws_BL, noisy, groups_BL, own_score, corruption)
+    teacher = teacher_of(model, corruption.diffusion, variables["params"], noisy) if corruption.distillation else None
     loss, scores = score(variables, dropout_seeds, teacher, noisy, noisy.weights)
 
     counted_BL = noisy.masked & (noisy.weights != 0)
@@ -106,13 +102,13 @@ def _score(
     weights_BL: jax.Array,
 ) -> tuple[jax.Array, Scores]:
     """(the loss as a sum, scores [B, L]) of the model on `noisy`, against its clean tokens by `weights_BL`."""
-    hidden_BLD = predicting_states_of(model, variables, noisy, dropout_seeds_BL, corruption)
+    hidden_BLD = predicting_states(model, corruption.diffusion, variables, noisy, dropout_seeds_BL)
     loss, scores = scored_cross_entropy(
         _flat(hidden_BLD),
         head_weight(model.config, variables["params"]),
         _flat(noisy.clean),
         _flat(weights_BL),
-        model.mask_token_id,
+        corruption.diffusion.mask_token_id,
         chunk,
         model.config.vocab_size,
         jax.tree.map(_flat, teacher),
@@ -127,61 +123,48 @@ def _flat(x_BL: jax.Array) -> jax.Array:
 
 def _groups(noisy: NoisyBatch, corruption: Corruption) -> jax.Array:
     """[B, L] int32: what a sampler fills together, a block or all of an answer, numbered within the row."""
-    if corruption.attention != "block":
+    if corruption.diffusion.attention != "block":
         return noisy.segments
-    first_BL = block_starts(noisy.positions, noisy.prompt_lengths, corruption.block_length)
+    first_BL = corruption.diffusion.block_starts(noisy.positions, noisy.prompt_lengths)
     return noisy.segments * noisy.tokens.shape[1] + first_BL
 
 
-def predicting_states_of(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruption) -> jax.Array:
+def predicting_states(
+    model: Transformer,
+    diffusion: DiffusionConfig,
+    variables: dict[str, Any],
+    noisy: NoisyBatch,
+    seeds_BL: jax.Array | None,
+) -> jax.Array:
     """[B, L, D] the states that predict each token of a corrupted batch; `seeds_BL` are those of dropout, or None."""
-    states = _block_states if model.attention in BLOCK_RULES else _states
-    return states(model, variables, noisy, seeds_BL, corruption)
+    if diffusion.has_blocks:
+        return _block_states(model, diffusion, variables, noisy, seeds_BL)
+    view = diffusion.view(noisy.layout, open_BTS=noisy.open, lengths_B=noisy.row_lengths)
+    return diffusion.predicting(model.apply(variables, noisy.tokens, noisy.positions, view, seeds_BL))
 
 
-def _states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruption) -> jax.Array:
-    """[B, L, D] the states that predict each token."""
-    hidden_BLD = model.apply(
-        variables,
-        noisy.tokens,
-        noisy.positions,
-        noisy.segments != 0,
-        noisy.prompt_lengths,
-        seeds_BL,
-        segments_BT=noisy.segments,
-        open_BTS=noisy.open,
-        row_lengths_B=noisy.row_lengths,
-    )
-    return predicting_states(hidden_BLD, corruption.logit_shift)
-
-
-def _block_states(model, variables, noisy: NoisyBatch, seeds_BL, corruption: Corruption) -> jax.Array:
+def _block_states(model, diffusion, variables, noisy: NoisyBatch, seeds_BL) -> jax.Array:
     """The same under attention in blocks: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
 
     A noisy block sees the clean blocks before it, as it does when text is generated. With the shift the first token of
     a block is predicted from the block before it, which is finished by then: from its clean copy.
     """
     length = noisy.clean.shape[1]
-
-    def twice(x_BL: jax.Array) -> jax.Array:
-        return jnp.concatenate([x_BL, x_BL], axis=1)
-
+    rows = noisy.layout.twice()
+    view = diffusion.view(
+        rows,
+        noisy_T=jnp.arange(2 * length) < length,
+        open_BTS=None if noisy.open is None else jnp.tile(noisy.open, (1, 2, 2)),
+    )
     hidden_BLD = model.apply(
         variables,
         jnp.concatenate([noisy.tokens, noisy.clean], axis=1),
-        twice(noisy.positions),
-        twice(noisy.segments != 0),
-        twice(noisy.prompt_lengths),
+        rows.positions,
+        view,
         None if seeds_BL is None else jnp.concatenate([seeds_BL, fold_seeds(seeds_BL, 0)], axis=1),
-        noisy_T=jnp.arange(2 * length) < length,
-        segments_BT=twice(noisy.segments),
-        open_BTS=None if noisy.open is None else jnp.tile(noisy.open, (1, 2, 2)),
-        block_length=corruption.block_length,
     )
     noisy_BLD, clean_BLD = jnp.split(hidden_BLD, 2, axis=1)
-    if not corruption.logit_shift:
+    if not diffusion.shift:
         return noisy_BLD
-    starts_BL = block_starts(noisy.positions, noisy.prompt_lengths, corruption.block_length, model.attention)
-    opens_BL = starts_BL == noisy.positions
-    shifted = (predicting_states(clean_BLD, True), predicting_states(noisy_BLD, True))
-    return jnp.where(opens_BL[..., None], *shifted)
+    opens_BL = diffusion.block_starts(noisy.positions, noisy.prompt_lengths) == noisy.positions
+    return jnp.where(opens_BL[..., None], diffusion.predicting(clean_BLD), diffusion.predicting(noisy_BLD))

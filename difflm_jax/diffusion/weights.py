@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from difflm_jax.models.attention import same_example
+from difflm_jax.diffusion.segments import same_example
 
 CART_P = 0.3  # Dream's: how fast the worth of a visible token falls with its distance
 _LOWEST_RATE = 1e-3  # below it nothing is drawn; keeps 1 / rate finite where nothing is hidden

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from difflm_jax.distributed.collectives import ROW_PARALLEL, gathered, summed
-from difflm_jax.models.attention import Window
+from difflm_jax.models.attention import View, Window
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, lora_down, lora_up
 from difflm_jax.models.rope import rotate
@@ -89,7 +89,7 @@ class Attention(nn.Module):
     """Grouped-query self-attention with RoPE and, where the model has them, norms of queries and keys.
 
     Applied with an empty, mutable `cache` collection it leaves its keys and values there. Applied with a filled one its
-    queries are the columns of `window`: their keys take the place of the cached ones, and `mask_BTS` covers them all.
+    queries are the columns of `window`: their keys take the place of the cached ones, and `view` covers them all.
     """
 
     config: ModelConfig
@@ -101,8 +101,7 @@ class Attention(nn.Module):
         self,
         x_BTD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask_BTS: jax.Array,
-        lengths_B: jax.Array | None,
+        view: View,
         seeds_BT: jax.Array | None,
         window: Window | None,
     ) -> jax.Array:
@@ -118,7 +117,7 @@ class Attention(nn.Module):
             k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
         q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
         k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
-        y_BTHE = KERNELS[self.kernel](q_BTHE, k_BSKE, v_BSKE, mask_BTS, lengths_B)
+        y_BTHE = KERNELS[self.kernel](q_BTHE, k_BSKE, v_BSKE, view.mask, view.lengths)
         output = Linear(self.lora, name="o_proj")
         return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT)[0]
 
@@ -164,20 +163,20 @@ class Layer(nn.Module):
         x_BTD: jax.Array,
         layer_index: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask_BTS: jax.Array,
-        lengths_B: jax.Array | None,
+        view: View,
         seeds_BT: jax.Array | None,
         window: Window | None,
     ) -> tuple[jax.Array, None]:
-        # Tied to the hidden states, or jax takes what follows from the mask and the angles alone out of the loop: they
-        # would be read by each layer in the size of the scores and of all heads.
-        x_BTD, rope, mask_BTS = jax.lax.optimization_barrier((x_BTD, rope, mask_BTS))
+        # The barrier keeps XLA from hoisting the expanded mask and angles out of the layer loop at the size of the
+        # scores and of all heads.
+        x_BTD, rope, mask_BTS = jax.lax.optimization_barrier((x_BTD, rope, view.mask))
+        view = view.replace(mask=mask_BTS)
         rope = jax.lax.stop_gradient(rope)  # behind the barrier they would have one
         if seeds_BT is not None:
             seeds_BT = fold_seeds(seeds_BT, layer_index)
         epsilon = self.config.rms_norm_eps
         h_BTD = RMSNorm(epsilon, name="input_layernorm")(x_BTD)
         attention = Attention(self.config, self.lora, self.attention_kernel, name="self_attn")
-        x_BTD = x_BTD + attention(h_BTD, rope, mask_BTS, lengths_B, seeds_BT, window)
+        x_BTD = x_BTD + attention(h_BTD, rope, view, seeds_BT, window)
         h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
         return x_BTD + MLP(self.lora, name="mlp")(h_BTD, seeds_BT), None

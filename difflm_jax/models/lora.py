@@ -71,8 +71,8 @@ def lora_up(low_BLR: jax.Array, lora_B: jax.Array, config: LoraConfig) -> jax.Ar
 def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
     """`x` with the share `rate` of its elements set to zero and the others divided by 1 - rate.
 
-    An element's fate is a function of its token's seed (`ops.random`) and its place in the token's vector, so it
-    depends neither on the other tokens and rows nor on how they are padded, packed or divided over devices.
+    Whether an element is dropped is a function of its token's seed (`difflm_jax.ops.random`) and its place in the
+    token's vector. It depends neither on other tokens and rows, nor on padding, packing or the mesh.
     """
     width = x_BLD.shape[-1]
     start = jax.lax.axis_index(TENSOR) * width if varies(x_BLD, TENSOR) else 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from difflm_jax.distributed.collectives import lookup, rows_together, whole_vocabulary
-from difflm_jax.models.attention import Window, attention_mask
+from difflm_jax.models.attention import View, Window
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
 from difflm_jax.models.lora import LoraConfig
@@ -37,22 +37,20 @@ REMAT = {
 
 
 class Transformer(nn.Module):
-    """Hidden states of a Llama-like decoder under any attention rule; applied to `{"params": ..., "lora": ...}`.
+    """Hidden states of a Llama-like decoder; applied to `{"params": ..., "lora": ...}`.
 
-    Without a `lora` collection it is the base. `attention` is the rule (`models.attention`) and `block_length` that of
-    "block" and "block_causal"; `attention_kernel` (a key of `models.kernels.KERNELS`) computes it. `remat` (a key of
-    `REMAT`) says what the backward pass computes again. `unroll`: every layer is compiled for itself, in place of one
-    loop over a stack. `on_cpu`: that loop takes its slices of bfloat16 weights as bits (`difflm_jax.ops.cpu`).
+    Without a `lora` collection it is the base. `mask_token_id` is the token whose embedding is the trained row
+    `lora/mask_row`, if there is one. `attention_kernel` is a key of `ops.attention_kernels.KERNELS`. `remat` (a key of
+    `REMAT`) says what the backward pass computes again. `unroll` compiles every layer for itself, in place of one loop
+    over a stack. `on_cpu`: that loop takes its slices of bfloat16 weights as bits (`difflm_jax.ops.cpu`).
     """
 
     config: ModelConfig
-    attention: str = "full"
     lora: LoraConfig | None = None
     mask_token_id: int | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: bool = False
-    block_length: int = 0
     on_cpu: bool = False
     attention_kernel: str = "xla"
 
@@ -61,38 +59,16 @@ class Transformer(nn.Module):
         self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
-        valid_BT: jax.Array,
-        prompt_lengths: jax.Array,
-        dropout_seeds_BT: jax.Array | None = None,
+        view: View,
+        seeds_BT: jax.Array | None = None,
         window: Window | None = None,
-        noisy_T: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
-        open_BTS: jax.Array | None = None,
-        block_length: jax.Array | None = None,
-        row_lengths_B: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] hidden states after the final norm, in `dtype`.
 
-        `positions_BT` counts real tokens, `valid_BT` is False at padding. `window` places the tokens in a canvas whose
-        keys are in the `cache` collection; `prompt_lengths`, `noisy_T`, `segments_BT` and `open_BTS` are those of
-        `attention_mask`; `dropout_seeds_BT` are those of `lora.dropout` (None: no dropout). `block_length`
-        [] takes the place of the model's own, for blocks that grow. `row_lengths_B` are the real tokens of rows that
-        hold one example each, padded on the right: what a fused kernel needs to know of `full` attention within them.
+        `positions_BT` [B, T] int32 are those of RoPE; `view` says which keys each token sees. `seeds_BT` are those of
+        `difflm_jax.models.lora.dropout` (None: no dropout). `window` places the tokens among columns whose keys are in
+        the `cache` collection.
         """
-        key_positions_BS, key_valid_BS = positions_BT, valid_BT
-        if window is not None:
-            key_positions_BS, key_valid_BS = window.positions, window.valid
-        mask_BTS = attention_mask(
-            self.attention,
-            positions_BT,
-            key_positions_BS,
-            key_valid_BS,
-            prompt_lengths,
-            self.block_length if block_length is None else block_length,
-            noisy_T,
-            segments_BT,
-            open_BTS,
-        )
         rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
 
         layer = Layer
@@ -103,7 +79,7 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0, "lora": 0, "cache": 0},
             split_rngs={},
-            in_axes=(0, *[nn.broadcast] * 5),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=self.config.num_layers,
             unroll=self.config.num_layers if self.unroll else 1,
             check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
@@ -112,9 +88,7 @@ class Transformer(nn.Module):
             layers = nn.map_variables(layers, "params", _matrices_as_bits)
         x_BTD = self.embed(tokens_BT)
         stack = layers(self.config, self.lora, self.attention_kernel, name="layers")
-        lengths_B = row_lengths_B if self.attention == "full" and open_BTS is None else None
-        arguments = (rope, mask_BTS, lengths_B, dropout_seeds_BT, window)
-        x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), *arguments)
+        x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), rope, view, seeds_BT, window)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:

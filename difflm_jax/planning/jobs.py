@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.config.files import lora_config, phase_config, quantization
 from difflm_jax.data.packing import PACKED
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.distributed.mesh import AnyMesh, row_shards
 from difflm_jax.distributed.sharding import abstract, batch_sharding, rows_spec
@@ -88,7 +89,7 @@ def training_job(
     frozen, trained = _collections(settings, _params(config, model_config, mesh), model)
     optimizer = make_optimizer(settings)
     state = abstract(TrainState(trained, jax.eval_shape(optimizer.init, trained)), mesh)
-    described = Phase(phase, settings, model, {}, mesh, None, None, 0, 0)
+    described = Phase(phase, settings, model, _diffusion(settings, model), {}, mesh, None, None, 0, 0)
     options = step_options(described)
     step = make_train_step(options, optimizer, learning_rate_schedule(settings, 10**6), mesh)
     key, index = abstract((jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)), mesh)
@@ -120,9 +121,9 @@ def sampling_job(
 ) -> Job:
     """A generation for `batch_size` prompts of `prompt_length` tokens, as the trained model makes it."""
     model = _model(config, model_config, "none", on_cpu)
-    params = _params(config, model_config, mesh)
-    sampling = sampling_options(model.attention, config.algorithm, {})
-    plan = answer_plan(model, max_new_tokens, steps, block_length, sampling)
+    params, diffusion = _params(config, model_config, mesh), _diffusion(config, model)
+    sampling = sampling_options(diffusion.attention, config.algorithm, {})
+    plan = answer_plan(diffusion, max_new_tokens, steps, block_length, sampling)
     plan = dataclasses.replace(plan, first_column=prompt_length)
     columns = prompt_length + plan.num_blocks * plan.block_length
     tokens = jax.ShapeDtypeStruct((batch_size, columns), jnp.int32)
@@ -136,7 +137,7 @@ def sampling_job(
         "sampling": sampling,
         "steps": abstract(jax.ShapeDtypeStruct((), jnp.int32), mesh),
     }
-    static = {"model": model, "logit_shift": config.logit_shift, "plan": plan, "eos_token_ids": (0,), "mesh": mesh}
+    static = {"model": model, "diffusion": diffusion, "plan": plan, "eos_token_ids": (0,), "mesh": mesh}
     generate = generate_on(mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "none")
     return Job("sampling", generate, arguments, static, plan.num_blocks * plan.steps_per_block)
 
@@ -235,15 +236,17 @@ def _shard_shape(leaf: Any) -> tuple[int, ...]:
 def _model(config: ConfigDict, model_config: ModelConfig, remat: str, on_cpu: bool) -> Transformer:
     return Transformer(
         config=model_config,
-        attention=config.attention,
         lora=None if config.trained == "all" else lora_config(config),
         mask_token_id=model_config.vocab_size - 1,
         dtype=DTYPES[config.dtype],
         remat=remat,
         attention_kernel=config.attention_kernel,
-        block_length=config.block_length,
         on_cpu=on_cpu,
     )
+
+
+def _diffusion(config: ConfigDict, model: Transformer) -> DiffusionConfig:
+    return DiffusionConfig(config.attention, config.block_length, config.logit_shift, model.mask_token_id)
 
 
 def _params(config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh) -> dict[str, Any]:

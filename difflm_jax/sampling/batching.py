@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.distributed.mesh import row_shards
 from difflm_jax.distributed.sharding import to_host
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.sampling.caches import BLOCK_CACHE_RULES, Canvas, generate_on, row_sampling_keys
+from difflm_jax.sampling.caches import Canvas, generate_on, row_sampling_keys
 from difflm_jax.sampling.loop import Plan
 from difflm_jax.sampling.options import Sampling
 from difflm_jax.sampling.schedule import DEADLINE, quotas
@@ -31,7 +32,7 @@ class Decoder:
 
     model: Transformer
     variables: dict[str, Any]
-    logit_shift: bool
+    diffusion: DiffusionConfig
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     mesh: Mesh | None = None
@@ -56,20 +57,20 @@ def width_bucket(length: int) -> int:
 
 
 def answer_plan(
-    model: Transformer, max_new_tokens: int, steps: int, block_length: int | None, sampling: Sampling
+    diffusion: DiffusionConfig, max_new_tokens: int, steps: int, block_length: int | None, sampling: Sampling
 ) -> Plan:
     """The plan of an answer behind its prompt (`first_column` is set when the rows are known). Raises `UserError`."""
     check_positive("max_new_tokens", max_new_tokens)
     check_positive("steps", steps)
     steps = _useful_steps(steps, max_new_tokens, sampling)
-    if model.attention in BLOCK_CACHE_RULES:
-        trained = 1 if model.attention == "causal" else model.block_length
+    if diffusion.decoding_block:
+        trained, attention = diffusion.decoding_block, diffusion.attention
         if block_length not in (None, trained):
-            raise UserError(f"block_length={block_length}: {model.attention} attention decodes in blocks of {trained}")
-        if model.attention == "causal" and steps < max_new_tokens:
+            raise UserError(f"block_length={block_length}: {attention} attention decodes in blocks of {trained}")
+        if attention == "causal" and steps < max_new_tokens:
             raise UserError("generate: causal attention decodes one token a pass (steps >= max_new_tokens)")
         blocks = -(-max_new_tokens // trained)  # the last block is whole; the answer is cut
-        given = trained - 1 if model.attention == "block_causal" else 0  # of a prompt that ends within a block
+        given = trained - 1 if diffusion.blocks_include_prompt else 0  # of a prompt that ends within a block
         return Plan(0, -(-(max_new_tokens + given) // trained), trained, -(-steps // blocks))
     block_length = max_new_tokens if block_length is None else block_length
     check_positive("block_length", block_length)
@@ -98,9 +99,10 @@ def fill_answers(
     The last block is whole. But under `block_causal` attention, where the prompt may end within a block, which the
     answer then completes, it is as long as what is left. `watch` is called after every pass.
     """
-    whole = max_new_tokens if decoder.model.attention == "block_causal" else plan.num_blocks * plan.block_length
-    answer = np.full(whole, decoder.model.mask_token_id, np.int32)
-    cuts = [_prompt_end(decoder.model, len(prompt)) for prompt in prompts]
+    diffusion = decoder.diffusion
+    whole = max_new_tokens if diffusion.blocks_include_prompt else plan.num_blocks * plan.block_length
+    answer = np.full(whole, diffusion.mask_token_id, np.int32)
+    cuts = [diffusion.settled(len(prompt)) for prompt in prompts]
     rests = [np.concatenate([prompt[cut:], answer]) for prompt, cut in zip(prompts, cuts, strict=True)]
     prefixes = [prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)]
     filled = _fill(decoder, prefixes, rests, plan, sampling, seed, batch_size, watch)
@@ -121,23 +123,23 @@ def fill_masks(
 ) -> Filled:
     """`rows` with their masks filled; what precedes the first mask of a row is its prompt. Raises `UserError`."""
     check_positive("steps", steps)
-    model = decoder.model
-    masks = [np.flatnonzero(row == model.mask_token_id) for row in rows]
-    if decoder.logit_shift and any(len(at) and at[0] == 0 for at in masks):
+    diffusion = decoder.diffusion
+    masks = [np.flatnonzero(row == diffusion.mask_token_id) for row in rows]
+    if diffusion.shift and any(len(at) and at[0] == 0 for at in masks):
         raise UserError("infill: with the logit shift nothing predicts the first token: it must not be a mask")
     most = max((len(at) for at in masks), default=0)
     if most == 0:
         return Filled(list(rows), np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32))
-    if model.attention == "causal" and steps < most:
+    if diffusion.attention == "causal" and steps < most:
         raise UserError("infill: causal attention fills one mask a pass (steps >= number of masks)")
-    cuts = [_prompt_end(model, int(at[0]) if len(at) else len(row)) for row, at in zip(rows, masks, strict=True)]
+    cuts = [diffusion.settled(int(at[0]) if len(at) else len(row)) for row, at in zip(rows, masks, strict=True)]
     prompts = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
     rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
     width = width_bucket(max(len(rest) for rest in rests))
     plans = [Plan(0, 1, width, _useful_steps(steps, most, sampling))] * len(rows)
-    if model.attention in BLOCK_CACHE_RULES:
+    if diffusion.decoding_block:
         places = [at - cut for at, cut in zip(masks, cuts, strict=True)]
-        plans = [_plan_in_blocks(model, at, width, steps, sampling) for at in places]
+        plans = [_plan_in_blocks(diffusion.decoding_block, at, width, steps, sampling) for at in places]
     sampling = sampling.replace(stop_at_eos=False)  # an end of sequence ends an answer, but not a text with gaps
     whole: list[np.ndarray] = [np.empty(0)] * len(rows)
     committed, passes = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
@@ -151,9 +153,8 @@ def fill_masks(
     return Filled(whole, committed, passes)
 
 
-def _plan_in_blocks(model: Transformer, places: np.ndarray, width: int, steps: int, sampling: Sampling) -> Plan:
+def _plan_in_blocks(block_length: int, places: np.ndarray, width: int, steps: int, sampling: Sampling) -> Plan:
     """The plan of a row of `width` columns with masks at `places`, whose blocks share the steps."""
-    block_length = 1 if model.attention == "causal" else model.block_length
     with_masks = len(set(places // block_length)) or 1
     of_a_block = _useful_steps(-(-steps // with_masks), block_length, sampling)
     return Plan(0, -(-width // block_length), block_length, of_a_block)
@@ -198,7 +199,9 @@ def _fill(
     if not prompts:
         return Filled([], np.zeros(0, np.int32), np.zeros(0, np.int32))
     # The first window of block decoding reaches one block and one token back.
-    longest = max(max(len(prompt) for prompt in prompts), plan.block_length + 1 if _in_blocks(decoder) else 1)
+    longest = max(
+        max(len(prompt) for prompt in prompts), plan.block_length + 1 if decoder.diffusion.decoding_block else 1
+    )
     steps = np.int32(plan.steps_per_block)
     plan = dataclasses.replace(plan, first_column=width_bucket(longest), steps_per_block=most_steps(plan))
     rows = [np.concatenate(parts) for parts in zip(prompts, rests, strict=True)]
@@ -215,14 +218,14 @@ def _fill(
         count = min(batch_size, len(rows) - first)
         index = np.concatenate([np.arange(first, first + count), np.full(batch_size - count, first)])
         tokens, valid = _padded([prompts[i] for i in index], [rests[i] for i in index], plan, decoder.pad_token_id)
-        fillable = valid & (tokens == decoder.model.mask_token_id)
+        fillable = valid & (tokens == decoder.diffusion.mask_token_id)
         answers = fillable[:, plan.first_column :].reshape(len(index), plan.num_blocks, plan.block_length)
         schedule = quotas(sampling.schedule, answers.sum(axis=2), int(steps), plan.steps_per_block)
         canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], schedule, keys[index])
         arguments = (
             decoder.model,
             decoder.variables,
-            decoder.logit_shift,
+            decoder.diffusion,
             plan,
             decoder.eos_token_ids,
             canvas,
@@ -235,7 +238,7 @@ def _fill(
             carry = generate_watched(*arguments, numbers[first : first + count], watch)
         tokens, used = to_host(carry.tokens), to_host(carry.passes)
         filled += [tokens[i, plan.first_column :][: len(rests[index[i]])] for i in range(count)]
-        committed += (fillable & (tokens != decoder.model.mask_token_id)).sum(axis=1)[:count].tolist()
+        committed += (fillable & (tokens != decoder.diffusion.mask_token_id)).sum(axis=1)[:count].tolist()
         passes += used[:count].tolist()
     return Filled(filled, np.asarray(committed, np.int32), np.asarray(passes, np.int32))
 
@@ -243,15 +246,6 @@ def _fill(
 def most_steps(plan: Plan) -> int:
     """The scheduled passes of a block that are compiled for: few different numbers, so that few are compiled."""
     return max(map(width_bucket, (plan.steps_per_block, plan.block_length))) if plan.steps_per_block > 1 else 1
-
-
-def _in_blocks(decoder: Decoder) -> bool:
-    return decoder.model.attention in BLOCK_CACHE_RULES
-
-
-def _prompt_end(model: Transformer, given: int) -> int:
-    """How many of the `given` first tokens of a row lie before the block in which the first mask is."""
-    return given - given % model.block_length if model.attention == "block_causal" else given
 
 
 def _padded(

@@ -24,17 +24,14 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
+from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.distributed.sharding import over_rows
-from difflm_jax.models.attention import BLOCK_RULES, Window, positions_of
+from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.sampling.loop import Carry, Loop, Plan, Predict, prepare
 from difflm_jax.sampling.options import Sampling
 
 Variables = dict[str, Any]  # {"params": ..., "lora": ...}
-
-# Rules under which the keys of a prompt do not depend on what follows it, and those under which that holds for blocks.
-BLOCK_CACHE_RULES = (*BLOCK_RULES, "causal")
-PROMPT_CACHE_RULES = ("prefix", *BLOCK_CACHE_RULES)
 
 
 @struct.dataclass
@@ -52,7 +49,7 @@ class Canvas:
 def fill(
     model: Transformer,
     variables: Variables,
-    logit_shift: bool,
+    diffusion: DiffusionConfig,
     plan: Plan,
     eos_token_ids: tuple[int, ...],
     canvas: Canvas,
@@ -67,14 +64,14 @@ def fill(
     """
 
     def rows(variables: Variables, canvas: Canvas) -> Carry:
-        loop, start = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling, steps)
+        loop, start = loop_of(model, variables, diffusion, plan, eos_token_ids, canvas, sampling, steps)
         return loop.run(start).replace(cache=None, block=None, step=None)
 
     return over_rows(rows, mesh, variables, canvas)
 
 
 # Compiles once for each shape of canvas and plan and each set of options that is on; the number of passes is data.
-_compiled = functools.partial(jax.jit, fill, static_argnames=("model", "logit_shift", "plan", "eos_token_ids", "mesh"))
+_compiled = functools.partial(jax.jit, fill, static_argnames=("model", "diffusion", "plan", "eos_token_ids", "mesh"))
 _generate = _compiled()
 # A pass over few tokens takes as long as reading the weights. XLA's own kernels for products get those of a layer as a
 # copy out of their stack, and products of one input are joined by writing their weights side by side; cuBLAS reads them
@@ -93,7 +90,7 @@ def generate_on(platform: str) -> Callable[..., Carry]:
 def loop_of(
     model: Transformer,
     variables: Variables,
-    logit_shift: bool,
+    diffusion: DiffusionConfig,
     plan: Plan,
     eos_token_ids: tuple[int, ...],
     canvas: Canvas,
@@ -101,7 +98,7 @@ def loop_of(
     steps: jax.Array | None,
 ) -> tuple[Loop, Carry]:
     """The sampler's loop over a model, and its first carry."""
-    predict, cache = make_predict(model, variables, logit_shift, plan, sampling, canvas)
+    predict, cache = make_predict(model, variables, diffusion, plan, sampling, canvas)
     return prepare(
         predict,
         cache,
@@ -111,22 +108,16 @@ def loop_of(
         canvas.keys,
         plan,
         sampling,
-        model.mask_token_id,
+        diffusion.mask_token_id,
         eos_token_ids,
         real_BL=canvas.valid,
         steps=steps,
     )
 
 
-def cache_kind(attention: str, plan: Plan, logit_shift: bool, cache: str) -> str:
+def cache_kind(diffusion: DiffusionConfig, cache: str) -> str:
     """ "none", "prompt", "blocks", "prefix" or "dual": what `cache` means under a rule; "auto" is never inexact."""
-    if cache != "auto":
-        return cache
-    if plan.first_column <= logit_shift:  # no prompt to speak of
-        return "none"
-    if attention in BLOCK_CACHE_RULES:
-        return "blocks"
-    return "prompt" if attention in PROMPT_CACHE_RULES else "none"
+    return diffusion.exact_cache if cache == "auto" else cache
 
 
 # (cache, tokens, first column of the active block) -> (logits of the block, cache)
@@ -134,15 +125,20 @@ Pass = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def make_predict(
-    model: Transformer, variables: Variables, logit_shift: bool, plan: Plan, sampling: Sampling, canvas: Canvas
+    model: Transformer,
+    variables: Variables,
+    diffusion: DiffusionConfig,
+    plan: Plan,
+    sampling: Sampling,
+    canvas: Canvas,
 ) -> tuple[Predict, Any]:
     """`predict` and its first cache, by the kind of cache (see the head of this file)."""
-    kind = cache_kind(model.attention, plan, logit_shift, sampling.cache)
+    kind = cache_kind(diffusion, sampling.cache)
     block, columns = plan.block_length, canvas.tokens.shape[1]
-    shift = int(logit_shift)  # the state at column - shift predicts a column: windows begin that much earlier
+    shift = diffusion.shift  # windows begin that much earlier
     answer = plan.first_column - shift
-    known = answer if kind != "none" and model.attention in PROMPT_CACHE_RULES else 0  # columns that never run again
-    runner = _Runner(model, variables, shift, block, sampling.cfg_scale, canvas)
+    known = answer if kind != "none" and diffusion.exact_cache != "none" else 0  # columns that never run again
+    runner = _Runner(model, variables, diffusion, block, sampling.cfg_scale, canvas)
 
     # Each pass: (first column of the block) -> (first column, number of columns, column that is first to be written)
     whole = runner.run(lambda first: (known, columns - known, known), keep=kind in ("prefix", "dual"))
@@ -170,35 +166,30 @@ def make_predict(
 class _Runner:
     """Runs windows of a canvas through the model. With guidance every row has a twin whose given tokens are masked."""
 
-    def __init__(self, model, variables, shift, block_length, cfg_scale, canvas: Canvas):
-        self._model, self._variables, self._shift, self._block_length = model, variables, shift, block_length
+    def __init__(self, model, variables, diffusion, block_length, cfg_scale, canvas: Canvas):
+        self._model, self._variables, self._diffusion, self._block_length = model, variables, diffusion, block_length
         self._cfg_scale, self._canvas = cfg_scale, canvas
-        self._valid_BL = self._twice(canvas.valid)
-        self._positions_BL = positions_of(self._valid_BL)
-        self._prompt_lengths_B = self._twice(canvas.prompt_lengths)
+        valid_BL = self._twice(canvas.valid)
+        self._rows = Layout(positions_of(valid_BL), valid_BL, self._twice(canvas.prompt_lengths))
 
     def run(self, place: Callable[[jax.Array], tuple[Any, int, Any]], keep: bool) -> Pass:
         """A pass over the window that `place` names; `keep`: the keys that it writes stay in the cache."""
 
         def one_pass(cache: Any, tokens_BL: jax.Array, first: jax.Array) -> tuple[jax.Array, Any]:
             start, length, written_from = place(first)
-
-            def part(x_BL: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x_BL, start, length, axis=1)
-
-            arguments = [part(x) for x in (self._with_twins(tokens_BL), self._positions_BL, self._valid_BL)]
-            variables, options = self._variables, {}
+            tokens_BT = jax.lax.dynamic_slice_in_dim(self._with_twins(tokens_BL), start, length, axis=1)
+            rows = self._rows.part(start, length)
+            variables, keys, window = self._variables, None, None
             if cache is not None:
                 variables = {**variables, "cache": cache}
-                options = {"window": Window(self._positions_BL, self._valid_BL, start, written_from)}
-            hidden_BTD = self._model.apply(
-                variables, *arguments, self._prompt_lengths_B, mutable=["cache"] if keep else False, **options
-            )
+                keys, window = self._rows, Window(start, written_from)
+            view, mutable = self._diffusion.view(rows, keys), ["cache"] if keep else False
+            hidden_BTD = self._model.apply(variables, tokens_BT, rows.positions, view, None, window, mutable=mutable)
             if keep:
                 hidden_BTD, updated = hidden_BTD
                 cache = updated["cache"]
             hidden_BTD = jax.lax.dynamic_slice_in_dim(
-                hidden_BTD, first - self._shift - start, self._block_length, axis=1
+                hidden_BTD, first - self._diffusion.shift - start, self._block_length, axis=1
             )
             return self._logits(hidden_BTD), cache
 
@@ -210,10 +201,10 @@ class _Runner:
         Of 0 columns one is run all the same: the first pass replaces it, and it tells shapes and division over devices.
         """
         columns = max(columns, 1)
-        rest = self._valid_BL.shape[1] - columns
-        arguments = (self._with_twins(self._canvas.tokens), self._positions_BL, self._valid_BL)
-        arguments = [x[:, :columns] for x in arguments]
-        _, updated = self._model.apply(self._variables, *arguments, self._prompt_lengths_B, mutable=["cache"])
+        rest = self._rows.valid.shape[1] - columns
+        tokens_BT, rows = self._with_twins(self._canvas.tokens)[:, :columns], self._rows.part(0, columns)
+        view = self._diffusion.view(rows)
+        _, updated = self._model.apply(self._variables, tokens_BT, rows.positions, view, mutable=["cache"])
         return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, rest), (0, 0), (0, 0)]), updated["cache"])
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -233,7 +224,7 @@ class _Runner:
         if self._cfg_scale is None:
             return tokens_BL
         given_BL = self._canvas.valid & ~self._canvas.fillable
-        return jnp.concatenate([tokens_BL, jnp.where(given_BL, self._model.mask_token_id, tokens_BL)])
+        return jnp.concatenate([tokens_BL, jnp.where(given_BL, self._diffusion.mask_token_id, tokens_BL)])
 
 
 def row_sampling_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:

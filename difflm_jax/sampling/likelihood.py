@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difflm_jax.diffusion.corruption import Corruption, NoisyBatch
-from difflm_jax.diffusion.objective import predicting_states_of
+from difflm_jax.diffusion.config import DiffusionConfig
+from difflm_jax.diffusion.corruption import NoisyBatch
+from difflm_jax.diffusion.objective import predicting_states
 from difflm_jax.distributed.mesh import row_shards
 from difflm_jax.distributed.sharding import over_rows, to_host
 from difflm_jax.errors import UserError
-from difflm_jax.models.attention import BLOCK_RULES, positions_of
+from difflm_jax.models.attention import positions_of
 from difflm_jax.models.transformer import Transformer, head_weight
 from difflm_jax.ops.cross_entropy import scored_cross_entropy
 from difflm_jax.sampling.batching import Decoder, check_positive, check_seed, width_bucket
@@ -75,18 +76,17 @@ def log_likelihoods(
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if not len(answer):
             raise UserError(f"log_likelihood: answer {row} holds no token")
-        if decoder.logit_shift and not len(prompt):
+        if decoder.diffusion.shift and not len(prompt):
             raise UserError(
                 f"log_likelihood: prompt {row} is empty, and with the logit shift nothing predicts its answer"
             )
     if decoder.mesh is not None:
         batch_size += -batch_size % row_shards(decoder.mesh)
-    if decoder.model.attention == "causal":
+    if decoder.diffusion.attention == "causal":
         return _exact(decoder, prompts, answers, batch_size)
     score = functools.partial(_score, decoder)
-    block_length = decoder.model.block_length if decoder.model.attention in BLOCK_RULES else 0
-    counts_prompt = decoder.model.attention == "block_causal"
-    return bound(score, prompts, answers, samples, seed, batch_size, block_length, counts_prompt)
+    blocks = decoder.diffusion.block_length, decoder.diffusion.blocks_include_prompt
+    return bound(score, prompts, answers, samples, seed, batch_size, *blocks)
 
 
 def bound(
@@ -190,7 +190,7 @@ def _weighted_nll(score: Score, samples: Sequence[_Sample], batch_size: int) -> 
 
 
 def _exact(decoder: Decoder, prompts, answers, batch_size: int) -> LogLikelihood:
-    if not decoder.logit_shift:
+    if not decoder.diffusion.logit_shift:
         raise UserError("log_likelihood: a causal model predicts the next token: it needs the logit shift")
     score = functools.partial(_score, decoder)
     rows = [
@@ -202,20 +202,19 @@ def _exact(decoder: Decoder, prompts, answers, batch_size: int) -> LogLikelihood
 
 
 def _score(decoder: Decoder, tokens_BL, masked_BL, real_BL, prompt_lengths_B) -> np.ndarray:
-    model = decoder.model
     rows = (tokens_BL, masked_BL, real_BL, prompt_lengths_B)
-    return to_host(_token_nll(model, decoder.logit_shift, decoder.mesh, decoder.variables, *rows))
+    return to_host(_token_nll(decoder.model, decoder.diffusion, decoder.mesh, decoder.variables, *rows))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _token_nll(model: Transformer, logit_shift: bool, mesh: Any, variables: Any, *rows: Any) -> jax.Array:
+def _token_nll(model: Transformer, diffusion: DiffusionConfig, mesh: Any, variables: Any, *rows: Any) -> jax.Array:
     """[B, L] float32 nats of the masked tokens. A causal model sees what is before a token, so it needs no masks."""
 
     def nll(variables: Any, tokens_BL, masked_BL, real_BL, prompt_lengths_B) -> jax.Array:
-        hidden_BL = masked_BL & (model.attention != "causal")
+        hidden_BL = masked_BL & (diffusion.attention != "causal")
         zeros_BL = jnp.zeros(tokens_BL.shape)
         noisy = NoisyBatch(
-            tokens=jnp.where(hidden_BL, model.mask_token_id, tokens_BL),
+            tokens=jnp.where(hidden_BL, diffusion.mask_token_id, tokens_BL),
             clean=tokens_BL,
             segments=real_BL.astype(jnp.int32),
             positions=positions_of(real_BL),
@@ -227,14 +226,13 @@ def _token_nll(model: Transformer, logit_shift: bool, mesh: Any, variables: Any,
             teacher_weights=zeros_BL,
             counts=zeros_BL,
         )
-        rule = Corruption(attention=model.attention, logit_shift=logit_shift, block_length=model.block_length)
-        states_BLD = predicting_states_of(model, variables, noisy, None, rule)
+        states_BLD = predicting_states(model, diffusion, variables, noisy, None)
         _, scores = scored_cross_entropy(
             states_BLD.reshape(-1, states_BLD.shape[-1]),
             head_weight(model.config, variables["params"]),
             tokens_BL.reshape(-1),
             noisy.weights.reshape(-1),
-            model.mask_token_id,
+            diffusion.mask_token_id,
             CHUNK,
             model.config.vocab_size,
         )

@@ -12,8 +12,8 @@ from typing import Any
 
 from flax import struct
 
+from difflm_jax.diffusion.config import BLOCK_RULES
 from difflm_jax.errors import UserError
-from difflm_jax.models.attention import BLOCK_RULES
 from difflm_jax.sampling.confidence import CONFIDENCES
 from difflm_jax.sampling.revise import REMASKINGS
 from difflm_jax.sampling.schedule import DEADLINE, SCHEDULES

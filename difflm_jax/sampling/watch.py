@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.sampling.caches import Canvas, Variables, loop_of
 from difflm_jax.sampling.loop import Carry, Plan
@@ -45,7 +46,7 @@ Watcher = Callable[[Pass], None]
 def generate_watched(
     model: Transformer,
     variables: Variables,
-    logit_shift: bool,
+    diffusion: DiffusionConfig,
     plan: Plan,
     eos_token_ids: tuple[int, ...],
     canvas: Canvas,
@@ -58,7 +59,7 @@ def generate_watched(
 
     The first rows of `canvas` are those at places `rows` of all; what follows is filler.
     """
-    static = (model, logit_shift, plan, eos_token_ids)
+    static = (model, diffusion, plan, eos_token_ids)
     moving = (variables, canvas, sampling, steps)
     carry, unfinished = _begin(*static, *moving)
     real_BT = canvas.valid[:, plan.first_column :]
@@ -78,7 +79,7 @@ def generate_watched(
                 tokens=after[answer],
                 real=real_BT[:count],
                 confidence=np.asarray(carry.confidence)[answer],
-                written=(after != before)[answer] & (after != model.mask_token_id)[answer],
+                written=(after != before)[answer] & (after != diffusion.mask_token_id)[answer],
                 block=slice(block * plan.block_length, (block + 1) * plan.block_length),
                 candidates=np.asarray(candidates)[:count],
                 probabilities=np.asarray(probabilities)[:count],
@@ -88,14 +89,14 @@ def generate_watched(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _begin(model, logit_shift, plan, eos_token_ids, variables, canvas, sampling, steps) -> tuple[Carry, Any]:
-    loop, start = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling, steps)
+def _begin(model, diffusion, plan, eos_token_ids, variables, canvas, sampling, steps) -> tuple[Carry, Any]:
+    loop, start = loop_of(model, variables, diffusion, plan, eos_token_ids, canvas, sampling, steps)
     return start, loop.unfinished(start)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _one_pass(model, logit_shift, plan, eos_token_ids, variables, canvas, sampling, steps, carry: Carry):
-    loop, _ = loop_of(model, variables, logit_shift, plan, eos_token_ids, canvas, sampling, steps)
+def _one_pass(model, diffusion, plan, eos_token_ids, variables, canvas, sampling, steps, carry: Carry):
+    loop, _ = loop_of(model, variables, diffusion, plan, eos_token_ids, canvas, sampling, steps)
     carry, proposal = loop.seen_step(carry)
     probabilities_BTV = jax.nn.softmax(proposal.logits, axis=-1)
     probabilities, candidates = jax.lax.top_k(probabilities_BTV, min(ALTERNATIVES, probabilities_BTV.shape[-1]))

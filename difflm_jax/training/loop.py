@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from difflm_jax.config.schema import build
 from difflm_jax.data.batches import batches, plan_batches, prefetch
 from difflm_jax.data.packing import Batching
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.distributed.processes import agreed, is_writer
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows, rows_of_process
@@ -44,6 +45,7 @@ class Phase:
     name: str
     config: Any
     model: Transformer
+    diffusion: DiffusionConfig
     frozen: dict[str, Any]  # collections of the model that are not trained
     mesh: Mesh
     train_rows: Any
@@ -275,7 +277,8 @@ def answer_padding(phase: Phase) -> int:
 def step_options(phase: Phase) -> StepOptions:
     """The static part of a phase's step, from its config keys."""
     config = phase.config
-    corruption = build(Corruption, config, scope=PHASE_SCOPE[phase.name], eos_token_id=phase.eos_id)
+    scope = PHASE_SCOPE[phase.name]
+    corruption = build(Corruption, config, diffusion=phase.diffusion, scope=scope, eos_token_id=phase.eos_id)
     return StepOptions(phase.model, corruption, config.loss_chunk, config.unroll_layers)
 
 

@@ -63,7 +63,7 @@ def with_trained(lm: LanguageModel, trained: Mapping[str, Any]) -> LanguageModel
     """The model with what was trained, weights in its own dtype."""
     if "params" in trained:
         params = jax.tree.map(lambda leaf: leaf.astype(lm.model.dtype), trained["params"])
-        return dataclasses.replace(lm, params=params, mask_is_trained=True)
+        return dataclasses.replace(lm.with_diffusion(mask_is_trained=True), params=params)
     return dataclasses.replace(lm.with_adapter(trained["lora"], lm.model.lora), adapter_knows_masks=True)
 
 

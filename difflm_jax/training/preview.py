@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from difflm_jax.config.files import notes, phase_config
 from difflm_jax.data.batches import describe
 from difflm_jax.diffusion.corruption import CleanBatch, NoisyBatch, corrupt
+from difflm_jax.diffusion.segments import SHARED_SEGMENT
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.lm import LanguageModel
-from difflm_jax.models.attention import SHARED_SEGMENT
 from difflm_jax.training.loop import Phase, make_batches, phase_key, step_options
 from difflm_jax.training.run import open_configured, read_rows
 from difflm_jax.view.pieces import Pieces, ansi, printable
@@ -36,6 +36,7 @@ def preview(config: ConfigDict) -> None:
             name,
             resolved,
             lm.model,
+            lm.diffusion,
             {},
             make_mesh(1),
             train_rows,
@@ -56,7 +57,7 @@ def _first_step(phase: Phase, batches: Any) -> tuple[CleanBatch, NoisyBatch]:
     batch = CleanBatch(**rows)
     key = jax.random.fold_in(phase_key(phase), 0)
     corruption = step_options(phase).corruption
-    return batch, corrupt(key, batch, corruption, phase.model.mask_token_id)
+    return batch, corrupt(key, batch, corruption)
 
 
 def _print_rows(lm: LanguageModel, rows: Any, batch: CleanBatch, noisy: NoisyBatch, colours: bool) -> None:

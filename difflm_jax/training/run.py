@@ -66,6 +66,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
             name=name,
             config=phase_config(config, name),
             model=lm.model,
+            diffusion=lm.diffusion,
             frozen=frozen,
             mesh=mesh,
             train_rows=rows[name][0],

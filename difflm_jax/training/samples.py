@@ -43,7 +43,7 @@ def _prompts_and_answers(
     """The first `count` rows that have an answer and a prompt which leaves the model room for one of `new_tokens`, as
     (prompt tokens, text of the answer)."""
     prompts, answers = [], []
-    block_length = lm.model.block_length or 1
+    block_length = lm.block_length or 1
     room = lm.config.max_position_embeddings - -(-new_tokens // block_length) * block_length
     for row in rows:
         if len(prompts) == count:

@@ -14,11 +14,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from difflm_jax.checkpoint.names import get_path, set_path
-from difflm_jax.models.attention import positions_of
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.models.weights import PROJECTIONS
+from tests.tiny import hidden_states
 
 _SIZES = {
     "vocab_size": 96,
@@ -99,11 +100,11 @@ def our_logits() -> Callable[..., np.ndarray]:
         lora_config: LoraConfig | None = None,
         mask_token_id: int | None = None,
     ) -> np.ndarray:
-        model = Transformer(config, attention="causal", lora=lora_config, mask_token_id=mask_token_id)
+        model = Transformer(config, lora=lora_config, mask_token_id=mask_token_id)
         variables = {"params": params} if lora is None else {"params": params, "lora": lora}
         valid_BL = jnp.ones(tokens_BL.shape, bool)
         lengths_B = jnp.zeros(len(tokens_BL), jnp.int32)
-        hidden = model.apply(variables, jnp.asarray(tokens_BL), positions_of(valid_BL), valid_BL, lengths_B)
+        hidden = hidden_states(model, DiffusionConfig("causal"), variables, jnp.asarray(tokens_BL), valid_BL, lengths_B)
         return np.asarray(head_logits(config, params, lora, mask_token_id, hidden))
 
     return logits

@@ -163,16 +163,16 @@ def write(directory, family, reference, config):
 def test_logits_and_what_it_was_trained_for(checkpoint):
     family, directory, reference = checkpoint
     lm = difflm_jax.load(directory, dtype="float32")
-    found = (lm.attention, lm.model.block_length, lm.logit_shift, lm.algorithm, lm.mask_token_id)
+    found = (lm.attention, lm.block_length, lm.logit_shift, lm.algorithm, lm.mask_token_id)
     assert found == TRAINED_FOR[family]
     tokens = torch.randint(0, 250, (3, 45), generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([reference(row, lm.model.block_length) for row in tokens])
+    expected = torch.stack([reference(row, lm.block_length) for row in tokens])
     np.testing.assert_allclose(np.asarray(lm(tokens.numpy())), expected.numpy(), atol=2e-4, rtol=1e-4)
     lengths = np.array([45, 7, 18])  # padding on the left, prompts of any length: nothing changes
     valid = np.arange(45) >= 45 - lengths[:, None]
     padded = np.asarray(lm(tokens.numpy(), attention_mask=valid, prompt_lengths=lengths // 2))
     for row, length in enumerate(lengths):
-        alone = reference(tokens[row, 45 - length :], lm.model.block_length)
+        alone = reference(tokens[row, 45 - length :], lm.block_length)
         np.testing.assert_allclose(padded[row, 45 - length :], alone.numpy(), atol=2e-4, rtol=1e-4)
 
 
@@ -243,5 +243,5 @@ def test_flags_win_over_what_a_checkpoint_was_trained_for(tmp_path):
     lm = difflm_jax.load(
         directory, attention="block_causal", block_length=8, mask_token="<|im_start|>", logit_shift=True
     )
-    assert (lm.model.block_length, lm.mask_token_id, lm.logit_shift) == (8, 257, True)
+    assert (lm.block_length, lm.mask_token_id, lm.logit_shift) == (8, 257, True)
     assert difflm_jax.load(directory, attention="full").attention == "full"

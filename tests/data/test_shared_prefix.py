@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from difflm_jax.data.batches import batches, plan_batches
 from difflm_jax.data.shared_prefix import shared_prefix
-from difflm_jax.models.attention import SHARED_SEGMENT
+from difflm_jax.diffusion.segments import SHARED_SEGMENT
 from tests.data.test_batches import make
 
 EOS = 7

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.diffusion.corruption import Corruption, corrupt
 from difflm_jax.diffusion.extras.annealing import grown_block_length, open_edges, open_share
 from difflm_jax.diffusion.extras.complementary import complementary_pairs
 from difflm_jax.diffusion.extras.on_policy import least_confident
 from difflm_jax.diffusion.weights import loss_weights
-from difflm_jax.models.attention import attention_mask
 from difflm_jax.ops.random import token_seeds
 from tests.diffusion.test_corruption import KEY, MASK, batch
 
@@ -86,9 +86,16 @@ def test_examples_that_share_a_row_do_not_weigh_on_each_other():
 
 @pytest.mark.parametrize("weight", ["uniform", "inverse_rate"])
 def test_of_a_complementary_pair_every_candidate_is_hidden_in_exactly_one(weight):
-    rule = Corruption(scope="answer", mask_rate="row", loss_tokens="masked", loss_weight=weight, complementary=True)
-    noisy = corrupt(KEY, batch(), rule, MASK)
-    pairs = complementary_pairs(noisy, rule, MASK)
+    rule = Corruption(
+        DiffusionConfig(mask_token_id=MASK),
+        scope="answer",
+        mask_rate="row",
+        loss_tokens="masked",
+        loss_weight=weight,
+        complementary=True,
+    )
+    noisy = corrupt(KEY, batch(), rule)
+    pairs = complementary_pairs(noisy, rule)
     first = jax.tree.map(lambda x: np.asarray(x)[:64], pairs)
     second = jax.tree.map(lambda x: np.asarray(x)[64:], pairs)
     np.testing.assert_array_equal(first.masked ^ second.masked, noisy.candidates)
@@ -140,12 +147,13 @@ def test_an_annealed_mask_is_causal_or_open_within_the_rule():
     valid, prompt = position < 9, jnp.array([3])
     opened = jax.random.bernoulli(jax.random.key(0), 0.4, (1, 10, 10))
     for rule in ("full", "prefix", "block"):
-        see = functools.partial(attention_mask, rule, position, position, valid, prompt, 4)
+        config = DiffusionConfig(rule, 4 if rule == "block" else 0)
+        see = functools.partial(config.view, Layout(position, valid, prompt))
         query, key = np.arange(10)[:, None], np.arange(10)[None, :]
-        expected = np.asarray(see())[0] & ((key <= query) | np.asarray(opened[0]))
-        np.testing.assert_array_equal(see(open_BTS=opened)[0], expected)
-        causal = attention_mask("causal", position, position, valid, prompt)
-        np.testing.assert_array_equal(see(open_BTS=jnp.zeros_like(opened)), causal)
+        expected = np.asarray(see().mask)[0] & ((key <= query) | np.asarray(opened[0]))
+        np.testing.assert_array_equal(see(open_BTS=opened).mask[0], expected)
+        causal = config.causal().view(Layout(position, valid, prompt)).mask
+        np.testing.assert_array_equal(see(open_BTS=jnp.zeros_like(opened)).mask, causal)
 
 
 def test_blocks_grow_by_doubling_and_end_whole():

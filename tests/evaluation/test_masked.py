@@ -30,7 +30,18 @@ def test_so_many_test_rows_are_evaluated_whatever_a_step_holds():
     def evaluated(eval_rows: int, batch_size: int) -> dict:
         config = default_config()
         config.update({"eval_rows": eval_rows, "batch_size": batch_size, "max_length": 32})
-        phase = Phase("sft", config, options.model, {"params": params}, make_mesh(1), rows, rows, 0, 1)
+        phase = Phase(
+            "sft",
+            config,
+            options.model,
+            options.corruption.diffusion,
+            {"params": params},
+            make_mesh(1),
+            rows,
+            rows,
+            0,
+            1,
+        )
         return evaluation_record(make_evaluator(phase, options), phase, {"lora": lora})
 
     assert evaluated(5, 2)["eval_masked_nll"] == pytest.approx(evaluated(5, 4)["eval_masked_nll"], rel=1e-5)

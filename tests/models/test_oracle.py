@@ -11,10 +11,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer, head_logits
-from tests.tiny import params_from_state_dict
+from tests.tiny import hidden_states, params_from_state_dict
 
 SIZES = {
     "vocab_size": 101,
@@ -97,8 +98,8 @@ def test_logits_equal_transformers(pair, side, rule):
         expected = torch_model(
             torch.tensor(tokens), attention_mask=bias, position_ids=torch.tensor(positions), use_cache=False
         ).logits.numpy()
-    model = Transformer(config, attention=rule, block_length=4 if rule == "block" else 0)
-    hidden = model.apply({"params": params}, tokens, positions, valid, prompts)
+    diffusion = DiffusionConfig(rule, 4 if rule == "block" else 0)
+    hidden = hidden_states(Transformer(config), diffusion, {"params": params}, tokens, valid, prompts)
     logits = np.asarray(head_logits(config, params, None, None, hidden))
     assert np.abs(logits - expected)[valid].max() <= 1e-4 * np.abs(expected[valid]).max()
 
@@ -108,8 +109,7 @@ def test_causal_flag_matches_the_library_without_any_mask_of_ours(pair):
     tokens, valid = rows("none")
     with torch.no_grad():
         expected = torch_model(torch.tensor(tokens)).logits.numpy()
-    hidden = Transformer(config, attention="causal").apply(
-        {"params": params}, tokens, positions_of(valid), valid, np.zeros(3, int)
-    )
+    causal = DiffusionConfig("causal")
+    hidden = hidden_states(Transformer(config), causal, {"params": params}, tokens, valid, np.zeros(3, int))
     logits = np.asarray(head_logits(config, params, None, None, hidden))
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.lora import LoraConfig, init_lora, merge_lora
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.ops.random import token_seeds
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import hidden_states, tiny_config, tiny_params
 
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
@@ -21,16 +22,17 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12))
 PROMPTS = np.array([5, 3])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model, variables, *arguments):
-    return model.apply(variables, *arguments)
+apply = jax.jit(hidden_states, static_argnums=(0, 1))
+
+
+def rule_of(rule):
+    return DiffusionConfig(rule, 3 if rule == "block" else 0)
 
 
 def hidden(rule="full", tokens=TOKENS, valid=VALID, prompts=PROMPTS, lora=None, lora_config=None, **options):
-    options |= {"block_length": 3} if rule == "block" else {}
-    model = Transformer(CONFIG, attention=rule, lora=lora_config, mask_token_id=MASK, **options)
+    model = Transformer(CONFIG, lora=lora_config, mask_token_id=MASK, **options)
     variables = {"params": PARAMS} if lora is None else {"params": PARAMS, "lora": lora}
-    return np.asarray(apply(model, variables, tokens, positions_of(valid), valid, prompts))
+    return np.asarray(apply(model, rule_of(rule), variables, tokens, valid, prompts))
 
 
 def random_lora(config, seed=1):
@@ -100,7 +102,7 @@ def test_neither_remat_nor_unrolling_changes_value_or_gradient(remat, unroll):
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def loss(lora, name, unroll):
         model = Transformer(CONFIG, lora=config, mask_token_id=MASK, remat=name, unroll=unroll)
-        out = model.apply({"params": PARAMS, "lora": lora}, TOKENS, positions_of(VALID), VALID, PROMPTS)
+        out = hidden_states(model, rule_of("full"), {"params": PARAMS, "lora": lora}, TOKENS, VALID, PROMPTS)
         return (out * out[::-1]).sum()
 
     value, gradient = jax.value_and_grad(loss)(lora, "none", False)
@@ -111,14 +113,14 @@ def test_neither_remat_nor_unrolling_changes_value_or_gradient(remat, unroll):
 
 def cached_states(rule, filled, start, written_from, mutable=False):
     """The states of columns `start`, ... against a cache of the first `filled` columns, padded to the whole canvas."""
-    prompts, positions = np.array([5, 5]), positions_of(VALID)
-    model = Transformer(CONFIG, attention=rule, block_length=3 if rule == "block" else 0)
-    part = (TOKENS[:, :filled], positions[:, :filled], VALID[:, :filled], prompts)
-    _, cache = model.apply({"params": PARAMS}, *part, mutable=["cache"])
+    whole, model = Layout(positions_of(VALID), jnp.asarray(VALID), np.array([5, 5])), Transformer(CONFIG)
+    part = whole.part(0, filled)
+    view = rule_of(rule).view(part)
+    _, cache = model.apply({"params": PARAMS}, TOKENS[:, :filled], part.positions, view, mutable=["cache"])
     cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 12 - filled), (0, 0), (0, 0)]), cache)
-    window = Window(positions, VALID, start, written_from)
-    part = (TOKENS[:, start:], positions[:, start:], VALID[:, start:], prompts)
-    return model.apply({"params": PARAMS, **cache}, *part, window=window, mutable=["cache"] if mutable else False)
+    part, window = whole.part(start, 12 - start), Window(start, written_from)
+    arguments = (TOKENS[:, start:], part.positions, rule_of(rule).view(part, whole), None, window)
+    return model.apply({"params": PARAMS, **cache}, *arguments, mutable=["cache"] if mutable else False)
 
 
 @pytest.mark.parametrize(("rule", "filled"), [("prefix", 5), ("causal", 5), ("causal", 9), ("block", 5), ("block", 8)])
@@ -156,7 +158,7 @@ def test_merged_weights_give_the_same_states(targets, rslora):
     merged = merge_lora(PARAMS, lora, config, MASK)
     model = Transformer(CONFIG, mask_token_id=MASK)
     expected = hidden(lora=lora, lora_config=config, tokens=tokens)
-    got = model.apply({"params": merged}, tokens, positions_of(VALID), VALID, PROMPTS)
+    got = hidden_states(model, rule_of("full"), {"params": merged}, tokens, VALID, PROMPTS)
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
     logits = head_logits(CONFIG, PARAMS, lora, MASK, expected)
     np.testing.assert_allclose(head_logits(CONFIG, merged, None, MASK, got), logits, atol=1e-3, rtol=1e-3)
@@ -178,7 +180,7 @@ def test_dropout_of_a_row_depends_on_its_seeds_alone():
         ids, positions = jnp.broadcast_arrays(jnp.array(rows)[:, None], positions_of(valid))
         seeds = token_seeds(jax.random.key(0), ids, positions)
         variables = {"params": PARAMS, "lora": lora}
-        out = apply(model, variables, tokens, positions_of(valid), valid, PROMPTS[rows], seeds)
+        out = apply(model, rule_of("full"), variables, tokens, valid, PROMPTS[rows], seeds)
         return np.asarray(out[:, :12])
 
     both = states([0, 1], 12)
@@ -192,11 +194,12 @@ def test_on_a_cpu_a_bfloat16_base_is_neither_copied_to_float32_nor_changed():
     """Without `on_cpu` XLA makes a float32 copy of every stack of weights before the loop over layers."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params(CONFIG))
     tokens = jnp.arange(6, dtype=jnp.int32)[None]
-    arguments = (tokens, jnp.arange(6)[None], jnp.ones((1, 6), bool), jnp.array([2]))
+    arguments = (tokens, jnp.ones((1, 6), bool), jnp.array([2]))
 
     def hidden(on_cpu):
-        model = Transformer(CONFIG, attention="prefix", dtype=jnp.bfloat16, on_cpu=on_cpu)
-        compiled = jax.jit(lambda params: model.apply({"params": params}, *arguments)).lower(params).compile()
+        model = Transformer(CONFIG, dtype=jnp.bfloat16, on_cpu=on_cpu)
+        states = functools.partial(hidden_states, model, rule_of("prefix"))
+        compiled = jax.jit(lambda params: states({"params": params}, *arguments)).lower(params).compile()
         return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
     (plain, plain_bytes), (found, found_bytes) = hidden(False), hidden(True)

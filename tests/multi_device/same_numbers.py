@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows
@@ -36,9 +37,13 @@ def setting(quantization: str | None) -> tuple[dict, StepOptions, dict]:
     if quantization is not None:
         params = quantized(params, QuantConfig(quantization, block_size=16))
     corruption = Corruption(
-        scope="answer", mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate", attention="prefix"
+        DiffusionConfig("prefix", mask_token_id=MASK),
+        scope="answer",
+        mask_rate="row",
+        loss_tokens="masked",
+        loss_weight="inverse_rate",
     )
-    model = Transformer(config, attention="prefix", lora=lora_config, mask_token_id=MASK, remat="full")
+    model = Transformer(config, lora=lora_config, mask_token_id=MASK, remat="full")
     return params, StepOptions(model, corruption, 8), lora
 
 

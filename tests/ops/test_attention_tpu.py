@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from difflm_jax.config.files import load_config
+from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.distributed.mesh import abstract_mesh, make_mesh
 from difflm_jax.errors import UserError
-from difflm_jax.models.attention import attention_mask
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.ops import attention_kernels, attention_tpu
 from difflm_jax.ops.attention import attend
 from difflm_jax.planning.jobs import estimate, training_job
-from tests.tiny import HF, tiny_config, tiny_params
+from tests.tiny import HF, hidden_states, tiny_config, tiny_params
 
 interpreted = functools.partial(attention_tpu.flash_attend, interpret=True)
 
@@ -67,7 +67,7 @@ def packed(rule: str, lengths: tuple[int, ...], prompt: int):
     positions = jnp.concatenate([jnp.arange(length) for length in lengths])[None]
     segments = jnp.concatenate([jnp.full(length, i) for i, length in enumerate(lengths)])[None]
     prompts, valid = jnp.full_like(positions, prompt), jnp.ones_like(positions, bool)
-    return attention_mask(rule, positions, positions, valid, prompts, segments_BT=segments)
+    return DiffusionConfig(rule).view(Layout(positions, valid, prompts, segments)).mask
 
 
 def test_tiles_that_nobody_sees_are_not_computed(a_small_tiles):
@@ -93,12 +93,16 @@ def test_in_the_model(monkeypatch):
     lora = init_lora(jax.random.key(0), params, LoraConfig(r=2), jnp.ones(config.hidden_size))
     lora = jax.tree.map(lambda x: x + 0.1, lora)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 90, (2, 24)))
-    positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
-    rows = (tokens, positions, positions < jnp.array([[24], [17]]), jnp.array([6, 9]))
+    valid = jnp.arange(24) < jnp.array([[24], [17]])
 
     def gradient(kernel):
-        model = Transformer(config, "prefix", LoraConfig(r=2), 96, remat="save_dots", attention_kernel=kernel)
-        return jax.jit(jax.value_and_grad(lambda lora: jnp.sum(model.apply({"params": params, "lora": lora}, *rows))))
+        model = Transformer(config, LoraConfig(r=2), 96, remat="save_dots", attention_kernel=kernel)
+
+        def total(lora):
+            rows = (tokens, valid, jnp.array([6, 9]))
+            return jnp.sum(hidden_states(model, DiffusionConfig("prefix"), {"params": params, "lora": lora}, *rows))
+
+        return jax.jit(jax.value_and_grad(total))
 
     expected = gradient("xla")(lora)
     monkeypatch.setitem(attention_kernels.KERNELS, "pallas", lambda q, k, v, mask, lengths: interpreted(q, k, v, mask))

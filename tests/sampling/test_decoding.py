@@ -261,7 +261,7 @@ def test_no_logits_outside_the_active_block_are_made(load):
     )
     sampling = caches.Sampling(algorithm="confidence", schedule="even")
     plan = caches.Plan(64, 2, 4, 4)
-    text = caches.generate_on("cpu").lower(lm.model, lm.variables, False, plan, (2,), canvas, sampling).as_text()
+    text = caches.generate_on("cpu").lower(lm.model, lm.variables, lm.diffusion, plan, (2,), canvas, sampling).as_text()
     assert "2x4x264xf32" in text
     assert "2x72x264" not in text
     assert "144x264" not in text
@@ -301,6 +301,6 @@ def test_block_length_goes_with_block_attention(model_dir, options, message):
 def test_block_length_travels_with_the_checkpoint(load, tmp_path):
     load("block", 4, True).save_pretrained(tmp_path / "merged")
     back = difflm_jax.load(tmp_path / "merged", dtype="float32")
-    assert (back.attention, back.model.block_length, back.logit_shift) == ("block", 4, True)
+    assert (back.attention, back.block_length, back.logit_shift) == ("block", 4, True)
     with pytest.raises(UserError, match="decodes in blocks of 4"):
         back.generate("Hi", block_length=8, max_new_tokens=16)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import place
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.sampling.batching import Decoder
 from difflm_jax.sampling.likelihood import bound, log_likelihoods, mask_counts
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import hidden_states, tiny_config, tiny_params
 
 VOCABULARY, MASK = 7, 6
 PROMPTS = [np.array([1, 2, 3]), np.array([4, 0]), np.array([5, 5, 1, 0, 2])]
@@ -23,27 +24,26 @@ RULES = [("full", False, 0), ("prefix", True, 0), ("block", False, 2), ("block",
 
 def decoder(attention: str, shift: bool, block_length: int) -> Decoder:
     config = tiny_config(vocab_size=VOCABULARY)
-    model = Transformer(config, attention, mask_token_id=MASK, block_length=block_length)
-    return Decoder(model, {"params": tiny_params(config)}, shift, (0,), 0)
+    rule = DiffusionConfig(attention, block_length, shift, MASK)
+    return Decoder(Transformer(config, mask_token_id=MASK), {"params": tiny_params(config)}, rule, (0,), 0)
 
 
 def log_probabilities(decoder: Decoder, rows_BL: np.ndarray, prompt_length: int) -> np.ndarray:
     """[B, L, V] of each token as decoding sees it, without the mask among the outputs."""
     model, variables = decoder.model, decoder.variables
     tokens_BL = jnp.asarray(rows_BL)
-    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     real_BL, prompts_B = jnp.ones_like(tokens_BL, bool), jnp.full(len(rows_BL), prompt_length)
-    hidden = model.apply(variables, tokens_BL, positions_BL, real_BL, prompts_B)
+    hidden = hidden_states(model, decoder.diffusion, variables, tokens_BL, real_BL, prompts_B)
     logits = np.array(head_logits(model.config, variables["params"], None, MASK, hidden), np.float64)
     logits[..., MASK] = -np.inf
     logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    return np.roll(logits, 1, axis=1) if decoder.logit_shift else logits
+    return np.roll(logits, 1, axis=1) if decoder.diffusion.logit_shift else logits
 
 
 def enumerated(decoder: Decoder, prompt: np.ndarray, answer: np.ndarray) -> float:
     """The bound over all masks of each block, blocks in turn behind clean ones, as text is generated."""
-    size, total = decoder.model.block_length or len(answer), 0.0
-    first = size - len(prompt) % size if decoder.model.attention == "block_causal" else size
+    size, total = decoder.diffusion.block_length or len(answer), 0.0
+    first = size - len(prompt) % size if decoder.diffusion.attention == "block_causal" else size
     starts = [0, *range(first, len(answer), size)]
     for start, end in zip(starts, [*starts[1:], len(answer)], strict=True):
         known, block = np.concatenate([prompt, answer[:start]]), answer[start:end]
@@ -128,7 +128,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_mesh():
     alone = log_likelihoods(model, PROMPTS[2:], ANSWERS[2:], samples=16, batch_size=7)
     assert alone.values[0] == pytest.approx(together.values[2], abs=1e-5)
     mesh = make_mesh(min(2, jax.device_count()))
-    divided = Decoder(model.model, {"params": place(model.variables["params"], mesh)}, True, (0,), 0, mesh)
+    divided = Decoder(model.model, {"params": place(model.variables["params"], mesh)}, model.diffusion, (0,), 0, mesh)
     np.testing.assert_allclose(
         log_likelihoods(divided, PROMPTS, ANSWERS, samples=16).values, together.values, atol=1e-4
     )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, get_linear_schedule_
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.names import peft_lora_name
 from difflm_jax.checkpoint.source import open_source
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.config import ModelConfig
@@ -40,23 +41,21 @@ SETTINGS = ConfigDict(
     }
 )
 RULES = {
-    "original-pretrain": Corruption(),
-    "original-sft": Corruption(scope="answer"),
+    "original-pretrain": Corruption(DiffusionConfig(mask_token_id=MASK)),
+    "original-sft": Corruption(DiffusionConfig(mask_token_id=MASK), scope="answer"),
     "mdlm-prefix-shift": Corruption(
+        DiffusionConfig("prefix", logit_shift=True, mask_token_id=MASK),
         scope="answer",
         mask_rate="row",
         loss_tokens="masked",
         loss_weight="inverse_rate",
-        attention="prefix",
-        logit_shift=True,
     ),
     "bd3lm": Corruption(
+        DiffusionConfig("block", 4, mask_token_id=MASK),
         scope="answer",
         mask_rate="block",
         loss_tokens="masked",
         loss_weight="inverse_rate",
-        attention="block",
-        block_length=4,
     ),
 }
 
@@ -82,18 +81,18 @@ def torch_loss(model, batch, noisy, rule):
     prompts = np.asarray(noisy.prompt_lengths)[:, 0]
     position = np.arange(LENGTH)
     allowed = np.broadcast_to(valid[:, None, :], (ROWS, LENGTH, LENGTH)).copy()
-    if rule.attention == "prefix":
+    if rule.diffusion.attention == "prefix":
         in_answer = position >= prompts[:, None]
         allowed &= (position[None, :] <= position[:, None])[None] | in_answer[:, :, None]
     inputs, positions = torch.tensor(tokens).long(), torch.arange(LENGTH).tile(ROWS, 1)
-    if rule.attention == "block":
-        allowed = bd3lm_mask(valid, prompts, rule.block_length)
+    if rule.diffusion.attention == "block":
+        allowed = bd3lm_mask(valid, prompts, rule.diffusion.block_length)
         inputs = torch.cat([inputs, torch.tensor(np.array(batch.tokens[0])).long()], dim=1)
         positions = positions.tile(1, 2)
     bias = torch.where(torch.tensor(allowed)[:, None], 0.0, torch.finfo(torch.float32).min)
     logits = model(inputs, attention_mask=bias, position_ids=positions, use_cache=False).logits[:, :LENGTH]
     logits = logits.index_fill(2, torch.tensor([MASK]), -torch.inf)
-    if rule.logit_shift:
+    if rule.diffusion.logit_shift:
         logits = torch.roll(logits, 1, dims=1)
     nll = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.tensor(np.array(batch.tokens[0])).long().flatten(), reduction="none"
@@ -182,14 +181,7 @@ def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolera
                         pairs[key] = (block, name, factor, layer)
         (row_key,) = [key for key in named if "trainable_tokens_delta" in key and "embed_tokens" in key]
         named[row_key].copy_(torch.tensor(np.array(lora["mask_row"]))[None])
-    model = Transformer(
-        config,
-        attention=rule.attention,
-        lora=LORA,
-        mask_token_id=MASK,
-        remat="full",
-        block_length=rule.block_length,
-    )
+    model = Transformer(config, lora=LORA, mask_token_id=MASK, remat="full")
     losses, expected, trained = side_by_side(peft_model, model, {"params": params}, {"lora": lora}, rule)
     assert min(expected[-3:]) < expected[0] - 0.3  # it did learn: agreeing on nothing would be no test
     np.testing.assert_allclose(losses, expected, atol=loss_tolerance)
@@ -211,7 +203,7 @@ def side_by_side(torch_model, model, frozen, trained, rule):
     key = jax.random.key(3)
     losses, expected = [], []
     for index, batch in enumerate(batches()):
-        noisy = corrupt(jax.random.fold_in(key, index), jax.tree.map(lambda x: jnp.asarray(x[0]), batch), rule, MASK)
+        noisy = corrupt(jax.random.fold_in(key, index), jax.tree.map(lambda x: jnp.asarray(x[0]), batch), rule)
         loss = torch_loss(torch_model, batch, noisy, rule)
         torch_optimizer.zero_grad()
         loss.backward()

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
 from difflm_jax.diffusion.objective import loss_sums
-from difflm_jax.models.attention import positions_of
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer, head_logits
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import hidden_states, tiny_config, tiny_params
 
 MASK, LENGTH = 96, 14
 CONFIG = tiny_config()
@@ -43,12 +43,7 @@ def batch():
 
 def rule_of(block, shift):
     return Corruption(
-        scope="answer",
-        mask_rate="block",
-        loss_tokens="masked",
-        attention="block",
-        logit_shift=shift,
-        block_length=block,
+        DiffusionConfig("block", block, shift, MASK), scope="answer", mask_rate="block", loss_tokens="masked"
     )
 
 
@@ -70,20 +65,21 @@ def nll_where(states_of, model, lora, wanted):
 @pytest.mark.parametrize("block", [1, 3, 4, 14])
 def test_the_loss_is_what_generation_sees_block_by_block(block, shift):
     """Each block in a canvas of its own: clean text before it, the noisy block, and nothing behind it."""
-    model = Transformer(CONFIG, attention="block", block_length=block, lora=LORA_CONFIG, mask_token_id=MASK)
+    model = Transformer(CONFIG, lora=LORA_CONFIG, mask_token_id=MASK)
     lora, rule, rows = random_lora(), rule_of(block, shift), batch()
     loss, sums = run_loss(model, rule, lora, rows)
-    noisy = corrupt(jax.random.key(5), rows, rule, MASK)
+    noisy = corrupt(jax.random.key(5), rows, rule)
     noisy_tokens, masked = np.asarray(noisy.tokens), np.asarray(noisy.masked)
     assert masked.sum() > 8
-    apply = jax.jit(lambda *arguments: model.apply({"params": PARAMS, "lora": lora}, *arguments))
+    states = functools.partial(hidden_states, model, rule.diffusion, {"params": PARAMS, "lora": lora})
+    apply = jax.jit(states)
 
     @functools.cache
     def canvas_states(row, first):
         tokens, valid = np.array(rows.tokens[row]), np.arange(LENGTH) < min(first + block, LENGTHS[row])
         tokens[first:] = noisy_tokens[row, first:]
         valid = valid[None]
-        return apply(tokens[None], positions_of(valid), valid, PROMPTS[row : row + 1])[0]
+        return apply(tokens[None], valid, PROMPTS[row : row + 1])[0]
 
     def states_of(row, position):
         first = position - (position - PROMPTS[row]) % block
@@ -96,20 +92,19 @@ def test_the_loss_is_what_generation_sees_block_by_block(block, shift):
 
 def test_block_one_with_the_shift_is_next_token_prediction_of_the_base():
     """Without an adapter, whatever is masked: the loss of a causal language model on the answer tokens."""
-    model = Transformer(CONFIG, attention="block", block_length=1, mask_token_id=MASK)
+    model = Transformer(CONFIG, mask_token_id=MASK)
     rule, rows = rule_of(1, True), batch()
     loss, _ = run_loss(model, rule, {}, rows)
-    masked = np.asarray(corrupt(jax.random.key(5), rows, rule, MASK).masked)
+    masked = np.asarray(corrupt(jax.random.key(5), rows, rule).masked)
     valid = np.arange(LENGTH) < LENGTHS[:, None]
-    causal = Transformer(CONFIG, attention="causal", mask_token_id=MASK)
-    states = causal.apply({"params": PARAMS}, rows.tokens, positions_of(valid), valid, PROMPTS)
+    states = hidden_states(model, rule.diffusion.causal(), {"params": PARAMS}, rows.tokens, valid, PROMPTS)
     expected = nll_where(lambda row, position: states[row, position - 1], model, None, np.argwhere(masked))
     assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
 def test_blocks_that_have_grown_train_as_if_they_had_never_been_smaller():
     """At the end of `block_growth_steps` the loss is that of whole blocks, and before it another."""
-    model = Transformer(CONFIG, attention="block", block_length=4, mask_token_id=MASK)
+    model = Transformer(CONFIG, mask_token_id=MASK)
     grows = dataclasses.replace(rule_of(4, True), block_growth_steps=6)
     whole = float(run_loss(model, rule_of(4, True), {}, batch())[0])
     loss = jax.jit(
@@ -124,20 +119,16 @@ def test_blocks_that_have_grown_train_as_if_they_had_never_been_smaller():
 def test_one_block_without_a_prompt_is_full_attention():
     rows = batch()
     rows = rows.replace(prompt_lengths=jnp.zeros_like(rows.prompt_lengths))
-    rule = rule_of(LENGTH, False)
-    losses = [
-        float(run_loss(model, rule, {}, rows)[0])
-        for model in (
-            Transformer(CONFIG, attention="block", block_length=LENGTH, mask_token_id=MASK),
-            Transformer(CONFIG, attention="full", mask_token_id=MASK),
-        )
-    ]
+    blocks = rule_of(LENGTH, False)
+    full = dataclasses.replace(blocks, diffusion=DiffusionConfig(mask_token_id=MASK), mask_rate="row")
+    model = Transformer(CONFIG, mask_token_id=MASK)
+    losses = [float(run_loss(model, rule, {}, rows)[0]) for rule in (blocks, full)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_clean_copy_has_a_gradient_of_its_own():
     """The keys of finished blocks are trained too: with their gradient stopped the result would differ."""
-    model = Transformer(CONFIG, attention="block", block_length=3, lora=LORA_CONFIG, mask_token_id=MASK)
+    model = Transformer(CONFIG, lora=LORA_CONFIG, mask_token_id=MASK)
     lora, rows, rule = random_lora(), batch(), rule_of(3, False)
 
     def loss(lora, rows):

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import Corruption, corrupt
 from difflm_jax.diffusion.extras.on_policy import on_policy_states
 from difflm_jax.diffusion.objective import loss_sums
-from difflm_jax.models.attention import positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.ops.cross_entropy import Scores
+from tests.tiny import hidden_states
 from tests.training.test_block_diffusion import (
     CONFIG,
     LENGTH,
@@ -29,17 +30,16 @@ from tests.training.test_block_diffusion import (
 EOS = 3
 KEY = jax.random.key(5)
 RULE = Corruption(
+    DiffusionConfig("prefix", logit_shift=True, mask_token_id=MASK),
     scope="answer",
     mask_rate="row",
     loss_tokens="masked",
     min_rate=0.5,
     max_rate=0.9,
-    attention="prefix",
-    logit_shift=True,
     eos_token_id=EOS,
     distillation=0.6,
 )
-MODEL = Transformer(CONFIG, attention="prefix", lora=LORA_CONFIG, mask_token_id=MASK)
+MODEL = Transformer(CONFIG, lora=LORA_CONFIG, mask_token_id=MASK)
 VALID = np.arange(LENGTH) < LENGTHS[:, None]
 
 
@@ -58,10 +58,11 @@ def run(model, rule, lora, rows):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def log_probabilities(model, tokens, with_lora):
+def log_probabilities(diffusion, tokens, with_lora):
     lora = random_lora() if with_lora else None
     variables = {"params": PARAMS} if lora is None else {"params": PARAMS, "lora": lora}
-    hidden = model.apply(variables, tokens, positions_of(VALID), VALID, jnp.asarray(PROMPTS, jnp.int32))
+    model = MODEL if with_lora else MODEL.clone(lora=None)
+    hidden = hidden_states(model, diffusion, variables, tokens, VALID, jnp.asarray(PROMPTS, jnp.int32))
     logits = head_logits(CONFIG, PARAMS, None, None, hidden).at[..., MASK].set(-jnp.inf)
     return jax.nn.log_softmax(logits)
 
@@ -70,12 +71,11 @@ def test_the_loss_adds_the_divergence_from_the_causal_base_at_hidden_tokens():
     """CE + weight * KL(p(x_i | x_<i) || model), but for tokens that only fill an answer up; the base has no adapter."""
     rows = rows_with_eos()
     (loss, sums), _ = run(MODEL, RULE, random_lora(), rows)
-    noisy = corrupt(KEY, rows, RULE, MASK)
+    noisy = corrupt(KEY, rows, RULE)
     masked = np.asarray(noisy.masked)
     assert masked[0, 12:14].any()
-    own = np.asarray(log_probabilities(MODEL, noisy.tokens, True))
-    causal = Transformer(CONFIG, attention="causal", mask_token_id=MASK)
-    taught = np.asarray(log_probabilities(causal, rows.tokens, False))
+    own = np.asarray(log_probabilities(RULE.diffusion, noisy.tokens, True))
+    taught = np.asarray(log_probabilities(RULE.diffusion.causal(), rows.tokens, False))
     expected = 0.0
     for row, i in np.argwhere(masked):
         expected -= own[row, i - 1, rows.tokens[row, i]]
@@ -88,11 +88,11 @@ def test_the_loss_adds_the_divergence_from_the_causal_base_at_hidden_tokens():
 
 def test_a_model_that_is_its_own_teacher_has_no_divergence_and_no_further_gradient():
     """Block length 1 with the shift and without an adapter is the base: nothing is added, nor to its gradient."""
-    rule = dataclasses.replace(RULE, attention="block", block_length=1, mask_rate="block")
-    model = MODEL.clone(attention="block", block_length=1)
+    one = dataclasses.replace(RULE.diffusion, attention="block", block_length=1)
+    rule = dataclasses.replace(RULE, diffusion=one, mask_rate="block")
     fresh = jax.tree.map(jnp.zeros_like, random_lora())
-    (loss, _), gradient = run(model, rule, fresh, batch())
-    (plain, _), expected = run(model, dataclasses.replace(rule, distillation=0.0), fresh, batch())
+    (loss, _), gradient = run(MODEL, rule, fresh, batch())
+    (plain, _), expected = run(MODEL, dataclasses.replace(rule, distillation=0.0), fresh, batch())
     assert float(loss) == pytest.approx(float(plain), rel=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3 * float(np.abs(b).max()) + 1e-6)
@@ -101,18 +101,18 @@ def test_a_model_that_is_its_own_teacher_has_no_divergence_and_no_further_gradie
 def policy_states(rule, rows, passes=1):
     """(random masks, states of decoding, log p that a whole-softmax pass over the hidden answer gives)."""
     rule = dataclasses.replace(rule, on_policy=1.0, on_policy_passes=passes)
-    noisy = corrupt(KEY, rows, rule, MASK)
+    noisy = corrupt(KEY, rows, rule)
     own = []
 
     def score(state, weights_BL):
-        log_p = log_probabilities(MODEL, state.tokens, True)
+        log_p = log_probabilities(RULE.diffusion, state.tokens, True)
         log_p = jnp.roll(log_p, 1, axis=1)
         own.append(log_p)
         zero = jnp.zeros_like(weights_BL)
         return 0.0, Scores(zero, zero, log_p.max(axis=-1), zero, log_p.argmax(axis=-1).astype(jnp.int32))
 
     draws = jnp.zeros((3, LENGTH))  # below every share
-    return noisy, on_policy_states(draws, noisy, noisy.segments, score, rule, MASK), own
+    return noisy, on_policy_states(draws, noisy, noisy.segments, score, rule), own
 
 
 @pytest.mark.parametrize("passes", [1, 2])

@@ -34,7 +34,7 @@ def test_thirty_steps_follow_torch(tied):
     rule, base = RULES["mdlm-prefix-shift"], random_model(tie_word_embeddings=tied, attention_bias=True)
     config = ModelConfig.from_hf(base.config.to_dict())
     params = params_from_state_dict(config, {k: v.detach().numpy().copy() for k, v in base.state_dict().items()})
-    model = Transformer(config, attention=rule.attention, mask_token_id=MASK, remat="full")
+    model = Transformer(config, mask_token_id=MASK, remat="full")
     losses, expected, trained = side_by_side(base, model, {}, {"params": params}, rule)
     assert min(expected[-3:]) < expected[0] - 1.0
     np.testing.assert_allclose(losses, expected, atol=2e-3)

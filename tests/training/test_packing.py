@@ -1,6 +1,7 @@
 """Packed rows train as unpacked ones do: same masks, same dropout, same loss and gradient, under every rule."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from difflm_jax.data.batches import batches
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import loss_sums
-from difflm_jax.models.attention import SHARED_SEGMENT
+from difflm_jax.diffusion.segments import SHARED_SEGMENT
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
 from tests.data.test_shared_prefix import with_prefix
@@ -21,12 +23,13 @@ CONFIG = tiny_config()
 LORA_CONFIG = LoraConfig(r=4, lora_dropout=0.3)
 LENGTHS, PROMPTS = np.array([9, 6, 16, 4, 7, 5]), np.array([4, 3, 7, 1, 0, 5])
 PACKED = [[2], [0, 4], [1, 3, 5]]  # examples of each row
+rule_of = functools.partial(DiffusionConfig, mask_token_id=MASK)
 RULES = {
-    "full": Corruption(),
-    "full, shift, of rows": Corruption(mask_rate="row", loss_weight="inverse_rate", logit_shift=True),
-    "prefix": Corruption(attention="prefix", scope="answer", loss_tokens="masked", logit_shift=True),
-    "prefix, random cut": Corruption(attention="prefix", mask_rate="row"),
-    "block": Corruption(attention="block", scope="answer", mask_rate="block", block_length=3, logit_shift=True),
+    "full": Corruption(rule_of()),
+    "full, shift, of rows": Corruption(rule_of(logit_shift=True), mask_rate="row", loss_weight="inverse_rate"),
+    "prefix": Corruption(rule_of("prefix", logit_shift=True), scope="answer", loss_tokens="masked"),
+    "prefix, random cut": Corruption(rule_of("prefix"), mask_rate="row"),
+    "block": Corruption(rule_of("block", 3, logit_shift=True), scope="answer", mask_rate="block"),
 }
 
 
@@ -57,14 +60,14 @@ def packed() -> CleanBatch:
 SHARED_RULES = {
     "prefix": RULES["prefix"],
     "block": RULES["block"],
-    "context": Corruption(attention="prefix", scope="answer", loss_tokens="masked", loss_weight="context"),
+    "context": Corruption(rule_of("prefix"), scope="answer", loss_tokens="masked", loss_weight="context"),
     "pairs": Corruption(
-        attention="prefix", scope="answer", loss_tokens="masked", loss_average="answers", complementary=True,
-        logit_shift=True, distillation=0.5, eos_token_id=7,
+        rule_of("prefix", logit_shift=True), scope="answer", loss_tokens="masked", loss_average="answers",
+        complementary=True, distillation=0.5, eos_token_id=7,
     ),
     "policy": Corruption(
-        attention="block", scope="answer", mask_rate="block", loss_tokens="masked", block_length=3, logit_shift=True,
-        on_policy=0.7, on_policy_passes=2, eos_token_id=7,
+        rule_of("block", 3, logit_shift=True), scope="answer", mask_rate="block", loss_tokens="masked", on_policy=0.7,
+        on_policy_passes=2, eos_token_id=7,
     ),
 }  # fmt: skip
 
@@ -92,9 +95,7 @@ def assert_same_loss_and_gradient(rule: Corruption, lora_config: LoraConfig, row
     params = tiny_params(CONFIG)
     lora = init_lora(jax.random.key(1), params, lora_config, jnp.full(32, 0.3))
     lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), lora)
-    model = Transformer(
-        CONFIG, attention=rule.attention, block_length=rule.block_length, lora=lora_config, mask_token_id=MASK
-    )
+    model = Transformer(CONFIG, lora=lora_config, mask_token_id=MASK)
 
     @jax.jit
     def run(lora, rows):

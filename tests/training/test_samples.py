@@ -9,7 +9,7 @@ from difflm_jax.training.samples import _prompts_and_answers
 
 def test_prompts_that_leave_no_room_for_an_answer_are_passed_over():
     lm = SimpleNamespace(
-        model=SimpleNamespace(block_length=4),
+        block_length=4,
         config=SimpleNamespace(max_position_embeddings=20),
         tokenizer=SimpleNamespace(decode=lambda tokens, skip_special_tokens: str(tokens)),
     )

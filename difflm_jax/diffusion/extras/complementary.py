@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from difflm_jax.diffusion.corruption import Corruption, NoisyBatch, hide
 
 
-def complementary_pairs(noisy: NoisyBatch, corruption: Corruption, mask_token_id: int) -> NoisyBatch:
+def complementary_pairs(noisy: NoisyBatch, corruption: Corruption) -> NoisyBatch:
     """[2 B, L]: the rows of `noisy`, then the same rows with the complement hidden, at rates 1 - rate."""
     complement = noisy.candidates & ~noisy.masked
-    other = hide(noisy, complement, 1.0 - noisy.rates, corruption, mask_token_id)
+    other = hide(noisy, complement, 1.0 - noisy.rates, corruption)
     return jax.tree.map(lambda *pair: jnp.concatenate(pair), noisy, other)

@@ -10,24 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import NoisyBatch
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.ops.cross_entropy import Teacher
 
 
-def teacher_of(model: Transformer, params: dict[str, Any], noisy: NoisyBatch) -> Teacher:
+def teacher_of(model: Transformer, diffusion: DiffusionConfig, params: dict[str, Any], noisy: NoisyBatch) -> Teacher:
     """The base's states [B, L, D] that predict each clean token, and the weights [B, L] of the divergence from it.
 
     The first token of an example has no teacher: nothing precedes it.
     """
-    base = model.clone(attention="causal", lora=None, remat="none")
-    hidden_BLD = base.apply(
-        {"params": params},
-        noisy.clean,
-        noisy.positions,
-        noisy.segments != 0,
-        noisy.prompt_lengths,
-        segments_BT=noisy.segments,
-    )
-    hidden_BLD = jax.lax.stop_gradient(jnp.roll(hidden_BLD, 1, axis=1))
-    return Teacher(hidden_BLD, jnp.where(noisy.positions > 0, noisy.teacher_weights, 0.0))
+    base, rule = model.clone(lora=None, remat="none"), diffusion.causal()
+    hidden_BLD = base.apply({"params": params}, noisy.clean, noisy.positions, rule.view(noisy.layout))
+    hidden_BLD = jax.lax.stop_gradient(rule.predicting(hidden_BLD))
+    return Teacher(hidden_BLD, jnp.where(rule.predictable(noisy.positions), noisy.teacher_weights, 0.0))

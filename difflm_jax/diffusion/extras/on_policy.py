@@ -24,7 +24,6 @@ def on_policy_states(
     group_BL: jax.Array,
     score: Score,
     corruption: Corruption,
-    mask_token_id: int,
 ) -> NoisyBatch:
     """`noisy` with a share `on_policy` of its examples in states of decoding, reached in `on_policy_passes` passes.
 
@@ -37,7 +36,7 @@ def on_policy_states(
     count_BL = in_group(group_BL, noisy.candidates)
     target_BL = jnp.maximum(jnp.round(noisy.rates * count_BL), 1)
     for index in range(corruption.on_policy_passes):
-        state = hide(noisy.replace(clean=own_BL), masked_BL, noisy.rates, corruption, mask_token_id)
+        state = hide(noisy.replace(clean=own_BL), masked_BL, noisy.rates, corruption)
         _, scores = score(state, masked_BL.astype(jnp.float32))
         share = (index + 1) / corruption.on_policy_passes
         left_BL = jnp.round(count_BL - (count_BL - target_BL) * share)
@@ -48,11 +47,11 @@ def on_policy_states(
         masked_BL = still_BL
 
     is_chosen_BL = draws_BL < corruption.on_policy
-    state = hide(noisy, jnp.where(is_chosen_BL, masked_BL, noisy.masked), noisy.rates, corruption, mask_token_id)
+    state = hide(noisy, jnp.where(is_chosen_BL, masked_BL, noisy.masked), noisy.rates, corruption)
     if corruption.on_policy_tokens == "reference":
         return state
     strays_BL = in_group(noisy.segments, is_chosen_BL & ~masked_BL & (own_BL != noisy.clean)) > 0
-    return _led_away(state, strays_BL, jnp.where(masked_BL, choice_BL, own_BL), corruption, mask_token_id)
+    return _led_away(state, strays_BL, jnp.where(masked_BL, choice_BL, own_BL), corruption)
 
 
 def least_confident(
@@ -66,15 +65,13 @@ def least_confident(
     return open_BL & (in_group(group_BL, open_BL, lower_BLL) < count_BL)
 
 
-def _led_away(
-    state: NoisyBatch, strays_BL: jax.Array, own_BL: jax.Array, corruption: Corruption, mask_token_id: int
-) -> NoisyBatch:
+def _led_away(state: NoisyBatch, strays_BL: jax.Array, own_BL: jax.Array, corruption: Corruption) -> NoisyBatch:
     """`state` with the examples `strays_BL` replaced by the model's own text `own_BL`, judged by the teacher alone.
 
     Nothing is judged behind the first end-of-sequence token that the model itself has put.
     """
     clean_BL = jnp.where(strays_BL & state.candidates, own_BL, state.clean)
-    moved = hide(state.replace(clean=clean_BL), state.masked, state.rates, corruption, mask_token_id)
+    moved = hide(state.replace(clean=clean_BL), state.masked, state.rates, corruption)
     is_eos_BL = state.candidates & (clean_BL == corruption.eos_token_id)
     before_LL = jnp.tri(is_eos_BL.shape[1], k=-1)
     ended_BL = in_group(state.segments, is_eos_BL, before_LL[None]) > 0
