@@ -16,8 +16,9 @@ from difflm_jax.models.attention import View, Window
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, lora_down, lora_up
 from difflm_jax.models.rope import rotate
+from difflm_jax.ops.attention import attend_beside
 from difflm_jax.ops.attention_kernels import KERNELS
-from difflm_jax.ops.cpu import kept
+from difflm_jax.ops.cpu import floats_of, kept
 from difflm_jax.ops.matmul import matmul
 from difflm_jax.ops.random import fold_seeds
 
@@ -72,13 +73,20 @@ class Linear(nn.Module):
 
 
 def adapted(
-    projections: Sequence[Linear], x_BLD: jax.Array, seeds_BL: jax.Array | None, stream: int
+    projections: Sequence[Linear],
+    x_BLD: jax.Array,
+    seeds_BL: jax.Array | None,
+    stream: int,
+    gate_BL: jax.Array | None,
 ) -> list[jax.Array]:
-    """What each of `projections` makes of the input that they share; `stream` is that of its dropout."""
+    """The results of `projections`, which share an input.
+
+    `stream` is that of its dropout; `gate_BL` is that of `lora_down`.
+    """
     factors = [projection.down_factor() for projection in projections]
     if seeds_BL is not None:
         seeds_BL = fold_seeds(seeds_BL, stream)
-    low = iter(lora_down(x_BLD, [A for A in factors if A is not None], projections[0].lora, seeds_BL))
+    low = iter(lora_down(x_BLD, [A for A in factors if A is not None], projections[0].lora, seeds_BL, gate_BL))
     return [
         projection(x_BLD, None if factor is None else kept(next(low), LOW_RANK))
         for projection, factor in zip(projections, factors, strict=True)
@@ -90,6 +98,10 @@ class Attention(nn.Module):
 
     Applied with an empty, mutable `cache` collection it leaves its keys and values there. Applied with a filled one its
     queries are the columns of `window`: their keys take the place of the cached ones, and `view` covers them all.
+
+    Applied with a `columns` collection (`k` and `v` [B, K, S, E]), the queries are rows beside those S columns. The
+    first S keys of the mask [B, T, S + T] are the columns, the last T the rows themselves. A mutable collection `rows`
+    receives the keys and values of the queries, [B, K, T, E]; whoever decodes writes those that it keeps.
     """
 
     config: ModelConfig
@@ -104,22 +116,30 @@ class Attention(nn.Module):
         view: View,
         seeds_BT: jax.Array | None,
         window: Window | None,
+        gate_BT: jax.Array | None,
     ) -> jax.Array:
         config = self.config
         batch, length, _ = x_BTD.shape
         projections = [Linear(self.lora, name=name) for name in ("q_proj", "k_proj", "v_proj")]
         q_BTHE, k_BSKE, v_BSKE = (
             projected.reshape(batch, length, -1, config.head_dim)  # as many heads as this device has
-            for projected in adapted(projections, x_BTD, seeds_BT, _ATTENTION_INPUT)
+            for projected in adapted(projections, x_BTD, seeds_BT, _ATTENTION_INPUT, gate_BT)
         )
         if config.qk_norm:
             q_BTHE = RMSNorm(config.rms_norm_eps, name="q_norm")(q_BTHE)
             k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
         q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
-        k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
-        y_BTHE = KERNELS[self.kernel](q_BTHE, k_BSKE, v_BSKE, view.mask, view.lengths)
+        if self.is_mutable_collection("rows"):
+            self.put_variable("rows", "k", jnp.swapaxes(k_BSKE, 1, 2))
+            self.put_variable("rows", "v", jnp.swapaxes(v_BSKE, 1, 2))
+        if self.has_variable("columns", "k"):
+            columns_BKSE = tuple(floats_of(self.get_variable("columns", name)) for name in ("k", "v"))
+            y_BTHE = attend_beside(q_BTHE, columns_BKSE, (k_BSKE, v_BSKE), view.mask)
+        else:
+            k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
+            y_BTHE = KERNELS[self.kernel](q_BTHE, k_BSKE, v_BSKE, view.mask, view.lengths)
         output = Linear(self.lora, name="o_proj")
-        return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT)[0]
+        return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT, gate_BT)[0]
 
     def _cached(self, name: str, new_BTKE: jax.Array, window: Window | None) -> jax.Array:
         """The keys or values of the whole canvas: those of the window in their place among the cached ones."""
@@ -141,13 +161,13 @@ class MLP(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, seeds_BL: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, seeds_BL: jax.Array | None, gate_BL: jax.Array | None) -> jax.Array:
         projections = [Linear(self.lora, name=name) for name in ("gate_proj", "up_proj")]
-        gate_BLF, up_BLF = adapted(projections, x_BLD, seeds_BL, _MLP_INPUT)
+        gate_BLF, up_BLF = adapted(projections, x_BLD, seeds_BL, _MLP_INPUT, gate_BL)
         down = Linear(self.lora, name="down_proj")
         # One rounding: between operations in bfloat16 there would be one each, and half of the time is theirs on a CPU.
         hidden_BLF = nn.silu(gate_BLF.astype(jnp.float32)) * up_BLF.astype(jnp.float32)
-        return adapted([down], hidden_BLF.astype(x_BLD.dtype), seeds_BL, _MLP_HIDDEN)[0]
+        return adapted([down], hidden_BLF.astype(x_BLD.dtype), seeds_BL, _MLP_HIDDEN, gate_BL)[0]
 
 
 class Layer(nn.Module):
@@ -166,6 +186,7 @@ class Layer(nn.Module):
         view: View,
         seeds_BT: jax.Array | None,
         window: Window | None,
+        gate_BT: jax.Array | None,
     ) -> tuple[jax.Array, None]:
         # The barrier keeps XLA from hoisting the expanded mask and angles out of the layer loop at the size of the
         # scores and of all heads.
@@ -177,6 +198,6 @@ class Layer(nn.Module):
         epsilon = self.config.rms_norm_eps
         h_BTD = RMSNorm(epsilon, name="input_layernorm")(x_BTD)
         attention = Attention(self.config, self.lora, self.attention_kernel, name="self_attn")
-        x_BTD = x_BTD + attention(h_BTD, rope, view, seeds_BT, window)
+        x_BTD = x_BTD + attention(h_BTD, rope, view, seeds_BT, window, gate_BT)
         h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
-        return x_BTD + MLP(self.lora, name="mlp")(h_BTD, seeds_BT), None
+        return x_BTD + MLP(self.lora, name="mlp")(h_BTD, seeds_BT, gate_BT), None

@@ -48,17 +48,21 @@ def lora_down(
     factors_A: Sequence[jax.Array],
     config: LoraConfig,
     seeds_BL: jax.Array | None,
+    gate_BL: jax.Array | None = None,
 ) -> list[jax.Array]:
     """A dropout(x) [B, L, R] for the factor A of each projection that `x` is the input of.
 
-    It is one product: several of rank 16 each would read `x` as often, and run far below the speed of a wide one. So
+    It is one matmul: several of rank 16 each would read `x` as often, and run far below the speed of a wide one. So
     projections of one input share its dropout, whose mask follows from `seeds_BL` (see `dropout`; None: no dropout).
+    `gate_BL` bool is False where a token has no update and is exactly the base's (None: every token has one).
     """
     if not factors_A:
         return []
     if seeds_BL is not None and config.lora_dropout > 0:
         x_BLD = dropout(x_BLD, config.lora_dropout, seeds_BL)
     low_BLR = matmul(x_BLD, jnp.concatenate(factors_A))
+    if gate_BL is not None:
+        low_BLR = jnp.where(gate_BL[..., None], low_BLR, jnp.zeros((), low_BLR.dtype))
     ends = np.cumsum([len(factor) for factor in factors_A])[:-1]
     return jnp.split(low_BLR, ends, axis=-1)
 

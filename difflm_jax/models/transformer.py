@@ -62,12 +62,14 @@ class Transformer(nn.Module):
         view: View,
         seeds_BT: jax.Array | None = None,
         window: Window | None = None,
+        gate_BT: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] hidden states after the final norm, in `dtype`.
 
         `positions_BT` [B, T] int32 are those of RoPE; `view` says which keys each token sees. `seeds_BT` are those of
         `difflm_jax.models.lora.dropout` (None: no dropout). `window` places the tokens among columns whose keys are in
-        the `cache` collection.
+        the `cache` collection. `gate_BT` bool is False at tokens without the adapter (None: all have it). Collections
+        `columns` and `rows` are those of `layers.Attention`.
         """
         rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
 
@@ -77,9 +79,9 @@ class Transformer(nn.Module):
             layer = nn.remat(Layer, prevent_cse=self.unroll, policy=REMAT[self.remat])
         layers = nn.scan(
             layer,
-            variable_axes={"params": 0, "lora": 0, "cache": 0},
+            variable_axes={"params": 0, "lora": 0, "cache": 0, "columns": 0, "rows": 0},
             split_rngs={},
-            in_axes=(0, *[nn.broadcast] * 4),
+            in_axes=(0, *[nn.broadcast] * 5),
             length=self.config.num_layers,
             unroll=self.config.num_layers if self.unroll else 1,
             check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
@@ -88,7 +90,7 @@ class Transformer(nn.Module):
             layers = nn.map_variables(layers, "params", _matrices_as_bits)
         x_BTD = self.embed(tokens_BT)
         stack = layers(self.config, self.lora, self.attention_kernel, name="layers")
-        x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), rope, view, seeds_BT, window)
+        x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), rope, view, seeds_BT, window, gate_BT)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:

@@ -69,6 +69,30 @@ def _attend_backward(saved, dy_BTHE):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+def attend_beside(
+    q_BTHE: jax.Array,
+    columns_BKSE: tuple[jax.Array, jax.Array],
+    rows_BTKE: tuple[jax.Array, jax.Array],
+    mask_BTS: jax.Array,
+) -> jax.Array:
+    """[B, T, H, E]: attention of rows to cached columns and, under the same softmax, to each other.
+
+    `columns_BKSE` are keys and values of S cached tokens, heads first; `rows_BTKE` those of the T queries. `mask_BTS`
+    is [B, T, S + T]. Neither the columns nor their scores are copied beside those of the rows. For few rows: all scores
+    exist at once. jax differentiates it; columns that are not trained cost nothing in the backward pass.
+    """
+    columns = columns_BKSE[0].shape[2]
+    q_BKTGE = _grouped(q_BTHE, rows_BTKE[0])
+    pairs = (columns_BKSE, tuple(_heads_first(x_BTKE) for x_BTKE in rows_BTKE))
+    masks = (mask_BTS[..., :columns], mask_BTS[..., columns:])
+    scores = [_scores(q_BKTGE, k_BKSE, mask) for (k_BKSE, _), mask in zip(pairs, masks, strict=True)]
+    largest_BKTG = jax.lax.stop_gradient(jnp.maximum(*(x_BKTGS.max(axis=-1) for x_BKTGS in scores)))[..., None]
+    p = [_seen(jnp.exp(x - largest_BKTG), mask) for x, mask in zip(scores, masks, strict=True)]
+    sum_BKTG = jnp.maximum(p[0].sum(axis=-1) + p[1].sum(axis=-1), jnp.finfo(jnp.float32).tiny)
+    y = [_einsum("bktgs,bkse->bktge", x.astype(v.dtype), v) for x, (_, v) in zip(p, pairs, strict=True)]
+    return _ungrouped(((y[0] + y[1]) / sum_BKTG[..., None]).astype(q_BTHE.dtype))
+
+
 def _in_chunks(function, arrays, length: int, sums: int = 0):
     """`function(arrays)`, by chunks of their queries where there are more than `QUERY_CHUNK` of the `length`.
 

@@ -1,0 +1,211 @@
+"""What speculative decoding proposes: chains of drafts, prompt lookup, trees, and where to draft for the next pass.
+
+Row 0 of a verifying pass is the last known token; node i of what is proposed is row i + 1. A node's parent is a row.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+STRATEGIES = ("two_pass", "one_pass", "likeliest", "tree", "lookup")
+LOOKUP_SUFFIXES = (2, 3)  # tokens at the end of the text that must have occurred before; the longer one is preferred
+LOOKUP_CONFIDENCE = 0.7  # of each looked-up token, where places to draft from are chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """How tokens are drafted.
+
+    two_pass: noise rows after the last token, then a pass that verifies (Uno, arXiv:2609.04010). one_pass: the
+    verifying pass carries noise rows after every row where acceptance may end. likeliest: after the two most probable
+    of these. tree: two passes, the second verifies the `nodes` most probable paths through `branches` tokens a depth.
+    lookup: no drafts but looked-up ones. plain: none at all, one token per pass.
+
+    length: drafts per pass, m. lookup: where the last tokens occurred before, what followed them is proposed instead.
+    noise: the id of every noise row; None: ids uniform over the vocabulary.
+    """
+
+    strategy: str = "one_pass"
+    length: int = 4
+    lookup: bool = True
+    noise: int | None = None
+    nodes: int = 16
+    branches: int = 4
+
+    @property
+    def drafts_first(self) -> bool:
+        """A cycle begins with a pass that drafts."""
+        return self.strategy in ("two_pass", "tree")
+
+    @property
+    def num_nodes(self) -> int:
+        """Tokens that a verifying pass verifies."""
+        if self.strategy == "tree":
+            return min(self.nodes, sum(self.branches**depth for depth in range(1, self.length + 1)))
+        return 0 if self.strategy == "plain" else self.length
+
+    @property
+    def num_anchors(self) -> int:
+        """Rows of a verifying pass that noise rows follow."""
+        return {"one_pass": self.length + 1, "likeliest": min(2, self.length + 1)}.get(self.strategy, 0)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the largest pass."""
+        return 1 + self.num_nodes + self.num_anchors * self.length
+
+    @property
+    def deepest(self) -> int:
+        """The most drafts that a pass accepts."""
+        return self.length if self.strategy == "tree" and not self.lookup else self.num_nodes
+
+
+@struct.dataclass
+class Drafts:
+    """Drafts of the tokens after the last known one, m = Q for a chain. For a tree `candidates` of each depth too."""
+
+    tokens: jax.Array  # [B, m] int32
+    drafted: jax.Array  # [B] bool, False: there are none
+    confidence: jax.Array  # [B, m] float32, probability of each under the draft distribution
+    logits: jax.Array | None = None  # [B, m, V] float32, of the distributions that they were drawn from; None: greedy
+    candidates: jax.Array | None = None  # [B, m, C] int32, the most probable tokens of each depth
+    log_p: jax.Array | None = None  # [B, m, C] float32, their log-probabilities
+
+
+@struct.dataclass
+class Nodes:
+    """Tokens to verify. A node is reached where it and all nodes between it and row 0 are accepted."""
+
+    tokens: jax.Array  # [B, Q] int32
+    parents: jax.Array  # [B, Q] int32, rows
+    depths: jax.Array  # [B, Q] int32, from 1
+    valid: jax.Array  # [B, Q] bool
+    confidence: jax.Array  # [B, Q] float32
+    certain: jax.Array  # [B] bool, the tokens were not drawn: their draft distribution is a point mass
+
+
+def chain_nodes(drafts: Drafts) -> Nodes:
+    """Each draft after the one before it."""
+    batch, length = drafts.tokens.shape
+    step = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    valid = jnp.broadcast_to(drafts.drafted[:, None], (batch, length))
+    confidence = jnp.where(valid, drafts.confidence, 0.0)
+    return Nodes(drafts.tokens, step, step + 1, valid, confidence, jnp.zeros_like(drafts.drafted))
+
+
+def tree_nodes(drafts: Drafts, nodes: int) -> Nodes:
+    """The `nodes` most probable paths through the candidates of all depths, parents before their children.
+
+    The drafts of a depth do not depend on those before it, so a path's probability is a product. A path of the best is
+    the child of one of the best: each depth needs the `nodes` best of its own only.
+    """
+    batch, depths, branches = drafts.candidates.shape
+    score, tokens, parents = [], [], []  # of each depth [B, W]; a parent is an index over all depths, -1: row 0
+    beam_BW, offset, first = jnp.zeros((batch, 1)), -1, 0
+    for depth in range(depths):
+        flat = (beam_BW[:, :, None] + drafts.log_p[:, depth, None, :]).reshape(batch, -1)
+        beam_BW, best_BW = jax.lax.top_k(flat, min(nodes, flat.shape[1]))
+        score.append(beam_BW)
+        tokens.append(jnp.take_along_axis(drafts.candidates[:, depth], best_BW % branches, axis=1))
+        parents.append(best_BW // branches + offset)
+        offset, first = first, first + beam_BW.shape[1]
+    depth_W = jnp.concatenate([jnp.full(x.shape[1], depth + 1, jnp.int32) for depth, x in enumerate(score)])
+    # Earlier depths come first, and `top_k` keeps that order among equals: a parent is never left out for its child.
+    best_BQ = jax.lax.top_k(jnp.concatenate(score, axis=1), nodes)[1]
+    best_BQ = jnp.sort(best_BQ, axis=1)
+    parent_BQ = jnp.take_along_axis(jnp.concatenate(parents, axis=1), best_BQ, axis=1)
+    row_BQ = jnp.argmax(best_BQ[:, None, :] == parent_BQ[:, :, None], axis=2) + 1
+    valid = jnp.broadcast_to(drafts.drafted[:, None], best_BQ.shape)
+    return Nodes(
+        tokens=jnp.take_along_axis(jnp.concatenate(tokens, axis=1), best_BQ, axis=1),
+        parents=jnp.where(parent_BQ < 0, 0, row_BQ).astype(jnp.int32),
+        depths=depth_W[best_BQ],
+        valid=valid,
+        confidence=jnp.zeros(best_BQ.shape),
+        certain=jnp.ones_like(drafts.drafted),
+    )
+
+
+def looked_up(tokens_BT: jax.Array, lengths_B: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """(what followed the last tokens where they occurred before [B, count], whether they did [B]).
+
+    The longer suffix is preferred, then the later place. Where fewer than `count` tokens follow it, they repeat.
+    """
+    column_T = jnp.arange(tokens_BT.shape[1])
+    last_B = lengths_B - 1
+    same_BT = jnp.ones(tokens_BT.shape, bool)
+    score_BT = jnp.zeros(tokens_BT.shape, jnp.int32)
+    for back in range(max(LOOKUP_SUFFIXES)):
+        suffix_B = jnp.take_along_axis(tokens_BT, jnp.maximum(last_B - back, 0)[:, None], axis=1)
+        same_BT &= (jnp.roll(tokens_BT, back, axis=1) == suffix_B) & (column_T >= back) & (last_B >= back)[:, None]
+        if back + 1 in LOOKUP_SUFFIXES:
+            score_BT += same_BT
+    score_BT = jnp.where(column_T < last_B[:, None], score_BT, 0)
+    place_BT = jnp.where(score_BT > 0, score_BT * tokens_BT.shape[1] + column_T, -1)
+    best_B = jnp.argmax(place_BT, axis=1)
+    period_B = jnp.maximum(last_B - best_B, 1)
+    index_BQ = best_B[:, None] + 1 + jnp.arange(count) % period_B[:, None]
+    return jnp.take_along_axis(tokens_BT, index_BQ, axis=1), (score_BT > 0).any(axis=1)
+
+
+def with_lookup(nodes: Nodes, tokens_BT: jax.Array, lengths_B: jax.Array) -> Nodes:
+    """`nodes`, but a chain of looked-up tokens where there are some."""
+    count = nodes.tokens.shape[1]
+    tokens_BQ, found_B = looked_up(tokens_BT, lengths_B, count)
+    step_Q = jnp.arange(count, dtype=jnp.int32)
+
+    def either(looked_Q: jax.Array | float | bool, own_BQ: jax.Array) -> jax.Array:
+        return jnp.where(found_B[:, None], looked_Q, own_BQ)
+
+    return Nodes(
+        tokens=either(tokens_BQ, nodes.tokens),
+        parents=either(step_Q, nodes.parents),
+        depths=either(step_Q + 1, nodes.depths),
+        valid=either(True, nodes.valid),
+        confidence=either(LOOKUP_CONFIDENCE, nodes.confidence),
+        certain=nodes.certain | found_B,
+    )
+
+
+def ancestors(nodes: Nodes) -> jax.Array:
+    """[B, 1 + Q, 1 + Q] bool: whether a row is the first one's ancestor or itself. Every row descends from row 0."""
+    batch, count = nodes.tokens.shape
+    itself = jnp.eye(count + 1, dtype=bool)[None]
+    parents_BN = jnp.concatenate([jnp.zeros((batch, 1), jnp.int32), nodes.parents], axis=1)
+    reached = itself | (parents_BN[:, :, None] == jnp.arange(count + 1))
+    span = 1
+    while span < count:  # the ancestors of all ancestors that are known
+        reached = (reached.astype(jnp.float32) @ reached.astype(jnp.float32)) > 0
+        span *= 2
+    return reached
+
+
+def anchors(confidence_Bm: jax.Array, count: int) -> jax.Array:
+    """[B, count] int32: the rows of a chain where acceptance most probably ends, by the confidence of its tokens."""
+    batch, length = confidence_Bm.shape
+    if count == length + 1:
+        return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+    reached_BN = jnp.concatenate([jnp.ones((batch, 1)), jnp.cumprod(confidence_Bm, axis=1)], axis=1)
+    next_BN = jnp.concatenate([confidence_Bm, jnp.zeros((batch, 1))], axis=1)
+    return jax.lax.top_k(reached_BN * (1 - next_BN), count)[1]
+
+
+def most_probable(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """(tokens, log-probabilities) [..., count], in order; by maxima, since a CPU sorts the vocabulary for `top_k`."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    token_V = jnp.arange(logits.shape[-1])
+    tokens, values = [], []
+    for _ in range(count):
+        best = log_p.argmax(axis=-1)
+        tokens.append(best.astype(jnp.int32))
+        values.append(log_p.max(axis=-1))
+        log_p = jnp.where(token_V == best[..., None], -jnp.inf, log_p)
+    return jnp.stack(tokens, axis=-1), jnp.stack(values, axis=-1)
+
+
+def no_nodes(like_B: jax.Array, count: int) -> Nodes:
+    """A chain of `count` nodes of which none is valid."""
+    zeros = jnp.zeros((len(like_B), count), jnp.int32)
+    return chain_nodes(Drafts(zeros, jnp.zeros_like(like_B, bool), zeros.astype(jnp.float32)))

@@ -1,0 +1,271 @@
+"""Speculative decoding: an adapter drafts, its base verifies, and the text is the base's own (Uno, arXiv:2609.04010).
+
+One jitted loop; a cycle of it is the same for every strategy (`drafts.Drafting`):
+
+  draft   two_pass and tree: rows [last token, m noise rows], the adapter on for the noise rows alone. Row 0 gives the
+          base's next token, the noise rows give drafts of the m after it.
+  verify  rows [last token, proposed tokens] of the base; the accepted path and one token of the base's own are kept.
+          In one_pass and likeliest noise rows follow the places where acceptance may end: drafts for the next pass.
+
+Plain decoding is a cycle without proposals. Rows are at different lengths; none depends on another. Every draw has a
+key of its own row and pass: what is drawn for a position again must not be what it was rejected for.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from difflm_jax.distributed.collectives import everywhere, varying_with
+from difflm_jax.sampling import drafts, verification
+from difflm_jax.sampling.columns import Rows
+from difflm_jax.sampling.drafts import Drafting, Drafts, Nodes
+from difflm_jax.sampling.options import Sampling
+from difflm_jax.sampling.proposal import draw, drawn_from, noise
+from difflm_jax.sampling.verification import Accepted
+
+DRAFT_STREAM, NOISE_STREAM = 4, 7
+
+
+@struct.dataclass
+class Carry:
+    """State between two cycles. The cache holds the columns of all known tokens but the last."""
+
+    tokens: jax.Array  # [B, T] int32, known up to `lengths`
+    lengths: jax.Array  # [B] int32
+    done: jax.Array  # [B] bool
+    passes: jax.Array  # [B] int32, forward passes that the row took part in
+    verified: jax.Array  # [B] int32, those of them that verified proposals
+    accepted: jax.Array  # [B, deepest] int32, how many accepted at least 1, 2, ... of them
+    drafts: Drafts | None
+    cache: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """The model as the loop knows it, so that a rigged one can take its place (`columns.ColumnModel`)."""
+
+    predict: Callable[[Any, Rows], tuple[jax.Array, Any]]  # (cache, rows) -> (logits [B, N, V], keys and values)
+    write: Callable[[Any, Any, jax.Array], Any]  # (cache, keys and values, first columns [B]) -> cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What stays the same over all passes, and the body that makes a cycle."""
+
+    model: Predictor
+    drafting: Drafting
+    sampling: Sampling
+    limits: jax.Array  # [B] int32, the most tokens of a row, prompt included
+    keys: jax.Array  # [B]
+    vocabulary: int
+    mask_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    def start(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Any) -> Carry:
+        """The carry before the first cycle; `cache` holds the columns of the prompts."""
+        zeros_B = varying_with(jnp.zeros(lengths_B.shape, jnp.int32), tokens_BT)
+        accepted = jnp.zeros((len(lengths_B), self.drafting.deepest), jnp.int32)
+        return Carry(
+            tokens=tokens_BT,
+            lengths=lengths_B,
+            done=lengths_B >= self.limits,
+            passes=zeros_B,
+            verified=zeros_B,
+            accepted=varying_with(accepted, tokens_BT),
+            drafts=self._no_drafts(tokens_BT),
+            cache=cache,
+        )
+
+    def run(self, carry: Carry) -> Carry:
+        """Cycles until every row has ended."""
+        return jax.lax.while_loop(lambda carry: ~everywhere(carry.done.all()), self.cycle, carry)
+
+    def cycle(self, carry: Carry) -> Carry:
+        """At most one pass that drafts and one that verifies."""
+        if self.drafting.drafts_first:
+            needs_B = ~carry.done
+            if self.drafting.lookup:
+                needs_B &= ~drafts.looked_up(carry.tokens, carry.lengths, 1)[1]
+            nobody = everywhere(~needs_B.any())
+            carry = jax.lax.cond(nobody, lambda carry, _: carry, self._draft_pass, carry, needs_B)
+        return self._verify_pass(carry)
+
+    def _draft_pass(self, carry: Carry, needs_B: jax.Array) -> Carry:
+        """The next token of the base and drafts after it, for the rows that need them."""
+        keys_B = self._keys(carry)
+        length = self.drafting.length
+        last_B1 = _last(carry)
+        step = jnp.arange(length + 1)
+        batch = len(last_B1)
+        rows = Rows(
+            tokens=jnp.concatenate([last_B1, self._noise(keys_B, length)], axis=1),
+            positions=carry.lengths[:, None] - 1 + step,
+            sees=jnp.broadcast_to(step <= step[:, None], (batch, length + 1, length + 1)),
+            lengths=carry.lengths - 1,
+            gate=jnp.broadcast_to(step > 0, (batch, length + 1)),
+        )
+        logits, kept = self.model.predict(carry.cache, rows)
+        logits = self._drawn_from(logits)
+        own = draw(logits[:, :1], keys_B if self.sampling.temperature is not None else None)
+        # A row that needs no drafts writes its last token's column, too; the pass that verifies writes it again.
+        cache = self.model.write(carry.cache, jax.tree.map(lambda x: x[..., :1, :], kept), carry.lengths - 1)
+        new = self._drafts(logits[:, 1:], keys_B, needs_B)
+        carry = carry.replace(cache=cache, drafts=new, passes=carry.passes + needs_B)
+        return self._append(carry, own, needs_B.astype(jnp.int32))
+
+    def _verify_pass(self, carry: Carry) -> Carry:
+        """Accepts proposals, adds the base's own token, and leaves drafts for the next pass where it makes some."""
+        keys_B = self._keys(carry)
+        nodes = self._nodes(carry)
+        ancestors = drafts.ancestors(nodes)
+        anchors = drafts.anchors(nodes.confidence, self.drafting.num_anchors) if self.drafting.num_anchors else None
+        logits, kept = self.model.predict(carry.cache, self._rows(carry, nodes, ancestors, anchors, keys_B))
+        count = 1 + nodes.tokens.shape[1]
+        logits = self._drawn_from(logits)
+        accepted = self._accept(carry, nodes, ancestors, logits[:, :count], keys_B)
+
+        active_B = ~carry.done
+        kept = jax.tree.map(lambda x: _along_path(x, accepted.path, self.drafting), kept)
+        cache = self.model.write(carry.cache, kept, carry.lengths - 1)
+        new = carry.drafts
+        if anchors is not None:
+            groups = logits[:, count:].reshape(len(keys_B), anchors.shape[1], self.drafting.length, -1)
+            at_end = anchors == accepted.count[:, None]
+            group_B = jnp.argmax(at_end, axis=1)
+            of_end = jnp.take_along_axis(groups, group_B[:, None, None, None], axis=1)[:, 0]
+            new = self._drafts(of_end, keys_B, at_end.any(axis=1))
+        elif carry.drafts is not None:
+            new = carry.drafts.replace(drafted=jnp.zeros_like(carry.done))
+        had_any_B = active_B & nodes.valid.any(axis=1) if count > 1 else jnp.zeros_like(active_B)
+        depth = jnp.arange(1, self.drafting.deepest + 1)
+        carry = carry.replace(
+            cache=cache,
+            drafts=new,
+            passes=carry.passes + active_B,
+            verified=carry.verified + had_any_B,
+            accepted=carry.accepted + (had_any_B[:, None] & (accepted.count[:, None] >= depth)),
+        )
+        return self._append(carry, accepted.emitted(nodes), jnp.where(active_B, accepted.count + 1, 0))
+
+    def _nodes(self, carry: Carry) -> Nodes:
+        if self.drafting.strategy == "tree":
+            nodes = drafts.tree_nodes(carry.drafts, self.drafting.num_nodes)
+        elif carry.drafts is not None:
+            nodes = drafts.chain_nodes(carry.drafts)
+        else:
+            nodes = drafts.no_nodes(carry.done, self.drafting.num_nodes)
+        is_looked_up = self.drafting.lookup and self.drafting.num_nodes
+        return drafts.with_lookup(nodes, carry.tokens, carry.lengths) if is_looked_up else nodes
+
+    def _rows(self, carry: Carry, nodes: Nodes, ancestors_BNN, anchors_BG, keys_B) -> Rows:
+        """The rows of a verifying pass: the last token, what is proposed, and noise after each anchor."""
+        tokens = jnp.concatenate([_last(carry), nodes.tokens], axis=1)
+        depths = jnp.concatenate([jnp.zeros_like(carry.lengths)[:, None], nodes.depths], axis=1)
+        first_B1 = carry.lengths[:, None] - 1
+        if anchors_BG is None:
+            return Rows(tokens, first_B1 + depths, ancestors_BNN, carry.lengths - 1)
+        batch, count = tokens.shape
+        groups, length = anchors_BG.shape[1], self.drafting.length
+        step_M = jnp.arange(groups * length)
+        anchor_BM = jnp.repeat(anchors_BG, length, axis=1)
+        sees_rows = jnp.take_along_axis(ancestors_BNN, anchor_BM[:, :, None], axis=1)
+        own = (step_M // length == (step_M // length)[:, None]) & (step_M <= step_M[:, None])
+        own = jnp.broadcast_to(own, (batch, *own.shape))
+        unseen = jnp.zeros((batch, count, groups * length), bool)
+        sees = jnp.concatenate(
+            [jnp.concatenate([ancestors_BNN, unseen], axis=2), jnp.concatenate([sees_rows, own], axis=2)], axis=1
+        )
+        depth_BM = jnp.take_along_axis(depths, anchor_BM, axis=1) + 1 + step_M % length
+        return Rows(
+            tokens=jnp.concatenate([tokens, self._noise(keys_B, groups * length)], axis=1),
+            positions=first_B1 + jnp.concatenate([depths, depth_BM], axis=1),
+            sees=sees,
+            lengths=carry.lengths - 1,
+            gate=jnp.broadcast_to(jnp.arange(count + groups * length) >= count, sees.shape[:2]),
+        )
+
+    def _accept(self, carry: Carry, nodes: Nodes, ancestors_BNN, logits_BNV, keys_B) -> Accepted:
+        if self._draws and carry.drafts is not None and carry.drafts.logits is not None:
+            return verification.by_rejection(nodes, carry.drafts, logits_BNV, keys_B)
+        choices = draw(logits_BNV, keys_B if self._draws else None)
+        return verification.by_choice(nodes, ancestors_BNN, choices, self.drafting.deepest)
+
+    def _append(self, carry: Carry, tokens_BE: jax.Array, counts_B: jax.Array) -> Carry:
+        """The first `counts` of `tokens` after each row's own, up to its end of sequence or its limit."""
+        is_eos = jnp.isin(tokens_BE, jnp.array(self.eos_token_ids, jnp.int32)) & self.sampling.stop_at_eos
+        step = jnp.arange(tokens_BE.shape[1])
+        ends = is_eos & (step < counts_B[:, None])
+        counts_B = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1) + 1, counts_B)
+        counts_B = jnp.minimum(counts_B, self.limits - carry.lengths)
+        ended_B = (ends & (step < counts_B[:, None])).any(axis=1)
+        put = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0))
+        tokens = put(carry.tokens, tokens_BE, carry.lengths)
+        lengths = carry.lengths + counts_B
+        return carry.replace(tokens=tokens, lengths=lengths, done=carry.done | ended_B | (lengths >= self.limits))
+
+    def _drawn_from(self, logits: jax.Array) -> jax.Array:
+        """Logits of the distributions that tokens are drawn from; the mask token is never one."""
+        token_V = jnp.arange(logits.shape[-1])
+        if self.mask_token_id is not None:
+            logits = jnp.where(token_V == self.mask_token_id, -jnp.inf, logits)
+        if self.sampling.eos_penalty is not None:
+            is_eos = jnp.isin(token_V, jnp.array(self.eos_token_ids, jnp.int32))
+            logits = jnp.where(is_eos, logits - self.sampling.eos_penalty, logits)
+        return drawn_from(logits, self.sampling)
+
+    def _drafts(self, logits_BmV: jax.Array, keys_B: jax.Array, drafted_B: jax.Array) -> Drafts:
+        if self.drafting.strategy == "tree":
+            candidates, log_p = drafts.most_probable(logits_BmV, self.drafting.branches)
+            return Drafts(candidates[..., 0], drafted_B, jnp.exp(log_p[..., 0]), None, candidates, log_p)
+        noisy = logits_BmV
+        if self._draws:
+            noisy = logits_BmV + noise(jax.random.gumbel, keys_B, DRAFT_STREAM, logits_BmV.shape[1:], mode="high")
+        tokens = noisy.argmax(axis=-1).astype(jnp.int32)
+        own = jnp.take_along_axis(logits_BmV, tokens[..., None], axis=-1)[..., 0]
+        confidence = jnp.exp(own - jax.nn.logsumexp(logits_BmV, axis=-1))
+        return Drafts(tokens, drafted_B, confidence, logits_BmV if self._draws else None)
+
+    def _no_drafts(self, tokens_BT: jax.Array) -> Drafts | None:
+        """Drafts of the right shapes for the first cycle."""
+        if self.drafting.strategy in ("plain", "lookup"):
+            return None
+        batch, length = tokens_BT.shape[0], self.drafting.length
+        shapes = jax.eval_shape(
+            self._drafts,
+            jax.ShapeDtypeStruct((batch, length, self.vocabulary), jnp.float32),
+            self.keys,
+            jax.ShapeDtypeStruct((batch,), bool),
+        )
+        return jax.tree.map(lambda x: varying_with(jnp.zeros(x.shape, x.dtype), tokens_BT), shapes)
+
+    def _noise(self, keys_B: jax.Array, count: int) -> jax.Array:
+        """[B, count] int32 tokens of noise rows."""
+        if self.drafting.noise is not None:
+            return jnp.full((len(keys_B), count), self.drafting.noise, jnp.int32)
+        return noise(jax.random.randint, keys_B, NOISE_STREAM, (count,), minval=0, maxval=self.vocabulary)
+
+    def _keys(self, carry: Carry) -> jax.Array:
+        """One key per row and pass, as the sampler of causal models has it."""
+        return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, number), 0))(
+            self.keys, carry.passes
+        )
+
+    @property
+    def _draws(self) -> bool:
+        return self.sampling.temperature is not None
+
+
+def _last(carry: Carry) -> jax.Array:
+    """[B, 1] the last known token of each row."""
+    return jnp.take_along_axis(carry.tokens, carry.lengths[:, None] - 1, axis=1)
+
+
+def _along_path(kept: jax.Array, path_BE: jax.Array, drafting: Drafting) -> jax.Array:
+    """Keys or values [N, B, K, rows, E] of the accepted path in its order; of a chain it is the first rows."""
+    if drafting.strategy != "tree":
+        return kept[..., : path_BE.shape[1], :]
+    return jnp.take_along_axis(kept, path_BE[None, :, None, :, None], axis=3)

@@ -1,0 +1,121 @@
+"""The base's own answers to the prompts of a data set: what an adapter that drafts for it learns best from.
+
+A stage of the run before its phases. Answers are written to `output_dir/answers/` batch by batch; the same command
+resumes where it stopped, and finds all of them when it is run again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from difflm_jax.distributed.mesh import is_writer
+from difflm_jax.errors import UserError
+from difflm_jax.sampling.batching import Decoder
+from difflm_jax.sampling.causal import continue_rows
+from difflm_jax.sampling.options import Sampling
+
+SHORTEST = 3  # tokens of an answer that has something to draft
+_GREEDY = Sampling(algorithm="probability", schedule="even")
+
+
+def regenerate(
+    rows: datasets.Dataset,
+    decoder: Decoder,
+    file: Path,
+    max_length: int,
+    answer_tokens: int,
+    count: int = 0,
+    batch_size: int = 16,
+) -> datasets.Dataset:
+    """`rows` with the greedy answers of `decoder`'s base in place of their own; `count` of them at most (0: all).
+
+    `file` keeps answers by prompt and settings. Answers end with an end-of-sequence token, after `answer_tokens`, or at
+    `max_length`. Rows whose answer is shorter than 3 tokens are left out. Raises `UserError` if none is left.
+    """
+    if count and count < len(rows):
+        rows = rows.select(np.linspace(0, len(rows) - 1, count).astype(int))
+    prompts = [_prompt(tokens, mask) for tokens, mask in zip(rows["tokens"], rows["answer_mask"], strict=True)]
+    limits = [min(answer_tokens, max_length - len(prompt)) for prompt in prompts]
+    names = [_name(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    known = _read(file)
+    wanted = {name: i for i, name in enumerate(names) if name not in known and limits[i] >= SHORTEST}
+    # Of equal limits and nearly equal lengths: little padding, and few programs to compile.
+    order = sorted(wanted.values(), key=lambda i: (limits[i], len(prompts[i])))
+    _answer(order, prompts, limits, names, known, decoder, file, batch_size)
+    return _with_answers(rows, prompts, [known.get(name, []) for name in names])
+
+
+def _answer(
+    order: Sequence[int],
+    prompts: Sequence[np.ndarray],
+    limits: Sequence[int],
+    names: Sequence[str],
+    known: dict[str, list[int]],
+    decoder: Decoder,
+    file: Path,
+    batch_size: int,
+) -> None:
+    """Generates the answers to `order` and adds them to `known` and `file`, a batch at a time."""
+    if known:
+        print(f"answers: {len(known):,} found in {file}", flush=True)
+    if is_writer():
+        file.parent.mkdir(parents=True, exist_ok=True)
+    began, done, tokens = time.perf_counter(), 0, 0
+    while done < len(order):
+        limit = limits[order[done]]
+        batch = [i for i in order[done : done + batch_size] if limits[i] == limit]
+        found = continue_rows(decoder, [prompts[i] for i in batch], limit, _GREEDY, batch_size=batch_size).rows
+        lines = []
+        for i, answer in zip(batch, found, strict=True):
+            known[names[i]] = answer.tolist()
+            lines.append(json.dumps({"prompt": names[i], "answer": known[names[i]]}) + "\n")
+        if is_writer():
+            with file.open("a") as stream:
+                stream.write("".join(lines))
+        done, tokens = done + len(batch), tokens + sum(map(len, found))
+        seconds = time.perf_counter() - began
+        print(f"answers: {done:,} of {len(order):,}, {tokens / seconds:.0f} tokens/s", flush=True)
+
+
+def _prompt(tokens: Sequence[int], answer_mask: Sequence[bool]) -> np.ndarray:
+    """What precedes the first answer token; of a row without an answer its first half."""
+    marked = np.flatnonzero(answer_mask)
+    return np.asarray(tokens[: marked[0] if len(marked) else max(len(tokens) // 2, 1)], np.int32)
+
+
+def _name(prompt: np.ndarray, limit: int) -> str:
+    return hashlib.blake2b(prompt.tobytes() + str(limit).encode(), digest_size=12).hexdigest()
+
+
+def _read(file: Path) -> dict[str, list[int]]:
+    """Stored answers. A last line that was cut off is generated again."""
+    known = {}
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            try:
+                record = json.loads(line)
+                known[record["prompt"]] = record["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+    return known
+
+
+def _with_answers(
+    rows: datasets.Dataset, prompts: Sequence[np.ndarray], answers: Sequence[list[int]]
+) -> datasets.Dataset:
+    kept = [i for i, answer in enumerate(answers) if len(answer) >= SHORTEST]
+    if not kept and len(rows):
+        raise UserError(f"draft.answers=regenerate: no answer of the base has {SHORTEST} tokens: raise max_length")
+    masks = [[False] * len(prompts[i]) + [True] * len(answers[i]) for i in kept]
+    columns = {
+        "tokens": [prompts[i].tolist() + answers[i] for i in kept],
+        "answer_mask": masks,
+        "content_hash": [rows[i]["content_hash"] for i in kept],
+        "origin": [rows[i]["origin"] for i in kept],
+    }
+    return datasets.Dataset.from_dict(columns, features=rows.features)
