@@ -1,4 +1,7 @@
-"""What the commands share: flags parsed by absl, errors as one line, the model that flags name."""
+"""What the commands share: flags parsed by absl, help, errors as one line, the model that flags name.
+
+What needs jax is imported where it is used: `difflm --help` does not wait for it.
+"""
 
 import copy
 import dataclasses
@@ -7,20 +10,18 @@ import importlib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from difflm_jax.distributed.processes import connect
 from difflm_jax.errors import UserError, exit_with_errors, one_line
-from difflm_jax.lm import LanguageModel
-from difflm_jax.named import load_named
-from difflm_jax.quant import FORMATS
-from difflm_jax.sampling.options import Sampling
-from difflm_jax.utils.compilation import keep_compiled
-from difflm_jax.utils.dtypes import AUTO, DTYPES
 from difflm_jax.utils.files import expanded
+from difflm_jax.utils.flag_help import help_text, nearest
+
+if TYPE_CHECKING:
+    from difflm_jax.lm import LanguageModel
 
 
 def run_command(
@@ -28,25 +29,33 @@ def run_command(
     flag_values: flags.FlagValues,
     usage: str,
     argv: Sequence[str] | None = None,
+    keys: Collection[str] = (),
 ) -> int:
     """Parses `argv` (the process's own by default) and runs `main(flag_values)`; returns the exit status.
 
-    Bad flags and every `UserError` print one line that begins with `error:`; `--debug_traceback` shows the traceback.
+    keys: those of the config, for commands that take `--config.KEY`: an unknown flag may have meant one of them. Bad
+    flags and every `UserError` print one line that begins with `error:`; `--debug_traceback` shows the traceback.
     """
     argv = list(sys.argv if argv is None else argv)
     flag_values = copy.deepcopy(flag_values)  # a second command in the same process starts from the defaults
     flags.DEFINE_bool("debug_traceback", False, "Show the traceback of an error.", flag_values=flag_values)
     if any(item in ("--help", "-h", "-help") for item in argv[1:]):
-        print(usage.strip(), flag_values.main_module_help() or flag_values.get_help(), sep="\n\n")
+        print(help_text(usage, flag_values, _titles(flag_values)))
         return 0
 
     def command() -> int | None:
         try:
             rest = flag_values(argv)
+        except flags.UnrecognizedFlagError as error:
+            known = [*flag_values, *(f"config.{key}" for key in keys)]
+            near = nearest(error.flagname, known)
+            raise UserError(f"--{error.flagname}: unknown flag (did you mean --{near}?)") from error
         except flags.Error as error:
             raise UserError(one_line(error)) from error
         if rest[1:]:
             raise UserError(f"unexpected argument {rest[1]!r} (flags are written --name=value)")
+        from difflm_jax.utils.compilation import keep_compiled
+
         _expand_paths(flag_values)
         keep_compiled()
         return main(flag_values)
@@ -70,6 +79,20 @@ def _expand_paths(flag_values: flags.FlagValues) -> None:
             flag_values[name].value = expand
 
 
+def _titles(flag_values: flags.FlagValues) -> dict[str, str]:
+    """The groups of `--help`: those of the flags that several commands share."""
+    shared = dict.fromkeys(("model", "adapter", "run", "revision", "dtype", "quantization", "mask_token"), "Model")
+    titles = shared if {"model", "adapter"} <= set(flag_values) else {}
+    titles |= dict.fromkeys((*_HOST_FLAGS, *(["mesh"] if titles else [])), "Devices and processes")
+    if "algorithm" in flag_values:
+        from difflm_jax.sampling.options import Sampling
+
+        titles |= {
+            field.name: "Decoding (default: what the model was trained for)" for field in dataclasses.fields(Sampling)
+        }
+    return titles | {"debug_traceback": "Errors"}
+
+
 _HOST_FLAGS = ("coordinator_address", "num_processes", "process_id")
 
 
@@ -84,11 +107,16 @@ def define_host_flags(flag_values: flags.FlagValues) -> None:
 
 def connect_from_flags(flag_values: flags.FlagValues) -> None:
     """Joins the processes that the flags of `define_host_flags` name."""
+    from difflm_jax.distributed.processes import connect
+
     connect(**{name: flag_values[name].value for name in _HOST_FLAGS})
 
 
 def define_model_flags(flag_values: flags.FlagValues) -> None:
     """The flags that name a model (a checkpoint, the adapter or the run on top of it) and the devices for it."""
+    from difflm_jax.quant import FORMATS
+    from difflm_jax.utils.dtypes import AUTO, DTYPES
+
     define_host_flags(flag_values)
     flags.DEFINE_list(
         "mesh", [], "Devices along data, fsdp and tensor (-1: what is left), as 1,4,2; default: one device.",
@@ -121,6 +149,8 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
 
 def define_sampling_flags(flag_values: flags.FlagValues) -> None:
     """A flag for every option of decoding."""
+    from difflm_jax.sampling.options import Sampling
+
     define = {float: flags.DEFINE_float, int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
     for field in dataclasses.fields(Sampling):
         define[field.metadata["type"]](field.name, None, field.metadata["help"], flag_values=flag_values)
@@ -128,15 +158,34 @@ def define_sampling_flags(flag_values: flags.FlagValues) -> None:
 
 def sampling_flags(flag_values: flags.FlagValues) -> dict[str, Any]:
     """The options of decoding that the flags name."""
+    from difflm_jax.sampling.options import Sampling
+
     options = {field.name: flag_values[field.name].value for field in dataclasses.fields(Sampling)}
     return {name: value for name, value in options.items() if value is not None}
 
 
-def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> LanguageModel:
+def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> "LanguageModel":
     """Loads what the flags of `define_model_flags` name; `with_base` as for `load_named`."""
+    from difflm_jax.named import load_named
+
+    if not flag_values.model and not flag_values.run:
+        raise UserError("name a model with --model=... or a training run with --run=...")
+    if flag_values.model and is_run(flag_values.model):
+        raise UserError(f"--model={flag_values.model}: is a training run; write --run={flag_values.model}")
     connect_from_flags(flag_values)
     names = ("model", "adapter", "run", "dtype", "quantization", "revision", "mask_token", "mesh")
     return load_named(**{name: flag_values[name].value for name in names}, with_base=with_base)
+
+
+def is_run(directory: str) -> bool:
+    """Whether a directory is the output directory of a training run."""
+    path = Path(directory).expanduser()
+    return (path / "config.json").is_file() and ((path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir())
+
+
+def suggest_next(line: str) -> None:
+    """Ends a command with the next one to try, on stderr."""
+    print(f"next: {line}", file=sys.stderr)
 
 
 # What `difflm COMMAND` runs: the module of that name.

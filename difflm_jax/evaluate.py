@@ -16,7 +16,14 @@ from typing import Any
 import jax
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, define_sampling_flags, load_from_flags, run_command, sampling_flags
+from difflm_jax.cli import (
+    define_model_flags,
+    define_sampling_flags,
+    load_from_flags,
+    run_command,
+    sampling_flags,
+    suggest_next,
+)
 from difflm_jax.data.batches import batches, tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.distributed.mesh import make_mesh, row_shards
@@ -44,7 +51,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("task", "exact", list(TASKS), "What the rows are, and what counts as right.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 0, "Only the first rows (0: all).", lower_bound=0, flag_values=FLAGS)
-flags.DEFINE_integer("max_new_tokens", 32, "Length of the answer's canvas.", flag_values=FLAGS)
+flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", flag_values=FLAGS)
 flags.DEFINE_integer("block_length", 0, "Fill answers in blocks of this length (0: one block).", flag_values=FLAGS)
 flags.DEFINE_list("tokens_per_pass", ["1", "2", "4"], "Tokens committed in a forward pass.", flag_values=FLAGS)
 flags.DEFINE_integer("max_length", 768, "Longest row that is scored, in tokens.", lower_bound=2, flag_values=FLAGS)
@@ -101,6 +108,8 @@ def main(flag_values: flags.FlagValues) -> None:
         record |= _answer_scores(lm, flag_values, questions, tokens_per_pass, decoding)
     if flag_values.out and is_writer():
         write_results(flag_values.out, record)
+    if is_writer() and not flag_values.out:
+        suggest_next("the same command with --out=FILE.json keeps every answer")
 
 
 def _with_its_base(lm: LanguageModel, base: str) -> LanguageModel:

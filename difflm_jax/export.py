@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, load_from_flags, run_command
+from difflm_jax.cli import define_model_flags, load_from_flags, run_command, suggest_next
 from difflm_jax.errors import UserError
 from difflm_jax.named import read_run_config
 from difflm_jax.utils.files import check_new_directory
@@ -40,6 +40,15 @@ def main(flag_values: flags.FlagValues) -> None:
     else:
         lm.save_adapter(flag_values.out)
     print(f"wrote {flag_values.out}")
+    suggest_next(f'difflm generate {_reopened(flag_values)} --prompt="..."')
+
+
+def _reopened(flag_values: flags.FlagValues) -> str:
+    """The flags that open what was written."""
+    if flag_values.to == "merged":
+        return f"--model={flag_values.out}"
+    base = flag_values.model or read_run_config(Path(flag_values.run)).model
+    return f"--model={base} --adapter={flag_values.out}"
 
 
 def command(argv: Sequence[str]) -> int:

@@ -15,9 +15,16 @@ from typing import Any
 
 from absl import flags
 
-from difflm_jax.cli import define_model_flags, define_sampling_flags, load_from_flags, run_command, sampling_flags
+from difflm_jax.cli import (
+    define_model_flags,
+    define_sampling_flags,
+    load_from_flags,
+    run_command,
+    sampling_flags,
+    suggest_next,
+)
 from difflm_jax.errors import UserError
-from difflm_jax.lm import LanguageModel
+from difflm_jax.lm import Generation, LanguageModel
 from difflm_jax.sampling.watch import Watcher
 from difflm_jax.utils.files import check_writable
 from difflm_jax.view.page import PageRecorder
@@ -26,16 +33,20 @@ from difflm_jax.view.terminal import TerminalView
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)
 flags.DEFINE_string("prompt", None, "The prompt (with --infill: text that holds the mask token).", flag_values=FLAGS)
-flags.DEFINE_string("file", None, "A file with one prompt a line.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "file", None, "A file with one prompt per line; a blank line is answered by a blank line.", flag_values=FLAGS
+)
 flags.DEFINE_bool("infill", False, "Fill the mask tokens of the text instead of answering it.", flag_values=FLAGS)
 flags.DEFINE_bool("causal", False, "Decode with the causal base, token by token.", flag_values=FLAGS)
 flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", flag_values=FLAGS)
-flags.DEFINE_integer("steps", 128, "Forward passes at most, all blocks together.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "steps", None, "Forward passes at most, all blocks together; default: --max_new_tokens.", flag_values=FLAGS
+)
 flags.DEFINE_integer("block_length", 0, "Fill the answer in blocks of this length (0: one block).", flag_values=FLAGS)
 flags.DEFINE_string("stop", "", "Texts that end an answer, separated by commas (\\n: a newline).", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", flag_values=FLAGS)
-flags.DEFINE_bool("stats", False, "Print tokens, passes and tokens a pass to stderr.", flag_values=FLAGS)
+flags.DEFINE_bool("stats", False, "Print tokens, passes and tokens per pass to stderr.", flag_values=FLAGS)
 flags.DEFINE_bool("watch", False, "Show the answer after every pass, on stderr; prompts in turn.", flag_values=FLAGS)
 flags.DEFINE_string("watch_html", "", "A page of every pass, to scrub through; prompts in turn.", flag_values=FLAGS)
 define_sampling_flags(FLAGS)
@@ -53,16 +64,37 @@ def main(flag_values: flags.FlagValues) -> None:
     lm = load_from_flags(flag_values, with_base=flag_values.causal)
     if flag_values.causal:
         lm = lm.base()
+    for note in _notes(lm, flag_values):
+        print(f"note: {note}", file=sys.stderr)
     options = _options(flag_values)
     page = _page(lm, flag_values, options) if flag_values.watch_html else None
     answers = functools.partial(_answers, lm, flag_values, options, page)
     if flag_values.prompt is not None:
         print(answers([flag_values.prompt])[0])
     elif lines is not None:
-        for answer in answers(lines):
+        found = iter(answers([line for line in lines if line.strip()]))
+        for line in lines:  # a blank line has a blank answer: line n of the output belongs to line n of the input
+            answer = next(found) if line.strip() else ""
             print(answer.replace("\\", "\\\\").replace("\n", "\\n"))
     else:
         _chat(lm, answers)
+    if flag_values.watch_html:
+        suggest_next(f"open {flag_values.watch_html} in a browser")
+    elif flag_values.run and sys.stderr.isatty():
+        suggest_next(f"difflm evaluate --run={flag_values.run} --data=FILE, or the same command with --watch")
+
+
+def _notes(lm: LanguageModel, flag_values: flags.FlagValues) -> list[str]:
+    """What a user should know of answers that the model cannot give well."""
+    notes = []
+    if not (flag_values.causal or lm.lora or lm.mask_is_trained):
+        notes.append(
+            f"{lm.source.name} was never trained to fill masks: its answers will be empty or noise; "
+            "--causal decodes it token by token, --adapter or --run names what was trained on it"
+        )
+    if lm.tokenizer.chat_template is None and not flag_values.infill:
+        notes.append(f"{lm.source.name} has no chat template: prompts are continued as plain text")
+    return notes
 
 
 def _lines(flag_values: flags.FlagValues) -> list[str] | None:
@@ -83,8 +115,8 @@ def _lines(flag_values: flags.FlagValues) -> list[str] | None:
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text ({error})") from error
     # Not `splitlines`, which would cut a prompt at a form feed or a U+2028 that stands in it.
-    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-    if not lines:
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if not any(map(str.strip, lines)):
         raise UserError("there is no prompt to answer")
     return lines
 
@@ -99,7 +131,7 @@ def _options(flag_values: flags.FlagValues) -> dict[str, Any]:
 
 
 def _page(lm: LanguageModel, flag_values: flags.FlagValues, options: dict[str, Any]) -> PageRecorder:
-    shown = {"attention": lm.attention, "logit_shift": lm.logit_shift, "steps": flag_values.steps}
+    shown = {"attention": lm.attention, "logit_shift": lm.logit_shift, "steps": _steps(flag_values)}
     shown |= {name: value for name, value in options.items() if name != "batch_size"}
     return PageRecorder(lm.tokenizer, lm.mask_token_id, f"Denoising by {lm.source.name}", shown)
 
@@ -127,48 +159,65 @@ def _answers(
         for prompt in prompts:
             if lm.mask_token_id not in lm.prompts.canvas(prompt):
                 raise UserError(f"--infill: {prompt[:60]!r} does not hold the mask token {lm.tokenizer.mask_token!r}")
-        out = lm.infill(prompts, steps=flag_values.steps, **options)
+        out = lm.infill(prompts, steps=_steps(flag_values), **options)
     else:
-        steps = max(flag_values.steps, flag_values.max_new_tokens) if flag_values.causal else flag_values.steps
         block_length = flag_values.block_length or None
         stops = [text.replace("\\n", "\n") for text in flag_values.stop.split(",")] if flag_values.stop else []
-        out = lm.generate(prompts, flag_values.max_new_tokens, steps, block_length, stop=stops, **options)
+        out = lm.generate(prompts, flag_values.max_new_tokens, _steps(flag_values), block_length, stop=stops, **options)
     if page is not None:
         page.write(flag_values.watch_html)
     if flag_values.stats:
-        seconds, tokens, passes = time.perf_counter() - start, out.committed.sum(), out.steps.sum()
-        print(
-            f"{tokens} tokens in {passes} passes ({tokens / max(passes, 1):.2f} a pass), {seconds:.1f} s with "
-            "compilation",
-            file=sys.stderr,
-        )
+        print(_stats(out, flag_values.infill, time.perf_counter() - start), file=sys.stderr)
     return out.texts
 
 
+def _stats(out: Generation, infill: bool, seconds: float) -> str:
+    """A line on what was made: tokens of the answers, without what fills their canvas up after an end of sequence."""
+    tokens, passes = int(out.committed.sum()) if infill else sum(map(len, out.tokens)), int(out.steps.sum())
+    rate = f"{tokens / max(passes, 1):.2f} per pass"
+    return f"{tokens} tokens in {passes} passes ({rate}), {seconds:.1f} s with compilation"
+
+
+def _steps(flag_values: flags.FlagValues) -> int:
+    """The budget of forward passes: a pass for each place of the canvas, where --steps does not say."""
+    steps, length = flag_values.steps, flag_values.max_new_tokens
+    return max(steps or 0, length) if flag_values.causal or steps is None else steps
+
+
+CHAT_HELP = "/reset starts the conversation anew, /exit or Ctrl-D ends it, /help shows this"
+
+
 def _chat(lm: LanguageModel, answers: Callable[[list], list[str]]) -> None:
-    """A conversation that remembers its turns, until an empty line or the end of input."""
+    """A conversation that remembers its turns, until /exit or the end of input."""
     if lm.tokenizer.chat_template is None:
         raise UserError("this tokenizer has no chat template: give --prompt, --file or a pipe")
-    print(f"{lm.source.name}: an empty line ends the conversation, /reset starts it anew", file=sys.stderr)
+    print(f"{lm.source.name}: {CHAT_HELP}", file=sys.stderr)
     messages: list[dict[str, str]] = []
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
             return
-        if not line:
+        if line in ("/exit", "/quit"):
             return
         if line == "/reset":
             messages = []
-            continue
-        asked = [*messages, {"role": "user", "content": line}]
-        try:
-            answer = answers([asked])[0]
-        except UserError as error:  # too long by now, or a mask in it: the conversation stays as it was
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        messages = [*asked, {"role": "assistant", "content": answer}]
-        print(answer)
+        elif line.startswith("/"):
+            print(CHAT_HELP if line == "/help" else f"{line}: no such command; {CHAT_HELP}", file=sys.stderr)
+        elif line:
+            messages = _turn(messages, line, answers)
+
+
+def _turn(messages: list[dict[str, str]], line: str, answers: Callable[[list], list[str]]) -> list[dict[str, str]]:
+    """Prints the answer to one line; returns the conversation after it."""
+    asked = [*messages, {"role": "user", "content": line}]
+    try:
+        answer = answers([asked])[0]
+    except UserError as error:  # too long by now, or a mask in it: the conversation stays unchanged
+        print(f"error: {error}", file=sys.stderr)
+        return messages
+    print(answer)
+    return [*asked, {"role": "assistant", "content": answer}]
 
 
 def command(argv: Sequence[str]) -> int:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.source import read_model_config
 from difflm_jax.cli import run_command
 from difflm_jax.config.files import load_config, phase_config, quantization, take_overrides
+from difflm_jax.config.schema import KEYS
 from difflm_jax.distributed.mesh import AXES, abstract_mesh, mesh_of, row_shards
 from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.models.config import ModelConfig
@@ -70,7 +71,7 @@ def command(argv: Sequence[str]) -> int:
 
     def split_and_run() -> int:
         overrides, others = take_overrides(argv)
-        return run_command(lambda flag_values: main(flag_values, overrides), FLAGS, __doc__, others)
+        return run_command(lambda flag_values: main(flag_values, overrides), FLAGS, __doc__, others, KEYS)
 
     return exit_with_errors(split_and_run)
 

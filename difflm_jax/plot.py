@@ -15,9 +15,9 @@ from typing import Any
 
 from absl import flags
 
-from difflm_jax.cli import run_command
+from difflm_jax.cli import run_command, suggest_next
 from difflm_jax.errors import UserError, one_line
-from difflm_jax.training.metrics import read_metrics
+from difflm_jax.training.metrics import METRICS_FILE, read_metrics
 from difflm_jax.utils.files import check_writable, write_whole
 
 FLAGS = flags.FlagValues()
@@ -25,6 +25,7 @@ flags.DEFINE_list("run", [], "Output directories of training runs, separated by 
 flags.DEFINE_string("out", "", "The picture to write.", flag_values=FLAGS)
 
 FORMATS = ("png", "svg", "pdf")
+STYLES = (":", "--", "-.", "-", (0, (5, 1)))  # of lines
 
 
 def main(flag_values: flags.FlagValues) -> None:
@@ -35,11 +36,15 @@ def main(flag_values: flags.FlagValues) -> None:
     if out.suffix.removeprefix(".") not in FORMATS:
         raise UserError(f"--out={flag_values.out}: must end in {', '.join('.' + name for name in FORMATS)}")
     check_writable(out)
+    for name in flag_values.run:
+        if not (Path(name) / METRICS_FILE).is_file():
+            raise UserError(f"--run={name}: not a training run (no {METRICS_FILE} there)")
     runs = {name: read_run(name) for name in flag_values.run}
     picture = io.BytesIO()
     draw(runs).savefig(picture, format=out.suffix[1:], dpi=150)
     write_whole(out, picture.getvalue())
     print(f"wrote {out}")
+    suggest_next(f"difflm evaluate --run={flag_values.run[0]} --data=FILE")
 
 
 def read_run(directory: str) -> list[dict[str, Any]]:
@@ -66,16 +71,17 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
     figure = Figure(figsize=(12, 8), layout="constrained")
     (loss, nll), (by_time, by_rate) = figure.subplots(2, 2)
     labels = _labels(list(runs))
+    buckets = sorted({bucket for records in runs.values() for bucket in _buckets(records)})
+    styles = {bucket: STYLES[number % len(STYLES)] for number, bucket in enumerate(buckets)}  # the same in every run
     for number, (name, records) in enumerate(runs.items()):
         colour, label = f"C{number % 10}", labels[name]
         for axes, key in ((loss, "loss"), (nll, "masked_nll")):
             axes.plot(*_series(records, key), color=colour, linewidth=1, alpha=0.8, label=label)
             evaluated = _series(records, f"eval_{key}")
             axes.plot(*evaluated, "o-", color=colour, markersize=4, markerfacecolor="white", label=f"{label}, held out")
-        _draw_evaluations(by_time, by_rate, records, label, colour, only=len(runs) == 1)
-        if len(runs) == 1:
-            for axes in (loss, nll, by_time):
-                _mark_phases(axes, records)
+        _draw_evaluations(by_time, by_rate, records, label, colour, None if len(runs) == 1 else styles)
+        for axes in (loss, nll, by_time):
+            _mark_phases(axes, records, "0.5" if len(runs) == 1 else colour)
     for axes, title, unit in (
         (loss, "Loss (as trained on)", "weighted nats a token"),
         (nll, "Masked NLL", "nats a hidden token"),
@@ -102,19 +108,28 @@ def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[fl
     return [at for at, _ in found], [y if math.isfinite(y) else math.nan for _, y in found]
 
 
-def _draw_evaluations(by_time: Any, by_rate: Any, records: list[dict[str, Any]], label: str, colour: str, only: bool):
-    """NLL by mask rate: over the steps, a line a bucket, and over the rates, a line for each phase's last one."""
+def _buckets(records: list[dict[str, Any]]) -> list[str]:
+    """The bins of mask rates that a run was evaluated in."""
+    return sorted({bucket for record in records for bucket in record.get("eval_by_mask_rate") or ()})
+
+
+def _draw_evaluations(
+    by_time: Any, by_rate: Any, records: list[dict[str, Any]], label: str, colour: str, styles: dict[str, Any] | None
+) -> None:
+    """NLL by mask rate: over the steps, a line per bin, and over the rates, a line for each phase's last one.
+
+    styles: of the lines of a bin, where several runs share the panel, each in its colour.
+    """
+    only = styles is None
     evaluations = [record for record in records if record.get("eval_by_mask_rate")]
-    buckets = sorted({bucket for record in evaluations for bucket in record["eval_by_mask_rate"]})
-    styles = (":", "--", "-.", "-", (0, (5, 1)))
-    for number, bucket in enumerate(buckets):
+    for number, bucket in enumerate(_buckets(records)):
         points = [(r["at"], r["eval_by_mask_rate"][bucket]["masked_nll"]) for r in evaluations
                   if bucket in r["eval_by_mask_rate"]]  # fmt: skip
         name = bucket if only else f"{label} {bucket}"
         by_time.plot(
             *zip(*points, strict=True),
             color=f"C{number}" if only else colour,
-            linestyle="-" if only else styles[number % len(styles)],
+            linestyle="-" if only else styles[bucket],
             marker="o",
             markersize=3,
             label=name,
@@ -123,17 +138,17 @@ def _draw_evaluations(by_time: Any, by_rate: Any, records: list[dict[str, Any]],
     for number, (phase, rates) in enumerate(last.items()):
         middles = [sum(map(float, bucket.split("-"))) / 2 for bucket in sorted(rates)]
         values = [rates[bucket]["masked_nll"] for bucket in sorted(rates)]
-        style = {"marker": "o", "linestyle": styles[-2 - number % 3], "color": f"C{number}" if only else colour}
+        style = {"marker": "o", "linestyle": STYLES[-2 - number % 3], "color": f"C{number}" if only else colour}
         by_rate.plot(middles, values, label=phase if only else f"{label}, {phase}", **style)
 
 
-def _mark_phases(axes: Any, records: list[dict[str, Any]]) -> None:
+def _mark_phases(axes: Any, records: list[dict[str, Any]], colour: str) -> None:
     """A line where a phase ends and the next begins."""
     for before, after in itertools.pairwise(records):
         if before["phase"] != after["phase"]:
-            axes.axvline(before["at"], color="0.5", linewidth=0.8, linestyle="--")
+            axes.axvline(before["at"], color=colour, linewidth=0.8, linestyle="--")
             axes.annotate(after["phase"], (before["at"], 1), xycoords=("data", "axes fraction"), xytext=(3, -12),
-                          textcoords="offset points", fontsize="small", color="0.4")  # fmt: skip
+                          textcoords="offset points", fontsize="small", color=colour)  # fmt: skip
 
 
 def command(argv: Sequence[str]) -> int:

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from difflm_jax.cli import connect_from_flags, define_host_flags, run_command
+from difflm_jax.cli import connect_from_flags, define_host_flags, run_command, suggest_next
 from difflm_jax.config.docs import help_text
 from difflm_jax.config.files import load_config, take_overrides
-from difflm_jax.errors import exit_with_errors
+from difflm_jax.config.schema import KEYS
+from difflm_jax.distributed.processes import is_writer
+from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.evaluation.report import print_report
 from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.named import load_named, with_origin
@@ -36,12 +38,15 @@ def command(argv: Sequence[str]) -> int:
     overrides: list[str] = []
 
     def main(flag_values: flags.FlagValues) -> None:
+        if not (flag_values.config or overrides or flag_values.hyper_parameters_json):
+            raise UserError("name a config with --config=FILE, for example configs/quickstart.py (difflm recipes list)")
         config = load_config(flag_values.config, overrides, flag_values.hyper_parameters_json)
         connect_from_flags(flag_values)
         report = config.report
         questions = read_questions(report.data, report.rows) if report.data else []  # bad rows stop a run at its start
         if flag_values.preview:
             preview(config)
+            suggest_next("the same command without --preview trains")
             return
         lm = train(config, flag_values.force)
         if questions:
@@ -50,11 +55,14 @@ def command(argv: Sequence[str]) -> int:
             elif config.trained == "all":
                 lm = with_origin(lm, config.model, config.revision)
             print_report(lm, report.data, questions, report.tokens_per_pass, report.max_new_tokens)
+        if is_writer():
+            run = f"--run={config.output_dir}"
+            suggest_next(f'difflm generate {run} --prompt="..."; difflm export {run} --to=peft --out=DIR')
 
     def split_and_run() -> int:
         nonlocal overrides
         overrides, others = take_overrides(argv)
-        return run_command(main, FLAGS, f"{__doc__}\nKeys of the config:\n\n{help_text()}", others)
+        return run_command(main, FLAGS, f"{__doc__}\nKeys of the config:\n\n{help_text()}", others, KEYS)
 
     return exit_with_errors(split_and_run)
 

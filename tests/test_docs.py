@@ -9,6 +9,7 @@ import pytest
 import yaml
 from absl import flags
 
+from difflm_jax.cli import difflm
 from difflm_jax.config.files import load_config, take_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +81,9 @@ COMMANDS = [(_name(page), words) for page in PAGES for words in _commands(page.r
 )
 def test_commands_of_the_pages_are_accepted(page, words):
     door, *arguments = words
+    if door in ("--help", "recipes", "init"):
+        assert difflm(["difflm", door, "--help"][: 2 if door == "--help" else 3]) == 0
+        return
     if door not in DOORS:
         importlib.import_module(f"difflm_jax.{door}")
         return

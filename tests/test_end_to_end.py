@@ -195,7 +195,7 @@ def test_generate_answers_a_prompt_a_file_and_a_pipe(finished, tmp_path, capsys,
         input=prompts.read_text(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert read == piped.stdout
-    assert len(read.splitlines()) == 2
+    assert len(read.splitlines()) == 3 and read.splitlines()[1] == ""  # line n answers line n
     assert read.splitlines()[0] == alone.rstrip("\n").replace("\\", "\\\\").replace("\n", "\\n")
 
 
@@ -218,7 +218,7 @@ def test_what_generate_cannot_do_is_said_before_or_at_once(finished, capsys, mon
 
 def test_a_chat_remembers_its_turns_until_it_is_reset(finished, capsys, monkeypatch):
     asked = []
-    lines = iter(["1+1", "<|mask|>", "and 2+2?", "/reset", "1+1", ""])
+    lines = iter(["1+1", "<|mask|>", "and 2+2?", "/reset", "1+1", "", "/help", "/exit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     whole = difflm_jax.LanguageModel.generate
@@ -232,7 +232,7 @@ def test_a_chat_remembers_its_turns_until_it_is_reset(finished, capsys, monkeypa
     turns = ["user", "assistant", "user"]
     assert asked == [["user"], turns, turns, ["user"]]  # what cannot be answered is no turn
     said = capsys.readouterr().err
-    assert "an empty line ends" in said and "error: generate: the prompt holds the mask token" in said
+    assert "/exit or Ctrl-D ends" in said and "error: generate: the prompt holds the mask token" in said
 
 
 def test_a_line_of_a_file_is_a_prompt(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_a_line_of_a_file_is_a_prompt(tmp_path, monkeypatch):
     path.write_bytes("\ufefffirst\r\n\nsecond\u2028still second\x0c\n".encode())
     values = copy.deepcopy(generate.FLAGS)
     values(["generate", f"--file={path}"])
-    assert generate._lines(values) == ["first", "second\u2028still second\x0c"]
+    assert generate._lines(values) == ["first", "", "second\u2028still second\x0c"]
     values(["generate"])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xe9t\xe9\n")))
     values.file = None

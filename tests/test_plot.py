@@ -61,7 +61,7 @@ def test_one_run_and_several_are_drawn(tmp_path, ending, capsys):
     ("arguments", "message"),
     [
         (["--out={tmp}/a.png"], "name a training run with --run"),
-        (["--run={tmp}/none", "--out={tmp}/a.png"], "none/metrics.jsonl: cannot be read"),
+        (["--run={tmp}/none", "--out={tmp}/a.png"], "none: not a training run (no metrics.jsonl there)"),
         (["--run={tmp}/run", "--out={tmp}/a.bmp"], "must end in .png, .svg, .pdf"),
         (["--run={tmp}/run", "--out={tmp}/nowhere/a.png"], "cannot be written"),
         (["--run={tmp}/empty", "--out={tmp}/a.png"], "its metrics hold no step yet"),

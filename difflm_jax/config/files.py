@@ -225,6 +225,12 @@ def _read(path: str) -> Mapping[str, Any]:
 
 
 def _text(path: str) -> str:
+    if not Path(path).exists():
+        there = sorted(
+            str(file) for file in (Path(path).parent if Path(path).parent.is_dir() else Path("configs")).glob("*.py")
+        )
+        known = f"there are {', '.join(there)}" if there else "difflm recipes copy NAME FILE writes one"
+        raise UserError(f"--config={path}: no such file ({known})")
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -169,7 +169,7 @@ class Report:
     """Questions that are answered at the end of the run, next to the causal base."""
 
     data: str = setting("", "Questions with answers, as for evaluate; empty: no report.", path=True)
-    max_new_tokens: int = setting(32, "Tokens of an answer.", within=POSITIVE)
+    max_new_tokens: int = setting(128, "Tokens of an answer.", within=POSITIVE)
     tokens_per_pass: tuple[int, ...] = setting(
         (1, 2, 4), "Tokens committed per forward pass, one column each.", within=POSITIVE, required=True
     )

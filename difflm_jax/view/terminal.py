@@ -73,6 +73,7 @@ class TerminalView:
 def _size(stream: IO[str]) -> os.terminal_size:
     """(columns, lines) of the terminal that is drawn on, which need not be that of standard output."""
     try:
-        return os.get_terminal_size(stream.fileno())
+        size = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):  # no terminal, or no file at all
         return shutil.get_terminal_size()
+    return size if size.columns > 0 and size.lines > 0 else os.terminal_size((80, 24))  # a pty that was never sized

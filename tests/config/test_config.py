@@ -345,7 +345,7 @@ def test_bad_files_are_named(tmp_path, name, text, part):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert "nowhere.py: cannot be read" in _refusal(path=str(tmp_path / "nowhere.py"))
+    assert "nowhere.py: no such file" in _refusal(path=str(tmp_path / "nowhere.py"))
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
     assert "binary.json: cannot be read" in _refusal(path=str(tmp_path / "binary.json"))
 

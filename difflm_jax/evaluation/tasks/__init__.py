@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from difflm_jax.data.sources import RowError, open_source
+from difflm_jax.data.sources import Row, RowError, open_source
 from difflm_jax.errors import UserError
 from difflm_jax.evaluation.tasks import countdown, exact, gsm8k, sudoku
 from difflm_jax.evaluation.tasks.question import Question
@@ -37,6 +37,17 @@ TASKS = {
 }
 
 
+def _other_task(row: Row, task: str) -> str:
+    """Words on a row that this task cannot use, and the task of chat rows can."""
+    if TASKS[task].question is exact.question:
+        return ""
+    try:
+        exact.question(row.load())
+    except RowError:
+        return f" (--task={task})"
+    return f" (--task={task}; rows like this one are scored by --task=exact or --task=contains)"
+
+
 def read_questions(dataset: str, rows: int = 0, task: str = "exact") -> list[Question]:
     """The first `rows` (0: all) questions of a data set. Raises `UserError` that names the first bad row."""
     questions = []
@@ -44,7 +55,7 @@ def read_questions(dataset: str, rows: int = 0, task: str = "exact") -> list[Que
         try:
             questions.append(TASKS[task].question(row.load()))
         except RowError as error:
-            raise UserError(f"{row.origin}: {error}") from error
+            raise UserError(f"{row.origin}: {error}{_other_task(row, task)}") from error
         if len(questions) == rows:
             break
     return questions
