@@ -28,8 +28,10 @@ from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.quant import QuantConfig
 from difflm_jax.sampling.answers import Generation, as_list, cut_answer, stop_strings
 from difflm_jax.sampling.batching import Decoder, answer_plan, fill_answers, fill_masks
+from difflm_jax.sampling.causal import PLAIN, continue_rows, drafting_of, is_plain
+from difflm_jax.sampling.drafts import Drafting
 from difflm_jax.sampling.likelihood import LogLikelihood, log_likelihoods
-from difflm_jax.sampling.options import Sampling, sampling_options
+from difflm_jax.sampling.options import SPECULATIVE, Sampling, sampling_options
 from difflm_jax.sampling.prompts import Prompt, Prompts
 from difflm_jax.sampling.watch import Watcher
 
@@ -144,6 +146,8 @@ class LanguageModel:
         `attention_mask` [B, L]: 1 = real token, padding on either side. `prompt_lengths` [B] counts the real tokens of
         each prompt, for attention "prefix" (0 where not given: everything sees everything).
         """
+        if self.diffusion.gated:  # the adapter is for noise, and there is none here
+            return self.base()(tokens_BL, attention_mask, prompt_lengths)
         tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
         if tokens_BL.ndim != 2:
             raise UserError(f"tokens: expected [batch, length], got shape {tokens_BL.shape}")
@@ -181,16 +185,43 @@ class LanguageModel:
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
         string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
         called after every forward pass with a `difflm_jax.sampling.watch.Pass`.
+        An adapter that drafts (`objective=draft`) decodes speculatively: at temperature 0 the tokens are those of
+        `base().generate`, above it they are distributed as its draws; `steps` has no effect.
         """
         rows = self.prompts.all(as_list(prompts))
         sampling = self._sampling(temperature, algorithm, options)
+        if sampling.algorithm == SPECULATIVE:
+            drafting = drafting_of(self.diffusion, sampling, block_length, on_pass)
+            return self._continued(rows, max_new_tokens, sampling, drafting, seed, batch_size, stop)
         plan = answer_plan(self.diffusion, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
+        if is_plain(self._decoder, sampling) and on_pass is None:
+            return self._continued(rows, max_new_tokens, sampling, PLAIN, seed, batch_size, stop)
         stops = stop_strings(stop)
         filled = fill_answers(self._decoder, rows, max_new_tokens, plan, sampling, seed, batch_size, on_pass)
         answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in filled.rows]
         texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
         return Generation(texts, tokens, filled.passes, filled.committed)
+
+    def _continued(
+        self,
+        rows: list[np.ndarray],
+        max_new_tokens: int,
+        sampling: Sampling,
+        drafting: Drafting,
+        seed: int,
+        batch_size: int,
+        stop: str | Sequence[str],
+    ) -> Generation:
+        """Answers that are the causal base's own text, decoded from left to right."""
+        stops = stop_strings(stop)
+        self._check_length(max((len(row) for row in rows), default=0) + max_new_tokens)
+        found = continue_rows(self._decoder, rows, max_new_tokens, sampling, drafting, seed, batch_size)
+        answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in found.rows]
+        committed = np.array([len(row) for row in found.rows], np.int32)
+        drafts = (found.verified, found.accepted) if drafting.num_nodes else ()
+        texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
+        return Generation(texts, tokens, found.passes, committed, *drafts)
 
     def infill(
         self,
@@ -208,6 +239,8 @@ class LanguageModel:
         `tokens` and `texts` are the whole canvas. What precedes the first mask is the prompt for the attention rules
         "prefix" and "block". The other arguments are those of `generate`.
         """
+        if self.diffusion.gated:
+            raise UserError("infill: this adapter drafts the next tokens of a text; it fills no gaps")
         rows = self.prompts.canvases(as_list(canvas))
         if "stop_at_eos" in options:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
@@ -235,7 +268,12 @@ class LanguageModel:
         rows = [self.prompts.scored(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         self._check_length(max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
         return log_likelihoods(
-            self._decoder, [prompt for prompt, _ in rows], [answer for _, answer in rows], samples, seed, batch_size
+            self.base()._decoder if self.diffusion.gated else self._decoder,
+            [prompt for prompt, _ in rows],
+            [answer for _, answer in rows],
+            samples,
+            seed,
+            batch_size,
         )
 
     def save_adapter(self, directory: str | Path, notes: str = "") -> None:
@@ -261,6 +299,8 @@ class LanguageModel:
         """
         if self.lora is None:
             raise UserError("merge: this model has no adapter")
+        if self.diffusion.gated:
+            raise UserError("merge: this adapter is on for drafts only; merged weights would have it everywhere")
         params = merge_lora(self.params, self.lora, self.model.lora, self.mask_token_id, self.mesh)
         trained = self.mask_is_trained or self.adapter_knows_masks or "mask_row" in self.lora
         merged = dataclasses.replace(

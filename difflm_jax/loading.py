@@ -121,6 +121,7 @@ def open_model(
         mask_is_trained=_mask_is_trained(opened, mask_token_id),
         gated=bool(trained_for.get("gated", False)),
         noise=trained_for.get("noise") or "mask",
+        draft_length=trained_for.get("draft_length") or 0,
     )
     return LanguageModel(
         source=opened,

@@ -18,6 +18,7 @@ _TYPES = {
     "mask_is_trained": bool,
     "gated": bool,
     "noise": str,
+    "draft_length": int,
 }
 
 

@@ -57,7 +57,9 @@ class DiffusionConfig:
     mask_token, mask_token_id: the token that stands for "hidden".
     algorithm: the sampler's preset.
     mask_is_trained: the embedding itself has a trained row for the mask token.
-    gated, noise: the adapter is on at noisy tokens only; what stands at hidden positions ("mask": the mask token).
+    gated, noise: the adapter is on at noisy tokens only; what stands at hidden positions ("mask": the mask token;
+      "uniform": any token).
+    draft_length: tokens that a gated adapter drafts after the last one; else 0.
     """
 
     attention: str = setting(
@@ -73,6 +75,7 @@ class DiffusionConfig:
     mask_is_trained: bool = False
     gated: bool = False
     noise: str = "mask"
+    draft_length: int = 0
 
     def __post_init__(self):
         if self.attention not in ATTENTION_RULES:
@@ -92,7 +95,14 @@ class DiffusionConfig:
     def causal(self) -> "DiffusionConfig":
         """The rule of the causal base: next-token prediction."""
         return dataclasses.replace(
-            self, attention="causal", block_length=0, logit_shift=True, gated=False, noise="mask"
+            self,
+            attention="causal",
+            block_length=0,
+            logit_shift=True,
+            algorithm="confidence" if self.algorithm == "speculative" else self.algorithm,
+            gated=False,
+            noise="mask",
+            draft_length=0,
         )
 
     # Blocks
@@ -202,7 +212,7 @@ class DiffusionConfig:
 
 
 _ALWAYS_WRITTEN = ("mask_token", "mask_token_id", "attention", "logit_shift", "algorithm")
-_WRITTEN_IF_NOT = {"mask_is_trained": False, "gated": False, "noise": "mask"}
+_WRITTEN_IF_NOT = {"mask_is_trained": False, "gated": False, "noise": "mask", "draft_length": 0}
 
 
 def _at_tokens(prompt_lengths: jax.Array) -> jax.Array:

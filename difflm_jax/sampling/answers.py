@@ -17,6 +17,15 @@ class Generation:
     tokens: list[np.ndarray]
     steps: np.ndarray
     committed: np.ndarray
+    verified: np.ndarray | None = None  # [rows] passes that verified drafts
+    accepted: np.ndarray | None = None  # [rows, depths] how many of them accepted at least 1, 2, ... drafts
+
+    @property
+    def accepted_by_depth(self) -> np.ndarray:
+        """[depths] share of the passes with drafts that accepted at least 1, 2, ... of them; of all rows together."""
+        if self.accepted is None:
+            raise AttributeError("accepted_by_depth belongs to speculative decoding")
+        return self.accepted.sum(axis=0) / max(self.verified.sum(), 1)
 
     @property
     def tokens_per_pass(self) -> np.ndarray:

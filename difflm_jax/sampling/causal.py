@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difflm_jax.diffusion.config import DiffusionConfig
+from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.sampling.batching import Decoder, check_positive, check_seed, width_bucket
 from difflm_jax.sampling.caches import row_sampling_keys
 from difflm_jax.sampling.columns import PREFILL_CHUNK, ColumnModel
 from difflm_jax.sampling.drafts import Drafting
-from difflm_jax.sampling.options import Sampling
+from difflm_jax.sampling.options import SPECULATIVE, Sampling
 from difflm_jax.sampling.speculative import Carry, Loop, Predictor
 
+DRAFT_LENGTH = 4  # where neither the options nor the adapter says
 PLAIN = Drafting(strategy="plain", length=0, lookup=False)
 
 
@@ -28,6 +31,32 @@ class Continued:
     passes: np.ndarray  # [R] forward passes
     verified: np.ndarray  # [R] passes that verified proposals
     accepted: np.ndarray  # [R, D] how many of those accepted at least 1, 2, ... of them
+
+
+def drafting_of(
+    diffusion: DiffusionConfig, sampling: Sampling, block_length: int | None = None, on_pass: Any = None
+) -> Drafting:
+    """How a model drafts under the options of speculative decoding. Raises `UserError`."""
+    strategy = sampling.strategy or "one_pass"
+    if not diffusion.gated and strategy != "lookup":
+        raise UserError(
+            f"algorithm={SPECULATIVE!r}: this model has no adapter that drafts (train one with objective=draft); "
+            "strategy='lookup' needs none"
+        )
+    if block_length is not None:
+        raise UserError(f"block_length={block_length}: speculative decoding has no blocks; draft_length is its width")
+    if on_pass is not None:
+        raise UserError("on_pass: speculative decoding cannot be watched; watch its base, whose text is the same")
+    noise = diffusion.mask_token_id if diffusion.noise == "mask" else None
+    length = sampling.draft_length or diffusion.draft_length or DRAFT_LENGTH
+    return Drafting(strategy, length, sampling.lookup, noise)
+
+
+def is_plain(decoder: Decoder, sampling: Sampling) -> bool:
+    """Whether decoding is that of a causal base on one device, without options that look back at the whole text."""
+    whole_text = (sampling.cfg_scale, sampling.repetition_penalty)
+    is_base = decoder.diffusion.attention == "causal" and "lora" not in decoder.variables
+    return is_base and decoder.mesh is None and whole_text == (None, None)
 
 
 def continue_rows(
@@ -44,6 +73,8 @@ def continue_rows(
 
     `on_batch` is called with the rows of each batch. Rows do not depend on those that they share a batch with.
     """
+    if decoder.mesh is not None:
+        raise UserError("speculative decoding: this model is divided over devices: load it on one for that")
     check_positive("max_new_tokens", max_new_tokens)
     check_positive("batch_size", batch_size)
     check_seed(seed)

@@ -15,6 +15,7 @@ from flax import struct
 from difflm_jax.diffusion.config import BLOCK_RULES
 from difflm_jax.errors import UserError
 from difflm_jax.sampling.confidence import CONFIDENCES
+from difflm_jax.sampling.drafts import STRATEGIES
 from difflm_jax.sampling.revise import REMASKINGS
 from difflm_jax.sampling.schedule import DEADLINE, SCHEDULES
 
@@ -34,7 +35,10 @@ class Sampling:
     """How masks are filled. Every field is an option of `generate` and `infill` and a flag of the command line."""
 
     algorithm: str | None = _static(
-        None, str, f"Which masks come first: {', '.join(CONFIDENCES)}; or steady: all above a threshold, the leftmost."
+        None,
+        str,
+        f"Which masks come first: {', '.join(CONFIDENCES)}; or steady: all above a threshold, the leftmost; or "
+        "speculative: the adapter drafts and its base verifies.",
     )
     temperature: float | None = _number("Above 0 draws tokens from softmax(logits / temperature); 0: the likeliest.")
     top_p: float | None = _number("Draws from the likeliest tokens whose probabilities add up to this.")
@@ -56,6 +60,9 @@ class Sampling:
     stop_at_eos: bool = _static(True, bool, "Masks behind a committed end-of-sequence token are left.")
     cache: str = _static("auto", str, f"Keys and values kept between passes: {', '.join(CACHES)}; auto is exact.")
     refresh_interval: int | None = _static(None, int, "Passes after which prefix and dual caches are made anew.")
+    strategy: str | None = _static(None, str, f"How speculative decoding drafts: {', '.join(STRATEGIES)}.")
+    draft_length: int | None = _static(None, int, "Drafts per pass; as many as the adapter was trained for.")
+    lookup: bool = _static(True, bool, "Proposes what followed where the last tokens occurred before, else drafts.")
 
     @property
     def commits_by_rate(self) -> bool:
@@ -72,7 +79,10 @@ class Sampling:
 PRESETS: dict[str, dict[str, Any]] = {
     "steady": {"algorithm": "probability", "threshold": 0.9, "leftmost": True, "schedule": DEADLINE},
 }
-ALGORITHMS = (*CONFIDENCES, *PRESETS)
+SPECULATIVE = "speculative"
+ALGORITHMS = (*CONFIDENCES, *PRESETS, SPECULATIVE)
+_OF_DRAFTING = ("strategy", "draft_length", "lookup")
+_WITH_DRAFTING = (*_OF_DRAFTING, "algorithm", "temperature", "top_p", "top_k", "eos_penalty", "stop_at_eos", "schedule")
 # Options that say themselves what is committed: beside them the preset of an adapter is only its algorithm.
 _INSTEAD_OF_PRESETS = {"algorithm", "schedule", "factor", "entropy_bound", "remask", "alg_temp", "eos_last"}
 
@@ -92,9 +102,15 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("top_p", "threshold"), "in (0, 1]", lambda x: 0 < x <= 1),
     (("edit_threshold", "remask_eta"), "in [0, 1]", lambda x: 0 <= x <= 1),
     (("factor", "repetition_penalty"), "a number greater than 0", lambda x: 0 < x < math.inf),
-    (("top_k", "edit_passes", "refresh_interval"), "a positive integer", lambda x: x > 0),
+    (("top_k", "edit_passes", "refresh_interval", "draft_length"), "a positive integer", lambda x: x > 0),
 )
-_CHOICES = {"algorithm": ALGORITHMS, "schedule": SCHEDULES, "remask": REMASKINGS, "cache": CACHES}
+_CHOICES = {
+    "algorithm": ALGORITHMS,
+    "schedule": SCHEDULES,
+    "remask": REMASKINGS,
+    "cache": CACHES,
+    "strategy": STRATEGIES,
+}
 # Values that mean the same as leaving the option out.
 _OFF = {
     "temperature": 0,
@@ -118,6 +134,11 @@ def sampling_options(attention: str, default_algorithm: str, options: Mapping[st
     for name, value in given.items():
         given[name] = _converted(name, value, fields[name].metadata["type"])
     given = {name: value for name, value in given.items() if not (name in _OFF and value == _OFF[name])}
+    if given.get("algorithm", default_algorithm) == SPECULATIVE:
+        return _speculative(attention, given)
+    for name in _OF_DRAFTING:
+        if name in given:
+            raise UserError(f"{name}={given[name]!r}: belongs to algorithm={SPECULATIVE!r}")
     if attention == "causal" and default_algorithm == "origin":
         default_algorithm = "probability"
     default_algorithm, given = _expanded(attention, default_algorithm, given)
@@ -129,6 +150,21 @@ def sampling_options(attention: str, default_algorithm: str, options: Mapping[st
         given["algorithm"] = ruled[0] if ruled else default_algorithm
     given.setdefault("schedule", "even")
     return Sampling(**given)
+
+
+def _speculative(attention: str, given: Mapping[str, Any]) -> Sampling:
+    """The options of speculative decoding, checked. Raises `UserError`."""
+    if attention != "causal":
+        raise UserError(
+            f"algorithm={SPECULATIVE!r} needs an adapter that drafts (objective=draft), or causal=True and "
+            f"strategy='lookup'; attention is {attention!r} here"
+        )
+    for name in given:
+        if name not in _WITH_DRAFTING:
+            raise UserError(f"{name}={given[name]!r}: has no meaning in speculative decoding, whose text is the base's")
+    if given.get("strategy") == "lookup" and given.get("lookup") is False:
+        raise UserError("lookup=False: strategy='lookup' proposes nothing else")
+    return Sampling(**{"schedule": "even", **given, "algorithm": SPECULATIVE})
 
 
 def _expanded(attention: str, default_algorithm: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
