@@ -7,9 +7,9 @@ import jax.numpy as jnp
 def encode_int4(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(codes uint8 [..., G] holding q + 8, scales bfloat16 [...]) of float32 groups [..., G].
 
-    The value of largest magnitude becomes -8, so the scale carries the opposite sign of it and all sixteen codes are
-    used (the rule of llama.cpp's Q4_0, ggml-quants.c); dividing by 7 instead would leave one unused and cost 12 % more
-    error. Codes are made with the rounded scale, so that its rounding adds no error of its own.
+    The value of largest magnitude becomes -8, so the scale has the opposite sign and all sixteen codes are used (the
+    rule of llama.cpp's Q4_0, ggml-quants.c). Dividing by 7 instead would leave one unused and cost 12 % more error.
+    Codes are computed from the rounded scale, so its rounding adds no error of its own.
     """
     largest = jnp.take_along_axis(groups, jnp.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
     scales = (largest / -8.0).astype(jnp.bfloat16)

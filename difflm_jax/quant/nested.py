@@ -1,9 +1,11 @@
-"""Double quantisation (arXiv:2305.14314, section 3): the scales of a weight are themselves held in 8 bits."""
+"""Double quantisation (arXiv:2305.14314, section 3): the scales of a weight are themselves stored in 8 bits."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from difflm_jax.quant.nf4 import TINY
 
 BLOCK = 256  # scales that share one scale of their own, as in bitsandbytes
 
@@ -12,7 +14,7 @@ BLOCK = 256  # scales that share one scale of their own, as in bitsandbytes
 class NestedScales:
     """Scales as code_map[codes] * absmax[i // 256] + offset, i counting the scales of one weight in row-major order.
 
-    A weight's own parts are not divided over its rows: `absmax` covers scales across row boundaries.
+    `absmax` covers scales across row boundaries, so these parts are never divided along the rows of a weight.
     """
 
     codes: jax.Array  # uint8 [..., out, in / G]
@@ -49,7 +51,7 @@ def nest(scales: jax.Array) -> NestedScales:
     offset = flat.mean()
     blocks = _in_blocks(flat - offset)
     absmax = jnp.abs(blocks).max(axis=-1)
-    normalised = blocks * (1.0 / jnp.maximum(absmax, 1e-38))[:, None]
+    normalised = blocks * (1.0 / jnp.maximum(absmax, TINY))[:, None]
     thresholds = (code_map[:-1] + code_map[1:]) / 2
     codes = jnp.searchsorted(thresholds, normalised, side="left").astype(jnp.uint8)
     return NestedScales(codes.reshape(-1)[: flat.size].reshape(scales.shape), absmax, offset, code_map)

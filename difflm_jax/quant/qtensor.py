@@ -37,8 +37,8 @@ FORMATS = {
 class QuantConfig:
     """How weights are quantised.
 
-    `block_size`: weights along the input that share a scale (G). `double_quant`: NF4's scales are held in 8 bits
-    (4.127 bits a weight at G = 64) and not in float32 (4.5); those of the integer formats are bfloat16 (4.25, 8.25).
+    `block_size`: weights along the input that share a scale (G). `double_quant`: NF4's scales are stored in 8 bits
+    (4.127 bits per weight at G = 64) rather than float32 (4.5). Those of the integer formats are bfloat16 (4.25, 8.25).
     """
 
     format: str = setting(
