@@ -26,6 +26,22 @@ from difflm_jax.evaluation.tasks.gsm8k import final_number
         ("no number at all", None),
         ("", None),
         ("9" * 5000, None),
+        # the rest as math-verify 0.9.0 reads it; a comment says where it reads something else
+        (r"\boxed{9{,}500}", 9500),
+        ("It costs $9{,}500$.", 9500),
+        ("#### 18 dollars in 3 days", 18),  # math-verify: 3
+        ("The answer is **18**.", 18),
+        (r"\boxed{12\text{ dollars}}, which is 3 less", 12),
+        (r"\boxed{x = 18\ \mathrm{km}}", 18),
+        (r"\text{Answer: } \boxed{1{,}250.75}", 1250.75),
+        (r"\boxed{\dfrac{1}{2}}", 0.5),
+        ("so 3/4 of them", 0.75),
+        ("9\u202f500 in all", 9500),  # math-verify: 500
+        ("1/0", None),  # math-verify: infinity
+        (r"\boxed{9\,500}", 9500),  # math-verify: 0
+        (r"\boxed{{9,500}}", 9500),  # math-verify: a set
+        ("the numbers 5,7", 7),  # math-verify: 5.7
+        ("a lakh is 1,00,000", 100000),  # math-verify: 1
     ],
 )
 def test_the_final_number_of_a_text(text, number):

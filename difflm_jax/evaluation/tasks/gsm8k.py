@@ -7,10 +7,13 @@ from typing import Any
 from difflm_jax.data.sources import RowError
 from difflm_jax.evaluation.tasks.question import Question, ask, text_field
 
-_NUMBER = r"[-−]?\s*\$?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-# A sign right behind a word, a number or a bracket stands between two numbers, as in 3-2.
-_LAST = r"(?:(?<![\w.)\]$])[-−]\s*)?\$?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_MARKS = (rf"####\s*({_NUMBER})", rf"\\boxed\{{\s*\\?\s*({_NUMBER})")
+# 9,500 and 1,00,000 but not 5,7; a sign after a word, a number or a bracket stands between two numbers, as in 3-2.
+_DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(rf"((?:(?<![\w.)\]}}$])-\s*)?)\$?\s*({_DIGITS})(?:\s*/\s*({_DIGITS}))?")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
+_GROUPING = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ]|\{?,\\!\}?|[\u00a0\u2009\u202f])(?=\d{3})")  # LaTeX and thin spaces
+_LONGEST = 64  # characters of a number
 
 
 def question(row: Any) -> Question:
@@ -22,12 +25,19 @@ def question(row: Any) -> Question:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number behind the last `####`, else in the last `\\boxed{}`, else the last one of the text."""
-    for pattern in _MARKS:
-        if found := re.findall(pattern, text):
+    r"""The number after the last `####`, else the last one in the last `\boxed{}`, else the last one of the text.
+
+    LaTeX is read where answers have it: `9{,}500`, `9\,500`, `\frac{1}{2}`, `\text{...}` beside the number, `\$`.
+    """
+    if "####" in text:
+        found = _NUMBER.search(_plain(text.rpartition("####")[2]))
+        if found:
+            return _value(found)
+    for part in (_boxed(text), text):
+        found = list(_NUMBER.finditer(_plain(part)))
+        if found:
             return _value(found[-1])
-    found = re.findall(_LAST, text)
-    return _value(found[-1]) if found else None
+    return None
 
 
 def is_correct(question: Question, text: str) -> bool:
@@ -36,6 +46,27 @@ def is_correct(question: Question, text: str) -> bool:
     return found is not None and found == final_number(question.reference)
 
 
-def _value(number: str) -> Fraction | None:
-    digits = re.sub(r"[\s$,]", "", number).replace("−", "-")
-    return Fraction(digits) if len(digits) <= 64 else None
+def _boxed(text: str) -> str:
+    r"""What is inside the braces of the last `\boxed{`; nothing if there is none."""
+    start = text.rfind(r"\boxed{")
+    inside, depth = text[start + len(r"\boxed{") :] if start >= 0 else "", 1
+    for i, letter in enumerate(inside):
+        depth += (letter == "{") - (letter == "}")
+        if not depth:
+            return inside[:i]
+    return inside
+
+
+def _plain(text: str) -> str:
+    """The text with numbers as a keyboard writes them."""
+    text = _TEXT.sub(" ", _GROUPING.sub("", text.replace("−", "-").replace(r"\$", "$")))
+    return _FRACTION.sub(r"\1/\2", text)
+
+
+def _value(found: re.Match) -> Fraction | None:
+    sign, *parts = found.groups()
+    digits = [part.replace(",", "") for part in parts if part]
+    if max(map(len, digits)) > _LONGEST:
+        return None
+    value, divisor = Fraction(digits[0]), Fraction(digits[1]) if len(digits) > 1 else Fraction(1)
+    return (-value if sign else value) / divisor if divisor else None
