@@ -10,6 +10,7 @@ Log-likelihoods are LLaDA's Monte-Carlo bound (`causal=True`: those of the base,
 masks.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -115,8 +116,21 @@ class DiffusionHarness(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; a chat template has written special tokens out, so none is added unless it is asked for."""
-        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
+        """Token ids. By default they begin once with what the tokenizer begins texts with (BOS), as in lm-eval's `hf`.
+
+        Tokens that a tokenizer adds at the end are left out, so that no prompt ends its own answer.
+        """
+        if add_special_tokens:
+            return self.tokenizer(string, verbose=False)["input_ids"]
+        tokens = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        is_begun = tokens[: len(self._beginning)] == self._beginning  # by a chat template, which writes its own
+        return tokens if add_special_tokens is False or is_begun else [*self._beginning, *tokens]
+
+    @functools.cached_property
+    def _beginning(self) -> list[int]:
+        """What the tokenizer puts before a text."""
+        plain, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of `max_length` that overlap by a token."""

@@ -1,6 +1,7 @@
 """lm-evaluation-harness itself, on task files of the test: its figures are those of the model's own methods."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,63 @@ def test_answers_are_generated_up_to_a_stop_string(lm, evaluated):
     prompts = [lm.tokenizer(row["question"])["input_ids"] for row in CHOICES]
     assert found == lm.generate(prompts, 8, 8, stop="Q", batch_size=8).texts
     assert not any("Q" in text for text in found)
+
+
+def with_template(directory: Path, single: str) -> Path:
+    """The model's folder with a tokenizer that begins, or also ends, each text by itself."""
+    path = directory / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    ids = {token["content"]: token["id"] for token in stored["added_tokens"]}
+    names = [piece.split(":")[0] for piece in single.split()]
+    piece = {name: {"SpecialToken": {"id": name, "type_id": 0}} for name in ids}
+    stored["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece.get(name, {"Sequence": {"id": "A", "type_id": 0}}) for name in names],
+        "pair": [],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names if name in ids},
+    }
+    path.write_text(json.dumps(stored))
+    about = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**about, "bos_token": "<|im_start|>"}))
+    return directory
+
+
+def requests(*pairs):
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+
+
+def test_a_text_begins_with_bos_where_the_reference_harness_puts_one(tmp_path):
+    """Log-likelihoods of the base are those of lm-eval's `hf` model, in pairs and rolling, with and without context."""
+    from lm_eval.models.huggingface import HFLM
+
+    from difflm_jax.harness import DiffusionHarness
+
+    directory = str(with_template(save_tiny_model(tmp_path), "<|im_start|> A"))
+    ours = DiffusionHarness(model=directory, causal=True, dtype="float32", max_length=64)
+    reference = HFLM(pretrained=directory, dtype="float32", device="cpu", batch_size=1, max_length=64)
+    pairs = [("2+2=", " 4"), ("The sky is ", "blue"), ("", "alone"), ("<|im_start|>user", " said")]
+    assert ours.tok_encode("a") == reference.tok_encode("a")
+    assert ours.tok_encode("a")[0] == ours.tokenizer.bos_token_id
+    # Not to the bit: the mask token is no output here, and takes some 0.2 % of the probability there.
+    found, expected = (model.loglikelihood(requests(*pairs), disable_tqdm=True) for model in (ours, reference))
+    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], atol=0.01)
+    assert [same for _, same in found] == [same for _, same in expected]
+    texts = requests(("A short text.",))
+    (found,), (expected,) = (model.loglikelihood_rolling(texts, disable_tqdm=True) for model in (ours, reference))
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_an_eos_that_a_tokenizer_adds_does_not_end_a_prompt(tmp_path):
+    from difflm_jax.harness import DiffusionHarness
+
+    directory = with_template(save_tiny_model(tmp_path), "<|im_start|> A <|im_end|>")
+    ours = DiffusionHarness(model=str(directory), causal=True, dtype="float32")
+    bos, eos = ours.tokenizer.bos_token_id, ours.tokenizer.eos_token_id
+    plain = ours.tok_encode("ab", add_special_tokens=False)
+    assert len(plain) == 2 and ours.tok_encode("ab") == [bos, *plain]
+    assert ours.tok_encode("ab", add_special_tokens=True) == [bos, *plain, eos]
 
 
 def test_the_causal_base_and_a_model_by_its_path(lm):

@@ -10,7 +10,7 @@ mask rate. Under attention in blocks the blocks add up, each bounded on its own 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,9 +48,10 @@ class LogLikelihood:
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """A row with some of its answer masked; `weights` [A] are L / l where it is, 0 elsewhere."""
+    """A row with some of its answer masked, one of its `copies`; `weights` [A] are L / l where it is, 0 elsewhere."""
 
     row: int
+    copies: int
     tokens: np.ndarray
     prompt_length: int
     weights: np.ndarray
@@ -100,33 +101,49 @@ def bound(
     counts_prompt: bool = False,
 ) -> LogLikelihood:
     """The Monte-Carlo bound with any `score`; `block_length` cuts answers into blocks (0: one), which begin with the
-    answer, or where it `counts_prompt` with the prompt."""
-    drawn: list[_Sample] = []
+    answer, or where it `counts_prompt` with the prompt.
+
+    Masked copies are drawn while they are scored: at most a batch of each width exists, however many rows there are.
+    """
     blocks = [
         _blocks(len(prompt) if counts_prompt else 0, len(answer), block_length)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        rng = np.random.default_rng([seed, *prompt.tolist(), *answer.tolist()])
-        tokens = np.concatenate([prompt, answer])
-        weights = [_block_weights(rng, len(answer[block]), samples) for block in blocks[row]]
-        count = 1 if all(len(block) == 1 for block in weights) else samples
-        whole = np.concatenate([np.broadcast_to(block, (count, block.shape[1])) for block in weights], axis=1)
-        drawn += [_Sample(row, tokens, len(prompt), whole[j]) for j in range(count)]
-    parts = _weighted_nll(score, drawn, batch_size)
+
+    def drawn() -> Iterator[_Sample]:
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            yield from _samples_of(row, prompt, answer, blocks[row], samples, seed)
+
     values, errors = np.zeros(len(answers)), np.zeros(len(answers))
-    by_row: list[list[int]] = [[] for _ in answers]
-    for index, sample in enumerate(drawn):
-        by_row[sample.row].append(index)
-    for row, answer in enumerate(answers):
-        nll_SA = np.stack([parts[i] for i in by_row[row]])
-        weights_SA = np.stack([drawn[i].weights for i in by_row[row]])
+    for row, (nll_SA, weights_SA) in _by_row(_weighted_nll(score, drawn(), batch_size)):
         for block in blocks[row]:
             nll_S = nll_SA[:, block].sum(axis=1)
             values[row] -= nll_S.mean()
-            if len(answer[block]) > 1:  # else its one token can be masked in one way
+            if weights_SA[:, block].shape[1] > 1:  # else its one token can be masked in one way
                 errors[row] += _variance_of_mean(nll_S, weights_SA[:, block].max(axis=1))
     return LogLikelihood(values, np.sqrt(errors), np.array([len(answer) for answer in answers]))
+
+
+def _samples_of(row: int, prompt, answer, blocks: Sequence[slice], samples: int, seed: int) -> Iterator[_Sample]:
+    """The masked copies of a row; one of an answer whose blocks hold one token each."""
+    rng = np.random.default_rng([seed, *prompt.tolist(), *answer.tolist()])
+    tokens = np.concatenate([prompt, answer])
+    weights = [_block_weights(rng, len(answer[block]), samples) for block in blocks]
+    count = 1 if all(len(block) == 1 for block in weights) else samples
+    whole = np.concatenate([np.broadcast_to(block, (count, block.shape[1])) for block in weights], axis=1)
+    for weights_A in whole:
+        yield _Sample(row, count, tokens, len(prompt), weights_A)
+
+
+def _by_row(scored: Iterable[tuple[_Sample, np.ndarray]]) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """(row, (nats [S, A], weights [S, A])) of each row as soon as all of its copies are scored."""
+    found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for sample, nll_A in scored:
+        of_row = found.setdefault(sample.row, [])
+        of_row.append((nll_A, sample.weights))
+        if len(of_row) == sample.copies:
+            nll_SA, weights_SA = (np.stack(each) for each in zip(*found.pop(sample.row), strict=True))
+            yield sample.row, (nll_SA, weights_SA)
 
 
 def _blocks(given: int, length: int, block_length: int) -> list[slice]:
@@ -168,25 +185,30 @@ def _variance_of_mean(nll_S: np.ndarray, weights_S: np.ndarray) -> float:
     return float((steps**2).sum() / (2 * n * (n - 1)))
 
 
-def _weighted_nll(score: Score, samples: Sequence[_Sample], batch_size: int) -> list[np.ndarray]:
-    """[A] weighted nats of each sample, computed in batches of few widths."""
-    found: list[np.ndarray] = [np.zeros(0)] * len(samples)
-    widths = [width_bucket(len(sample.tokens)) for sample in samples]
-    for width in sorted(set(widths)):
-        of_width = [index for index, w in enumerate(widths) if w == width]
-        for first in range(0, len(of_width), batch_size):
-            chosen = of_width[first : first + batch_size]
-            rows = [samples[i] for i in chosen] + [samples[chosen[0]]] * (batch_size - len(chosen))
-            tokens, masked, real = (np.zeros((batch_size, width), kind) for kind in (np.int32, bool, bool))
-            for at, sample in enumerate(rows):
-                tokens[at, : len(sample.tokens)], real[at, : len(sample.tokens)] = sample.tokens, True
-                masked[at, sample.prompt_length : len(sample.tokens)] = sample.weights > 0
-            lengths = np.array([sample.prompt_length for sample in rows], np.int32)
-            nll = np.asarray(score(tokens, masked, real, lengths), np.float64)
-            for at, index in enumerate(chosen):
-                sample = samples[index]
-                found[index] = nll[at, sample.prompt_length : len(sample.tokens)] * sample.weights
-    return found
+def _weighted_nll(score: Score, samples: Iterable[_Sample], batch_size: int) -> Iterator[tuple[_Sample, np.ndarray]]:
+    """(sample, its weighted nats [A]), computed in batches of few widths as soon as each is full."""
+    waiting: dict[int, list[_Sample]] = {}
+    for sample in samples:
+        width = width_bucket(len(sample.tokens))
+        waiting.setdefault(width, []).append(sample)
+        if len(waiting[width]) == batch_size:
+            yield from _scored(score, waiting.pop(width), width, batch_size)
+    for width in sorted(waiting):
+        yield from _scored(score, waiting[width], width, batch_size)
+
+
+def _scored(
+    score: Score, samples: Sequence[_Sample], width: int, batch_size: int
+) -> Iterator[tuple[_Sample, np.ndarray]]:
+    rows = [*samples, *[samples[0]] * (batch_size - len(samples))]
+    tokens, masked, real = (np.zeros((batch_size, width), kind) for kind in (np.int32, bool, bool))
+    for at, sample in enumerate(rows):
+        tokens[at, : len(sample.tokens)], real[at, : len(sample.tokens)] = sample.tokens, True
+        masked[at, sample.prompt_length : len(sample.tokens)] = sample.weights > 0
+    lengths = np.array([sample.prompt_length for sample in rows], np.int32)
+    nll = np.asarray(score(tokens, masked, real, lengths), np.float64)
+    for at, sample in enumerate(samples):
+        yield sample, nll[at, sample.prompt_length : len(sample.tokens)] * sample.weights
 
 
 def _exact(decoder: Decoder, prompts, answers, batch_size: int) -> LogLikelihood:
@@ -194,10 +216,12 @@ def _exact(decoder: Decoder, prompts, answers, batch_size: int) -> LogLikelihood
         raise UserError("log_likelihood: a causal model predicts the next token: it needs the logit shift")
     score = functools.partial(_score, decoder)
     rows = [
-        _Sample(row, np.concatenate([prompt, answer]), len(prompt), np.ones(len(answer)))
+        _Sample(row, 1, np.concatenate([prompt, answer]), len(prompt), np.ones(len(answer)))
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
-    values = -np.array([nll.sum() for nll in _weighted_nll(score, rows, batch_size)])
+    values = np.zeros(len(rows))
+    for sample, nll in _weighted_nll(score, rows, batch_size):
+        values[sample.row] = -nll.sum()
     return LogLikelihood(values, np.zeros(len(rows)), np.array([len(answer) for answer in answers]))
 
 

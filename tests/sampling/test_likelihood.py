@@ -12,6 +12,7 @@ from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import place
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer, head_logits
+from difflm_jax.sampling import likelihood
 from difflm_jax.sampling.batching import Decoder
 from difflm_jax.sampling.likelihood import bound, log_likelihoods, mask_counts
 from tests.tiny import hidden_states, tiny_config, tiny_params
@@ -141,3 +142,24 @@ def test_nothing_to_score_is_refused():
         log_likelihoods(decoder("full", True, 0), [np.array([], int)], [np.array([1])])
     with pytest.raises(UserError, match="samples must be a positive integer"):
         log_likelihoods(decoder("full", False, 0), PROMPTS, ANSWERS, samples=0)
+
+
+def test_the_masked_copies_of_all_rows_never_exist_at_once(monkeypatch):
+    """A task of lm-eval is one call of ten thousand rows and more: copies are drawn as batches need them."""
+    drawn, ahead, scored = [], [], 0
+    weights = likelihood._block_weights
+    monkeypatch.setattr(likelihood, "_block_weights", lambda *given: drawn.append(0) or weights(*given))
+
+    def score(tokens_BL, masked_BL, real_BL, lengths_B):
+        nonlocal scored
+        ahead.append(len(drawn) * 16 - scored)
+        scored += len(tokens_BL)
+        return np.where(masked_BL, 1.0, 0.0)
+
+    prompts, answers = [
+        [np.arange(size) for size in sizes] for sizes in ([3] * 100, [2 + row % 60 for row in range(100)])
+    ]
+    found = bound(score, prompts, answers, samples=16, seed=0, batch_size=8)
+    assert max(ahead) <= 2 * 16 + 8 * 3  # rows that are begun, and a batch of each of three widths
+    np.testing.assert_allclose(found.values, [-len(answer) for answer in answers])
+    np.testing.assert_array_equal(found.tokens, [len(answer) for answer in answers])
