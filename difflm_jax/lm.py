@@ -195,10 +195,10 @@ class LanguageModel:
             return self._continued(rows, max_new_tokens, sampling, drafting, seed, batch_size, stop)
         plan = answer_plan(self.diffusion, max_new_tokens, steps, block_length, sampling)
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
-        if is_plain(self._decoder, sampling) and on_pass is None:
+        if is_plain(self.decoder, sampling) and on_pass is None:
             return self._continued(rows, max_new_tokens, sampling, PLAIN, seed, batch_size, stop)
         stops = stop_strings(stop)
-        filled = fill_answers(self._decoder, rows, max_new_tokens, plan, sampling, seed, batch_size, on_pass)
+        filled = fill_answers(self.decoder, rows, max_new_tokens, plan, sampling, seed, batch_size, on_pass)
         answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in filled.rows]
         texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
         return Generation(texts, tokens, filled.passes, filled.committed)
@@ -216,7 +216,7 @@ class LanguageModel:
         """Answers that are the causal base's own text, decoded from left to right."""
         stops = stop_strings(stop)
         self._check_length(max((len(row) for row in rows), default=0) + max_new_tokens)
-        found = continue_rows(self._decoder, rows, max_new_tokens, sampling, drafting, seed, batch_size)
+        found = continue_rows(self.decoder, rows, max_new_tokens, sampling, drafting, seed, batch_size)
         answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in found.rows]
         committed = np.array([len(row) for row in found.rows], np.int32)
         drafts = (found.verified, found.accepted) if drafting.num_nodes else ()
@@ -246,7 +246,7 @@ class LanguageModel:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)
         self._check_length(max((len(row) for row in rows), default=0))
-        filled = fill_masks(self._decoder, rows, steps, sampling, seed, batch_size, on_pass)
+        filled = fill_masks(self.decoder, rows, steps, sampling, seed, batch_size, on_pass)
         return Generation([self._decode(row) for row in filled.rows], filled.rows, filled.passes, filled.committed)
 
     def log_likelihood(
@@ -268,7 +268,7 @@ class LanguageModel:
         rows = [self.prompts.scored(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         self._check_length(max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
         return log_likelihoods(
-            self.base()._decoder if self.diffusion.gated else self._decoder,
+            self.base().decoder if self.diffusion.gated else self.decoder,
             [prompt for prompt, _ in rows],
             [answer for _, answer in rows],
             samples,
@@ -356,7 +356,7 @@ class LanguageModel:
         return Prompts(self.tokenizer, self.config.vocab_size, self.mask_token_id)
 
     @property
-    def _decoder(self) -> Decoder:
+    def decoder(self) -> Decoder:
         return Decoder(self.model, self.variables, self.diffusion, self.eos_token_ids, self.pad_token_id, self.mesh)
 
     def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:

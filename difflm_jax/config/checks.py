@@ -49,6 +49,8 @@ def _rules(config: ConfigDict) -> Iterator[tuple[bool, str]]:
         f"answers='all' needs attention='full': under {attention!r} a row is one prompt and one answer",
     )
     yield from _objective_rules(config)
+    if config.objective == "draft":
+        yield from _draft_rules(config)
     if config.trained == "all":
         yield from _all_weights_rules(config)
 
@@ -74,6 +76,20 @@ def _objective_rules(config: ConfigDict) -> Iterator[tuple[bool, str]]:
     yield (
         config.loss_weight == "context" and config.loss_tokens != "masked",
         "loss_weight='context' weighs hidden tokens: it needs loss_tokens='masked'",
+    )
+
+
+def _draft_rules(config: ConfigDict) -> Iterator[tuple[bool, str]]:
+    yield config.phases != ("sft",), "objective='draft' trains on answers: set phases=sft"
+    yield config.trained == "all", "objective='draft' needs trained='adapter': the base must stay as it is"
+    yield config.train_mask_row, "objective='draft' needs train_mask_row=false: its noise is ordinary tokens"
+    is_changed = config.attention != "full" or config.logit_shift
+    yield is_changed, "objective='draft' is causal: leave attention and logit_shift"
+    yield config.report.data, "report.data has no meaning with objective='draft': the text is the base's own"
+    shares = (config.complementary_masks, config.on_policy, config.distillation_weight, config.anneal_steps)
+    yield (
+        any(shares),
+        "objective='draft' hides no tokens: set what needs masks off",
     )
 
 

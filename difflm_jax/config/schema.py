@@ -15,6 +15,7 @@ from difflm_jax.data.examples import PHASES
 from difflm_jax.data.packing import BATCHING
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import Corruption
+from difflm_jax.diffusion.lossless import Draft
 from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.transformer import REMAT
 from difflm_jax.ops.attention_kernels import KERNELS
@@ -56,6 +57,11 @@ class Run:
     phases: tuple[str, ...] = setting(PHASES, "The phases, in order.", choices=PHASES, required=True)
     debug: bool = setting(False, "Train on 100 examples; names on Weights & Biases begin with debug-.")
     seed: int = setting(42, "Seed of everything random.", within=SEED)
+    objective: str = setting(
+        "masked",
+        "masked: masked diffusion; draft: the adapter drafts, and the text is the base's own (docs/lossless.md).",
+        choices=("masked", "draft"),
+    )
     trained: str = setting("adapter", "all: every weight, with float32 masters.", choices=("adapter", "all"))
 
 
@@ -210,6 +216,7 @@ SECTIONS: tuple[tuple[type, str, str], ...] = (
     (LoraConfig, "lora_config.", "Adapter"),
     (Data, "", "Data"),
     (Corruption, "", "Objective"),
+    (Draft, "draft.", "Objective draft"),
     (DiffusionConfig, "", "Objective"),
     (Optimisation, "", "Optimisation"),
     (Mesh, "mesh.", "Devices"),

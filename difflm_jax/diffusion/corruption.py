@@ -5,6 +5,7 @@ the same step on another mesh hides the same tokens.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.diffusion.weights import behind_eos, loss_weights
 from difflm_jax.ops.random import token_seeds, uniform
 from difflm_jax.utils.settings import NOT_NEGATIVE, POSITIVE, RATE, SHARE, setting
+
+if TYPE_CHECKING:
+    from difflm_jax.diffusion.lossless import Draft
 
 # Streams folded into the key of a step; the example id is folded in after them.
 _RATE_STREAM, _MASK_STREAM, _PREFIX_STREAM = range(3)
@@ -35,6 +39,7 @@ class Corruption:
     on_policy, on_policy_passes, on_policy_tokens: share of examples that are trained on states of the model's own
       decoding (`difflm_jax.diffusion.extras.on_policy`).
     distillation: weight of the divergence from the causal base (`difflm_jax.diffusion.extras.distillation`).
+    draft: the rules of the draft objective (`lossless`), under which nothing is hidden; None: masked diffusion.
     anneal_steps, anneal_power, block_growth_steps: a gentle start, off at 0 steps (`extras.annealing`).
     diffusion: the model that is trained. Under attention "prefix" and "block" a row without a prompt of its own (scope
       "all") is cut at a random place, and what precedes the cut is its clean prompt.
@@ -80,6 +85,8 @@ class Corruption:
     block_growth_steps: int = setting(
         0, "Steps in which blocks grow from 1 to block_length; 0: they do not.", within=NOT_NEGATIVE
     )
+
+    draft: "Draft | None" = None
 
     def for_evaluation(self) -> "Corruption":
         """What evaluations hide and score: random masks at rates over all examples, against the reference alone."""

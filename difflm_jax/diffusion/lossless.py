@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
-from difflm_jax.diffusion.corruption import CleanBatch
+from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.segments import SHARED_SEGMENT
 from difflm_jax.models.attention import View
 from difflm_jax.models.transformer import Transformer, head_logits, head_weight
@@ -104,12 +104,10 @@ def noise_rows(batch: CleanBatch, scope: str, draft: Draft, key: jax.Array, inde
 
 def draft_sums(
     model: Transformer,
-    diffusion: DiffusionConfig,
+    corruption: Corruption,
     variables: dict[str, Any],
     batch: CleanBatch,
     key: jax.Array,
-    draft: Draft,
-    scope: str,
     chunk: int,
     train: bool,
     index: jax.Array | int = 0,
@@ -119,7 +117,8 @@ def draft_sums(
     Buckets are depths; `masked_correct` counts the rows where a draft and all before it are the base's choice, so that
     its sum divided by the count of depth 1 is the number of accepted drafts.
     """
-    rows = noise_rows(batch, scope, draft, key, index, train)
+    diffusion, draft = corruption.diffusion, corruption.draft
+    rows = noise_rows(batch, corruption.scope, draft, key, index, train)
     clean_BLD, columns = _clean_copy(model, diffusion, variables["params"], batch)
     hidden_BMD = model.apply(
         {**variables, "columns": columns},

@@ -14,6 +14,7 @@ from difflm_jax.diffusion.extras.annealing import grown_block_length, open_edges
 from difflm_jax.diffusion.extras.complementary import complementary_pairs
 from difflm_jax.diffusion.extras.distillation import teacher_of
 from difflm_jax.diffusion.extras.on_policy import on_policy_states
+from difflm_jax.diffusion.lossless import draft_sums
 from difflm_jax.models.transformer import Transformer, head_weight
 from difflm_jax.ops.cross_entropy import Scores, Teacher, scored_cross_entropy
 from difflm_jax.ops.random import fold_seeds, token_seeds, uniform
@@ -48,6 +49,9 @@ def loss_sums(
 
     `key` is that of the step; `train` turns dropout on; `index` is the number of the step, for what changes on the way.
     """
+    if corruption.draft is not None:
+        loss, sums = draft_sums(model, corruption, variables, batch, key, chunk, train, index)
+        return loss, LossSums(**sums)
     if corruption.block_growth_steps:
         block_length = grown_block_length(index, corruption.block_growth_steps, corruption.diffusion.block_length)
         grown = dataclasses.replace(corruption.diffusion, block_length=block_length)

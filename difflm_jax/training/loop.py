@@ -17,6 +17,7 @@ from difflm_jax.data.batches import batches, plan_batches, prefetch
 from difflm_jax.data.packing import Batching
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.diffusion.lossless import Draft, accepted_drafts
 from difflm_jax.distributed.processes import agreed, is_writer
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows, rows_of_process
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
@@ -279,6 +280,8 @@ def step_options(phase: Phase) -> StepOptions:
     config = phase.config
     scope = PHASE_SCOPE[phase.name]
     corruption = build(Corruption, config, diffusion=phase.diffusion, scope=scope, eos_token_id=phase.eos_id)
+    if config.objective == "draft":
+        corruption = dataclasses.replace(corruption, draft=build(Draft, config, steps=phase.steps))
     return StepOptions(phase.model, corruption, config.loss_chunk, config.unroll_layers)
 
 
@@ -299,7 +302,11 @@ def evaluation_record(evaluate: Evaluator | None, phase: Phase, trained: dict[st
     if evaluate is None:
         return {}
     sums = evaluate({**phase.frozen, **trained})
-    return {**{f"eval_{name}": value for name, value in summarise(sums).items()}, "eval_by_mask_rate": by_rate(sums)}
+    found = {f"eval_{name}": value for name, value in summarise(sums).items()}
+    if phase.config.objective == "draft":
+        drafted = accepted_drafts(sums.masked_correct, sums.masked_count)
+        return found | {f"eval_{name}": value for name, value in drafted.items()}
+    return found | {"eval_by_mask_rate": by_rate(sums)}
 
 
 def initial_state(config: Any, trained: dict[str, Any], mesh: Mesh) -> TrainState:

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from difflm_jax.distributed.mesh import is_writer
+from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError
 from difflm_jax.sampling.batching import Decoder
 from difflm_jax.sampling.causal import continue_rows
@@ -37,6 +37,8 @@ def regenerate(
     `file` keeps answers by prompt and settings. Answers end with an end-of-sequence token, after `answer_tokens`, or at
     `max_length`. Rows whose answer is shorter than 3 tokens are left out. Raises `UserError` if none is left.
     """
+    if decoder.mesh is not None:
+        raise UserError("draft.answers=regenerate: needs a base on one device: set draft.answers=own, or mesh.data=1")
     if count and count < len(rows):
         rows = rows.select(np.linspace(0, len(rows) - 1, count).astype(int))
     prompts = [_prompt(tokens, mask) for tokens, mask in zip(rows["tokens"], rows["answer_mask"], strict=True)]

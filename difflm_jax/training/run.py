@@ -19,12 +19,14 @@ from difflm_jax.loading import open_model
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.ops.attention_kernels import check_kernel
 from difflm_jax.quant import QuantConfig
+from difflm_jax.sampling.options import SPECULATIVE
 from difflm_jax.training.checkpoints import Checkpoints
 from difflm_jax.training.interruption import StopRequest, stop_request
 from difflm_jax.training.loop import Outputs, Phase, initial_state, released, run_phase
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.optimizer import learning_rate_schedule
 from difflm_jax.training.parameters import collections, save, start, with_trained
+from difflm_jax.training.regeneration import regenerate
 from difflm_jax.training.resume import check_config, check_data, describe_data, settle_dtype, write_identity
 from difflm_jax.training.samples import Sampler
 from difflm_jax.training.step import TrainState
@@ -56,7 +58,10 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     check_kernel(config.attention_kernel, config.dtype, mesh.devices.flat[0].platform)
     print(f"attention: {config.attention}, computed by {config.attention_kernel}")
     converted = directory / CONVERTED if config.convert_cache else None
-    lm = start(lm.with_weights(converted, mesh if mesh.size > 1 else None), config)
+    lm = lm.with_weights(converted, mesh if mesh.size > 1 else None)
+    if config.objective == "draft" and config.draft.answers == "regenerate":
+        rows = {phase: regenerated(config, phase, lm, rows[phase]) for phase in config.phases}
+    lm = start(lm, config)
     frozen, trained = collections(lm, config, mesh)
     if "params" in trained:
         lm = dataclasses.replace(lm, params={})  # only the float32 masters stay in memory
@@ -110,6 +115,10 @@ def open_configured(config: ConfigDict) -> LanguageModel:
         quantization=quantization(config),
         block_length=config.block_length or None,
     )
+    if config.objective == "draft":
+        drafts = {"noise": config.draft.noise, "draft_length": config.draft.rows}
+        lm = dataclasses.replace(lm, diffusion=lm.diffusion.causal())
+        lm = lm.with_diffusion(algorithm=SPECULATIVE, gated=True, **drafts)
     if config.trained == "all" and lm.quantization is not None:
         raise UserError(
             f"model={config.model}: its weights are stored as {lm.quantization.format}, and codes cannot be trained: "
@@ -180,6 +189,18 @@ def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, An
         cache_dir=settings.cache_dir or None,
     )
     return split(rows, settings.test_size, settings.seed)
+
+
+def regenerated(config: ConfigDict, name: str, lm: LanguageModel, rows: tuple[Any, Any]) -> tuple[Any, Any]:
+    """(training rows, test rows) of a phase with the base's own answers."""
+    settings, base = phase_config(config, name), lm.base()
+    file = Path(config.output_dir) / "answers" / f"{name}.jsonl"
+    most = config.draft.prompts
+    counts = (most, max(most // 10, 1) if most else 0)
+    return tuple(
+        regenerate(split, base.decoder, file, settings.max_length, config.draft.answer_tokens, count)
+        for split, count in zip(rows, counts, strict=True)
+    )
 
 
 def check_sizes(
