@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.bitsandbytes import open_quantised
 from difflm_jax.checkpoint.foreign import read_field_config
 from difflm_jax.checkpoint.gguf.weights import open_gguf
 from difflm_jax.checkpoint.names import from_foreign
 from difflm_jax.checkpoint.safetensors import TensorFiles, open_shards, read_json
+from difflm_jax.checkpoint.tokenizer import load_tokenizer
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.models.config import ModelConfig, unknown_keys
 from difflm_jax.quant import QTensor, QuantConfig
@@ -114,7 +115,7 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
             "%s: config.json has keys that are not read here: %s", name, ", ".join(unknown)
         )
     diffusion = field.diffusion if field is not None else {}
-    return _open(name, revision, directory, hf_config, files, lambda: _load_tokenizer(directory), diffusion)
+    return _open(name, revision, directory, hf_config, files, lambda: load_tokenizer(directory), diffusion)
 
 
 def _open(
@@ -183,18 +184,3 @@ def _download(repo_id: str, revision: str | None, wanted: Sequence[str] = _WANTE
             f"{repo_id}{at}: not in the local cache and cannot be fetched from the hub ({one_line(error)[:200]}); give "
             "instead a local directory with config.json and safetensors, a .gguf file, or a hub id that the cache holds"
         ) from error
-
-
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    configs = logging.getLogger("transformers.configuration_utils")
-    level = configs.level
-    configs.setLevel(logging.ERROR)  # it warns of a config.json whose model transformers does not have
-    try:
-        named = directory / "tokenizer_config.json"
-        if named.is_file() and read_json(named).get("tokenizer_class") == "DreamTokenizer":
-            return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)  # which it is a copy of
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the libraries beneath raise anything, bare `Exception` included, for a bad file
-        raise UserError(f"{directory}: its tokenizer cannot be loaded ({one_line(error)[:200]})") from error
-    finally:
-        configs.setLevel(level)

@@ -1,0 +1,62 @@
+"""Tokenizers of Hugging Face directories: their file is the truth, with `tokenizers` itself as the oracle."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer
+
+from difflm_jax.checkpoint.tokenizer import load_tokenizer
+from tests.byte_tokenizer import byte_tokenizer
+
+TEXT = "1. a\n  2. b, 3rd of 12345"
+MERGES = (("Ċ", "Ġ"), ("ĊĠ", "Ġ"), ("1", "2"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder(tokenizer_class, model_type)`: a directory whose tokenizer.json splits off digits alone."""
+
+    def write(tokenizer_class: str, model_type: str):
+        tokenizer = byte_tokenizer(MERGES)
+        rules = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(rules)
+        tokenizer.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": tokenizer_class}))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "model_type"),
+    [
+        ("GPT2Tokenizer", "llama"),
+        ("GPT2Tokenizer", "qwen3"),
+        ("Qwen2Tokenizer", "qwen2"),
+        ("TokenizersBackend", "qwen2"),
+    ],
+)
+def test_text_is_split_as_tokenizer_json_says_where_transformers_discards_its_rule(
+    folder, tokenizer_class, model_type, capsys
+):
+    """SmolLM2's and OLMo's folders are of the first kind (transformers 5.23)."""
+    path = folder(tokenizer_class, model_type)
+    expected = Tokenizer.from_file(str(path / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
+    theirs = AutoTokenizer.from_pretrained(path)
+    assert theirs(TEXT)["input_ids"] != expected  # else there is nothing to mend
+    ours = load_tokenizer(path)
+    assert ours(TEXT)["input_ids"] == expected
+    assert "the file is used" in capsys.readouterr().err
+    assert (ours.eos_token, ours.pad_token) == (theirs.eos_token, theirs.pad_token) and len(ours) == 256 + 3 + 4
+    assert ours.chat_template == theirs.chat_template
+    ours.save_pretrained(path / "saved")  # and neither is it lost on the way out
+    assert AutoTokenizer.from_pretrained(path / "saved")(TEXT)["input_ids"] == expected
+
+
+def test_a_tokenizer_that_transformers_reads_right_stays_of_its_class(folder, capsys):
+    path = folder("TokenizersBackend", "llama")
+    assert type(load_tokenizer(path)) is type(AutoTokenizer.from_pretrained(path))
+    assert capsys.readouterr().err == ""
