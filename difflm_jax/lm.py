@@ -88,9 +88,8 @@ class LanguageModel:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokenizer's end-of-sequence token and those that `config.json` names."""
-        named = self.source.hf_config.get("eos_token_id")
-        ids = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+        """The tokenizer's end-of-sequence token, and those of `config.json` and `generation_config.json`."""
+        ids = {self.tokenizer.eos_token_id, *self.source.eos_token_ids}
         return tuple(sorted(token for token in ids if token is not None and token != self.mask_token_id))
 
     @property
@@ -197,10 +196,9 @@ class LanguageModel:
         self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
         if is_plain(self.decoder, sampling) and on_pass is None:
             return self._continued(rows, max_new_tokens, sampling, PLAIN, seed, batch_size, stop)
-        stops = stop_strings(stop)
+        stops = stop_strings(stop, self.tokenizer)
         filled = fill_answers(self.decoder, rows, max_new_tokens, plan, sampling, seed, batch_size, on_pass)
-        answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in filled.rows]
-        texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
+        texts, tokens = self._cut(filled.rows, *stops)
         return Generation(texts, tokens, filled.passes, filled.committed)
 
     def _continued(
@@ -214,13 +212,12 @@ class LanguageModel:
         stop: str | Sequence[str],
     ) -> Generation:
         """Answers that are the causal base's own text, decoded from left to right."""
-        stops = stop_strings(stop)
+        stops = stop_strings(stop, self.tokenizer)
         self._check_length(max((len(row) for row in rows), default=0) + max_new_tokens)
         found = continue_rows(self.decoder, rows, max_new_tokens, sampling, drafting, seed, batch_size)
-        answers = [cut_answer(row, self.eos_token_ids, stops, self._decode) for row in found.rows]
         committed = np.array([len(row) for row in found.rows], np.int32)
         drafts = (found.verified, found.accepted) if drafting.num_nodes else ()
-        texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
+        texts, tokens = self._cut(found.rows, *stops)
         return Generation(texts, tokens, found.passes, committed, *drafts)
 
     def infill(
@@ -336,6 +333,7 @@ class LanguageModel:
             self.tokenizer,
             card,
             self.diffusion_config(),
+            self.source.generation_config,
         )
         by_one_process(write, str(directory))
 
@@ -362,6 +360,12 @@ class LanguageModel:
     def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:
         given = {"temperature": temperature, "algorithm": algorithm, **options}
         return sampling_options(self.attention, self.algorithm, given)
+
+    def _cut(self, rows: Sequence[np.ndarray], stops: list[str], stop_ids: list[int]) -> tuple[list[str], list]:
+        """(texts, tokens) of answers up to where they end."""
+        ends = (*self.eos_token_ids, *stop_ids)
+        answers = [cut_answer(row, ends, stops, self._decode) for row in rows]
+        return [text for text, _ in answers], [tokens for _, tokens in answers]
 
     def _decode(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)

@@ -207,8 +207,9 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase,
     model_card: str,
     diffusion_config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint that transformers loads: safetensors, config, tokenizer, model card, all or nothing.
+    """Writes a checkpoint that transformers loads: safetensors, configs, tokenizer, model card, all or nothing.
 
     The dtype is that of `params`; NF4 weights are written as bitsandbytes' own. Above `MAX_SHARD_BYTES` the tensors are
     split over files with an index. Raises `UserError` if `directory` exists and is not empty, or cannot be written, and
@@ -230,6 +231,9 @@ def save_pretrained(
     with new_directory(directory) as fresh:
         _write_tensors(fresh, params, config)
         (fresh / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if generation_config:
+            text = json.dumps(dict(generation_config), indent=2, sort_keys=True) + "\n"
+            (fresh / "generation_config.json").write_text(text, encoding="utf-8")
         (fresh / "README.md").write_text(model_card, encoding="utf-8")
         write_diffusion_config(fresh, diffusion_config)
         tokenizer.save_pretrained(fresh)

@@ -35,7 +35,8 @@ class Source:
     in Hugging Face's spelling made from GGUF metadata; `shapes` maps Hugging Face tensor names to shapes; `read(name)`
     gives one tensor, [out, in], in its stored dtype (float32 for quantised GGUF types), or a `QTensor` where `stored`
     says that the checkpoint holds it so; `defects` are faults of the files that `load_params` reports with its own;
-    `diffusion` is what a diffusion checkpoint of others was trained for (`checkpoint.field`).
+    `diffusion` is what a third-party diffusion checkpoint was trained for (`checkpoint.foreign`); `generation_config`
+    is the file of that name.
     """
 
     name: str
@@ -49,6 +50,14 @@ class Source:
     stored: Mapping[str, QuantConfig]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """The tokens that end an answer, by config.json and generation_config.json."""
+        named = (config.get("eos_token_id") for config in (self.hf_config, self.generation_config))
+        ids = [each for ids in named for each in (ids if isinstance(ids, list) else [ids])]
+        return {each for each in ids if type(each) is int and 0 <= each < self.config.vocab_size}
 
     def fingerprint(self) -> str:
         """A hash of the names, sizes and times of the files of weights: another one means that they have changed."""
@@ -115,7 +124,17 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
             "%s: config.json has keys that are not read here: %s", name, ", ".join(unknown)
         )
     diffusion = field.diffusion if field is not None else {}
-    return _open(name, revision, directory, hf_config, files, lambda: load_tokenizer(directory), diffusion)
+    generation = directory / "generation_config.json"
+    return _open(
+        name,
+        revision,
+        directory,
+        hf_config,
+        files,
+        lambda: load_tokenizer(directory),
+        diffusion,
+        read_json(generation) if generation.is_file() else {},
+    )
 
 
 def _open(
@@ -126,6 +145,7 @@ def _open(
     files: TensorFiles,
     load_tokenizer: Callable[[], PreTrainedTokenizerBase],
     diffusion: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
 ) -> Source:
     config = _named(name, lambda: ModelConfig.from_hf(hf_config))
     return Source(
@@ -140,6 +160,7 @@ def _open(
         files.stored,
         load_tokenizer,
         diffusion or {},
+        generation_config or {},
     )
 
 

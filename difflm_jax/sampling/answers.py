@@ -44,20 +44,25 @@ def as_list(prompts: Any) -> list[Any]:
     return [prompts] if is_message or isinstance(first, int) or getattr(first, "ndim", 1) == 0 else prompts
 
 
-def stop_strings(stop: str | Sequence[str]) -> list[str]:
-    """One stop string or many -> a list. Raises `UserError` for anything else, and for an empty one."""
+def stop_strings(stop: str | Sequence[str], tokenizer: Any) -> tuple[list[str], list[int]]:
+    """One stop string or many -> (a list of them, the tokens of those that are special tokens).
+
+    Special tokens are not found in decoded text, which lacks them. Raises `UserError` for anything else, and for an
+    empty string.
+    """
     stops = [stop] if isinstance(stop, str) else list(stop)
     if any(not isinstance(text, str) or not text for text in stops):
         raise UserError(f"stop={stop!r}: must be a string, or a list of strings, none of them empty")
-    return stops
+    added = tokenizer.added_tokens_decoder.items()
+    return stops, [index for index, token in added if token.special and token.content in stops]
 
 
 def cut_answer(
-    tokens: np.ndarray, eos_token_ids: Sequence[int], stops: Sequence[str], decode: Callable[[np.ndarray], str]
+    tokens: np.ndarray, end_token_ids: Sequence[int], stops: Sequence[str], decode: Callable[[np.ndarray], str]
 ) -> tuple[str, np.ndarray]:
-    """(text, tokens) of an answer: tokens up to and including its first end-of-sequence token, or the token that
-    completes a stop string; text up to either."""
-    ends = np.flatnonzero(np.isin(tokens, eos_token_ids))
+    """(text, tokens) of an answer: tokens up to and including its first end token, or the token that completes a stop
+    string; text up to either."""
+    ends = np.flatnonzero(np.isin(tokens, end_token_ids))
     tokens = tokens[: ends[0] + 1] if len(ends) else tokens
     text = decode(tokens)
     found = [text.find(stop) for stop in stops if stop in text]

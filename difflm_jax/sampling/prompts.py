@@ -26,7 +26,7 @@ class Prompts:
         if isinstance(prompt, str):
             _check_text(prompt)
         if isinstance(prompt, str) and self.tokenizer.chat_template is None:
-            tokens = np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
+            tokens = np.asarray(_begun(self.tokenizer, prompt), np.int32)
         elif _is_tokens(prompt):
             tokens = _tokens(prompt)
         else:
@@ -72,7 +72,7 @@ class Prompts:
         """Text that holds the mask token, or tokens; masks are what is to be filled."""
         if isinstance(canvas, str):
             _check_text(canvas)
-        tokens = self.tokenizer(canvas)["input_ids"] if isinstance(canvas, str) else canvas
+        tokens = _begun(self.tokenizer, canvas) if isinstance(canvas, str) else canvas
         return self._checked(_tokens(tokens), "infill: the canvas", masks_allowed=True)
 
     def _checked(self, tokens: np.ndarray, what: str, masks_allowed: bool) -> np.ndarray:
@@ -81,6 +81,14 @@ class Prompts:
         if not masks_allowed and (tokens == self.mask_token_id).any():
             raise UserError(f"{what} holds the mask token {self.tokenizer.mask_token!r}: use infill")
         return tokens
+
+
+def _begun(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that continues: with what the tokenizer puts before a text, without what it puts after."""
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    after = next((n for n in range(len(whole)) if whole[len(whole) - n - len(bare) : len(whole) - n] == bare), 0)
+    tokens = tokenizer(text)["input_ids"]
+    return tokens[: len(tokens) - after]
 
 
 def _check_text(text: str) -> None:
