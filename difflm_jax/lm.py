@@ -281,6 +281,7 @@ class LanguageModel:
             directory,
             jax.tree.map(to_host, self.lora),
             self.model.lora,
+            model_config=self.config,
             base_model_name=self.source.name,
             revision=self.source.revision,
             mask_token_id=self.mask_token_id,

@@ -10,7 +10,7 @@ from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.models.weights import table
+from difflm_jax.models.weights import joined_rows, table
 
 HF = {
     "model_type": "qwen3",
@@ -45,6 +45,12 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
 def params_from_state_dict(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Our tree from a Hugging Face state dict of numpy arrays."""
     params: dict[str, Any] = {}
+    tensors = dict(tensors)
+    for rows in joined_rows(config):
+        for layer, name in enumerate(rows[0].fused_names(config.num_layers) if rows[0].fused else ()):
+            ends = np.cumsum([row.shape[0] for row in rows])[:-1]
+            names = [row.hf_names(config.num_layers)[layer] for row in rows]
+            tensors |= dict(zip(names, np.split(tensors[name], ends), strict=True))
     for row in table(config):
         leaves = [np.asarray(tensors[name], np.float32) for name in row.hf_names(config.num_layers)]
         set_path(params, row.path, jnp.asarray(np.stack(leaves) if row.stacked else leaves[0]))

@@ -20,7 +20,7 @@ from difflm_jax.checkpoint.source import Source
 from difflm_jax.distributed.sharding import place_leaf, shardings_of, to_host, to_mesh
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.weights import Row, table
+from difflm_jax.models.weights import Row, joined_rows, table
 from difflm_jax.quant import QTensor, QuantConfig, dequantize, quantize
 from difflm_jax.utils.files import new_directory
 
@@ -218,6 +218,11 @@ def save_pretrained(
     dtype = _dtype_name(params)
     stored = {**hf_config, "dtype": dtype, "torch_dtype": dtype}  # the second is what transformers 4 reads
     quantised = [row for row in table(config) if isinstance(get_path(params, row.path), QTensor)]
+    if any(row.fused for row in quantised):
+        raise UserError(
+            f"save_pretrained: {config.model_type} checkpoints hold projections joined ({config.fused[0][0]}), and "
+            "quantised ones are not joined; merge an adapter first, or load the model without quantization"
+        )
     if quantised:
         weight = get_path(params, quantised[0].path)
         if weight.format != "nf4":
@@ -259,9 +264,9 @@ def _shards(params: Mapping[str, Any], config: ModelConfig) -> list[list[str]]:
     """The weights' names in the order of the table, cut where a file would exceed `MAX_SHARD_BYTES`."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for row in table(config):
-        names = row.hf_names(config.num_layers)
-        size = get_path(params, row.path).nbytes // len(names)
+    for rows in joined_rows(config):
+        names = rows[0].fused_names(config.num_layers)
+        size = sum(get_path(params, row.path).nbytes for row in rows) // len(names)
         for name in names:
             if shards[-1] and filled + size > MAX_SHARD_BYTES:
                 shards.append([])
@@ -274,21 +279,28 @@ def _shards(params: Mapping[str, Any], config: ModelConfig) -> list[list[str]]:
 def _tensors(params: Mapping[str, Any], config: ModelConfig, wanted: Iterable[str]) -> dict[str, np.ndarray]:
     """The tensors that stand for the weights named by `wanted`, each leaf brought to the host once."""
     wanted, tensors = set(wanted), {}
-    for row in table(config):
-        names = row.hf_names(config.num_layers)
+    for rows in joined_rows(config):
+        names = rows[0].fused_names(config.num_layers)
         if wanted.isdisjoint(names):
             continue
-        leaf = jax.tree.map(to_host, get_path(params, row.path))
-        leaf = leaf if row.stacked else leaf[: row.shape[0]]  # a table on a mesh has padding behind its rows
+        leaves = [_on_host(params, row) for row in rows]
         for index, name in enumerate(names):
             if name not in wanted:
                 continue
-            tensor = jax.tree.map(lambda part, i=index: part[i], leaf) if row.stacked else leaf
-            if isinstance(tensor, QTensor):
-                tensors |= bitsandbytes_tensors(name, tensor, _dtype_name(params))
+            parts = [
+                jax.tree.map(lambda part, i=index: part[i], leaf) if row.stacked else leaf
+                for row, leaf in zip(rows, leaves, strict=True)
+            ]
+            if isinstance(parts[0], QTensor):
+                tensors |= bitsandbytes_tensors(name, parts[0], _dtype_name(params))
             else:
-                tensors[name] = np.ascontiguousarray(tensor)
+                tensors[name] = np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0], order="C")
     return tensors
+
+
+def _on_host(params: Mapping[str, Any], row: Row) -> Any:
+    leaf = jax.tree.map(to_host, get_path(params, row.path))
+    return leaf if row.stacked else leaf[: row.shape[0]]  # a table on a mesh has padding after its rows
 
 
 def _dtype_name(params: Mapping[str, Any]) -> str:

@@ -17,12 +17,23 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.diffusion_config import DIFFUSION_FILE, read_diffusion_config, write_diffusion_config
-from difflm_jax.checkpoint.names import PEFT_MASK_ROW, get_path, peft_lora_name, set_path
+from difflm_jax.checkpoint.names import PEFT_MASK_ROW, set_path
+from difflm_jax.checkpoint.peft_modules import (
+    FACTORS,
+    PeftModule,
+    adapted_modules,
+    from_peft,
+    joined_rank,
+    patterns,
+    peft_modules,
+    to_peft,
+    without_own_patterns,
+)
 from difflm_jax.checkpoint.safetensors import TensorFiles, describe_faults, open_files, read_json, write_file
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig
-from difflm_jax.models.weights import PROJECTIONS, table
+from difflm_jax.models.weights import PROJECTIONS
 from difflm_jax.utils.files import new_directory
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
@@ -60,6 +71,7 @@ def save_adapter(
     lora: Mapping[str, Any],
     lora_config: LoraConfig,
     *,
+    model_config: ModelConfig,
     base_model_name: str,
     revision: str | None,
     mask_token_id: int | None,
@@ -67,18 +79,17 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: str = "",
 ) -> None:
-    """Writes `lora` (see `lora.init_lora`) as an adapter directory, all or nothing.
+    """Writes `lora` (see `lora.init_lora`) for a base of shape `model_config` as an adapter directory, all or nothing.
 
     An existing adapter directory is replaced; any other non-empty directory is a `UserError`. `notes` goes into the
     model card.
     """
     tensors = {}
-    for projection, path in PROJECTIONS.items():
-        if projection in lora_config.target_modules:
-            factors = get_path(lora["layers"], path)
-            for factor in ("lora_A", "lora_B"):
-                for layer, tensor in enumerate(np.asarray(factors[factor], np.float32)):
-                    tensors[peft_lora_name(projection, factor, layer)] = np.ascontiguousarray(tensor)
+    modules = adapted_modules(model_config, lora_config)
+    for module in modules:
+        for layer in range(model_config.num_layers):
+            for factor, tensor in to_peft(module, lora["layers"], lora_config.r, layer).items():
+                tensors[module.key(factor, layer)] = tensor
     trained_tokens = None
     if "mask_row" in lora:
         if mask_token_id is None:
@@ -86,6 +97,8 @@ def save_adapter(
         tensors[PEFT_MASK_ROW] = np.asarray(lora["mask_row"], np.float32)[None]
         trained_tokens = {"embed_tokens": [mask_token_id]}
     config = _adapter_config(lora_config, base_model_name, revision, trained_tokens)
+    ranks, alphas = patterns(model_config, lora_config)
+    config |= {"rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": sorted({m.name for m in modules})}
     with new_directory(directory, may_replace=_is_adapter_directory) as fresh:
         write_file(fresh / WEIGHTS_FILE, tensors)
         _write_json(fresh / CONFIG_FILE, config)
@@ -110,12 +123,12 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
         )
         raise UserError(f"{directory}: has no {WEIGHTS_FILE}{pickled}; save the adapter again with peft")
     values = read_json(directory / CONFIG_FILE)
-    problems = _config_problems(values, config)
+    problems = _config_problems(without_own_patterns(values, config), config)
     if problems:
         raise UserError(f"{directory / CONFIG_FILE}: {'; '.join(problems)}")
     files = open_files([directory / WEIGHTS_FILE])
     mask_token_id = _trained_token(values)
-    targets, faults = _check_tensors(files, values, config, mask_token_id is not None)
+    modules, faults = _check_tensors(files, values, config, mask_token_id is not None)
     if text := describe_faults(faults):
         raise UserError(f"{directory / WEIGHTS_FILE}: tensors do not fit the base model and {CONFIG_FILE}: {text}")
 
@@ -125,8 +138,12 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
         raise UserError(
             f"{directory}: {DIFFUSION_FILE} has mask_token_id={stated}, but {CONFIG_FILE} trains token {mask_token_id}"
         )
+    try:
+        lora, targets = _read_tree(files, modules, values, config.num_layers)
+    except ValueError as error:
+        raise UserError(f"{directory / WEIGHTS_FILE}: {error}") from error
     return Adapter(
-        lora=_read_tree(files, targets, config.num_layers),
+        lora=lora,
         lora_config=LoraConfig(
             r=values["r"],
             lora_alpha=values["lora_alpha"],
@@ -144,7 +161,6 @@ def _adapter_config(
     config: LoraConfig, base_model_name: str, revision: str | None, trained_tokens: dict[str, list[int]] | None
 ) -> dict[str, Any]:
     return {
-        "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "bias": "none",
@@ -160,9 +176,7 @@ def _adapter_config(
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "r": config.r,
-        "rank_pattern": {},
         "revision": revision,
-        "target_modules": sorted(config.target_modules),
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": trained_tokens,
         "use_dora": False,
@@ -195,9 +209,10 @@ def _config_problems(values: Mapping[str, Any], config: ModelConfig) -> list[str
         problems.append(f"use_rslora must be true or false, not {_short(rslora)}")
     targets = values.get("target_modules")
     if isinstance(targets, list):
-        outside = [str(name) for name in targets if str(name).split(".")[-1] not in PROJECTIONS]
+        known = [module.name for module in peft_modules(config)]
+        outside = [str(name) for name in targets if str(name).split(".")[-1] not in known]
         if outside:
-            problems.append(f"target_modules {', '.join(outside)} are none of {', '.join(PROJECTIONS)}")
+            problems.append(f"target_modules {', '.join(outside)} are none of {', '.join(known)}")
     return problems + _trained_token_problems(values.get("trainable_token_indices"), config.vocab_size)
 
 
@@ -228,29 +243,27 @@ def _trained_token(values: Mapping[str, Any]) -> int | None:
 
 def _check_tensors(
     files: TensorFiles, values: Mapping[str, Any], config: ModelConfig, has_mask_row: bool
-) -> tuple[tuple[str, ...], dict[str, list[str]]]:
-    """The projections that the tensors adapt, and the faults of the tensors by kind."""
-    weights = {row.path[2]: row.shape for row in table(config) if row.stacked and row.path[-1] == "weight"}
-    possible: dict[str, dict[str, tuple[int, ...]]] = {}
-    for projection in PROJECTIONS:
-        out_dim, in_dim = weights[projection]
-        shapes = {"lora_A": (values["r"], in_dim), "lora_B": (out_dim, values["r"])}
-        possible[projection] = {
-            peft_lora_name(projection, factor, layer): shape
+) -> tuple[tuple[PeftModule, ...], dict[str, list[str]]]:
+    """The modules that the tensors adapt, and the faults of the tensors by kind."""
+    possible = {
+        module: {
+            module.key(factor, layer): module.shape(factor, joined_rank(module, values))
             for layer in range(config.num_layers)
-            for factor, shape in shapes.items()
+            for factor in FACTORS
         }
+        for module in peft_modules(config)
+    }
     # a regular expression is not evaluated, nor a list from which others are taken away: there the tensors alone tell
     listed = values.get("target_modules")
     named = [str(name).split(".")[-1] for name in listed] if isinstance(listed, list) else []
     if values.get("exclude_modules"):
         named = []
     targets = tuple(
-        projection
-        for projection, shapes in possible.items()
-        if projection in named or not files.shapes.keys().isdisjoint(shapes)
+        module
+        for module, shapes in possible.items()
+        if module.name in named or not files.shapes.keys().isdisjoint(shapes)
     )
-    expected = {name: shape for projection in targets for name, shape in possible[projection].items()}
+    expected = {name: shape for module in targets for name, shape in possible[module].items()}
     if has_mask_row:
         expected[PEFT_MASK_ROW] = (1, config.hidden_size)
     missing = [name for name in expected if name not in files.shapes]
@@ -266,16 +279,27 @@ def _check_tensors(
     }
 
 
-def _read_tree(files: TensorFiles, targets: tuple[str, ...], num_layers: int) -> dict[str, Any]:
+def _read_tree(
+    files: TensorFiles, modules: tuple[PeftModule, ...], values: Mapping[str, Any], num_layers: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The `lora` tree, and the projections that it adapts."""
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for module in modules:
+        for layer in range(num_layers):
+            A, B = (files.read(module.key(factor, layer)).astype(np.float32) for factor in FACTORS)
+            for part, pair in from_peft(module, A, B, values["r"]).items():
+                found.setdefault(part, []).append(pair)
+        for part in module.parts:  # of a module that is adapted in parts, the others have neither A nor B
+            if len(module.parts) > 1 and not any(A.any() for A, _ in found[part]):
+                del found[part]
     lora: dict[str, Any] = {}
-    for projection in targets:
-        for factor in ("lora_A", "lora_B"):
-            names = [peft_lora_name(projection, factor, layer) for layer in range(num_layers)]
-            stacked = np.stack([files.read(name).astype(np.float32) for name in names])
-            set_path(lora, ("layers", *PROJECTIONS[projection], factor), jnp.asarray(stacked))
+    targets = tuple(name for name in PROJECTIONS if name in found)
+    for name in targets:
+        for factor, layers in zip(FACTORS, zip(*found[name], strict=True), strict=True):
+            set_path(lora, ("layers", *PROJECTIONS[name], factor), jnp.asarray(np.stack(layers)))
     if PEFT_MASK_ROW in files.shapes:
         lora["mask_row"] = jnp.asarray(files.read(PEFT_MASK_ROW)[0].astype(np.float32))
-    return lora
+    return lora, targets
 
 
 def _is_adapter_directory(path: Path) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.bitsandbytes import open_quantised
 from difflm_jax.checkpoint.foreign import read_field_config
+from difflm_jax.checkpoint.fused import split_fused
 from difflm_jax.checkpoint.gguf.weights import open_gguf
 from difflm_jax.checkpoint.names import from_foreign
 from difflm_jax.checkpoint.safetensors import TensorFiles, open_shards, read_json
@@ -148,6 +149,7 @@ def _open(
     generation_config: Mapping[str, Any] | None = None,
 ) -> Source:
     config = _named(name, lambda: ModelConfig.from_hf(hf_config))
+    files = _named(name, lambda: split_fused(files, config)) if config.fused else files
     return Source(
         name,
         revision,

@@ -116,6 +116,7 @@ def _score(
         chunk,
         model.config.vocab_size,
         jax.tree.map(_flat, teacher),
+        model.config.logit_softcap,
     )
     return loss, Scores(*(x_M.reshape(noisy.tokens.shape) for x_M in scores))
 

@@ -65,6 +65,19 @@ def summed(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, TENSOR) if varies(x, TENSOR) else x
 
 
+def own_heads(weight: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """This device's part, of `shape`, along the first axis of a small weight that every device has whole."""
+    if weight.shape == shape:
+        return weight
+    return jax.lax.dynamic_slice_in_dim(weight, jax.lax.axis_index(TENSOR) * shape[0], shape[0])
+
+
+def mean_of_heads(x: jax.Array, is_divided: bool) -> jax.Array:
+    """The mean over the last axis, kept; over that axis of all devices along `tensor` if `is_divided`."""
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    return jax.lax.pmean(mean, TENSOR) if is_divided else mean
+
+
 def everywhere(flag: jax.Array) -> jax.Array:
     """bool []: whether `flag` is true on all devices, for loops that contain communication: they must agree on it."""
     axes = axes_of(flag, (DATA, FSDP, TENSOR))

@@ -80,7 +80,7 @@ def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
     outputs = {
         "q_proj": config.num_heads * config.head_dim // tensor,
         "k_proj": config.num_kv_heads * config.head_dim // tensor,
-        "gate_proj": config.intermediate_size // tensor,
+        "up_proj": config.intermediate_size // tensor,
         "o_proj": config.hidden_size,
     }
     for name, size in outputs.items():

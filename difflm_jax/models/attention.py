@@ -14,6 +14,11 @@ class View:
     key_positions: jax.Array  # [B, S] int32
     lengths: jax.Array | None = None  # [B] int32: every query sees exactly the first so many keys; None: not so
 
+    def within(self, window: jax.Array | int) -> "View":
+        """What of it is at a distance below `window`, before and after a query. It has a mask alone, and no lengths."""
+        distance_BTS = jnp.abs(self.query_positions[:, :, None] - self.key_positions[:, None, :])
+        return self.replace(mask=self.mask & (distance_BTS < window), lengths=None)
+
 
 @struct.dataclass
 class Window:

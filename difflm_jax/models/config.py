@@ -5,20 +5,22 @@ import math
 from typing import Any
 
 from difflm_jax.errors import UserError
+from difflm_jax.models.families import FAMILIES, Family, Structure
+from difflm_jax.models.layer_kinds import layer_kinds
+from difflm_jax.models.refused import refusal
 from difflm_jax.models.rope import RopeConfig
 
-# model_type -> (q, k and v have a bias by default, queries and keys are normalised per head)
-_FAMILIES = {
-    "llama": (False, False),  # SmolLM2 too
-    "mistral": (False, False),
-    "qwen2": (True, False),
-    "qwen3": (False, True),
-}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "xielu")
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "relu2": "relu2", "xielu": "xielu",
+}  # fmt: skip
 
-# Keys that change the result in ways this model does not represent, unless they hold one of these values.
+# Keys that change the result in ways this model does not represent, unless they hold one of these values or their
+# family reads them.
 _ONLY = {
-    "hidden_act": ("silu", "swish"),
-    "hidden_activation": ("silu", "swish", None),
+    "hidden_act": tuple(_ACTIVATIONS),
+    "hidden_activation": (*_ACTIVATIONS, None),
     "pretraining_tp": (1, None),
     "num_experts": (0, 1, None),
     "num_local_experts": (0, 1, None),
@@ -29,22 +31,26 @@ _ONLY = {
     "no_rope_layers": (None, []),
     "rope_interleaved": (False, None),
     "qk_layernorm": (False, None),
+    "clip_qkv": (None,),
     "quantization_config": (None,),  # `checkpoint.source` takes out the kinds that can be read
     "auto_map": (None, {}),
 }
+_BIDIRECTIONAL = "use_bidirectional_attention"
 
 _READ = {
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
     "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
-    "sliding_window", "use_sliding_window", "layer_types", "max_window_layers",
+    "sliding_window", "use_sliding_window", "layer_types", "max_window_layers", "original_max_position_embeddings",
+    "sliding_window_pattern", "_sliding_window_pattern", _BIDIRECTIONAL,
 }  # fmt: skip
 
 # Keys that say how a model was trained, stored or is served, and change nothing here.
 _NEUTRAL = {
     "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
     "initializer_range", "torch_dtype", "dtype", "transformers_version", "transformers.js_config", "use_cache",
-    "_name_or_path", "_attn_implementation_autoset", "is_llama_config", "resid_pdrop",
+    "_name_or_path", "_attn_implementation_autoset", "is_llama_config", "resid_pdrop", "embd_pdrop",
+    "residual_dropout", "embedding_dropout", "hidden_dropout", "cache_implementation", "eod_token_id",
     "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id",
     "problem_type", "name_or_path", "is_decoder", "mask_token_id",
 }  # fmt: skip
@@ -52,24 +58,33 @@ _NEUTRAL = {
 KNOWN_KEYS = _READ | _NEUTRAL | set(_ONLY)
 
 # What a key must be if it is there and not null; integers are checked where they are read.
+_NUMBERS = (
+    "rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon", "rope_theta", "rope_local_base_freq",
+    "partial_rotary_factor", "sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+    "logits_scaling", "logit_scale",
+)  # fmt: skip
 _TYPES = {
     "a string": (str, ("model_type",)),
-    "a number": ((int, float), ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "sliding_window")),
+    "a number": ((int, float), _NUMBERS),
     "an object": (dict, ("rope_scaling", "rope_parameters")),
     "a list": (list, ("layer_types",)),
     "true or false": (
-        bool, ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+        bool, ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias", "use_qkv_bias",
+               "attention_out_bias", "use_parallel_residual", "use_qk_norm"),
     ),
 }  # fmt: skip
 _MAX_LAYERS, _MAX_SIZE = 10_000, 2**31 - 1  # names and shapes are made of these before any file is compared with them
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A decoder of the Llama kind: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Structure):
+    """A decoder: its sizes, and (inherited) how its family differs from Llama.
 
     `vocab_size` is the number of embedding rows, which may exceed the tokenizer's. `head_dim` need not be
-    `hidden_size / num_heads`.
+    `hidden_size / num_heads`. `windows` has one entry per layer: a token sees keys at a distance below it (0: at any).
+    `layer_ropes` is the index of each layer's RoPE in `ropes`, whose None is none. `attention_scale` multiplies the
+    scores, `logit_scale` the logits; a cap c turns x into c tanh(x / c).
     """
 
     model_type: str
@@ -80,65 +95,154 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope: RopeConfig
+    norm_eps: float
+    activation: str
+    ropes: tuple[RopeConfig | None, ...]
+    layer_ropes: tuple[int, ...]
+    windows: tuple[int, ...]
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
     max_position_embeddings: int
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float
+    attention_softcap: float | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    @property
+    def rope(self) -> RopeConfig:
+        """The RoPE of a model that has one for all layers; else the first."""
+        return next(rope for rope in self.ropes if rope is not None)
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
         """Reads the dictionary of a `config.json`. Raises `UserError` for what this model cannot represent."""
         _check_types(hf)
         model_type = hf.get("model_type")
-        if model_type not in _FAMILIES:
-            raise UserError(
-                f"config.json: model_type {model_type!r} is not supported (known: {', '.join(sorted(_FAMILIES))})"
-            )
-        for key, allowed in _ONLY.items():
-            if key in hf and hf[key] not in allowed:
-                raise UserError(f"config.json: {key}={_short(hf[key])} is not supported for model_type {model_type!r}")
-        if experts := [key for key in hf if "expert" in key and hf[key] not in (0, 1, None, False)]:
-            raise UserError(f"config.json: mixture-of-experts models are not supported ({experts[0]})")
-        _refuse_sliding_window(hf)
-        qkv_bias, qk_norm = _FAMILIES[model_type]
-        bias = bool(hf.get("attention_bias", False)) and model_type != "mistral"
+        family = FAMILIES.get(model_type)
+        if family is None:
+            raise UserError(f"config.json: {refusal(hf, sorted(FAMILIES))}")
+        _check_known(hf, family)
+        hf = {**family.defaults, **hf}
         heads = _integer(hf, "num_attention_heads")
         hidden = _integer(hf, "hidden_size")
+        layers = _integer(hf, "num_hidden_layers")
+        head_dim = _integer(hf, "head_dim") if hf.get("head_dim") else hidden // heads
+        kinds = layer_kinds(hf, family, layers)
         config = cls(
+            **_structure(hf, family),
+            **_multipliers(hf, family, hidden, head_dim),
             model_type=model_type,
             vocab_size=_integer(hf, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_integer(hf, "intermediate_size"),
-            num_layers=_integer(hf, "num_hidden_layers"),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=_integer(hf, "num_key_value_heads") if hf.get("num_key_value_heads") else heads,
-            head_dim=_integer(hf, "head_dim") if hf.get("head_dim") else hidden // heads,
-            rms_norm_eps=float(hf.get("rms_norm_eps") or 1e-6),
-            rope=RopeConfig.from_hf(hf),
+            head_dim=head_dim,
+            norm_eps=float(hf.get(family.epsilon) or 1e-6),
+            activation=_activation(hf, family),
+            ropes=kinds.ropes,
+            layer_ropes=kinds.layer_ropes,
+            windows=kinds.windows,
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=qkv_bias or bias,
-            o_bias=bias and not qkv_bias,  # Qwen2 has q, k and v biases only, whatever attention_bias says
-            mlp_bias=bool(hf.get("mlp_bias", False)),
-            qk_norm=qk_norm,
-            max_position_embeddings=_integer(hf, "max_position_embeddings"),
+            qkv_bias=_flag(hf, family.qkv_bias),
+            o_bias=_flag(hf, family.o_bias),
+            mlp_bias=_flag(hf, family.mlp_bias),
+            max_position_embeddings=_longest(hf, kinds.ropes),
         )
-        if config.num_heads % config.num_kv_heads:
-            raise UserError(
-                f"config.json: num_attention_heads={config.num_heads} is not a multiple of "
-                f"num_key_value_heads={config.num_kv_heads}"
-            )
-        if config.head_dim % 2:
-            raise UserError(f"config.json: head_dim={config.head_dim} must be even")
+        config._check()
         return config
+
+    def _check(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"config.json: num_attention_heads={self.num_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"config.json: head_dim={self.head_dim} must be even")
+        for rope in filter(None, self.ropes):
+            rope.rotated(self.head_dim)
 
 
 def unknown_keys(hf: dict[str, Any]) -> list[str]:
     """Keys of a `config.json` that nothing here reads, to be announced rather than skipped in silence."""
-    return sorted(set(hf) - KNOWN_KEYS)
+    family = FAMILIES.get(hf.get("model_type"), Family())
+    return sorted(set(hf) - KNOWN_KEYS - _own_keys(family))
+
+
+def _own_keys(family: Family) -> set[str]:
+    """The keys that a family reads beyond those of all."""
+    named = (family.epsilon, family.activation, family.qkv_bias, family.o_bias, family.mlp_bias, family.qk_norm_key)
+    return {*family.reads, *family.defaults, *(key for key in named if isinstance(key, str))}
+
+
+def _check_known(hf: dict[str, Any], family: Family) -> None:
+    model_type = hf["model_type"]
+    for key, allowed in _ONLY.items():
+        if key in hf and hf[key] not in allowed and (key not in _own_keys(family) or key == family.activation):
+            raise UserError(f"config.json: {key}={_short(hf[key])} is not supported for model_type {model_type!r}")
+    if hf.get(_BIDIRECTIONAL) not in (None, False):
+        raise UserError(
+            f"config.json: {_BIDIRECTIONAL}={_short(hf[_BIDIRECTIONAL])}: such a model is an encoder already, and has "
+            "no causal base to convert"
+        )
+    if experts := [key for key in hf if "expert" in key and hf[key] not in (0, 1, None, False)]:
+        raise UserError(f"config.json: mixture-of-experts models are not supported ({experts[0]})")
+
+
+def _structure(hf: dict[str, Any], family: Family) -> dict[str, Any]:
+    fields = {field.name: getattr(family.structure, field.name) for field in dataclasses.fields(Structure)}
+    if family.qk_norm_key is not None and not hf.get(family.qk_norm_key):
+        fields["qk_norm"] = None
+    if "use_parallel_residual" in family.reads and hf.get("use_parallel_residual"):
+        fields["parallel_block"] = True
+        fields["norms"] = fields["norms"]._replace(before_mlp=None)
+    return fields
+
+
+def _multipliers(hf: dict[str, Any], family: Family, hidden: int, head_dim: int) -> dict[str, Any]:
+    def number(key: str, default: float | None) -> float | None:
+        value = hf.get(key) if key in family.reads else None
+        if value is not None and not value > 0:
+            raise UserError(f"config.json: {key} must be a positive number, not {_short(value)}")
+        return default if value is None else float(value)
+
+    return {
+        "embedding_multiplier": math.sqrt(hidden) if family.scaled_embedding else number("embedding_multiplier", 1.0),
+        "residual_multiplier": number("residual_multiplier", 1.0),
+        "attention_scale": number("attention_multiplier", number("query_pre_attn_scalar", float(head_dim)) ** -0.5),
+        "attention_softcap": number("attn_logit_softcapping", None),
+        "logit_scale": number("logit_scale", 1.0) / number("logits_scaling", 1.0),
+        "logit_softcap": number("final_logit_softcapping", None),
+    }
+
+
+def _activation(hf: dict[str, Any], family: Family) -> str:
+    name = hf.get(family.activation) or "silu"
+    if name not in _ACTIVATIONS:
+        raise UserError(f"config.json: {family.activation}={_short(name)} is not supported")
+    if family.scaled_embedding and name == "gelu":  # Gemma's releases say gelu and mean its approximation
+        return "gelu_tanh"
+    if name == "xielu" and family.structure.gated_mlp:
+        raise UserError(f"config.json: {family.activation}='xielu' is not supported for {hf['model_type']!r}")
+    return _ACTIVATIONS[name]
+
+
+def _flag(hf: dict[str, Any], key: str | bool) -> bool:
+    return key if isinstance(key, bool) else bool(hf.get(key, False))
+
+
+def _longest(hf: dict[str, Any], ropes: tuple[RopeConfig | None, ...]) -> int:
+    """LongRoPE has other frequencies for rows beyond the original length; they are not represented."""
+    longest = _integer(hf, "max_position_embeddings")
+    if any(rope is not None and rope.type == "longrope" for rope in ropes):
+        return min(longest, int(ropes[0].option("original_max_position_embeddings")))
+    return longest
 
 
 def _check_types(hf: dict[str, Any]) -> None:
@@ -148,20 +252,6 @@ def _check_types(hf: dict[str, Any]) -> None:
             wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
             if value is not None and (wrong or (isinstance(value, float) and not math.isfinite(value))):
                 raise UserError(f"config.json: {key} must be {wording}, not {_short(value)}")
-
-
-def _refuse_sliding_window(hf: dict[str, Any]) -> None:
-    """Mistral applies `sliding_window` whenever it is set; Qwen only with `use_sliding_window` and `layer_types`."""
-    layer_types = {str(each) for each in hf.get("layer_types") or ["full_attention"]}
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
-        raise UserError(f"config.json: layer_types {', '.join(sorted(unknown))} are not supported")
-    window = hf.get("sliding_window")
-    used = hf.get("use_sliding_window", hf.get("model_type") == "mistral") or "sliding_attention" in layer_types
-    if used and window is not None and window < (hf.get("max_position_embeddings") or 0):
-        raise UserError(
-            f"config.json: sliding_window={window} is not supported; for sequences of at most {window} tokens it "
-            "changes nothing: set sliding_window to null and max_position_embeddings to at most that"
-        )
 
 
 def _integer(hf: dict[str, Any], key: str) -> int:

@@ -10,14 +10,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from difflm_jax.distributed.collectives import ROW_PARALLEL, gathered, summed
+from difflm_jax.distributed.collectives import ROW_PARALLEL, gathered, mean_of_heads, own_heads, summed
 from difflm_jax.models.attention import View, Window
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, lora_down, lora_up
-from difflm_jax.models.rope import rotate
+from difflm_jax.models.rope import Rotation, rotate
 from difflm_jax.ops.attention import attend_beside
-from difflm_jax.ops.attention_kernels import KERNELS
+from difflm_jax.ops.attention_kernels import attend_with, scaled
 from difflm_jax.ops.cpu import floats_of, kept
 from difflm_jax.ops.matmul import matmul
 from difflm_jax.ops.random import fold_seeds
@@ -34,17 +35,33 @@ def stored(*_: Any) -> Any:
     raise ValueError("the model is applied to weights that were read from a file; it initialises none")
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32, returned in the dtype of `x` (arXiv:1910.07467)."""
+class Norm(nn.Module):
+    """x / rms(x) over the last axis (arXiv:1910.07467) times the weight, in float32, returned in the dtype of `x`.
+
+    `kind` "layer" subtracts the mean first (arXiv:1607.06450). `offset` is added to the weight. If heads are divided
+    over devices, and the axis or the weight is one of all heads, so is the norm.
+    """
 
     epsilon: float
+    kind: str = "rms"
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.variable("params", "weight", stored).value
+        weight = floats_of(self.variable("params", "weight", stored).value)
+        own = x.shape[x.ndim - weight.ndim :]
+        is_divided = own != weight.shape and weight.ndim == 1
+        weight = own_heads(weight, own)
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return x32.astype(x.dtype) * weight.astype(x.dtype)
+        if self.kind == "layer":
+            x32 = x32 - mean_of_heads(x32, is_divided)
+        x32 = x32 * jax.lax.rsqrt(mean_of_heads(jnp.square(x32), is_divided) + self.epsilon)
+        if self.kind == "rms" and not self.offset:  # rounded before the weight, as Llama does
+            return x32.astype(x.dtype) * weight.astype(x.dtype)
+        x32 = x32 * (self.offset + weight.astype(jnp.float32))
+        if self.has_variable("params", "bias"):
+            x32 = x32 + self.variable("params", "bias", stored).value.astype(jnp.float32)
+        return x32.astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -93,6 +110,20 @@ def adapted(
     ]
 
 
+def norm(config: ModelConfig, name: str) -> Norm:
+    """The norm called `name` of a model."""
+    return Norm(config.norm_eps, config.norm, config.norm_offset, name=name)
+
+
+@struct.dataclass
+class LayerKind:
+    """What a layer has of its own: scanned arrays with an axis of layers. None where all layers are alike."""
+
+    index: jax.Array  # [], int32
+    window: jax.Array | None = None  # [], int32: keys at this distance or beyond are not seen
+    rope: jax.Array | None = None  # [], int32: the index of its `Rotation`
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE and, where the model has them, norms of queries and keys.
 
@@ -112,7 +143,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rotation,
         view: View,
         seeds_BT: jax.Array | None,
         window: Window | None,
@@ -121,25 +152,39 @@ class Attention(nn.Module):
         config = self.config
         batch, length, _ = x_BTD.shape
         projections = [Linear(self.lora, name=name) for name in ("q_proj", "k_proj", "v_proj")]
-        q_BTHE, k_BSKE, v_BSKE = (
-            projected.reshape(batch, length, -1, config.head_dim)  # as many heads as this device has
-            for projected in adapted(projections, x_BTD, seeds_BT, _ATTENTION_INPUT, gate_BT)
-        )
-        if config.qk_norm:
-            q_BTHE = RMSNorm(config.rms_norm_eps, name="q_norm")(q_BTHE)
-            k_BSKE = RMSNorm(config.rms_norm_eps, name="k_norm")(k_BSKE)
-        q_BTHE, k_BSKE = rotate(q_BTHE, *rope), rotate(k_BSKE, *rope)
+        q, k, v = adapted(projections, x_BTD, seeds_BT, _ATTENTION_INPUT, gate_BT)
+        if config.qk_norm == "all":
+            q, k = self._normalised(q, k)
+        # As many heads as this device has.
+        q_BTHE, k_BSKE, v_BSKE = (x.reshape(batch, length, -1, config.head_dim) for x in (q, k, v))
+        is_per_head = config.qk_norm in ("head", "each")
+        if is_per_head and not config.qk_norm_after_rope:
+            q_BTHE, k_BSKE = self._normalised(q_BTHE, k_BSKE)
+        q_BTHE, k_BSKE = (rotate(x, rope, config.rope_interleaved) for x in (q_BTHE, k_BSKE))
+        if is_per_head and config.qk_norm_after_rope:
+            q_BTHE, k_BSKE = self._normalised(q_BTHE, k_BSKE)
+        if rope.query_scale is not None:
+            q_BTHE = q_BTHE * rope.query_scale[:, :, None, None].astype(q_BTHE.dtype)
+        q_BTHE = scaled(q_BTHE, config.attention_scale)
         if self.is_mutable_collection("rows"):
             self.put_variable("rows", "k", jnp.swapaxes(k_BSKE, 1, 2))
             self.put_variable("rows", "v", jnp.swapaxes(v_BSKE, 1, 2))
+        sinks_H = self._sinks(q_BTHE.shape[2:3])
         if self.has_variable("columns", "k"):
             columns_BKSE = tuple(floats_of(self.get_variable("columns", name)) for name in ("k", "v"))
-            y_BTHE = attend_beside(q_BTHE, columns_BKSE, (k_BSKE, v_BSKE), view.mask)
+            own = (k_BSKE, v_BSKE)
+            y_BTHE = attend_beside(q_BTHE, columns_BKSE, own, view.mask, config.attention_softcap, sinks_H)
         else:
-            k_BSKE, v_BSKE = self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window)
-            y_BTHE = KERNELS[self.kernel](q_BTHE, k_BSKE, v_BSKE, view.mask, view.lengths)
+            qkv = (q_BTHE, self._cached("k", k_BSKE, window), self._cached("v", v_BSKE, window))
+            y_BTHE = attend_with(self.kernel, qkv, view.mask, view.lengths, config.attention_softcap, sinks_H)
         output = Linear(self.lora, name="o_proj")
         return adapted([output], y_BTHE.reshape(batch, length, -1), seeds_BT, _ATTENTION_OUTPUT, gate_BT)[0]
+
+    def _normalised(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return norm(self.config, "q_norm")(queries), norm(self.config, "k_norm")(keys)
+
+    def _sinks(self, heads: tuple[int, ...]) -> jax.Array | None:
+        return own_heads(self.variable("params", "sinks", stored).value, heads) if self.config.sinks else None
 
     def _cached(self, name: str, new_BTKE: jax.Array, window: Window | None) -> jax.Array:
         """The keys or values of the whole canvas: those of the window in their place among the cached ones."""
@@ -155,23 +200,51 @@ class Attention(nn.Module):
         return new_BTKE
 
 
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+class XIELU(nn.Module):
+    """The activation of Apertus (arXiv:2411.13010): quadratic above zero, exponential below, with learned slopes."""
 
+    @nn.compact
+    def __call__(self, x32: jax.Array) -> jax.Array:
+        alpha_p, alpha_n, beta, eps = (
+            self.variable("params", name, stored).value.astype(jnp.float32)
+            for name in ("alpha_p", "alpha_n", "beta", "eps")
+        )
+        below = (jnp.expm1(jnp.minimum(x32, eps)) - x32) * (beta + nn.softplus(alpha_n))
+        return jnp.where(x32 > 0, nn.softplus(alpha_p) * x32 * x32, below) + beta * x32
+
+
+_ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+}
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (arXiv:2002.05202), or down(act(up(x))) in a model without a gate."""
+
+    config: ModelConfig
     lora: LoraConfig | None
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, seeds_BL: jax.Array | None, gate_BL: jax.Array | None) -> jax.Array:
-        projections = [Linear(self.lora, name=name) for name in ("gate_proj", "up_proj")]
-        gate_BLF, up_BLF = adapted(projections, x_BLD, seeds_BL, _MLP_INPUT, gate_BL)
-        down = Linear(self.lora, name="down_proj")
+        kind, is_gated = self.config.activation, self.config.gated_mlp
+        activation = XIELU(name="act_fn") if kind == "xielu" else _ACTIVATIONS[kind]
+        names = ("gate_proj", "up_proj") if is_gated else ("up_proj",)
+        inner = adapted([Linear(self.lora, name=name) for name in names], x_BLD, seeds_BL, _MLP_INPUT, gate_BL)
         # One rounding: between operations in bfloat16 there would be one each, and half of the time is theirs on a CPU.
-        hidden_BLF = nn.silu(gate_BLF.astype(jnp.float32)) * up_BLF.astype(jnp.float32)
+        first_BLF, *up = (x_BLF.astype(jnp.float32) for x_BLF in inner)
+        hidden_BLF = activation(first_BLF)
+        if is_gated:
+            hidden_BLF = hidden_BLF * up[0]
+        down = Linear(self.lora, name="down_proj")
         return adapted([down], hidden_BLF.astype(x_BLD.dtype), seeds_BL, _MLP_HIDDEN, gate_BL)[0]
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP. Its signature is that of a `nn.scan` body: the hidden states are the carry."""
+    """Attention and MLP, with norms where the model has them. Its signature is that of a `nn.scan` body: the hidden
+    states are the carry."""
 
     config: ModelConfig
     lora: LoraConfig | None
@@ -181,8 +254,8 @@ class Layer(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        layer_index: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        kind: LayerKind,
+        rope: Rotation,
         view: View,
         seeds_BT: jax.Array | None,
         window: Window | None,
@@ -194,10 +267,25 @@ class Layer(nn.Module):
         view = view.replace(mask=mask_BTS)
         rope = jax.lax.stop_gradient(rope)  # behind the barrier they would have one
         if seeds_BT is not None:
-            seeds_BT = fold_seeds(seeds_BT, layer_index)
-        epsilon = self.config.rms_norm_eps
-        h_BTD = RMSNorm(epsilon, name="input_layernorm")(x_BTD)
-        attention = Attention(self.config, self.lora, self.attention_kernel, name="self_attn")
-        x_BTD = x_BTD + attention(h_BTD, rope, view, seeds_BT, window, gate_BT)
-        h_BTD = RMSNorm(epsilon, name="post_attention_layernorm")(x_BTD)
-        return x_BTD + MLP(self.lora, name="mlp")(h_BTD, seeds_BT, gate_BT), None
+            seeds_BT = fold_seeds(seeds_BT, kind.index)
+        config = self.config
+        rope = rope.of_layer(kind.rope)
+        if kind.window is not None:
+            view = view.within(kind.window)
+        attention = Attention(config, self.lora, self.attention_kernel, name="self_attn")
+        mlp = MLP(config, self.lora, name="mlp")
+        h_BTD = self._normalised(config.norms.before_attention, x_BTD)
+        update_BTD = attention(h_BTD, rope, view, seeds_BT, window, gate_BT)
+        update_BTD = self._normalised(config.norms.after_attention, update_BTD)
+        if config.parallel_block:
+            return self._added(self._added(x_BTD, update_BTD), mlp(h_BTD, seeds_BT, gate_BT)), None
+        x_BTD = self._added(x_BTD, update_BTD)
+        update_BTD = mlp(self._normalised(config.norms.before_mlp, x_BTD), seeds_BT, gate_BT)
+        return self._added(x_BTD, self._normalised(config.norms.after_mlp, update_BTD)), None
+
+    def _normalised(self, name: str | None, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if name is None else norm(self.config, name)(x_BTD)
+
+    def _added(self, x_BTD: jax.Array, update_BTD: jax.Array) -> jax.Array:
+        multiplier = self.config.residual_multiplier
+        return x_BTD + (update_BTD if multiplier == 1.0 else update_BTD * multiplier)

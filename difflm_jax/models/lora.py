@@ -42,6 +42,12 @@ class LoraConfig:
         """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732)."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    def of_model(self, projections: Sequence[str]) -> "LoraConfig":
+        """The same for a model with these projections: all that there are stand for all that it has."""
+        if set(self.target_modules) != set(ADAPTABLE):
+            return self
+        return dataclasses.replace(self, target_modules=tuple(name for name in ADAPTABLE if name in projections))
+
 
 def lora_down(
     x_BLD: jax.Array,
@@ -132,7 +138,7 @@ def merge_lora(
     for block, projections in params["layers"].items():
         for name, leaves in projections.items():
             factors = lora.get("layers", {}).get(block, {}).get(name)
-            weight = leaves["weight"] if isinstance(leaves, dict) else leaves
+            weight = leaves.get("weight") if isinstance(leaves, dict) else leaves
             if factors is not None or isinstance(weight, QTensor):
                 dense = _merged_stack(weight, factors, config.scaling, dtype)
                 merged["layers"][block][name]["weight"] = laid(("layers", block, name, "weight"), dense)

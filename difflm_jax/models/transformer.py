@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from difflm_jax.distributed.collectives import lookup, rows_together, whole_vocabulary
 from difflm_jax.models.attention import View, Window
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, RMSNorm, stored
+from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, LayerKind, norm, stored
 from difflm_jax.models.lora import LoraConfig
-from difflm_jax.models.rope import rope_tables
+from difflm_jax.models.rope import rotation
 from difflm_jax.ops.attention import ATTENTION_OUTPUT
 from difflm_jax.ops.attention_kernels import FUSED_FORWARD
 from difflm_jax.ops.cpu import bits_of
+from difflm_jax.ops.cross_entropy import capped
 from difflm_jax.ops.matmul import matmul
 
 _policies = jax.checkpoint_policies
@@ -71,7 +72,7 @@ class Transformer(nn.Module):
         the `cache` collection. `gate_BT` bool is False at tokens without the adapter (None: all have it). Collections
         `columns` and `rows` are those of `layers.Attention`.
         """
-        rope = rope_tables(self.config.rope, self.config.head_dim, positions_BT)
+        rope = rotation(self.config.ropes, self.config.head_dim, positions_BT)
 
         layer = Layer
         if self.remat != "none":
@@ -90,16 +91,33 @@ class Transformer(nn.Module):
             layers = nn.map_variables(layers, "params", _matrices_as_bits)
         x_BTD = self.embed(tokens_BT)
         stack = layers(self.config, self.lora, self.attention_kernel, name="layers")
-        x_BTD, _ = stack(x_BTD, jnp.arange(self.config.num_layers), rope, view, seeds_BT, window, gate_BT)
-        return RMSNorm(self.config.rms_norm_eps, name="norm")(x_BTD)
+        kinds, view = _kinds(self.config, view)
+        x_BTD, _ = stack(x_BTD, kinds, rope, view, seeds_BT, window, gate_BT)
+        x_BTD = norm(self.config, "norm")(x_BTD)
+        return x_BTD if self.config.logit_scale == 1.0 else x_BTD * self.config.logit_scale
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Rows of the table, but the trained `mask_row` where the token is the mask."""
+        """Rows of the table, but the trained `mask_row` where the token is the mask; times the model's multiplier."""
         x_BTD = Embedding(name="embed_tokens")(tokens_BT).astype(self.dtype)
         if self.mask_token_id is not None and self.has_variable("lora", "mask_row"):
             mask_row_D = self.get_variable("lora", "mask_row").astype(self.dtype)
             x_BTD = jnp.where((tokens_BT == self.mask_token_id)[..., None], mask_row_D, x_BTD)
-        return x_BTD
+        multiplier = self.config.embedding_multiplier
+        return x_BTD if multiplier == 1.0 else x_BTD * jnp.asarray(multiplier, self.dtype)
+
+
+def _kinds(config: ModelConfig, view: View) -> tuple[LayerKind, View]:
+    """What each layer has of its own, and what they share of `view`: a window that is the same for all is in the mask.
+
+    A window that reaches as far as the keys do is none.
+    """
+    rope = jnp.asarray(config.layer_ropes, jnp.int32) if len(config.ropes) > 1 else None
+    index, columns = jnp.arange(config.num_layers), view.mask.shape[2]
+    windows = [width if 0 < width < columns else 0 for width in config.windows]
+    if len(set(windows)) == 1:
+        return LayerKind(index, None, rope), view.within(windows[0]) if windows[0] else view
+    windows = jnp.asarray([width or jnp.iinfo(jnp.int32).max for width in windows], jnp.int32)
+    return LayerKind(index, windows, rope), view.replace(lengths=None)
 
 
 def _matrices_as_bits(params: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +145,7 @@ def head_logits(
     mask_token_id: int | None,
     hidden: jax.Array,
 ) -> jax.Array:
-    """float32 logits [..., V] of `hidden` [..., D].
+    """float32 logits [..., V] of `hidden` [..., D], which the model's `logit_scale` is in; capped if it has a cap.
 
     A trained mask row is an output row too where embeddings are tied, as it is for `peft` and in a merged export.
     """
@@ -137,4 +155,4 @@ def head_logits(
     if lora is not None and "mask_row" in lora and mask_token_id is not None and config.tie_word_embeddings:
         own = matmul(hidden, lora["mask_row"][None], jnp.float32)
         logits = logits.at[..., mask_token_id].set(own[..., 0])
-    return logits
+    return capped(logits, config.logit_softcap)

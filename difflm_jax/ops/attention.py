@@ -1,5 +1,7 @@
 """The attention product under a mask, and its gradient, in plain XLA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -10,24 +12,28 @@ ATTENTION_OUTPUT = "attention_output"  # what the backward pass needs of the for
 UNSEEN = -1e30  # the score of a key that a query does not see; finite, so that differences of scores are
 
 
-@jax.custom_vjp
-def attend(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+    q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask_BTS: jax.Array, softcap: float | None = None
+) -> jax.Array:
     """[B, T, H, E]: grouped-query attention, softmax in float32; a query that sees nothing gives zero.
+
+    A score x becomes c tanh(x / c) if there is a `softcap` c.
 
     The backward pass is FlashAttention-2's (arXiv:2307.08691, algorithm 2): it keeps the result and one number for each
     query and head, and makes the scores again. No more than `QUERY_CHUNK` queries have scores at once; those of all
     were the largest arrays of a training step (float32 [B, H, T, S], several times over).
     """
-    return _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)[0]
+    return _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS, softcap)[0]
 
 
-def _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
+def _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS, softcap):
     """(the result, log of the sum of exp(scores) of each query [B, K, T, G])."""
     k_BKSE, v_BKSE = _heads_first(k_BSKE), _heads_first(v_BSKE)
 
     def of_chunk(chunk):
         q_BKTGE, mask_BTS = chunk
-        scores_BKTGS = _scores(q_BKTGE, k_BKSE, mask_BTS)
+        scores_BKTGS = _masked(_scores(q_BKTGE, k_BKSE, softcap), mask_BTS)
         largest_BKTG = scores_BKTGS.max(axis=-1)
         p_BKTGS = _seen(jnp.exp(scores_BKTGS - largest_BKTG[..., None]), mask_BTS)
         sum_BKTG = jnp.maximum(p_BKTGS.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
@@ -38,13 +44,13 @@ def _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
     return _ungrouped(y_BKTGE), lse_BKTG
 
 
-def _attend_forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
-    y_BTHE, lse_BKTG = _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
+def _attend_forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS, softcap):
+    y_BTHE, lse_BKTG = _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS, softcap)
     y_BTHE, lse_BKTG = (named(x, ATTENTION_OUTPUT) for x in (y_BTHE, lse_BKTG))
     return y_BTHE, (q_BTHE, k_BSKE, v_BSKE, mask_BTS, y_BTHE, lse_BKTG)
 
 
-def _attend_backward(saved, dy_BTHE):
+def _attend_backward(softcap, saved, dy_BTHE):
     q_BTHE, k_BSKE, v_BSKE, mask_BTS, y_BTHE, lse_BKTG = saved
     k_BKSE, v_BKSE = _heads_first(k_BSKE), _heads_first(v_BSKE)
     dtype = q_BTHE.dtype
@@ -52,9 +58,13 @@ def _attend_backward(saved, dy_BTHE):
 
     def of_chunk(chunk):
         q_BKTGE, dy_BKTGE, mask_BTS, lse_BKTG, inner_BKTG1 = chunk
-        p_BKTGS = _seen(jnp.exp(_scores(q_BKTGE, k_BKSE, mask_BTS) - lse_BKTG[..., None]), mask_BTS)
+        scores_BKTGS = _scores(q_BKTGE, k_BKSE, softcap)
+        p_BKTGS = _seen(jnp.exp(_masked(scores_BKTGS, mask_BTS) - lse_BKTG[..., None]), mask_BTS)
         dp_BKTGS = _einsum("bktge,bkse->bktgs", dy_BKTGE, v_BKSE)
-        ds_BKTGS = (p_BKTGS * (dp_BKTGS - inner_BKTG1) * _scale(q_BTHE)).astype(dtype)
+        ds_BKTGS = p_BKTGS * (dp_BKTGS - inner_BKTG1) * _scale(q_BTHE)
+        if softcap is not None:
+            ds_BKTGS *= 1.0 - jnp.square(scores_BKTGS / softcap)
+        ds_BKTGS = ds_BKTGS.astype(dtype)
         dq_BKTGE = _einsum("bktgs,bkse->bktge", ds_BKTGS, k_BKSE).astype(dtype)
         # The small operand first: it is the one that is transposed, and scores transposed took a fifth of a CPU's step.
         dk_BKES = _einsum("bktge,bktgs->bkes", q_BKTGE, ds_BKTGS)
@@ -74,21 +84,32 @@ def attend_beside(
     columns_BKSE: tuple[jax.Array, jax.Array],
     rows_BTKE: tuple[jax.Array, jax.Array],
     mask_BTS: jax.Array,
+    softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """[B, T, H, E]: attention of rows to cached columns and, under the same softmax, to each other.
 
     `columns_BKSE` are keys and values of S cached tokens, heads first; `rows_BTKE` those of the T queries. `mask_BTS`
-    is [B, T, S + T]. Neither the columns nor their scores are copied beside those of the rows. For few rows: all scores
-    exist at once. jax differentiates it; columns that are not trained cost nothing in the backward pass.
+    is [B, T, S + T]; `softcap` is that of `attend`, `sinks_H` that of `attention_kernels.attend_with`. Neither the
+    columns nor their scores are copied beside those of the rows. For few rows: all scores exist at once. jax
+    differentiates it; columns that are not trained cost nothing in the backward pass.
     """
     columns = columns_BKSE[0].shape[2]
     q_BKTGE = _grouped(q_BTHE, rows_BTKE[0])
     pairs = (columns_BKSE, tuple(_heads_first(x_BTKE) for x_BTKE in rows_BTKE))
     masks = (mask_BTS[..., :columns], mask_BTS[..., columns:])
-    scores = [_scores(q_BKTGE, k_BKSE, mask) for (k_BKSE, _), mask in zip(pairs, masks, strict=True)]
-    largest_BKTG = jax.lax.stop_gradient(jnp.maximum(*(x_BKTGS.max(axis=-1) for x_BKTGS in scores)))[..., None]
+    scores = [_masked(_scores(q_BKTGE, k_BKSE, softcap), mask) for (k_BKSE, _), mask in zip(pairs, masks, strict=True)]
+    largest_BKTG = jax.lax.stop_gradient(jnp.maximum(*(x_BKTGS.max(axis=-1) for x_BKTGS in scores)))
+    sink_KG = None
+    if sinks_H is not None:
+        sink_KG = sinks_H.astype(jnp.float32).reshape(q_BKTGE.shape[1], -1)[:, None]
+        largest_BKTG = jnp.maximum(largest_BKTG, jax.lax.stop_gradient(sink_KG))
+    largest_BKTG = largest_BKTG[..., None]
     p = [_seen(jnp.exp(x - largest_BKTG), mask) for x, mask in zip(scores, masks, strict=True)]
-    sum_BKTG = jnp.maximum(p[0].sum(axis=-1) + p[1].sum(axis=-1), jnp.finfo(jnp.float32).tiny)
+    sum_BKTG = p[0].sum(axis=-1) + p[1].sum(axis=-1)
+    if sink_KG is not None:
+        sum_BKTG += jnp.exp(sink_KG - largest_BKTG[..., 0])
+    sum_BKTG = jnp.maximum(sum_BKTG, jnp.finfo(jnp.float32).tiny)
     y = [_einsum("bktgs,bkse->bktge", x.astype(v.dtype), v) for x, (_, v) in zip(p, pairs, strict=True)]
     return _ungrouped(((y[0] + y[1]) / sum_BKTG[..., None]).astype(q_BTHE.dtype))
 
@@ -123,9 +144,13 @@ def _query_axis(x) -> int:
     return 2 if x.ndim > 3 else 1
 
 
-# Both by arithmetic: the other value of a `jnp.where` is an array of the size of the scores to jax, which it keeps.
-def _scores(q_BKTGE, k_BKSE, mask_BTS):
+def _scores(q_BKTGE, k_BKSE, softcap):
     scores_BKTGS = _einsum("bktge,bkse->bktgs", q_BKTGE, k_BKSE) * _scale(q_BKTGE)
+    return scores_BKTGS if softcap is None else softcap * jnp.tanh(scores_BKTGS / softcap)
+
+
+# By arithmetic, as in `_seen`: the other value of a `jnp.where` is an array of the size of the scores, which jax keeps.
+def _masked(scores_BKTGS, mask_BTS):
     return scores_BKTGS + (mask_BTS[:, None, :, None].astype(jnp.float32) - 1.0) * -UNSEEN
 
 

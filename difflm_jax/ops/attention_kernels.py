@@ -14,6 +14,55 @@ PALLAS_CALL = "pallas_call"
 FUSED_FORWARD = (CUDNN_FORWARD, PALLAS_CALL)  # what a layer's forward pass may have of them
 
 
+def scaled(q_BTHE: jax.Array, scale: float) -> jax.Array:
+    """The queries that make scores with a factor of `scale`; the kernels' own is one over the root of their width."""
+    factor = scale * q_BTHE.shape[-1] ** 0.5
+    return q_BTHE * factor if abs(factor - 1.0) > 1e-9 else q_BTHE
+
+
+def attend_with(
+    kernel: str,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    mask_BTS: jax.Array,
+    lengths_B: jax.Array | None,
+    softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
+) -> jax.Array:
+    """[B, T, H, E]: attention of `qkv` (queries, keys, values) by the kernel of that name.
+
+    `softcap` caps the scores. A head with a sink also sees a key of that score, whose value is zero. Raises `UserError`
+    for a kernel that cannot cap scores.
+    """
+    q_BTHE, k_BSKE, v_BSKE = qkv
+    width = q_BTHE.shape[-1]
+    if softcap is not None and kernel != "xla":
+        raise UserError(f"attention_kernel={kernel!r} cannot cap scores (attn_logit_softcapping={softcap}); use 'xla'")
+    if softcap is not None and sinks_H is not None:
+        raise NotImplementedError("no family has both capped scores and sinks")
+    if sinks_H is not None:
+        q_BTHE, k_BSKE, v_BSKE, mask_BTS = _with_sinks(q_BTHE, k_BSKE, v_BSKE, mask_BTS, sinks_H)
+        lengths_B = None if lengths_B is None else lengths_B + 1
+    if softcap is not None:
+        return attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS, softcap)
+    return KERNELS[kernel](q_BTHE, k_BSKE, v_BSKE, mask_BTS, lengths_B)[..., :width]
+
+
+def _with_sinks(q_BTHE, k_BSKE, v_BSKE, mask_BTS, sinks_H):
+    """The operands with one more key at the beginning, whose score is that of the sink whatever the query says.
+
+    An element of its own is added to heads for it, and zeros that make up the multiple of eight that kernels ask for.
+    """
+    width = q_BTHE.shape[-1]
+    wide = width + 8
+    own_BTH1 = jnp.broadcast_to((sinks_H.astype(jnp.float32) * wide**0.5)[:, None], (*q_BTHE.shape[:-1], 1))
+    none = [(0, 0)] * 3
+    q_BTHE = jnp.concatenate([q_BTHE * (wide / width) ** 0.5, own_BTH1.astype(q_BTHE.dtype)], axis=-1)
+    q_BTHE = jnp.pad(q_BTHE, [*none, (0, 7)])
+    k_BSKE, v_BSKE = (jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 8)]) for x in (k_BSKE, v_BSKE))
+    k_BSKE = k_BSKE.at[:, 0, :, width].set(1)
+    return q_BTHE, k_BSKE, v_BSKE, jnp.pad(mask_BTS, [(0, 0), (0, 0), (1, 0)], constant_values=True)
+
+
 def attend_in_xla(q_BTHE, k_BSKE, v_BSKE, mask_BTS: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
     """`attend`, which takes any mask as it is."""
     return attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)

@@ -39,6 +39,7 @@ def scored_cross_entropy(
     chunk: int,
     vocab_size: int | None = None,
     teacher: Teacher | None = None,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, Scores]:
     """(sum of weight * nll + teacher's weight * KL(teacher || model), `Scores`).
 
@@ -46,28 +47,28 @@ def scored_cross_entropy(
     sum is differentiable, with respect to `hidden_MD` and, where it is trained, `head_VD`: both gradients are made
     together with the loss, so that the backward pass costs no product with the head, and that of a frozen head is not
     made at all. The number of chunks follows the number of scored positions, not M. `vocab_size` is V where `head_VD`
-    is one device's part of the head, with padding behind it.
+    is one device's part of the head, with padding behind it. `softcap`: that of the logits (`capped`).
     """
-    static = (chunk, forbidden_id, vocab_size or head_VD.shape[0])
+    static = (chunk, (forbidden_id, vocab_size or head_VD.shape[0], softcap))
     return _cross_entropy(*static, hidden_MD, head_VD, targets_M, weights_M, teacher)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, targets_M, weights_M, teacher):
-    head = _Head(head_VD, hidden_MD.dtype, forbidden_id, vocab_size)
-    outputs, _ = _in_chunks(chunk, head, hidden_MD, targets_M, weights_M, teacher, Gradients(None, None))
-    return outputs
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(chunk, outputs, hidden_MD, head_VD, targets_M, weights_M, teacher):
+    head = _Head(head_VD, hidden_MD.dtype, *outputs)
+    found, _ = _in_chunks(chunk, head, hidden_MD, targets_M, weights_M, teacher, Gradients(None, None))
+    return found
 
 
-def _forward(chunk, forbidden_id, vocab_size, hidden_MD, head_VD, *others):
+def _forward(chunk, outputs, hidden_MD, head_VD, *others):
     head_is_trained = is_differentiated(head_VD)
     hidden_MD, head_VD, *others = values(hidden_MD, head_VD, *others)
     zeros = Gradients(jnp.zeros_like(hidden_MD), jnp.zeros_like(head_VD) if head_is_trained else None)
-    head = _Head(head_VD, hidden_MD.dtype, forbidden_id, vocab_size)
+    head = _Head(head_VD, hidden_MD.dtype, *outputs)
     return _in_chunks(chunk, head, hidden_MD, *others, zeros)
 
 
-def _backward(chunk, forbidden_id, vocab_size, gradients, cotangents):
+def _backward(chunk, outputs, gradients, cotangents):
     of_loss = cotangents[0]
     of_hidden_MD, of_head_VD = jax.tree.map(lambda gradient: of_loss.astype(gradient.dtype) * gradient, gradients)
     return of_hidden_MD, of_head_VD, None, None, None
@@ -87,8 +88,10 @@ class _Head:
     """The output head or one device's part of it, in the dtype of the hidden states. Devices that share one score the
     chunks of all of them together, each against its part of the vocabulary."""
 
-    def __init__(self, head_VD: jax.Array, dtype: Any, forbidden_id: int, vocab_size: int):
-        self.weight_VD, self.vocab_size = head_VD.astype(dtype), vocab_size
+    def __init__(
+        self, head_VD: jax.Array, dtype: Any, forbidden_id: int, vocab_size: int, softcap: float | None = None
+    ):
+        self.weight_VD, self.vocab_size, self.softcap = head_VD.astype(dtype), vocab_size, softcap
         self.start, self.rows = first_row(head_VD), head_VD.shape[0]
         ids_V = self.start + jnp.arange(self.rows)
         self.is_output_V = (ids_V != forbidden_id) & (ids_V < vocab_size)
@@ -102,7 +105,14 @@ class _Head:
 
     def logits(self, hidden_CD: jax.Array) -> jax.Array:
         """float32 [C, V] of this part of the vocabulary; -inf for what is no output."""
-        return jnp.where(self.is_output_V, matmul(hidden_CD, self.weight_VD, jnp.float32), -jnp.inf)
+        logits_CV = capped(matmul(hidden_CD, self.weight_VD, jnp.float32), self.softcap)
+        return jnp.where(self.is_output_V, logits_CV, -jnp.inf)
+
+    def through_cap(self, error_CV: jax.Array, logits_CV: jax.Array) -> jax.Array:
+        """The gradient of what is capped, from that of the logits."""
+        if self.softcap is None:
+            return error_CV
+        return error_CV * jnp.where(self.is_output_V, 1.0 - jnp.square(logits_CV / self.softcap), 0.0)
 
     def normalised(self, logits_CV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(the largest logit [C], exp(logit - largest) [C, V], their sum [C]), over the whole vocabulary."""
@@ -167,6 +177,7 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
             error_CV = error_CV.at[jnp.arange(len(row_C)), row_C].add(-jnp.where(is_here_C, weights_C, 0.0))
             if teacher is not None:
                 error_CV += weights_at(teacher.weights)[:, None] * (p_CV - q_CV)
+            error_CV = head.through_cap(error_CV, logits_CV)
             gradients = _added(gradients, at_C, error_CV.astype(hidden_MD.dtype), hidden_CD, head.weight_VD)
         return scores, gradients
 
@@ -182,6 +193,11 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
     if teacher is not None:
         loss += (teacher.weights * scores.divergence).sum()
     return (loss, scores), gradients
+
+
+def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """c tanh(x / c) for a cap c (arXiv:2408.00118); the logits themselves without one."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _added(gradients: Gradients, at_C, error_CV, hidden_CD, head_VD) -> Gradients:

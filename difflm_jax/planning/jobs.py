@@ -25,6 +25,7 @@ from difflm_jax.distributed.sharding import abstract, batch_sharding, rows_spec
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import init_lora
 from difflm_jax.models.transformer import Transformer
+from difflm_jax.models.weights import projections_of
 from difflm_jax.planning.costs import Buffer, Costs, Transfer, costs
 from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.caches import Canvas, generate_on
@@ -236,7 +237,7 @@ def _shard_shape(leaf: Any) -> tuple[int, ...]:
 def _model(config: ConfigDict, model_config: ModelConfig, remat: str, on_cpu: bool) -> Transformer:
     return Transformer(
         config=model_config,
-        lora=None if config.trained == "all" else lora_config(config),
+        lora=None if config.trained == "all" else lora_config(config).of_model(projections_of(model_config)),
         mask_token_id=model_config.vocab_size - 1,
         dtype=DTYPES[config.dtype],
         remat=remat,

@@ -259,6 +259,7 @@ def _token_nll(model: Transformer, diffusion: DiffusionConfig, mesh: Any, variab
             diffusion.mask_token_id,
             CHUNK,
             model.config.vocab_size,
+            softcap=model.config.logit_softcap,
         )
         return scores.nll.reshape(tokens_BL.shape)
 

@@ -16,6 +16,7 @@ from difflm_jax.distributed.sharding import place, place_leaf, to_host
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.models.lora import LoraConfig, init_lora
+from difflm_jax.models.weights import projections_of
 
 Collections = dict[str, Any]  # of the model, by name: "params", "lora"
 
@@ -39,7 +40,7 @@ def start(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
         if lm.mesh is not None:
             table_VD = place_leaf(("embed_tokens", "weight"), table_VD, lm.mesh)
         return dataclasses.replace(lm, params={**lm.params, "embed_tokens": {"weight": table_VD}})
-    settings = lora_config(config)
+    settings = lora_config(config).of_model(projections_of(lm.config))
     if lm.lora is None:
         own_row_D = mask_row_D if config.train_mask_row else None
         return lm.with_adapter(init_lora(jax.random.key(config.seed), lm.params, settings, own_row_D), settings)

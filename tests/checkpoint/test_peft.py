@@ -44,6 +44,7 @@ def save_ours(tmp_path, tiny_model, random_lora):
             tmp_path / target,
             lora,
             config,
+            model_config=source.config,
             base_model_name=str(tmp_path / "base"),
             revision=None,
             mask_token_id=MASK if mask else None,

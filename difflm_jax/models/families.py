@@ -1,0 +1,211 @@
+"""Model families as data: a row says how a family differs from Llama, and where its `config.json` says so.
+
+Every row was read off the modelling code of transformers 5.23, which `tests/models/test_oracle.py` compares it with.
+To add a family, add a row here and a tiny model there.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Norms(NamedTuple):
+    """The norms of a layer by their place, under Hugging Face's names; None where there is none."""
+
+    before_attention: str | None
+    after_attention: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+PRE = Norms("input_layernorm", None, "post_attention_layernorm", None)
+POST = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+SANDWICH = Norms(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+_GLM4 = Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+_PARALLEL = Norms("input_layernorm", None, None, None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What all models of a family share. The defaults are Llama's."""
+
+    norm: str = "rms"  # "rms" or "layer": whether the mean is subtracted first
+    norm_offset: float = 0.0  # added to the weight of every norm
+    norm_bias: bool = False
+    norms: Norms = PRE
+    parallel_block: bool = False  # attention and MLP read the same normalised input
+    qk_norm: str | None = (
+        None  # "head": one weight [E]; "each": one for each head [H, E]; "all": over all heads [H * E]
+    )
+    qk_norm_after_rope: bool = False
+    gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
+    rope_interleaved: bool = False  # a pair is elements 2i and 2i + 1 of a head, not i and i + E/2
+    sinks: bool = False  # each head may attend to nothing, with a learned score
+    names: tuple[tuple[str, str], ...] = ()  # of a layer's modules: ours, and Hugging Face's where it is another
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()  # tensors that hold several of our projections, joined by rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A row. `defaults` are those of keys that `config.json` may leave out; a bias is a key or a constant.
+
+    `windows` says which layers `sliding_window` is for: "none", "every", "typed" (those that `layer_types` calls
+    sliding; by default all but one of `period`, of which the last, or the first, is global) or "qwen" (typed, and only
+    with `use_sliding_window`). `rotated` says which layers have RoPE: "all", "sliding", "unless_global" (the sliding
+    ones, or all in a model without a window), "no_rope_layers" or "layer_rope_theta"; "typed" gives each type of layer
+    a RoPE of its own.
+    """
+
+    structure: Structure = Structure()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads: tuple[str, ...] = ()  # keys of its own: multipliers, caps and what `windows` and `rotated` need
+    epsilon: str = "rms_norm_eps"
+    activation: str = "hidden_act"
+    qkv_bias: str | bool = "attention_bias"
+    o_bias: str | bool = "attention_bias"
+    mlp_bias: str | bool = False
+    qk_norm_key: str | None = None  # the key that turns `structure.qk_norm` on
+    windows: str = "none"
+    period: int = 0
+    first_is_global: bool = False
+    rotated: str = "all"
+    partial_rotary: bool = False
+    longrope: bool = False  # any scaling is LongRoPE, whatever it is called
+    scaled_embedding: bool = False  # by the square root of the hidden size
+
+
+_RMS_OFFSET = {"norm_offset": 1.0}
+_GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "rms_norm_eps": 1e-6}
+_CAPS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+_QKV = ("qkv_proj", ("q_proj", "k_proj", "v_proj"))
+_GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
+_GLM = {"head_dim": 128, "rms_norm_eps": 1.5625e-7, "attention_bias": True, "partial_rotary_factor": 0.5}
+_LAYER_NORM = {"norm": "layer", "norm_bias": True}
+
+FAMILIES = {
+    "llama": Family(mlp_bias="mlp_bias"),  # SmolLM2 too
+    "mistral": Family(qkv_bias=False, o_bias=False, windows="every"),
+    # Qwen2 has biases of q, k and v alone, whatever attention_bias says
+    "qwen2": Family(qkv_bias=True, o_bias=False, windows="qwen"),
+    "qwen3": Family(structure=Structure(qk_norm="head"), windows="qwen"),
+    "gemma": Family(
+        structure=Structure(**_RMS_OFFSET), scaled_embedding=True,
+        defaults={**_GEMMA, "hidden_act": "gelu_pytorch_tanh"},
+        reads=("use_bidirectional_attention",),
+    ),
+    "gemma2": Family(
+        structure=Structure(**_RMS_OFFSET, norms=SANDWICH), scaled_embedding=True, activation="hidden_activation",
+        windows="typed", period=2,
+        reads=("use_bidirectional_attention", *_CAPS),
+        defaults={**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+                  "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3_text": Family(
+        structure=Structure(**_RMS_OFFSET, norms=SANDWICH, qk_norm="head"), scaled_embedding=True,
+        activation="hidden_activation",
+        windows="typed", period=6, rotated="typed",
+        reads=("use_bidirectional_attention", "rope_local_base_freq", *_CAPS),
+        defaults={**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+                  "sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    ),
+    "phi3": Family(
+        structure=Structure(fused=(_QKV, _GATE_UP)), qkv_bias=False, o_bias=False, windows="every",
+        partial_rotary=True, longrope=True, defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    ),
+    "olmo2": Family(structure=Structure(norms=POST, qk_norm="all"), defaults={"rms_norm_eps": 1e-5}),
+    "olmo3": Family(
+        structure=Structure(norms=POST, qk_norm="all"), windows="typed", period=4, rotated="typed",
+        # transformers gives the local layers 500000 unless rope_parameters says otherwise
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5, "rope_local_base_freq": 5e5},
+    ),
+    "granite": Family(mlp_bias="mlp_bias", reads=_GRANITE, defaults={"attention_multiplier": 1.0}),
+    "granite_swa": Family(
+        structure=Structure(sinks=True), mlp_bias="mlp_bias", windows="typed", period=4, first_is_global=True,
+        rotated="layer_rope_theta", reads=(*_GRANITE, "layer_rope_theta"),
+        defaults={"attention_multiplier": 1.0, "sliding_window": 128, "rms_norm_eps": 1e-5,
+                  "tie_word_embeddings": True},
+    ),
+    "smollm3": Family(
+        mlp_bias="mlp_bias", windows="qwen", rotated="no_rope_layers",
+        reads=("no_rope_layers", "no_rope_layer_interval"),
+        defaults={"rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4},
+    ),
+    "starcoder2": Family(
+        structure=Structure(**_LAYER_NORM, gated_mlp=False, names=(("up_proj", "c_fc"), ("down_proj", "c_proj"))),
+        epsilon="norm_epsilon", qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", windows="every",
+        defaults={"norm_epsilon": 1e-5, "use_bias": True, "hidden_act": "gelu_pytorch_tanh",
+                  "tie_word_embeddings": True},
+    ),
+    "cohere": Family(
+        structure=Structure(norm="layer", norms=_PARALLEL, parallel_block=True, rope_interleaved=True, qk_norm="each"),
+        epsilon="layer_norm_eps", qk_norm_key="use_qk_norm", reads=("logit_scale",),
+        defaults={"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "rope_theta": 5e5, "tie_word_embeddings": True},
+    ),
+    "cohere2": Family(
+        structure=Structure(norm="layer", norms=_PARALLEL, parallel_block=True, rope_interleaved=True),
+        epsilon="layer_norm_eps", reads=("logit_scale",), windows="typed", period=4, rotated="sliding",
+        defaults={"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "sliding_window": 4096, "tie_word_embeddings": True},
+    ),
+    "stablelm": Family(
+        structure=Structure(**_LAYER_NORM), epsilon="layer_norm_eps", qkv_bias="use_qkv_bias", o_bias=False,
+        partial_rotary=True, reads=("use_parallel_residual",),
+        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+    ),
+    "glm": Family(
+        structure=Structure(rope_interleaved=True, fused=(_GATE_UP,)), o_bias=False, partial_rotary=True, defaults=_GLM
+    ),
+    "glm4": Family(
+        structure=Structure(rope_interleaved=True, fused=(_GATE_UP,), norms=_GLM4), o_bias=False,
+        partial_rotary=True, defaults=_GLM,
+    ),
+    "exaone4": Family(
+        structure=Structure(norms=POST, qk_norm="head"), qkv_bias=False, o_bias=False, windows="typed", period=4,
+        rotated="unless_global", defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
+    ),
+    "seed_oss": Family(
+        o_bias="attention_out_bias", mlp_bias="mlp_bias", defaults={"head_dim": 128, "attention_bias": True}
+    ),
+    "helium": Family(
+        structure=Structure(rope_interleaved=True), o_bias=False, mlp_bias="mlp_bias",
+        defaults={"head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 1e5},
+    ),
+    "ernie4_5": Family(
+        structure=Structure(rope_interleaved=True), qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
+        defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True},
+    ),
+    "hunyuan_v1_dense": Family(
+        structure=Structure(qk_norm="head", qk_norm_after_rope=True,
+                            names=(("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))),
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    "apertus": Family(
+        structure=Structure(qk_norm="head", gated_mlp=False,
+                            norms=Norms("attention_layernorm", None, "feedforward_layernorm", None)),
+        defaults={
+            "rms_norm_eps": 1e-5, "hidden_act": "xielu", "rope_theta": 12e6,
+            "rope_parameters": {"rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, "low_freq_factor": 1.0,
+                                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+        },
+    ),
+    "arcee": Family(
+        structure=Structure(gated_mlp=False), mlp_bias="mlp_bias",
+        defaults={"rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    ),
+    "nemotron": Family(
+        structure=Structure(**_LAYER_NORM, **_RMS_OFFSET, gated_mlp=False), epsilon="norm_eps", mlp_bias="mlp_bias",
+        partial_rotary=True, defaults={"norm_eps": 1e-5, "hidden_act": "relu2", "partial_rotary_factor": 0.5},
+    ),
+    "ministral": Family(
+        qkv_bias=False, o_bias=False, windows="typed", period=0, defaults={"sliding_window": 4096}
+    ),
+    "ministral3": Family(
+        qkv_bias=False, o_bias=False, windows="every", defaults={"head_dim": 128, "rms_norm_eps": 1e-5},
+    ),
+    "jais2": Family(
+        structure=Structure(**_LAYER_NORM, gated_mlp=False), epsilon="layer_norm_eps", mlp_bias="mlp_bias",
+        defaults={"layer_norm_eps": 1e-5, "hidden_act": "relu2", "attention_bias": True, "mlp_bias": True},
+    ),
+}  # fmt: skip
