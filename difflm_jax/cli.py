@@ -5,7 +5,6 @@ What needs jax is imported where it is used: `difflm --help` does not wait for i
 
 import copy
 import dataclasses
-import difflib
 import importlib
 import io
 import re
@@ -196,7 +195,15 @@ COMMANDS = {
     "export": "write a PEFT adapter or a merged checkpoint",
     "plan": "say whether a run will fit, and how long a step takes",
     "plot": "draw the metrics of runs",
+    "doctor": "check this machine, and say how to mend what is wrong",
     "harness": "run lm-evaluation-harness on a model",
+}
+
+
+# Commands without a module of their own.
+TOOLS = {
+    "init": "write a config for your own data into a new directory, and preview it",
+    "recipes": "list, show or copy the configs of the repository",
 }
 
 
@@ -206,13 +213,28 @@ def difflm(argv: Sequence[str] | None = None) -> int:
     name = argv[1] if len(argv) > 1 else "--help"
     if name in ("--help", "-h", "-help", "help"):
         print("difflm COMMAND [--flags]     (difflm COMMAND --help lists the flags)\n")
-        print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:<10}{text}" for name, text in {**COMMANDS, **TOOLS}.items()))
         return 0
 
     def command() -> int:
+        if name in TOOLS:
+            return _tool(name, [f"difflm {name}", *argv[2:]])
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1, 0)[0]
+            near = nearest(name, (*COMMANDS, *TOOLS))
             raise UserError(f"{name}: no such command (did you mean difflm {near}? difflm --help lists them)")
         return importlib.import_module(f"difflm_jax.{name}").command([f"difflm {name}", *argv[2:]])
 
     return exit_with_errors(command)
+
+
+def _tool(name: str, argv: Sequence[str]) -> int:
+    from difflm_jax.config import recipes
+
+    if name == "recipes":
+        return recipes.recipes(argv)
+    path = recipes.init(argv)
+    if path is None:
+        return 0
+    status = importlib.import_module("difflm_jax.train").command(["difflm train", f"--config={path}", "--preview"])
+    suggest_next(f"difflm train --config={path}")
+    return status

@@ -22,7 +22,7 @@ class Tracker:
     def __init__(self, config: Any, enabled: bool = True):
         settings = config.wandb_config
         self._run = None
-        if not settings.project or not enabled or (mode := _mode(settings.mode)) == "disabled":
+        if not settings.project or not enabled or (mode := tracking_mode(settings.mode)) == "disabled":
             return
         for attempt in ("online", "offline") if mode == "online" else (mode,):
             try:
@@ -88,7 +88,7 @@ def _start(config: Any, mode: str) -> Any:
     return run
 
 
-def _mode(wanted: str) -> str:
+def tracking_mode(wanted: str) -> str:
     """What "auto" means here: what wandb is set to (`wandb offline`, `wandb disabled`, its environment variables), else
     online with an API key, else offline."""
     if wanted != "auto":
