@@ -13,9 +13,11 @@ import time
 
 import difflm_jax
 from benchmarks.common import add_report_flags, alternating, median_of, report
-from difflm_jax.data.batches import batches, plan_batches, tokenize
+from difflm_jax.data.batches import batches, plan_batches
 from difflm_jax.data.formats import parse_row
+from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.sources import open_source
+from difflm_jax.data.tokenised import tokenize
 
 
 def main() -> None:
@@ -35,17 +37,11 @@ def main() -> None:
             rows = tokenize(options.data, tokenizer, phase="sft", max_length=options.max_length, cache_dir=directory)
             parts["tokenise and store"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            data = batches(rows, batch_size=options.batch_size, batching="packed", max_length=options.max_length)
+            plan = plan_batches(rows, BatchOptions(options.batch_size, options.max_length, batching="packed"))
+            data = batches(rows, plan)
             for step in range(len(data)):
                 data[step]
             parts["plan and fill packed batches"].append(time.perf_counter() - start)
-            plan = plan_batches(
-                rows,
-                rows_per_step=options.batch_size,
-                batching="packed",
-                max_length=options.max_length,
-                length_multiple=64,
-            )
             facts.update(rows=len(rows), real_tokens=round(plan.real_share, 4))
 
     def peer(_: int) -> None:

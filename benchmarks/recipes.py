@@ -23,7 +23,9 @@ import jax
 import numpy as np
 
 from difflm_jax.config.files import load_config
-from difflm_jax.data.batches import batches, tokenize
+from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.packing import BatchOptions
+from difflm_jax.data.tokenised import tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import place
@@ -166,16 +168,16 @@ def masked_scores(
     )
     rows = rows.select(range(min(count or len(rows), len(rows))))
     corruption = Corruption(lm.diffusion, scope="answer", min_rate=low, max_rate=high, loss_tokens="masked")
-    data_batches = batches(
-        rows, batch_size=20, shuffle=False, pad_id=lm.pad_token_id, max_length=max_length,
+    options = BatchOptions(
+        batch_size=20, shuffle=False, pad_id=lm.pad_token_id, max_length=max_length,
         answer_padding=lm.block_length, eos_id=lm.tokenizer.eos_token_id,
     )  # fmt: skip
+    data_batches = batches(rows, plan_batches(rows, options), strata="rows")
     mesh = lm.mesh or make_mesh(1)
     evaluate = Evaluator(
         StepOptions(lm.model, corruption, 256),
         mesh,
         (data_batches[i] for i in range(len(data_batches))),
-        len(rows),
         jax.random.key(0),
     )
     sums = evaluate(place(lm.variables, mesh))

@@ -24,8 +24,10 @@ import numpy as np
 import difflm_jax
 from benchmarks.common import add_report_flags, alternating, gemm_flops, median_of, report
 from difflm_jax.config import default_config
-from difflm_jax.data.batches import batches, tokenize
+from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.shared_prefix import shared_prefix
+from difflm_jax.data.tokenised import tokenize
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.flops import train_flops_per_token
@@ -56,12 +58,12 @@ def main() -> None:
     rows = tokenize(options.data, lm.tokenizer, phase="sft", max_length=options.max_length, overlong="drop")
     rows = rows.filter(lambda row: len(row["tokens"]) <= options.row_length)
     padded = {"batch_size": options.examples, "length_multiple": 1, "max_length": options.row_length}
-    plain = batches(rows, **padded, pad_id=lm.pad_token_id)
+    plain = batches_of(rows, **padded, pad_id=lm.pad_token_id)
     share = np.mean([len(row) for row in rows["tokens"][:1000]]) / options.row_length
     packed_rows = max(1, round(options.examples * share))
-    packed = batches(rows, batch_size=packed_rows, batching="packed", max_length=options.row_length)
+    packed = batches_of(rows, batch_size=packed_rows, batching="packed", max_length=options.row_length)
     shared = shared_batches(rows, options)
-    ours = batches(rows, **{**padded, "length_multiple": 32}, batching="grouped")
+    ours = batches_of(rows, **{**padded, "length_multiple": 32}, batching="grouped")
     equal = _full_rows(lm.config.vocab_size)
     with tempfile.TemporaryDirectory() as directory:
         lm.save_pretrained(directory)
@@ -124,12 +126,17 @@ def _full_rows(vocab_size: int) -> list[dict[str, np.ndarray]]:
     return [{name: np.asarray(field)[None] for name, field in vars(batch).items()}]
 
 
+def batches_of(rows: Any, **options: Any) -> Any:
+    """One epoch of `rows` by a plan of their own."""
+    return batches(rows, plan_batches(rows, BatchOptions(**options)))
+
+
 def shared_batches(rows: Any, options: argparse.Namespace) -> Any:
     """Batches of one row that holds about as many examples as the other ways' steps."""
     prefix = shared_prefix(rows)
     mean = np.mean([len(row) for row in rows["tokens"][:1000]])
     length = prefix + round(options.examples * (mean - prefix))
-    return batches(rows, batch_size=1, batching="shared", max_length=length, length_multiple=8)
+    return batches_of(rows, batch_size=1, batching="shared", max_length=length, length_multiple=8)
 
 
 def _our_way(

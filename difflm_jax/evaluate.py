@@ -24,7 +24,9 @@ from difflm_jax.cli import (
     sampling_flags,
     suggest_next,
 )
-from difflm_jax.data.batches import batches, tokenize
+from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.packing import BatchOptions
+from difflm_jax.data.tokenised import tokenize
 from difflm_jax.diffusion.corruption import Corruption
 from difflm_jax.distributed.mesh import make_mesh, row_shards
 from difflm_jax.distributed.processes import is_writer
@@ -220,21 +222,20 @@ def masked_scores(
         max_rate=1.0,
         loss_tokens="masked",
     )
-    data = batches(
-        examples,
+    options = BatchOptions(
         batch_size=batch_size,
-        local_rows=rows_of_process(mesh, batch_size),
-        shuffle=False,
-        pad_id=lm.pad_token_id,
         max_length=max_length,
         answer_padding=lm.block_length,
+        pad_id=lm.pad_token_id,
         eos_id=lm.tokenizer.eos_token_id,
+        shuffle=False,
     )
+    plan = plan_batches(examples, options)
+    data = batches(examples, plan, strata="rows", local_rows=rows_of_process(mesh, batch_size))
     evaluate = Evaluator(
         StepOptions(lm.model, corruption, 256),
         mesh,
         (data[i] for i in range(len(data))),
-        len(examples),
         jax.random.key(seed),
     )
     sums = evaluate(place(lm.variables, mesh))

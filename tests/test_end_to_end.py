@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(arguments, finished, tmp
     """
     calls, steps = [], []
     monkeypatch.setattr(loop, "make_train_step", lambda *options: steps.append(make_train_step(*options)) or steps[-1])
-    whole = samples.Sampler.__call__
+    whole = samples.SampleLogger.__call__
 
     def failing(self, lora, step):
         calls.append(step)
@@ -121,10 +121,10 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(arguments, finished, tmp
             raise RuntimeError("the lights go out")
         whole(self, lora, step)
 
-    monkeypatch.setattr(samples.Sampler, "__call__", failing)
+    monkeypatch.setattr(samples.SampleLogger, "__call__", failing)
     with pytest.raises(RuntimeError, match="lights"):
         command(arguments)
-    monkeypatch.setattr(samples.Sampler, "__call__", whole)
+    monkeypatch.setattr(samples.SampleLogger, "__call__", whole)
     assert command(arguments) == 0
     run = tmp_path / "run"
     for phase in ("pretrain", "sft"):

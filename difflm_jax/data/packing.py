@@ -1,4 +1,4 @@
-"""Which examples share a row, and which rows a step: plans that follow from lengths, a seed and an epoch alone."""
+"""Which examples share a row, and which rows share a step. Plans follow from lengths, a seed and an epoch alone."""
 
 import dataclasses
 import functools
@@ -8,13 +8,13 @@ import numpy as np
 from difflm_jax.errors import UserError
 
 BATCHING = ("rows", "grouped", "packed", "shared")
-PACKED = ("packed", "shared")  # those by which a row holds several examples
-GROUPED_STEPS = 64  # steps among whose rows "grouped" sorts by length
+PACKED = ("packed", "shared")  # rows hold several examples
+GROUPED_STEPS = 64  # "grouped" sorts by length within the rows of so many steps
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochPlan:
-    """The rows of an epoch: row r holds the examples `ids[starts[r]:starts[r + 1]]`, one behind the other."""
+    """The rows of an epoch: row r holds the examples `ids[starts[r]:starts[r + 1]]` one after another."""
 
     ids: np.ndarray  # [examples]
     starts: np.ndarray  # [rows + 1]
@@ -24,76 +24,113 @@ class EpochPlan:
         return len(self.starts) - 1
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batching:
-    """How examples of the given `lengths` become rows of at most `row_length` tokens, and rows steps.
+@dataclasses.dataclass(frozen=True)
+class BatchOptions:
+    """How tokenised rows become batches.
 
-    rows: an example a row, in the order of a permutation of each epoch; a step is as wide as its longest row.
-    grouped: the same, but among the rows of every `GROUPED_STEPS` steps those of like length share a step.
+    A step holds `accumulation` micro-batches of `batch_size` rows, over all devices. `batching` is one of:
+
+    rows: one example per row, in the order of a permutation of each epoch. A step is as wide as its longest row.
+    grouped: the same, but within every `GROUPED_STEPS` steps, rows of similar length share a step.
     packed: as many examples as fit into rows that are all `row_length` wide (best fit, longest first; examples of equal
-      length take each other's places from epoch to epoch); then a permutation of the rows.
-    shared: packed, and the `shared` tokens that all examples begin with stand in a row once.
+      length swap places from epoch to epoch). Then the rows are permuted.
+    shared: packed, and the tokens that all examples begin with are stored once per row.
 
-    The number of rows is the same in every epoch, because a best fit depends on the lengths alone.
+    Widths are rounded up to a multiple of `length_multiple`. Rows are padded on the right with `pad_id`.
+    `answer_padding` n > 0 extends an answer that ends a row with `eos_id` until its length is a multiple of n or the
+    row's is `max_length`. These tokens count as answer.
     """
 
-    lengths: np.ndarray  # [examples]
-    kind: str
-    row_length: int
-    rows_per_step: int
-    seed: int
-    shuffle: bool
-    shared: int = 0
+    batch_size: int
+    max_length: int
+    accumulation: int = 1
+    batching: str = "rows"
+    length_multiple: int = 64
+    answer_padding: int = 0
+    pad_id: int = 0
+    eos_id: int | None = None
+    seed: int = 0
+    shuffle: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in BATCHING:
-            raise UserError(f"batching={self.kind!r}: must be one of {', '.join(BATCHING)}")
+        if self.batching not in BATCHING:
+            raise UserError(f"batching={self.batching!r}: must be one of {', '.join(BATCHING)}")
+        for key in ("batch_size", "accumulation"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.answer_padding and self.eos_id is None:
+            raise UserError(f"answer_padding={self.answer_padding}: needs a tokenizer with an EOS token")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step, filler rows included."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def row_length(self) -> int:
+        """`max_length`, rounded up: the width of packed rows."""
+        return -(-self.max_length // self.length_multiple) * self.length_multiple
 
     @property
     def is_packed(self) -> bool:
         """Whether a row holds several examples, and all rows are `row_length` wide."""
-        return self.kind in PACKED
+        return self.batching in PACKED
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Which examples of the given `lengths` share a row, and which rows share a step.
+
+    The first `shared` tokens, which all examples have in common, are stored once per row. The number of rows is the
+    same in every epoch, because a best fit depends on the lengths alone.
+    """
+
+    lengths: np.ndarray  # [examples], with `answer_padding`
+    options: BatchOptions
+    shared: int = 0
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
-        return -(-self.epoch(0).num_rows // self.rows_per_step)
+        return -(-self.epoch(0).num_rows // self.options.rows_per_step)
 
     @functools.cached_property
     def real_share(self) -> float:
-        """The share of real tokens in an epoch's rows, before widths are rounded up; filler rows are not counted."""
+        """Share of real tokens in the rows of an epoch, before widths are rounded up. Filler rows do not count."""
         plan = self.epoch(0)
-        if self.is_packed:
+        if self.options.is_packed:
             tokens = (self.lengths - self.shared).sum() + plan.num_rows * self.shared
-            return float(tokens / (plan.num_rows * self.row_length))
-        steps = np.split(self.lengths[plan.ids], np.arange(self.rows_per_step, plan.num_rows, self.rows_per_step))
+            return float(tokens / (plan.num_rows * self.options.row_length))
+        rows_per_step = self.options.rows_per_step
+        steps = np.split(self.lengths[plan.ids], np.arange(rows_per_step, plan.num_rows, rows_per_step))
         return float(self.lengths.sum() / sum(step.max(initial=0) * len(step) for step in steps))
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - a run has a few of these, for as long as it lasts
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a run has few plans, and they live as long as it does
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of epoch number `epoch`."""
         count = len(self.lengths)
-        generator = np.random.default_rng([self.seed, epoch])
-        ids = generator.permutation(count) if self.shuffle else np.arange(count)
-        if self.is_packed:
+        generator = np.random.default_rng([self.options.seed, epoch])
+        ids = generator.permutation(count) if self.options.shuffle else np.arange(count)
+        if self.options.is_packed:
             return self._packed(ids, generator)
-        if self.kind == "grouped":
+        if self.options.batching == "grouped":
             ids = self._grouped(ids, generator)
         return EpochPlan(ids, np.arange(count + 1))
 
     def _grouped(self, ids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        window = GROUPED_STEPS * self.rows_per_step
+        rows_per_step = self.options.rows_per_step
+        window = GROUPED_STEPS * rows_per_step
         parts = [ids[first : first + window] for first in range(0, len(ids), window)]
         ids = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts] or [ids])
-        whole = len(ids) // self.rows_per_step * self.rows_per_step  # a shorter step stays last
-        steps = ids[:whole].reshape(-1, self.rows_per_step)
-        order = generator.permutation(len(steps)) if self.shuffle else np.arange(len(steps))
+        whole = len(ids) // rows_per_step * rows_per_step  # a shorter step stays last
+        steps = ids[:whole].reshape(-1, rows_per_step)
+        order = generator.permutation(len(steps)) if self.options.shuffle else np.arange(len(steps))
         return np.concatenate([steps[order].reshape(-1), ids[whole:]])
 
     def _packed(self, ids: np.ndarray, generator: np.random.Generator) -> EpochPlan:
         ids = ids[np.argsort(-self.lengths[ids], kind="stable")]  # longest first, equal ones in the order drawn
-        row_of = best_fit(self.lengths[ids] - self.shared, self.row_length - self.shared)
+        row_of = best_fit(self.lengths[ids] - self.shared, self.options.row_length - self.shared)
         sizes = np.bincount(row_of)
-        order = generator.permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
+        order = generator.permutation(len(sizes)) if self.options.shuffle else np.arange(len(sizes))
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         ids = ids[np.argsort(place[row_of], kind="stable")]
@@ -101,12 +138,12 @@ class Batching:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each of `lengths` in turn: the fullest that still has room for it, else a new one.
+    """Assigns each length in turn to the fullest row that still has room for it, else to a new row.
 
-    Given in descending order this is best-fit decreasing, which needs at most 11/9 of the fewest possible rows
-    (Johnson, "Near-optimal bin packing algorithms", 1973). An operation a length, whatever the number of rows.
+    Lengths in descending order give best-fit decreasing, which needs at most 11/9 of the fewest possible rows
+    (Johnson, "Near-optimal bin packing algorithms", 1973). The cost per length does not depend on the number of rows.
     """
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room that they have left
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room left in them
     rooms = 0  # bit r: there are rows with room r
     rows = 0
     row_of = np.empty(len(lengths), np.int64)

@@ -15,12 +15,15 @@ from difflm_jax.data.examples import Example, Options, Report, examples
 from difflm_jax.data.sources import Source, open_source
 from difflm_jax.errors import UserError, one_line
 
-_FORMAT_VERSION = 1  # of what is stored and of how rows become tokens: a change of either needs a new number
+_FORMAT_VERSION = 2  # of what is stored and of how rows become tokens: a change of either requires a new number
 _ROWS_FILE, _SUMMARY_FILE = "rows.arrow", "summary.txt"
 _SCHEMA = pa.schema(
     {
         "tokens": pa.list_(pa.int32()),
         "answer_mask": pa.list_(pa.bool_()),
+        "length": pa.int32(),
+        "prompt_length": pa.int32(),
+        "final_answer_length": pa.int32(),
         "content_hash": pa.int64(),
         "origin": pa.string(),
     }
@@ -49,8 +52,9 @@ def tokenize(
     bad_row_budget: the share of bad rows that is left out and announced; more is an error. debug: 100 examples, chosen
     by `seed`. cache_dir: the default is the cache of `datasets`.
 
-    Columns: tokens (list of int32, at most `max_length`), answer_mask (list of bool), content_hash (int64, of the
-    messages or text before tokenisation), origin (str, 'file:line', 'file[index]' or 'hubid[index]').
+    Columns: tokens (list of int32, at most `max_length`), answer_mask (list of bool), length, prompt_length and
+    final_answer_length (int32, see `record_batch`), content_hash (int64, of the messages or text before tokenisation),
+    origin (str, 'file:line', 'file[index]' or 'hubid[index]').
 
     Raises `UserError` for a source that is not there, too many bad rows, no usable row, and a row that holds the token
     `mask_token_id`.
@@ -104,7 +108,7 @@ def _make(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, 
         with pa.OSFile(str(made / _ROWS_FILE), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
             for chunk in examples(source, tokenizer, options, report):
                 if chunk:
-                    writer.write_batch(_record_batch(chunk))
+                    writer.write_batch(record_batch(chunk))
         report.check(options.bad_row_budget)
         (made / _SUMMARY_FILE).write_text(report.summary())
         try:
@@ -115,14 +119,33 @@ def _make(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, 
     return report.summary()
 
 
-def _record_batch(chunk: list[Example]) -> pa.RecordBatch:
-    offsets = np.concatenate([[0], np.cumsum([len(example.encoded.tokens) for example in chunk])]).astype(np.int32)
-    tokens = np.concatenate([example.encoded.tokens for example in chunk])
-    answer_mask = np.concatenate([example.encoded.answer_mask for example in chunk])
+def stored_rows(made: list[Example]) -> datasets.Dataset:
+    """Examples in memory, as `tokenize` returns them from disk."""
+    return datasets.Dataset(pa.Table.from_batches([record_batch(made)]))
+
+
+def record_batch(chunk: list[Example]) -> pa.RecordBatch:
+    """Examples as they are stored, with what plans and batches need to know of them.
+
+    length: tokens of the example. prompt_length: index of the first token of an answer, `length` if there is none.
+    final_answer_length: tokens of the answer that ends the example, 0 if its last token is in no answer.
+    """
+    encoded = [example.encoded for example in chunk]
+    offsets = np.cumsum([0] + [len(each.tokens) for each in encoded]).astype(np.int32)
+    tokens = np.concatenate([each.tokens for each in encoded] or [np.zeros(0, np.int32)])
+    answer_mask = np.concatenate([each.answer_mask for each in encoded] or [np.zeros(0, bool)])
     columns = [
         pa.ListArray.from_arrays(offsets, pa.array(tokens)),
         pa.ListArray.from_arrays(offsets, pa.array(answer_mask)),
+        pa.array(np.diff(offsets)),
+        pa.array([each.prompt_length for each in encoded], pa.int32()),
+        pa.array([_final_answer_length(each.answer_mask) for each in encoded], pa.int32()),
         pa.array([example.content_hash for example in chunk], pa.int64()),
         pa.array([example.origin for example in chunk], pa.string()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _final_answer_length(answer_mask: np.ndarray) -> int:
+    backwards = answer_mask[::-1]
+    return len(backwards) if backwards.all() else int(backwards.argmin())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.data.fields import FIELDS
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.diffusion.weights import behind_eos, loss_weights
 from difflm_jax.ops.random import token_seeds, uniform
@@ -100,18 +101,13 @@ class Corruption:
         return dataclasses.replace(self, mask_rate="row", **plain)
 
 
-@struct.dataclass
-class CleanBatch:
-    """Rows of one or several examples, padded on the right. What concerns an example stands at each of its tokens."""
+_Fields = dataclasses.make_dataclass("_Fields", [(name, jax.Array) for name in FIELDS], frozen=True)
 
-    tokens: jax.Array  # [B, L] int32
-    answer_mask: jax.Array  # [B, L] bool
-    segments: jax.Array  # [B, L] int32, number of the example in its row from 1; 0: padding; -1: begins all of them
-    positions: jax.Array  # [B, L] int32, place of the token in its example
-    lengths: jax.Array  # [B, L] int32, tokens of the example
-    prompt_lengths: jax.Array  # [B, L] int32, index of the example's first answer token, or its length if it has none
-    example_ids: jax.Array  # [B, L] int32, index in the data set; -1 at padding
-    strata: jax.Array  # [B, L] float32 in [0, 1), place of the example among all of the step
+
+@struct.dataclass
+class CleanBatch(_Fields):
+    """Rows of one or several examples, padded on the right: arrays [B, L] named as `difflm_jax.data.fields.FIELDS`."""
+
     row_lengths: jax.Array | None = None  # [B] int32, real tokens of rows that hold one example; None: of several
 
     @classmethod
@@ -120,20 +116,19 @@ class CleanBatch:
         position = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
         valid = position < lengths[..., None]
 
-        def at_tokens(values: jax.Array, padding: int = 0) -> jax.Array:
-            return jnp.where(valid, values[..., None], padding)
-
-        return cls(
-            tokens=tokens,
-            answer_mask=answer_mask,
-            segments=valid.astype(jnp.int32),
-            positions=jnp.where(valid, position, 0),
-            lengths=at_tokens(lengths),
-            prompt_lengths=at_tokens(prompt_lengths),
-            example_ids=at_tokens(example_ids, -1),
-            strata=at_tokens(strata.astype(jnp.float32)),
-            row_lengths=lengths,
-        )
+        of_examples = {
+            "segments": jnp.ones_like(lengths),
+            "lengths": lengths,
+            "prompt_lengths": prompt_lengths,
+            "example_ids": example_ids,
+            "strata": strata,
+        }
+        at_tokens = {name: values[..., None] for name, values in of_examples.items()} | {"positions": position}
+        fields = {
+            name: jnp.where(valid, values, FIELDS[name].padding).astype(FIELDS[name].dtype)
+            for name, values in at_tokens.items()
+        }
+        return cls(tokens=tokens, answer_mask=answer_mask, row_lengths=lengths, **fields)
 
 
 @struct.dataclass

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.data.fields import SHARED_SEGMENT
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
-from difflm_jax.diffusion.segments import SHARED_SEGMENT
 from difflm_jax.models.attention import View
 from difflm_jax.models.transformer import Transformer, head_logits, head_weight
 from difflm_jax.ops.cross_entropy import Teacher, scored_cross_entropy

@@ -2,7 +2,7 @@
 
 import jax
 
-SHARED_SEGMENT = -1  # tokens that every example of a row begins with, stored in it once
+from difflm_jax.data.fields import SHARED_SEGMENT
 
 
 def same_example(segments_BT: jax.Array) -> jax.Array:

@@ -49,8 +49,8 @@ def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
 class Evaluator:
     """Runs the evaluation step over a fixed list of batches.
 
-    Rates are stratified over all `num_examples` of the split, by their index in it: they do not depend on which rows
-    share a batch, or which examples a row.
+    Batches made with `strata="rows"` stratify rates over the whole split: they do not depend on which rows share a
+    batch, or which examples share a row.
     """
 
     def __init__(
@@ -58,15 +58,11 @@ class Evaluator:
         options: StepOptions,
         mesh: Mesh,
         batches: Iterable[dict[str, np.ndarray]],
-        num_examples: int,
         key: jax.Array,
     ):
         plain = dataclasses.replace(options, corruption=options.corruption.for_evaluation())
         self._step = make_eval_step(plain, mesh)
-        self._batches = [
-            CleanBatch(**{**batch, "strata": (np.maximum(batch["example_ids"], 0) / num_examples).astype(np.float32)})
-            for batch in batches
-        ]
+        self._batches = [CleanBatch(**batch) for batch in batches]
         self._sharding = batch_sharding(mesh)
         self._key = key
 

@@ -30,7 +30,7 @@ from difflm_jax.planning.costs import Buffer, Costs, Transfer, costs
 from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.caches import Canvas, generate_on
 from difflm_jax.sampling.options import sampling_options
-from difflm_jax.training.loop import Phase, step_options
+from difflm_jax.training.loop import step_options
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.parameters import Collections
 from difflm_jax.training.step import TrainState, make_train_step
@@ -90,8 +90,7 @@ def training_job(
     frozen, trained = _collections(settings, _params(config, model_config, mesh), model)
     optimizer = make_optimizer(settings)
     state = abstract(TrainState(trained, jax.eval_shape(optimizer.init, trained)), mesh)
-    described = Phase(phase, settings, model, _diffusion(settings, model), {}, mesh, None, None, 0, 0)
-    options = step_options(described)
+    options = step_options(phase, settings, model, _diffusion(settings, model), eos_id=0, steps=10**6)
     step = make_train_step(options, optimizer, learning_rate_schedule(settings, 10**6), mesh)
     key, index = abstract((jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)), mesh)
     batch = abstract_batch(settings.gradient_accumulation_steps, batch_size, settings.max_length)

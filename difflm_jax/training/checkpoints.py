@@ -30,6 +30,16 @@ Tree = Any
 _METADATA_BYTES = 1 << 20  # what orbax writes besides the arrays is a few kilobytes
 
 
+def shapes_of(state: Tree) -> Tree:
+    """`state` as `jax.ShapeDtypeStruct`s with shardings (by default the first device): a template for a restore."""
+
+    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(shape_of, state)
+
+
 class DamagedCheckpointError(UserError):
     """A checkpoint whose files are not those that were written."""
 
@@ -55,7 +65,6 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._writing: int | None = None  # the step that is on its way to the disk
-        self.failed_saves = 0
         _silence_orbax()
         if is_writer():
             self._rename_unreadable()
@@ -81,7 +90,7 @@ class Checkpoints:
         """Begins to write `state` (a pytree of arrays) and `metrics` (what JSON can hold) as checkpoint `step`.
 
         Returns once the arrays are copied, so that they may be donated. A save that fails, now or later, is announced
-        by the next call and counted in `failed_saves`; what it left behind is removed, and older checkpoints stay.
+        by the next call. What it left behind is removed, and older checkpoints stay.
         """
         self.settle()
         metrics, leaves = dict(metrics or {}), _leaves(state)
@@ -170,7 +179,7 @@ class Checkpoints:
         what was written, `UserError` for one of another shape; both name the directory.
         """
         self.settle()
-        abstract_state = jax.tree.map(_abstract, abstract_state)
+        abstract_state = shapes_of(abstract_state)
         try:
             about = self._about(step)
             leaves, checksum = about["leaves"], about["checksum"]
@@ -251,7 +260,6 @@ class Checkpoints:
     def _announce_failure(self, error: Exception) -> None:
         """Says that a save failed, and removes what it has written so far."""
         step, self._writing = self._writing, None
-        self.failed_saves += 1
         self._reopen()
         print(
             f"{self._directory}: checkpoint {step} could not be written ({one_line(error)[:200]}); training goes on, "
@@ -331,11 +339,6 @@ def _of(step: int | None) -> str:
 def _json_checksum(values: Mapping[str, Any]) -> int:
     """CRC-32 of metrics or of a list of leaves as JSON, which is how orbax stores them."""
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _leaves(tree: Tree) -> dict[str, str]:

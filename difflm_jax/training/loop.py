@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from difflm_jax.config.schema import build
-from difflm_jax.data.batches import batches, plan_batches, prefetch
-from difflm_jax.data.packing import Batching
+from difflm_jax.data.batches import prefetch
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.lossless import Draft, accepted_drafts
@@ -23,16 +21,16 @@ from difflm_jax.distributed.sharding import batch_sharding, place, place_rows, r
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
 from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.training.checkpoints import Checkpoints, Restored
+from difflm_jax.training.cadence import Cadence
+from difflm_jax.training.checkpoints import Checkpoints, Restored, shapes_of
 from difflm_jax.training.interruption import StopRequest
-from difflm_jax.training.meter import Meter, throughput
+from difflm_jax.training.meter import Measured, Meter, throughput
 from difflm_jax.training.metrics import MetricsLog
-from difflm_jax.training.monitoring import Heartbeat, Profile
+from difflm_jax.training.monitoring import Duties, Heartbeat, Profile, StepResult
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from difflm_jax.training.phase import PHASE_SCOPE, PhaseData
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from difflm_jax.training.tracking import Tracker
-
-PHASE_SCOPE = {"pretrain": "all", "sft": "answer"}
 
 # Each phase draws its noise from its own stream of the run's seed; evaluation has one of its own.
 _PHASE_STREAM = {"pretrain": 0, "sft": 1}
@@ -41,38 +39,13 @@ _EVALUATION_STREAM = 2
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Everything that one phase needs: `config` is resolved for it (`difflm_jax.config.files.phase_config`)."""
+    """A phase as it is trained: its data, and the model with the collections that are not trained."""
 
-    name: str
-    config: Any
+    data: PhaseData
     model: Transformer
     diffusion: DiffusionConfig
-    frozen: dict[str, Any]  # collections of the model that are not trained
+    frozen: dict[str, Any]
     mesh: Mesh
-    train_rows: Any
-    test_rows: Any
-    pad_id: int
-    eos_id: int
-
-    @functools.cached_property
-    def plan(self) -> Batching:
-        """Which examples of the training rows share a row, and which rows a step."""
-        config = self.config
-        return plan_batches(
-            self.train_rows,
-            rows_per_step=config.batch_size * config.gradient_accumulation_steps,
-            batching=batching_of(self),
-            max_length=config.max_length,
-            length_multiple=config.length_multiple,
-            answer_padding=answer_padding(self),
-            seed=config.seed,
-        )
-
-    @property
-    def steps(self) -> int:
-        """Of all epochs, or `max_steps`."""
-        steps = self.plan.steps_per_epoch * self.config.epochs
-        return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,80 +63,85 @@ class Outputs:
 def run_phase(
     phase: Phase, initial: TrainState, resumed: Restored | None, out: Outputs, stop: StopRequest
 ) -> TrainState:
-    """Trains to the end of the phase, from `resumed` if it is given, else from `initial`, which is used up; returns the
-    best state.
+    """Trains to the end of the phase and returns its best state.
 
-    Best is the lowest `eval_loss`; without a test split it is the last. Raises `RunInterruptedError` after a signal,
-    and `UserError` after `max_nonfinite_steps` steps in a row that were not finite, each with a checkpoint written.
+    Training starts from `resumed` if it is given, else from `initial`, which is donated. The best state has the lowest
+    `eval_loss`; without a test split it is the last one. Raises `RunInterruptedError` after a signal, and `UserError`
+    after `max_nonfinite_steps` consecutive steps that were not finite. Both have a checkpoint written.
     """
-    config = phase.config
-    data = make_batches(phase, phase.train_rows, train=True)
-    total = phase.steps
-    interval = max(1, min(total, phase.plan.steps_per_epoch) // max(1, config.log_frequency_per_epoch))
-    options = step_options(phase)
-    schedule = learning_rate_schedule(config, total)
-    train_step = make_train_step(options, make_optimizer(config), schedule, phase.mesh)
+    data, total = phase.data, phase.data.steps
+    options = step_options(data.name, data.config, phase.model, phase.diffusion, data.eos_id, total)
+    train_step = make_train_step(
+        options, make_optimizer(data.config), learning_rate_schedule(data.config, total), phase.mesh
+    )
     evaluate = make_evaluator(phase, options)
-    key = phase_key(phase)
-
-    print(f"{phase.name}: {data_line(phase)}", flush=True)
-    done, state, saved = (resumed.step, resumed.state, resumed.metrics["meter"]) if resumed else (0, initial, None)
+    print(f"{data.name}: {data.describe()}", flush=True)
+    done, state = (resumed.step, resumed.state) if resumed else (0, initial)
     if done > total:
         raise UserError(
-            f"{out.directory}: the checkpoint of {phase.name} is of step {done}, but the phase has only {total} steps "
+            f"{out.directory}: the checkpoint of {data.name} is of step {done}, but the phase has only {total} steps "
             "now: set max_steps back, or begin in another output_dir"
         )
-    everything = make_batches(phase, phase.train_rows, train=True, whole=True)
-    speed = throughput(phase.model, config.max_length, phase.mesh.size)
-    meter = Meter(
-        phase.name, out.log, out.tracker, total, speed, functools.partial(rows_of_step, phase, everything), saved
-    )
-    heartbeat = Heartbeat(out.directory, config.heartbeat_seconds)
-    profile = Profile(out.directory / "profile" / phase.name, config.profile.first_step, config.profile.steps)
-    iterator = prefetch(data, done, config.dataloader_num_workers)
-    sharding = batch_sharding(phase.mesh)
+    shapes, cadence = shapes_of(state), Cadence.of(data)
+    meter = make_meter(phase, cadence, out, resumed)
+    heartbeat = Heartbeat(out.directory, data.config.heartbeat_seconds, data.name, total)
+    duties = Duties(heartbeat, _profile(data, out), meter)
+    next_batch, key = _reader(phase, done), phase_key(data.name, data.config.seed)
 
-    pending = None  # metrics are read one step late, so that the host never waits for the step it has just started
-    with contextlib.closing(profile):
+    with contextlib.closing(duties):
         for step in range(done + 1, total + 1):
-            heartbeat.beat(phase.name, step - 1, total, "training")
-            profile.before(step)
-            began = time.perf_counter()
-            host_batch = next(iterator)
-            waited = time.perf_counter() - began
-            batch = place_rows(CleanBatch(**host_batch), sharding)
+            duties.before(step)
+            batch, waited = next_batch()
             state, metrics = train_step(phase.frozen, state, batch, key, step - 1)
-            profile.after(step, metrics)
-            if pending is not None:
-                meter.add(*pending)
-                if pending[0] % config.log_interval == 0:
-                    meter.write(pending[0])
-            pending = (step, metrics, waited)
-            due = step % interval == 0 or step == total
-            signal = stop.reached()
-            in_a_row = meter.nonfinite_in_a_row
-            if not (due or signal or in_a_row >= config.max_nonfinite_steps):
+            duties.after(step, StepResult(metrics, waited))
+            due, signal = cadence.evaluates(step), stop.reached()
+            if not (due or signal or meter.gave_up):
                 continue
-            meter.add(*pending)
-            pending, in_a_row = None, max(in_a_row, meter.nonfinite_in_a_row)
-            if in_a_row >= config.max_nonfinite_steps:
-                meter.nonfinite_in_a_row = 0  # it ends this run, and not the one that goes on from its checkpoint
-            if due or step % config.log_interval == 0:
-                meter.write(step)
-            heartbeat.beat(phase.name, step, total, "evaluating and saving")
+            meter.settle()
+            heartbeat.beat(step, "evaluating and saving")
             record = _evaluate(evaluate, phase, state, step, out) if due else {}
             _save(step, state, {"meter": meter.state(), **record}, out)
-            if in_a_row >= config.max_nonfinite_steps:
-                _stop_at_nonfinite(phase, in_a_row, meter.last_nonfinite, everything, out)
-            if signal and step < total:
-                _stop_at_signal(phase, signal, step, total, out)
+            _stop_if(phase, meter, signal if step < total else "", step, out)
             meter.restart_clock()
-    released(state)  # it is on the disk, and need not lie beside the best one
-    return _best_state(phase, total, initial, out)
+    release(state)  # it is on disk, and does not have to lie in memory next to the best one
+    return _best_state(data.name, total, shapes, out)
 
 
-def released(state: TrainState) -> None:
-    """Frees the memory of a state, whoever refers to it; what is left tells shapes and shardings."""
+def make_meter(phase: Phase, cadence: Cadence, out: Outputs, resumed: Restored | None) -> Meter:
+    """The meter of a phase, with what it had counted when `resumed` was saved."""
+    config, everything = phase.data.config, phase.data.train_batches()
+    measured = Measured(
+        phase.data.name,
+        cadence,
+        throughput(phase.model, config.max_length, phase.mesh.size),
+        lambda step: phase.data.origins(everything[step]["example_ids"]),
+        config.max_nonfinite_steps,
+    )
+    return Meter(measured, out.log, out.tracker, resumed.metrics["meter"] if resumed else None)
+
+
+def _profile(data: PhaseData, out: Outputs) -> Profile:
+    settings = data.config.profile
+    return Profile(out.directory / "profile" / data.name, settings.first_step, settings.steps)
+
+
+def _reader(phase: Phase, done: int) -> Callable[[], tuple[CleanBatch, float]]:
+    """Returns a function that gives the next batch after step `done`, on the mesh, and the seconds waited for it."""
+    config, sharding = phase.data.config, batch_sharding(phase.mesh)
+    local_rows = rows_of_process(phase.mesh, config.batch_size)
+    iterator = prefetch(phase.data.train_batches(local_rows), done, config.dataloader_num_workers)
+
+    def next_batch() -> tuple[CleanBatch, float]:
+        began = time.perf_counter()
+        batch = next(iterator)
+        waited = time.perf_counter() - began
+        return place_rows(CleanBatch(**batch), sharding), waited
+
+    return next_batch
+
+
+def release(state: TrainState) -> None:
+    """Frees the memory of a state, whoever refers to it."""
     jax.tree.map(lambda leaf: leaf.delete(), state)
 
 
@@ -171,130 +149,78 @@ def _evaluate(evaluate: Evaluator | None, phase: Phase, state: TrainState, step:
     """The `eval_*` fields of a metrics line, written and shown together with sample generations."""
     record = evaluation_record(evaluate, phase, state.trained)
     if record:
-        out.log.append({"phase": phase.name, "step": step, **record})
-        out.tracker.log(phase.name, record, step)
+        out.log.append({"phase": phase.data.name, "step": step, **record})
+        out.tracker.log(phase.data.name, record, step)
     out.on_evaluation(state.trained, step)
     return record
 
 
 def _save(step: int, state: TrainState, metrics: dict[str, Any], out: Outputs) -> None:
-    """A checkpoint implies that every line up to it is on the disk: while lines wait for room, none is begun."""
+    """A checkpoint implies that every line up to it is on disk: while lines wait for room, none is begun."""
     if agreed(out.log.flush() and out.samples.flush()):
         out.checkpoints.save(step, state, metrics)
 
 
-def _best_state(phase: Phase, total: int, initial: TrainState, out: Outputs) -> TrainState:
+def _best_state(name: str, total: int, shapes: TrainState, out: Outputs) -> TrainState:
     out.checkpoints.finish(total)
-    best = out.checkpoints.restore_best(initial)
+    best = out.checkpoints.restore_best(shapes)
     if best is None:
-        raise UserError(f"{out.directory}: no checkpoint of {phase.name} can be read; the same command trains it again")
+        raise UserError(f"{out.directory}: no checkpoint of {name} can be read; the same command trains it again")
     return best.state
 
 
-def _stop_at_signal(phase: Phase, signal: str, step: int, total: int, out: Outputs) -> None:
+def _stop_if(phase: Phase, meter: Meter, signal: str, step: int, out: Outputs) -> None:
+    """Ends the run after too many steps that were not finite, or after a signal; both have a checkpoint by now."""
+    if not (meter.gave_up or signal):
+        return
+    name, total = phase.data.name, phase.data.steps
     out.checkpoints.settle()
-    raise RunInterruptedError(
-        f"stopped by {signal} after step {step} of {total} of {phase.name}; the same command goes on from checkpoint "
-        f"{out.checkpoints.latest()}"
-    )
+    resumes = f"the same command resumes from checkpoint {out.checkpoints.latest()}"
+    if meter.gave_up:
+        kept = _keep_batch(phase, meter.last_nonfinite, out.directory / "nonfinite")
+        raise UserError(
+            f"{name}: {meter.gave_up} consecutive steps, up to step {meter.last_nonfinite}, had a loss or gradient "
+            f"that is not finite; none of them changed anything; {kept}, the rows of each are in {out.log.path}; "
+            f"{resumes}, after them"
+        )
+    raise RunInterruptedError(f"stopped by {signal} after step {step} of {total} of {name}; {resumes}")
 
 
-def phase_key(phase: Phase) -> jax.Array:
-    """The key from which all noise of a phase comes; step `index` (from 0) folds its number in."""
-    return jax.random.fold_in(jax.random.key(phase.config.seed), _PHASE_STREAM[phase.name])
-
-
-def rows_of_step(phase: Phase, data: Any, step: int) -> dict[str, Any]:
-    """The rows of step `step` (from 0): their ids, and where in the data set they come from."""
-    ids = data[step]["example_ids"].reshape(-1)
-    ids = list(dict.fromkeys(ids[ids >= 0].tolist()))
-    return {"example_ids": ids, "rows": phase.train_rows.select(ids)["origin"][:]}
-
-
-def _stop_at_nonfinite(phase: Phase, in_a_row: int, last: int, data: Any, out: Outputs) -> None:
-    """Keeps the batch of the `last` step that was not finite, and ends the run."""
-    out.checkpoints.settle()
-    target = out.directory / "nonfinite" / f"{phase.name}-step{last}.npz"
+def _keep_batch(phase: Phase, step: int, directory: Path) -> str:
+    """Writes the batch of a step that was not finite, and says where it is."""
+    target = directory / f"{phase.data.name}-step{step}.npz"
     try:
         if is_writer():
             target.parent.mkdir(exist_ok=True)
-            np.savez(target, **data[last - 1])
-        where = f"the batch of the last one is in {target}"
+            np.savez(target, **phase.data.train_batches()[step - 1])
     except OSError as error:
-        where = f"the batch of the last one could not be written ({one_line(error)})"
-    raise UserError(
-        f"{phase.name}: {in_a_row} steps in a row, up to step {last}, had a loss or gradient that is not finite; none "
-        f"of them changed anything; {where}, the rows of each are in {out.log.path}; the same command goes on behind "
-        f"them from checkpoint {out.checkpoints.latest()}"
-    )
+        return f"the batch of the last one could not be written ({one_line(error)})"
+    return f"the batch of the last one is in {target}"
 
 
-def make_batches(phase: Phase, rows: Any, train: bool, whole: bool = False) -> Any:
-    """The batches of a split, by `data.pipeline.batches`; test batches are in order, one micro-batch each.
-
-    They hold the rows of this process, or with `whole` of all.
-    """
-    config = phase.config
-    return batches(
-        rows,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps if train else 1,
-        epochs=config.epochs if train else 1,
-        seed=config.seed,
-        shuffle=train,
-        batching=batching_of(phase),
-        length_multiple=config.length_multiple,
-        max_length=config.max_length,
-        pad_id=phase.pad_id,
-        answer_padding=answer_padding(phase),
-        eos_id=phase.eos_id,
-        local_rows=None if whole else rows_of_process(phase.mesh, config.batch_size),
-    )
+def phase_key(name: str, seed: int) -> jax.Array:
+    """The key of all noise of a phase; step `index` (from 0) folds its number in."""
+    return jax.random.fold_in(jax.random.key(seed), _PHASE_STREAM[name])
 
 
-def data_line(phase: Phase) -> str:
-    """How the rows of a phase are arranged, and what share of what is computed is real tokens."""
-    plan = phase.plan
-    rows = plan.epoch(0).num_rows
-    examples = f", {len(phase.train_rows) / rows:.1f} examples a row" if plan.is_packed else ""
-    shared = f", the first {plan.shared} tokens of all of them once" if plan.shared else ""
-    return (
-        f"batching {plan.kind}: {rows:,} rows an epoch{examples}{shared}, {plan.real_share:.1%} real tokens, "
-        f"{phase.steps:,} steps of {plan.rows_per_step} rows"
-    )
-
-
-def batching_of(phase: Phase) -> str:
-    """`batching` of the phase: what all prompts begin with is shared only where prompts are never masked."""
-    batching = phase.config.batching
-    return "packed" if batching == "shared" and PHASE_SCOPE[phase.name] != "answer" else batching
-
-
-def answer_padding(phase: Phase) -> int:
-    """To a multiple of what answers are filled up with EOS tokens; 0: they are not."""
-    return (phase.config.answer_padding or phase.config.block_length) if PHASE_SCOPE[phase.name] == "answer" else 0
-
-
-def step_options(phase: Phase) -> StepOptions:
-    """The static part of a phase's step, from its config keys."""
-    config = phase.config
-    scope = PHASE_SCOPE[phase.name]
-    corruption = build(Corruption, config, diffusion=phase.diffusion, scope=scope, eos_token_id=phase.eos_id)
+def step_options(
+    name: str, config: Any, model: Transformer, diffusion: DiffusionConfig, eos_id: int, steps: int
+) -> StepOptions:
+    """The static part of the step of phase `name`, which has so many `steps`, from its config keys."""
+    corruption = build(Corruption, config, diffusion=diffusion, scope=PHASE_SCOPE[name], eos_token_id=eos_id)
     if config.objective == "draft":
-        corruption = dataclasses.replace(corruption, draft=build(Draft, config, steps=phase.steps))
-    return StepOptions(phase.model, corruption, config.loss_chunk, config.unroll_layers)
+        corruption = dataclasses.replace(corruption, draft=build(Draft, config, steps=steps))
+    return StepOptions(model, corruption, config.loss_chunk, config.unroll_layers)
 
 
 def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
-    """The evaluator of the test split, or None where there is none."""
-    if len(phase.test_rows) == 0:
+    """The evaluator of the test split; None if there is no test split."""
+    config = phase.data.config
+    if len(phase.data.test_rows) == 0:
         return None
-    rows = phase.test_rows
-    if phase.config.eval_rows:
-        rows = rows.select(range(min(len(rows), phase.config.eval_rows)))
-    data = make_batches(phase, rows, train=False)
-    key = jax.random.fold_in(jax.random.key(phase.config.seed), _EVALUATION_STREAM)
-    return Evaluator(options, phase.mesh, (data[i] for i in range(len(data))), len(rows), key)
+    data = phase.data.test_batches(rows_of_process(phase.mesh, config.batch_size))
+    key = jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)
+    return Evaluator(options, phase.mesh, (data[i] for i in range(len(data))), key)
 
 
 def evaluation_record(evaluate: Evaluator | None, phase: Phase, trained: dict[str, Any]) -> dict[str, Any]:
@@ -303,12 +229,12 @@ def evaluation_record(evaluate: Evaluator | None, phase: Phase, trained: dict[st
         return {}
     sums = evaluate({**phase.frozen, **trained})
     found = {f"eval_{name}": value for name, value in summarise(sums).items()}
-    if phase.config.objective == "draft":
+    if phase.data.config.objective == "draft":
         drafted = accepted_drafts(sums.masked_correct, sums.masked_count)
         return found | {f"eval_{name}": value for name, value in drafted.items()}
     return found | {"eval_by_mask_rate": by_rate(sums)}
 
 
 def initial_state(config: Any, trained: dict[str, Any], mesh: Mesh) -> TrainState:
-    """What is trained (taken over, not copied) with fresh moments, on the mesh."""
+    """`trained` (not copied) with fresh moments, on the mesh."""
     return place(TrainState(trained, make_optimizer(config).init(trained)), mesh)

@@ -1,5 +1,6 @@
 """Adds up what steps report, and writes the lines of `metrics.jsonl`."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +13,12 @@ from difflm_jax.diffusion.objective import LossSums
 from difflm_jax.errors import UserError
 from difflm_jax.evaluation.masked import add_sums, summarise
 from difflm_jax.models.flops import mfu, train_flops_per_token
+from difflm_jax.training.cadence import Cadence
 from difflm_jax.training.metrics import MetricsLog, progress_line
-from difflm_jax.training.monitoring import memory_peaks
+from difflm_jax.training.monitoring import StepResult, memory_peaks
 from difflm_jax.training.tracking import Tracker
+
+OUTLIER = 2.0  # a step that takes this many times the median of its line counts as slow
 
 _FRESH = {
     "tokens": 0,
@@ -24,35 +28,41 @@ _FRESH = {
     "sums": None,
     "last": {},
 }
-OUTLIER = 2.0  # a step that takes this many times the median of its line is counted as one
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is measured: a phase, when its lines are due, and how to tell throughput and the rows of a step.
+
+    `speed` maps tokens per second to the fields of a line; `rows_of(index)` names the rows of a step (from 0). After
+    `max_nonfinite` consecutive steps that were not finite the meter gives up.
+    """
+
+    phase: str
+    cadence: Cadence
+    speed: Callable[[float], Mapping[str, Any]]
+    rows_of: Callable[[int], Mapping[str, Any]]
+    max_nonfinite: int
 
 
 class Meter:
-    """The metrics of the steps since the last line, and of the whole phase.
+    """A duty: the metrics of the steps since the last line, and of the whole phase.
 
-    `speed` gives what a line says about throughput from tokens a second. `origins(step)` names the rows of a step.
-    A step that was not finite does not count in the sums; it gets a line of its own that names its rows.
+    It reads what a step returned one step late, so that the host never waits for the step that it has just started. A
+    step that was not finite does not count in the sums. It gets a line of its own that names its rows.
     """
 
-    def __init__(
-        self,
-        phase: str,
-        log: MetricsLog,
-        tracker: Tracker,
-        total: int,
-        speed: Callable[[float], Mapping[str, Any]],
-        rows_of: Callable[[int], Mapping[str, Any]],
-        saved: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, measured: Measured, log: MetricsLog, tracker: Tracker, saved: Mapping[str, Any] | None = None):
         saved = saved or _FRESH
         self.tokens = saved["tokens"]  # real tokens since the phase began
         self.skipped_steps = saved["skipped_steps"]
         self.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
         self.last_nonfinite = saved["last_nonfinite"]  # the step
+        self.gave_up = 0  # consecutive steps that were not finite, once they are too many
         self._sums = _sums_from(saved["sums"])
         self._last = dict(saved["last"])
-        self._phase, self._log, self._tracker, self._total = phase, log, tracker, total
-        self._speed, self._rows_of = speed, rows_of
+        self._measured, self._log, self._tracker = measured, log, tracker
+        self._pending: tuple[int, StepResult] | None = None
         self._seconds: list[float] = []
         self._waited = 0.0
         self._tokens_timed = 0.0
@@ -63,11 +73,35 @@ class Meter:
         return {
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            # Having given up ends this run, and not the one that resumes from its checkpoint.
+            "nonfinite_in_a_row": 0 if self.gave_up else self.nonfinite_in_a_row,
             "last_nonfinite": self.last_nonfinite,
             "sums": None if self._sums is None else {k: np.asarray(v).tolist() for k, v in vars(self._sums).items()},
             "last": self._last,
         }
+
+    def before(self, step: int) -> None:
+        """Nothing: see `Duty`."""
+
+    def after(self, step: int, result: StepResult) -> None:
+        """Takes what `step` returned, and reads what the step before it returned."""
+        self._read_pending()
+        self._pending = (step, result)
+
+    def settle(self) -> None:
+        """Reads what is left to read, waiting for it."""
+        self._read_pending()
+
+    def close(self) -> None:
+        """Nothing: see `Duty`."""
+
+    def _read_pending(self) -> None:
+        if self._pending is None:
+            return
+        (step, result), self._pending = self._pending, None
+        self.add(step, result.metrics, result.waited)
+        if self._measured.cadence.logs(step):
+            self.write(step)
 
     def add(self, step: int, metrics: Mapping[str, Any], waited: float) -> None:
         """Reads the metrics of step number `step` (from 1), which waited `waited` seconds for its data."""
@@ -82,18 +116,20 @@ class Meter:
             self._last = {name: float(metrics[name]) for name in ("learning_rate", "grad_norm")}
             self._sums = add_sums(self._sums, sums)
             self.nonfinite_in_a_row = 0
-        else:
-            self.skipped_steps += 1
-            self.nonfinite_in_a_row += 1
-            self.last_nonfinite = step
-            self._report_nonfinite(step, float(sums.loss), float(metrics["grad_norm"]))
+            return
+        self.skipped_steps += 1
+        self.nonfinite_in_a_row += 1
+        self.last_nonfinite = step
+        if self.nonfinite_in_a_row >= self._measured.max_nonfinite:
+            self.gave_up = self.nonfinite_in_a_row
+        self._report_nonfinite(step, float(sums.loss), float(metrics["grad_norm"]))
 
     def write(self, step: int) -> None:
         """Writes the line of the steps since the last one; does nothing if there were none that counted."""
         if self._sums is None:
             return
         record = {
-            "phase": self._phase,
+            "phase": self._measured.phase,
             "step": step,
             **summarise(self._sums),
             **self._last,
@@ -103,8 +139,8 @@ class Meter:
             **memory_peaks(),
         }
         self._log.append(record)
-        self._tracker.log(self._phase, {name: record[name] for name in record if name != "phase"}, step)
-        print(progress_line(record, self._total), flush=True)
+        self._tracker.log(record["phase"], {name: record[name] for name in record if name != "phase"}, step)
+        print(progress_line(record, self._measured.cadence.total), flush=True)
         self._sums, self._seconds, self._waited, self._tokens_timed = None, [], 0.0, 0.0
 
     def restart_clock(self) -> None:
@@ -117,7 +153,7 @@ class Meter:
         median = statistics.median(self._seconds) if self._seconds else None
         slow = [each for each in self._seconds if each > OUTLIER * median]
         return {
-            **self._speed(self._tokens_timed / seconds),
+            **self._measured.speed(self._tokens_timed / seconds),
             "step_seconds": median,
             "slow_steps": len(slow),
             "slowest_step_seconds": max(self._seconds, default=None),
@@ -125,20 +161,20 @@ class Meter:
         }
 
     def _report_nonfinite(self, step: int, loss: float, grad_norm: float) -> None:
-        rows = self._rows_of(step - 1)
+        phase, rows = self._measured.phase, self._measured.rows_of(step - 1)
         self._log.append(
-            {"phase": self._phase, "step": step, "nonfinite": {"loss_sum": loss, "grad_norm": grad_norm, **rows}}
+            {"phase": phase, "step": step, "nonfinite": {"loss_sum": loss, "grad_norm": grad_norm, **rows}}
         )
-        self._tracker.log(self._phase, {"skipped_steps": self.skipped_steps}, step)
+        self._tracker.log(phase, {"skipped_steps": self.skipped_steps}, step)
         print(
-            f"{self._phase} {step}/{self._total}  loss or gradient is not finite: the step is skipped, nothing changed "
-            f"({self.nonfinite_in_a_row} in a row; its rows are in {self._log.path.name})",
+            f"{phase} {step}/{self._measured.cadence.total}  loss or gradient is not finite: the step is skipped, "
+            f"nothing changed ({self.nonfinite_in_a_row} in a row; its rows are in {self._log.path.name})",
             flush=True,
         )
 
 
 def throughput(model: Any, max_length: int, num_devices: int) -> Callable[[float], dict[str, Any]]:
-    """tokens a second -> the fields `tokens_per_second` and `mfu` of a line."""
+    """Returns a function from tokens per second to the fields `tokens_per_second` and `mfu` of a line."""
     flops = train_flops_per_token(model.config, max_length, model.lora, remat="none")
 
     def speed(tokens_per_second: float) -> dict[str, Any]:

@@ -1,5 +1,10 @@
-"""Watching a long run from outside: a heartbeat file, peaks of memory, and a profile of chosen steps."""
+"""What the loop does around every step: the protocol, a heartbeat file, and a profile of chosen steps.
 
+`difflm_jax.training.meter` is one more duty.
+"""
+
+import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -7,19 +12,24 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from difflm_jax.distributed.processes import is_writer
+from difflm_jax.errors import UserError
+from difflm_jax.utils.files import write_whole
 
 HEARTBEAT_FILE = "heartbeat.json"
 
 
 def memory_peaks() -> dict[str, int | None]:
-    """`host_memory_peak`: bytes this process has had resident at most; `device_memory_peak`: bytes of the fullest
-    local device, None where the backend does not count (CPU)."""
+    """Bytes: `host_memory_peak` that this process had resident, and `device_memory_peak` of the fullest local device.
+
+    The latter is None on backends that do not count (CPU).
+    """
     kilobyte = 1 if sys.platform == "darwin" else 1024
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return {
@@ -28,58 +38,107 @@ def memory_peaks() -> dict[str, int | None]:
     }
 
 
-class Heartbeat:
-    """`output_dir/heartbeat.json`, replaced at most every `seconds` (0: never): a run whose file is old is stuck.
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step returned, maybe not computed yet, and the seconds that it waited for its data."""
 
-    It is written by the training loop itself, not by a thread, which would go on beating while the loop hangs.
+    metrics: Mapping[str, Any]
+    waited: float = 0.0
+
+
+class Duty(Protocol):
+    """Something that the loop does around every step. Steps count from 1."""
+
+    def before(self, step: int) -> None:
+        """Called before `step` is started."""
+
+    def after(self, step: int, result: StepResult) -> None:
+        """Called when `step` has been started."""
+
+    def close(self) -> None:
+        """Called when the loop ends, however it does."""
+
+
+class Duties:
+    """Several duties as one, in the order given."""
+
+    def __init__(self, *duties: Duty):
+        self._duties = duties
+
+    def before(self, step: int) -> None:
+        """See `Duty`."""
+        for duty in self._duties:
+            duty.before(step)
+
+    def after(self, step: int, result: StepResult) -> None:
+        """See `Duty`."""
+        for duty in self._duties:
+            duty.after(step, result)
+
+    def close(self) -> None:
+        """See `Duty`."""
+        for duty in self._duties:
+            duty.close()
+
+
+class Heartbeat:
+    """A duty: `output_dir/heartbeat.json`, replaced at most every `seconds` (0: never). An old file means a stuck run.
+
+    The training loop itself writes it. A thread would continue to beat while the loop hangs.
     """
 
-    def __init__(self, directory: str | Path, seconds: float):
+    def __init__(self, directory: str | Path, seconds: float, phase: str, total: int):
         self._path = Path(directory) / HEARTBEAT_FILE
-        self._seconds = seconds
+        self._seconds, self._phase, self._total = seconds, phase, total
         self._last = float("-inf")
 
-    def beat(self, phase: str, step: int, total: int, doing: str) -> None:
-        """Says where the run is and what it is `doing` ("training", "evaluating", ...), if it is time to."""
+    def before(self, step: int) -> None:
+        """See `Duty`."""
+        self.beat(step - 1, "training")
+
+    def after(self, step: int, result: StepResult) -> None:
+        """Nothing: see `Duty`."""
+
+    def close(self) -> None:
+        """Nothing: see `Duty`."""
+
+    def beat(self, step: int, doing: str) -> None:
+        """Says where the run is and what it is `doing` ("training", ...), if the last beat is old enough."""
         now = time.monotonic()
         if not is_writer() or not self._seconds or now - self._last < self._seconds:
             return
         self._last = now
         record = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "phase": phase,
+            "phase": self._phase,
             "step": step,
-            "total_steps": total,
+            "total_steps": self._total,
             "doing": doing,
             "pid": os.getpid(),
             "host": socket.gethostname(),
             **memory_peaks(),
         }
-        unfinished = self._path.with_suffix(".part")
-        try:
-            unfinished.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            unfinished.replace(self._path)
-        except OSError:  # a full disk: the file grows old, which is what it is there to show
-            unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(UserError):  # a full disk: the file grows old, which is its purpose to show
+            write_whole(self._path, json.dumps(record) + "\n")
 
 
 class Profile:
-    """A `jax.profiler` trace of `steps` steps from `first` (counted from 1) on, into `directory`; 0 steps: none."""
+    """A duty: a `jax.profiler` trace of `steps` steps from `first` on, into `directory`; 0 steps: none."""
 
     def __init__(self, directory: str | Path, first: int, steps: int):
         self._directory, self._first, self._last = Path(directory), first, first + steps - 1
         self._running = False
 
     def before(self, step: int) -> None:
-        """Call before step number `step` is started."""
+        """See `Duty`."""
         if self._first <= step <= self._last and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
-    def after(self, step: int, result: Any) -> None:
-        """Call when step number `step` has been started; `result` is what it returns."""
+    def after(self, step: int, result: StepResult) -> None:
+        """See `Duty`."""
         if self._running and step >= self._last:
-            jax.block_until_ready(result)
+            jax.block_until_ready(result.metrics)
             self.close()
 
     def close(self) -> None:

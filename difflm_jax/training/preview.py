@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from difflm_jax.config.files import notes, phase_config
+from difflm_jax.config.files import notes
 from difflm_jax.data.batches import describe
+from difflm_jax.data.fields import SHARED_SEGMENT
 from difflm_jax.diffusion.corruption import CleanBatch, NoisyBatch, corrupt
-from difflm_jax.diffusion.segments import SHARED_SEGMENT
-from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.lm import LanguageModel
-from difflm_jax.training.loop import Phase, make_batches, phase_key, step_options
-from difflm_jax.training.run import open_configured, read_rows
+from difflm_jax.training.loop import phase_key, step_options
+from difflm_jax.training.phase import PhaseData
+from difflm_jax.training.run import open_configured, phase_data, read_rows
 from difflm_jax.view.pieces import Pieces, ansi, printable
 
 SHOWN_ROWS = 6
@@ -31,33 +31,20 @@ def preview(config: ConfigDict) -> None:
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for name in config.phases:
         train_rows, test_rows = read_rows(config, name, lm)
-        resolved = phase_config(config, name)
-        phase = Phase(
-            name,
-            resolved,
-            lm.model,
-            lm.diffusion,
-            {},
-            make_mesh(1),
-            train_rows,
-            test_rows,
-            lm.pad_token_id,
-            lm.tokenizer.eos_token_id,
-        )
+        data = phase_data(config, name, lm, train_rows, test_rows)
         print(f"\n{name}: {describe(train_rows)}\n  held out: {describe(test_rows)}")
-        batches = make_batches(phase, train_rows, train=True)
-        first, noisy = _first_step(phase, batches)
+        batches = data.train_batches()
+        first, noisy = _first_step(lm, data, batches[0])
         _print_rows(lm, train_rows, first, noisy, colours)
         _print_figures(batches, noisy)
 
 
-def _first_step(phase: Phase, batches: Any) -> tuple[CleanBatch, NoisyBatch]:
-    """The first step's rows, of all micro-batches, and what is masked in them."""
-    rows = {name: field.reshape(-1, *field.shape[2:]) for name, field in batches[0].items()}
-    batch = CleanBatch(**rows)
-    key = jax.random.fold_in(phase_key(phase), 0)
-    corruption = step_options(phase).corruption
-    return batch, corrupt(key, batch, corruption)
+def _first_step(lm: LanguageModel, data: PhaseData, batch: dict[str, np.ndarray]) -> tuple[CleanBatch, NoisyBatch]:
+    """The rows of the first step, of all micro-batches, and what is masked in them."""
+    rows = CleanBatch(**{name: field.reshape(-1, *field.shape[2:]) for name, field in batch.items()})
+    key = jax.random.fold_in(phase_key(data.name, data.config.seed), 0)
+    corruption = step_options(data.name, data.config, lm.model, lm.diffusion, data.eos_id, data.steps).corruption
+    return rows, corrupt(key, rows, corruption)
 
 
 def _print_rows(lm: LanguageModel, rows: Any, batch: CleanBatch, noisy: NoisyBatch, colours: bool) -> None:

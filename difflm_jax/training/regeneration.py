@@ -13,6 +13,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from difflm_jax.data.chat import Encoded
+from difflm_jax.data.examples import Example
+from difflm_jax.data.tokenised import stored_rows
 from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError
 from difflm_jax.sampling.batching import Decoder
@@ -41,7 +44,7 @@ def regenerate(
         raise UserError("draft.answers=regenerate: needs a base on one device: set draft.answers=own, or mesh.data=1")
     if count and count < len(rows):
         rows = rows.select(np.linspace(0, len(rows) - 1, count).astype(int))
-    prompts = [_prompt(tokens, mask) for tokens, mask in zip(rows["tokens"], rows["answer_mask"], strict=True)]
+    prompts = [_prompt(row["tokens"], row["prompt_length"]) for row in rows.select_columns(["tokens", "prompt_length"])]
     limits = [min(answer_tokens, max_length - len(prompt)) for prompt in prompts]
     names = [_name(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     known = _read(file)
@@ -84,10 +87,10 @@ def _answer(
         print(f"answers: {done:,} of {len(order):,}, {tokens / seconds:.0f} tokens/s", flush=True)
 
 
-def _prompt(tokens: Sequence[int], answer_mask: Sequence[bool]) -> np.ndarray:
-    """What precedes the first answer token; of a row without an answer its first half."""
-    marked = np.flatnonzero(answer_mask)
-    return np.asarray(tokens[: marked[0] if len(marked) else max(len(tokens) // 2, 1)], np.int32)
+def _prompt(tokens: Sequence[int], prompt_length: int) -> np.ndarray:
+    """What precedes the first answer token; the first half of a row without an answer."""
+    has_answer = prompt_length < len(tokens)
+    return np.asarray(tokens[: prompt_length if has_answer else max(len(tokens) // 2, 1)], np.int32)
 
 
 def _name(prompt: np.ndarray, limit: int) -> str:
@@ -113,11 +116,9 @@ def _with_answers(
     kept = [i for i, answer in enumerate(answers) if len(answer) >= SHORTEST]
     if not kept and len(rows):
         raise UserError(f"draft.answers=regenerate: no answer of the base has {SHORTEST} tokens: raise max_length")
-    masks = [[False] * len(prompts[i]) + [True] * len(answers[i]) for i in kept]
-    columns = {
-        "tokens": [prompts[i].tolist() + answers[i] for i in kept],
-        "answer_mask": masks,
-        "content_hash": [rows[i]["content_hash"] for i in kept],
-        "origin": [rows[i]["origin"] for i in kept],
-    }
-    return datasets.Dataset.from_dict(columns, features=rows.features)
+    made = []
+    for row, i in zip(rows.select(kept), kept, strict=True):
+        tokens = np.concatenate([prompts[i], answers[i]]).astype(np.int32)
+        encoded = Encoded(tokens, np.arange(len(tokens)) >= len(prompts[i]))
+        made.append(Example(encoded, row["content_hash"], row["origin"]))
+    return stored_rows(made)

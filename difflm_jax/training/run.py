@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.config.files import CONVERTED, notes, phase_config, quantization, to_json
-from difflm_jax.data.batches import describe, split, tokenize
+from difflm_jax.data.batches import describe, split
+from difflm_jax.data.tokenised import tokenize
 from difflm_jax.distributed.collectives import FSDP
 from difflm_jax.distributed.mesh import check_model, make_mesh, row_shards
 from difflm_jax.distributed.processes import by_one_process, is_writer
@@ -20,15 +21,16 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.ops.attention_kernels import check_kernel
 from difflm_jax.quant import QuantConfig
 from difflm_jax.sampling.options import SPECULATIVE
-from difflm_jax.training.checkpoints import Checkpoints
+from difflm_jax.training.checkpoints import Checkpoints, shapes_of
 from difflm_jax.training.interruption import StopRequest, stop_request
-from difflm_jax.training.loop import Outputs, Phase, initial_state, released, run_phase
+from difflm_jax.training.loop import Outputs, Phase, initial_state, release, run_phase
 from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog
 from difflm_jax.training.optimizer import learning_rate_schedule
 from difflm_jax.training.parameters import collections, save, start, with_trained
+from difflm_jax.training.phase import PhaseData
 from difflm_jax.training.regeneration import regenerate
 from difflm_jax.training.resume import check_config, check_data, describe_data, settle_dtype, write_identity
-from difflm_jax.training.samples import Sampler
+from difflm_jax.training.samples import SampleLogger
 from difflm_jax.training.step import TrainState
 from difflm_jax.training.tracking import Tracker
 from difflm_jax.utils.files import write_whole
@@ -67,34 +69,22 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
         lm = dataclasses.replace(lm, params={})  # only the float32 masters stay in memory
 
     phases = [
-        Phase(
-            name=name,
-            config=phase_config(config, name),
-            model=lm.model,
-            diffusion=lm.diffusion,
-            frozen=frozen,
-            mesh=mesh,
-            train_rows=rows[name][0],
-            test_rows=rows[name][1],
-            pad_id=lm.pad_token_id,
-            eos_id=lm.tokenizer.eos_token_id,
-        )
-        for name in config.phases
+        Phase(phase_data(config, name, lm, *rows[name]), lm.model, lm.diffusion, frozen, mesh) for name in config.phases
     ]
     for phase in phases:
-        learning_rate_schedule(phase.config, phase.steps)  # refuses a warm-up that the phase has no steps for
+        learning_rate_schedule(phase.data.config, phase.data.steps)  # refuses a warm-up longer than the phase
 
     by_one_process(lambda: write_identity(directory, config, data), str(directory))
     log = MetricsLog(directory, enabled=is_writer())
     tracker = Tracker(config, enabled=is_writer())
-    state = initial_state(phases[0].config, trained, mesh)
+    state = initial_state(phases[0].data.config, trained, mesh)
     try:
         with stop_request() as stop:
             for phase in phases:
                 state = _run(phase, config, lm, state, log, tracker, stop)
                 if stop.received and phase is not phases[-1]:
                     raise RunInterruptedError(
-                        f"stopped by {stop.received} after {phase.name}; the same command goes on behind it"
+                        f"stopped by {stop.received} after {phase.data.name}; the same command goes on behind it"
                     )
     finally:
         tracker.finish()
@@ -143,25 +133,25 @@ def _run(
     stop: StopRequest,
 ) -> TrainState:
     """One phase, from wherever it stands, to the directory of what it trained; returns its best state."""
-    name, directory = phase.name, Path(config.output_dir)
+    name, directory, shapes = phase.data.name, Path(config.output_dir), shapes_of(state)
     target = directory / f"{name}_model"
     checkpoints = Checkpoints(directory / "checkpoints" / name, keep=config.keep_checkpoints)
     try:
         if target.is_dir():
             print(f"{name}: finished already")
-            if (best := checkpoints.restore_best(state)) is None:
+            if (best := checkpoints.restore_best(shapes)) is None:
                 raise UserError(f"{directory / 'checkpoints' / name}: no checkpoint can be read; remove {target}")
             return best.state
-        resumed = checkpoints.restore_latest(state)
+        resumed = checkpoints.restore_latest(shapes)
         step = resumed.step if resumed else 0
         if resumed:
-            released(state)
+            release(state)
         samples = MetricsLog(directory, SAMPLES_FILE, enabled=is_writer())
         for records in (log, samples):
             records.cut_back(config.phases, name, step)
-        print(f"{name}: {'from step ' + str(step) if step else 'from the start'}; {describe(phase.train_rows)}")
-        sampler = Sampler(lm, phase.config, name, phase.test_rows, samples, tracker)
-        out = Outputs(directory, checkpoints, log, samples, tracker, sampler)
+        print(f"{name}: {'from step ' + str(step) if step else 'from the start'}; {describe(phase.data.train_rows)}")
+        logger = SampleLogger(lm, phase.data, samples, tracker)
+        out = Outputs(directory, checkpoints, log, samples, tracker, logger)
         best = run_phase(phase, state, resumed, out, stop)
         save(with_trained(lm, best.trained), target, name)
         settings = target / "training_config.json"
@@ -170,6 +160,13 @@ def _run(
         return best
     finally:
         checkpoints.close()
+
+
+def phase_data(config: ConfigDict, name: str, lm: LanguageModel, train_rows: Any, test_rows: Any) -> PhaseData:
+    """What phase `name` of `config` trains on."""
+    return PhaseData(
+        name, phase_config(config, name), train_rows, test_rows, lm.pad_token_id, lm.tokenizer.eos_token_id
+    )
 
 
 def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, Any]:

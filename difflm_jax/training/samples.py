@@ -7,20 +7,21 @@ import numpy as np
 from difflm_jax.lm import LanguageModel
 from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.parameters import with_trained
+from difflm_jax.training.phase import PhaseData
 from difflm_jax.training.tracking import Tracker
 
 
-class Sampler:
+class SampleLogger:
     """Answers the same prompts at every evaluation; writes `samples.jsonl`, a W&B table and a line to the terminal."""
 
-    def __init__(self, lm: LanguageModel, config: Any, phase: str, test_rows: Any, log: MetricsLog, tracker: Tracker):
-        self._lm, self._config, self._phase, self._log, self._tracker = lm, config, phase, log, tracker
+    def __init__(self, lm: LanguageModel, data: PhaseData, log: MetricsLog, tracker: Tracker):
+        self._lm, self._config, self._phase, self._log, self._tracker = lm, data.config, data.name, log, tracker
         self._prompts, self._references = _prompts_and_answers(
-            lm, test_rows, config.sample_prompts, config.sample_tokens
+            lm, data.test_rows, data.config.sample_prompts, data.config.sample_tokens
         )
 
     def __call__(self, trained: dict[str, Any], step: int) -> None:
-        """Generates with what is trained as it is at `step` and logs (prompt, reference, answer)."""
+        """Answers with what is trained, as of `step`, and logs (prompt, reference, answer)."""
         if not self._prompts:
             return
         lm = with_trained(self._lm, trained)
@@ -40,19 +41,21 @@ class Sampler:
 def _prompts_and_answers(
     lm: LanguageModel, rows: Any, count: int, new_tokens: int
 ) -> tuple[list[np.ndarray], list[str]]:
-    """The first `count` rows that have an answer and a prompt which leaves the model room for one of `new_tokens`, as
-    (prompt tokens, text of the answer)."""
+    """(prompt tokens, texts of the answers) of the first `count` rows that have an answer and a usable prompt.
+
+    A usable prompt leaves the model room for an answer of `new_tokens`.
+    """
     prompts, answers = [], []
     block_length = lm.block_length or 1
     room = lm.config.max_position_embeddings - -(-new_tokens // block_length) * block_length
     for row in rows:
         if len(prompts) == count:
             break
-        answer = np.flatnonzero(row["answer_mask"])
-        if len(answer) and 0 < answer[0] <= room:
+        prompt_length = row["prompt_length"]
+        if 0 < prompt_length < row["length"] and prompt_length <= room:
             tokens = np.asarray(row["tokens"], np.int32)
-            prompts.append(tokens[: answer[0]])
-            answers.append(lm.tokenizer.decode(tokens[answer[0] :].tolist(), skip_special_tokens=True))
+            prompts.append(tokens[:prompt_length])
+            answers.append(lm.tokenizer.decode(tokens[prompt_length:].tolist(), skip_special_tokens=True))
     return prompts, answers
 
 

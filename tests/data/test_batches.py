@@ -5,35 +5,47 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difflm_jax.data.batches import batches, describe, prefetch, split, tokenize
+from difflm_jax.data import batches as pipeline
+from difflm_jax.data.batches import describe, plan_batches, prefetch, split
+from difflm_jax.data.chat import Encoded
+from difflm_jax.data.examples import Example
+from difflm_jax.data.packing import BatchOptions, BatchPlan
+from difflm_jax.data.tokenised import stored_rows, tokenize
 from difflm_jax.errors import UserError
 
 PAD, EOS = 9, 7
 
 
+def dataset_of(rows: list[tuple[list[int], list[bool]]], hashes: list[int] | None = None) -> datasets.Dataset:
+    """Rows of (tokens, answer mask), as they are stored."""
+    examples = [
+        Example(Encoded(np.asarray(tokens, np.int32), np.asarray(mask, bool)), hash_, f"f:{i}")
+        for i, ((tokens, mask), hash_) in enumerate(zip(rows, hashes or range(len(rows)), strict=True))
+    ]
+    return stored_rows(examples)
+
+
 def make(rows: list[tuple[int, int]], hashes: list[int] | None = None) -> datasets.Dataset:
     """Rows of (prompt length, answer length); the tokens of row i are 100·i, 100·i + 1, …"""
     tokens = [list(range(100 * i, 100 * i + p + a)) for i, (p, a) in enumerate(rows)]
-    features = datasets.Features(
-        tokens=datasets.List(datasets.Value("int32")),
-        answer_mask=datasets.List(datasets.Value("bool")),
-        content_hash=datasets.Value("int64"),
-        origin=datasets.Value("string"),
-    )
-    return datasets.Dataset.from_dict(
-        {
-            "tokens": tokens,
-            "answer_mask": [[False] * p + [True] * a for p, a in rows],
-            "content_hash": hashes if hashes is not None else list(range(len(rows))),
-            "origin": [f"f:{i}" for i in range(len(rows))],
-        },
-        features=features,
-    )
+    return dataset_of([(t, [False] * p + [True] * a) for t, (p, a) in zip(tokens, rows, strict=True)], hashes)
+
+
+def plan(dataset: datasets.Dataset, **options: Any) -> BatchPlan:
+    return plan_batches(dataset, BatchOptions(**options))
+
+
+def batches(
+    dataset: datasets.Dataset, *, epochs: int = 1, strata: str = "step", local_rows: Any = None, **options: Any
+) -> grain.MapDataset:
+    """The batches of rows by a plan of their own."""
+    return pipeline.batches(dataset, plan(dataset, **options), epochs=epochs, strata=strata, local_rows=local_rows)
 
 
 def rows_of(count: int, seed: int = 0) -> datasets.Dataset:
@@ -239,8 +251,7 @@ def test_length_follows_the_longest_row_of_the_step() -> None:
 @given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(1, 8), st.integers(0, 10))
 @settings(max_examples=60, deadline=None)
 def test_answer_padding(mask: list[bool], multiple: int, slack: int) -> None:
-    dataset = make([(len(mask), 0)])
-    dataset = dataset.remove_columns("answer_mask").add_column("answer_mask", [mask])
+    dataset = dataset_of([(list(range(len(mask))), mask)])
     max_length = len(mask) + slack
     batch = batches(dataset, batch_size=1, answer_padding=multiple, eos_id=EOS, max_length=max_length)[0]
     length = int(batch["lengths"][0, 0, 0])

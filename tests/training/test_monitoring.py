@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from difflm_jax.diffusion.objective import LossSums
-from difflm_jax.training.meter import Meter
+from difflm_jax.training.cadence import Cadence
+from difflm_jax.training.meter import Measured, Meter
 from difflm_jax.training.metrics import MetricsLog, read_metrics
-from difflm_jax.training.monitoring import Heartbeat, Profile, memory_peaks
+from difflm_jax.training.monitoring import Heartbeat, Profile, StepResult, memory_peaks
 
 
 class _NoTracker:
@@ -35,7 +36,8 @@ def meter(directory, saved=None) -> Meter:
     def speed(tokens_per_second):
         return {"tokens_per_second": tokens_per_second}
 
-    return Meter("sft", MetricsLog(directory), _NoTracker(), 10, speed, lambda step: {"rows": [f"a:{step}"]}, saved)
+    measured = Measured("sft", Cadence(10, 100, 100), speed, lambda step: {"rows": [f"a:{step}"]}, max_nonfinite=10)
+    return Meter(measured, MetricsLog(directory), _NoTracker(), saved)
 
 
 def test_a_line_tells_slow_steps_and_waiting_for_data(tmp_path, clock):
@@ -75,14 +77,14 @@ def test_a_meter_goes_on_from_what_a_checkpoint_holds(tmp_path, clock):
 
 
 def test_a_heartbeat_says_where_the_run_is_and_never_too_often(tmp_path):
-    heartbeat = Heartbeat(tmp_path, seconds=1000)
-    heartbeat.beat("sft", 3, 10, "training")
-    heartbeat.beat("sft", 4, 10, "training")
+    heartbeat = Heartbeat(tmp_path, 1000, "sft", 10)
+    heartbeat.before(4)
+    heartbeat.beat(4, "training")
     record = json.loads((tmp_path / "heartbeat.json").read_text())
     assert (record["phase"], record["step"], record["total_steps"], record["doing"]) == ("sft", 3, 10, "training")
     assert record["time"].endswith("+00:00") and record["host_memory_peak"] == memory_peaks()["host_memory_peak"]
-    Heartbeat(tmp_path / "none", seconds=0).beat("sft", 1, 1, "training")
-    Heartbeat(tmp_path / "missing", seconds=1).beat("sft", 1, 1, "training")  # a disk that refuses ends no run
+    Heartbeat(tmp_path / "none", 0, "sft", 1).beat(1, "training")
+    Heartbeat(tmp_path / "missing", 1, "sft", 1).beat(1, "training")  # a disk that refuses ends no run
     assert not (tmp_path / "none").exists()
 
 
@@ -91,7 +93,7 @@ def test_a_profile_covers_the_chosen_steps(tmp_path, capsys):
     profile = Profile(tmp_path / "profile", first=2, steps=2)
     for number in range(1, 6):
         profile.before(number)
-        profile.after(number, step(jnp.ones((8, 8))))
+        profile.after(number, StepResult({"x": step(jnp.ones((8, 8)))}))
         assert (tmp_path / "profile").exists() == (number >= 3)  # written when the last chosen step is done
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert capsys.readouterr().out.count("profile: wrote") == 1

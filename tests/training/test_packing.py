@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.data.batches import batches
+from difflm_jax.data.fields import SHARED_SEGMENT
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import loss_sums
-from difflm_jax.diffusion.segments import SHARED_SEGMENT
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
+from tests.data.test_batches import batches
 from tests.data.test_shared_prefix import with_prefix
 from tests.tiny import tiny_config, tiny_params
 

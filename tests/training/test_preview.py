@@ -57,7 +57,7 @@ def test_a_preview_shows_the_masks_of_the_first_step_and_writes_nothing(tmp_path
 
     corruption, batch, key = seen[0]
     whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-    noisy = corrupt(key, whole, corruption, 263)
+    noisy = corrupt(key, whole, corruption)
     assert int(noisy.masked[0].sum()) == hidden
     assert int(whole.example_ids[0, 0]) >= 0
 

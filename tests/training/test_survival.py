@@ -169,11 +169,11 @@ def test_nonfinite_steps_in_a_row_end_the_run_with_batch_and_checkpoint(model, r
     arguments = train_arguments(model, data, tmp_path, *more)
     assert command(arguments) == 1
     error = capfd.readouterr().err.strip()
-    assert "3 steps in a row, up to step 3," in error and "\n" not in error
+    assert "3 consecutive steps, up to step 3," in error and "\n" not in error
     with np.load(tmp_path / "run" / "nonfinite" / "sft-step3.npz", allow_pickle=False) as batch:
         assert batch["tokens"].shape[:2] == (2, 4)
         assert (batch["example_ids"] >= 8).any()
-    assert "goes on behind them from checkpoint" in error
+    assert "resumes from checkpoint" in error
     monkeypatch.undo()  # no embedding is NaN any more
     assert command(arguments) == 0
     assert "from step 3" in capfd.readouterr().out
