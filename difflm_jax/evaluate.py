@@ -33,6 +33,7 @@ from difflm_jax.distributed.processes import is_writer
 from difflm_jax.distributed.sharding import place, rows_of_process
 from difflm_jax.errors import UserError
 from difflm_jax.evaluation.fluency import print_fluency
+from difflm_jax.evaluation.lossless import print_lossless
 from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
 from difflm_jax.evaluation.report import print_report
 from difflm_jax.evaluation.results import write_results
@@ -70,6 +71,10 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "fluency", False, "Add length, ends, repetition and NLL under the causal base of the answers.", flag_values=FLAGS
 )
+flags.DEFINE_bool(
+    "lossless", False, "Tokens per pass of every strategy of a drafting adapter, and whether its text is the base's.",
+    flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_integer("seed", 0, "Seed of the masks and draws.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_string("out", "", "A JSON file for the figures and every answer.", flag_values=FLAGS)
 
@@ -93,6 +98,9 @@ def main(flag_values: flags.FlagValues) -> None:
         if not questions:
             raise UserError(f"--data={flag_values.data}: holds no rows")
     lm = _with_its_base(load_from_flags(flag_values, with_base=True), flag_values.base)
+    if flag_values.lossless:
+        _lossless(lm, flag_values, questions)
+        return
     decoding = sampling_flags(flag_values)
     _check_decoding(lm, flag_values, tokens_per_pass, decoding)  # before anything is scored
     decoding["seed"] = flag_values.seed
@@ -112,6 +120,16 @@ def main(flag_values: flags.FlagValues) -> None:
         write_results(flag_values.out, record)
     if is_writer() and not flag_values.out:
         suggest_next("the same command with --out=FILE.json keeps every answer")
+
+
+def _lossless(lm: LanguageModel, flag_values: flags.FlagValues, questions: list[Question]) -> None:
+    """The report on a drafting adapter; `--out` gets its figures."""
+    if not questions:
+        raise UserError("--lossless: name the prompts with --data")
+    prompts = [question.prompt for question in questions]
+    found = print_lossless(lm, prompts, flag_values.max_new_tokens, flag_values.batch_size)
+    if flag_values.out and is_writer():
+        write_results(flag_values.out, {"model": lm.source.name, "data": flag_values.data, "lossless": found})
 
 
 def _with_its_base(lm: LanguageModel, base: str) -> LanguageModel:

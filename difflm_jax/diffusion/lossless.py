@@ -167,6 +167,23 @@ def draft_sums(
     }
 
 
+def draft_logits(
+    model: Transformer,
+    diffusion: DiffusionConfig,
+    variables: dict[str, Any],
+    batch: CleanBatch,
+    rows: NoiseRows,
+    draft: Draft,
+    key: jax.Array,
+) -> jax.Array:
+    """float32 logits [B, M, V] of the noise `rows` after clean text, as a drafting pass has them."""
+    _, columns = _clean_copy(model, diffusion, variables["params"], batch)
+    noise = _noise(rows, batch, draft, diffusion, key, model.config.vocab_size)
+    positions = rows.at(batch.positions) + rows.depths
+    hidden_BMD = model.apply({**variables, "columns": columns}, noise, positions, _view(rows, batch))
+    return _outputs(model, diffusion, variables, hidden_BMD)
+
+
 def accepted_drafts(reached: Any, count: Any) -> dict[str, Any]:
     """What `masked_correct` and `masked_count` of a test split say about decoding in two passes."""
     anchors = float(count[0])

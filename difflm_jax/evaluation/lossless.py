@@ -1,0 +1,204 @@
+"""What a drafting adapter saves: tokens per pass of every strategy, read from one table of drafts, and real loops.
+
+The table holds the drafts after every position of the base's own answers. Since the text does not depend on drafts, a
+strategy's passes follow from it exactly (for one draw of the noise), without running its loop.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difflm_jax.diffusion.corruption import CleanBatch
+from difflm_jax.diffusion.lossless import Draft, NoiseRows, draft_logits
+from difflm_jax.errors import UserError
+from difflm_jax.lm import LanguageModel
+from difflm_jax.sampling.batching import width_bucket
+from difflm_jax.sampling.drafts import LOOKUP_CONFIDENCE, LOOKUP_SUFFIXES, Drafting, most_probable
+
+ANCHORS = 16  # positions whose drafts are computed together
+_NOTHING = np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One answer and its drafts: those after position p (of prompt and answer) stand at p - start."""
+
+    text: np.ndarray  # prompt and answer
+    start: int  # the last position of the prompt
+    drafts: np.ndarray  # [positions, m, C] int32, the most probable first
+    log_p: np.ndarray  # [positions, m, C] float32
+
+    def after(self, position: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(drafts of the tokens `position` + 2, ..., their confidence)."""
+        index = position - self.start
+        return self.drafts[index, :length, 0], np.exp(self.log_p[index, :length, 0])
+
+    def accepted(self, position: int, proposal: np.ndarray) -> int:
+        """How many of the tokens proposed after `position` are the base's own."""
+        own = self.text[position + 1 :][: len(proposal)]
+        wrong = np.flatnonzero(own != proposal[: len(own)])
+        return int(wrong[0]) if len(wrong) else len(own)
+
+
+def draft_table(lm: LanguageModel, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], length: int):
+    """[rows] of `Row` with `length` drafts after every position from the last of the prompt on."""
+    rows = []
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        text = np.concatenate([prompt, answer]).astype(np.int32)
+        batch = _one_row(text, len(prompt), number, lm.pad_token_id)
+        parts = []
+        for first in range(len(prompt) - 1, len(text), ANCHORS):
+            parts.append(_drafts(lm.model, lm.diffusion, length, lm.variables, batch, np.int32(first)))
+        drafts, log_p = (np.concatenate([np.asarray(x) for x in side]) for side in zip(*parts, strict=True))
+        rows.append(Row(text, len(prompt) - 1, drafts, log_p))
+    return rows
+
+
+def passes(row: Row, drafting: Drafting) -> int:
+    """Forward passes that a strategy needs for the answer of a row."""
+    position, end, count, ready = row.start, len(row.text) - 1, 0, (_NOTHING, _NOTHING)
+    while position < end:
+        found = _looked_up(row.text[: position + 1], drafting.num_nodes) if drafting.lookup else None
+        if drafting.drafts_first and found is None:
+            count += 1
+            ready = row.after(position, drafting.length)
+            position += 1
+            if position == end:
+                break
+            found = _looked_up(row.text[: position + 1], drafting.num_nodes) if drafting.lookup else None
+        count += 1
+        tokens, confidence = (found, np.full(len(found), LOOKUP_CONFIDENCE)) if found is not None else ready
+        if drafting.strategy == "tree" and found is None:
+            right = _walked(row, position, drafting)
+        else:
+            right = row.accepted(position, tokens)
+        ready = (_NOTHING, _NOTHING)
+        if drafting.num_anchors and right in _anchors(confidence, drafting):
+            ready = row.after(position + right, drafting.length)
+        position += right + 1
+    return count
+
+
+def strategies(length: int) -> dict[str, Drafting]:
+    """The strategies of the report, by name."""
+    shorter = max(length // 2, 1)
+    named = {"prompt lookup": Drafting("lookup", max(length, 4))}
+    for strategy in ("two_pass", "one_pass", "likeliest", "tree"):
+        for m in dict.fromkeys((shorter, length)):
+            for lookup in (False, True):
+                named[f"{strategy} m={m}{' + lookup' if lookup else ''}"] = Drafting(strategy, m, lookup)
+    return named
+
+
+def print_lossless(lm: LanguageModel, prompts: Sequence[Any], max_new_tokens: int, batch_size: int) -> dict[str, Any]:
+    """Prints and returns tokens per pass of every strategy, time of real loops, and whether their tokens are equal."""
+    if not lm.diffusion.gated:
+        raise UserError("--lossless: this model has no adapter that drafts (train one with objective=draft)")
+    rows = lm.prompts.all(prompts)
+    arguments = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    base, base_seconds = _timed(lm.base().generate, rows, arguments)
+    drafted, seconds = _timed(lm.generate, rows, arguments)
+    table = draft_table(lm, rows, base.tokens, lm.diffusion.draft_length)
+    tokens = sum(map(len, base.tokens))
+    found = {
+        name: tokens / sum(passes(row, drafting) for row in table)
+        for name, drafting in strategies(lm.diffusion.draft_length).items()
+    }
+    differences = [i for i, pair in enumerate(zip(base.tokens, drafted.tokens, strict=True)) if not _equal(*pair)]
+    print(f"\nLossless decoding ({len(rows)} prompts, {tokens:,} tokens of the base), tokens per pass")
+    for name, value in found.items():
+        print(f"  {name:<28}{value:>8.2f}")
+    print(f"  accepted by depth: {', '.join(f'{share:.2f}' for share in drafted.accepted_by_depth)}")
+    for name, taken in (("base", base_seconds), ("drafts", seconds)):
+        print(f"  {name:<28}{tokens / taken:>8.1f} tokens/s in {lm.model.dtype.__name__}")
+    print(f"  rows that differ from the base: {len(differences)} of {len(rows)}")
+    return {
+        "tokens": tokens,
+        "tokens_per_pass": {"base": 1.0, **found},
+        "decoded_tokens_per_pass": float(tokens / drafted.steps.sum()),
+        "accepted_by_depth": drafted.accepted_by_depth.tolist(),
+        "seconds": {"base": base_seconds, "drafts": seconds},
+        "different_rows": differences,
+    }
+
+
+def _timed(generate: Callable[..., Any], rows: list[np.ndarray], arguments: dict[str, Any]) -> tuple[Any, float]:
+    """(what `generate` returns, seconds of the second of two runs, which compiles nothing)."""
+    generate(rows, **arguments)
+    began = time.perf_counter()
+    return generate(rows, **arguments), time.perf_counter() - began
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.tolist() == b.tolist()
+
+
+def _one_row(text: np.ndarray, prompt: int, number: int, pad: int) -> CleanBatch:
+    """A batch of one example, in a width of which there are few."""
+    width = width_bucket(len(text))
+    padded = np.pad(text, (0, width - len(text)), constant_values=pad)
+    place = np.arange(width)
+    return CleanBatch.of_rows(
+        tokens=jnp.asarray(padded[None]),
+        lengths=jnp.array([len(text)], jnp.int32),
+        answer_mask=jnp.asarray((place >= prompt) & (place < len(text)))[None],
+        prompt_lengths=jnp.array([prompt], jnp.int32),
+        example_ids=jnp.array([number], jnp.int32),
+        strata=jnp.zeros(1),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _drafts(model, diffusion, length: int, variables, batch: CleanBatch, first: jax.Array):
+    """(tokens, log-probabilities) [ANCHORS, length, C] of the drafts after `ANCHORS` positions from `first` on."""
+    number = jnp.arange(ANCHORS * length, dtype=jnp.int32)
+    anchors, depths = number // length, number % length + 1
+    rows = NoiseRows(first + anchors[None], anchors, depths, jnp.ones((1, len(number)), bool))
+    draft = Draft(rows=length, noise=diffusion.noise)
+    logits = draft_logits(model, diffusion, variables, batch, rows, draft, jax.random.key(0))
+    tokens, log_p = most_probable(logits[0], Drafting().branches)
+    return tuple(x.reshape(ANCHORS, length, -1) for x in (tokens, log_p))
+
+
+def _looked_up(text: np.ndarray, count: int) -> np.ndarray | None:
+    """`drafts.looked_up` for one row, on the host."""
+    last = len(text) - 1
+    for size in sorted(LOOKUP_SUFFIXES, reverse=True):
+        if len(text) <= size:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(text[:-1], size)
+        places = np.flatnonzero((windows == text[-size:]).all(axis=1))
+        if len(places):
+            end = int(places[-1]) + size - 1
+            return text[end + 1 + np.arange(count) % (last - end)]
+    return None
+
+
+def _anchors(confidence: np.ndarray, drafting: Drafting) -> set[int]:
+    """`drafts.anchors` for one row, on the host."""
+    if drafting.num_anchors == drafting.length + 1:
+        return set(range(drafting.num_anchors))
+    padded = np.zeros(drafting.length)
+    padded[: len(confidence)] = confidence
+    ends = np.append(1, np.cumprod(padded)) * (1 - np.append(padded, 0))
+    return set(np.argsort(-ends, kind="stable")[: drafting.num_anchors].tolist())
+
+
+def _walked(row: Row, position: int, drafting: Drafting) -> int:
+    """How deep the base's text goes in the tree of drafts made one position before."""
+    index = position - 1 - row.start
+    tokens, log_p = row.drafts[index, : drafting.length], row.log_p[index, : drafting.length]
+    paths = [(0.0, ())]
+    for depth in range(drafting.length):
+        parents = [path for path in paths if len(path[1]) == depth]
+        paths += [(score + log_p[depth, k], (*path, int(tokens[depth, k]))) for score, path in parents
+                  for k in range(tokens.shape[1])]  # fmt: skip
+    best = sorted(paths[1:], key=lambda path: (-path[0], len(path[1])))[: drafting.num_nodes]
+    own = tuple(row.text[position + 1 : position + 1 + drafting.length].tolist())
+    return max((len(path) for _, path in best if own[: len(path)] == path), default=0)
