@@ -19,7 +19,7 @@ from recipes import cpu_seconds, masked_scores
 from difflm_jax import load
 from difflm_jax.config.files import load_config
 from difflm_jax.lm import LanguageModel
-from difflm_jax.named import read_run_config
+from difflm_jax.loading import read_run_config
 from difflm_jax.training.run import train
 
 RATES = (0.15, 0.5, 0.8, 1.0)

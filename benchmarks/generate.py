@@ -27,7 +27,7 @@ import difflm_jax
 from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.evaluation.tasks.exact import normalised
 from difflm_jax.lm import LanguageModel
-from difflm_jax.named import read_run_config, trained_model
+from difflm_jax.loading import read_run_config, trained_model
 
 # name -> (attention: None is the adapter's own, else "block" with its length; options of `generate`).
 # With n = --max_new_tokens as the canvas; the second group has a canvas of 8 n filled in blocks of n.

@@ -164,16 +164,17 @@ def sampling_flags(flag_values: flags.FlagValues) -> dict[str, Any]:
 
 
 def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> "LanguageModel":
-    """Loads what the flags of `define_model_flags` name; `with_base` as for `load_named`."""
-    from difflm_jax.named import load_named
+    """Loads what the flags of `define_model_flags` name; `with_base` as for `load_model`."""
+    from difflm_jax.loading import load_model, spec_of_names
 
     if not flag_values.model and not flag_values.run:
         raise UserError("name a model with --model=... or a training run with --run=...")
     if flag_values.model and is_run(flag_values.model):
         raise UserError(f"--model={flag_values.model}: is a training run; write --run={flag_values.model}")
     connect_from_flags(flag_values)
-    names = ("model", "adapter", "run", "dtype", "quantization", "revision", "mask_token", "mesh")
-    return load_named(**{name: flag_values[name].value for name in names}, with_base=with_base)
+    names = ("model", "adapter", "run", "dtype", "quantization", "revision", "mask_token")
+    spec = spec_of_names(**{name: flag_values[name].value for name in names})
+    return load_model(spec, flag_values.mesh, with_base)
 
 
 def is_run(directory: str) -> bool:

@@ -40,7 +40,7 @@ from difflm_jax.evaluation.results import write_results
 from difflm_jax.evaluation.scores import print_scores, read_windows, score_answers, score_text
 from difflm_jax.evaluation.tasks import TASKS, Question, read_questions
 from difflm_jax.lm import LanguageModel
-from difflm_jax.named import with_origin
+from difflm_jax.loading import ModelSpec, with_origin
 from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.training.step import StepOptions
@@ -135,7 +135,7 @@ def _lossless(lm: LanguageModel, flag_values: flags.FlagValues, questions: list[
 def _with_its_base(lm: LanguageModel, base: str) -> LanguageModel:
     """`lm` beside the causal model `base`; without a name its base is its own weights, which may not be one."""
     if base:
-        return with_origin(lm, base)
+        return with_origin(lm, ModelSpec(base))
     if lm.mask_is_trained and lm.origin is None:
         print(
             f"note: {lm.source.name} was itself trained as a diffusion model: 'causal base' is here these weights read "

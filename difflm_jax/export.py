@@ -13,7 +13,7 @@ from absl import flags
 
 from difflm_jax.cli import define_model_flags, load_from_flags, run_command, suggest_next
 from difflm_jax.errors import UserError
-from difflm_jax.named import read_run_config
+from difflm_jax.loading import read_run_config
 from difflm_jax.utils.files import check_new_directory
 
 FLAGS = flags.FlagValues()

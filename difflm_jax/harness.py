@@ -19,7 +19,7 @@ import numpy as np
 
 from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.lm import LanguageModel
-from difflm_jax.named import load_named
+from difflm_jax.loading import load_model, spec_of_names
 
 try:
     from lm_eval import utils
@@ -67,7 +67,7 @@ class DiffusionHarness(TemplateLM):
     ):
         super().__init__()
         if lm is None:
-            lm = load_named(model, adapter, run, dtype, quantization, with_base=_flag(causal))
+            lm = load_model(spec_of_names(model, adapter, run, dtype, quantization), with_base=_flag(causal))
         self._lm = lm.base() if _flag(causal) else lm
         try:
             self._batch_size = int(batch_size)

@@ -50,7 +50,7 @@ class LanguageModel:
     provenance: str = ""  # where the weights come from, if not from the source as it is
     mesh: Mesh | None = None  # over which the arrays are divided; None: they are on one device
     adapter_knows_masks: bool = False  # the adapter was trained on masks, with a row of its own for them or the table's
-    origin: "LanguageModel | None" = None  # the causal model whose every weight was trained; None: it has these weights
+    origin: "LanguageModel | None" = None  # the causal base, if it has other weights (read when asked for); else None
 
     @property
     def config(self) -> ModelConfig:
@@ -129,10 +129,14 @@ class LanguageModel:
         """The causal model that this one was made from: its `origin`, or the same weights, no adapter, its own
         attention."""
         if self.origin is not None:
-            return self.origin
+            return self._origin
         return dataclasses.replace(
             self, model=self.model.clone(lora=None), lora=None, diffusion=self.diffusion.causal()
         )
+
+    @functools.cached_property
+    def _origin(self) -> "LanguageModel":
+        return self.origin if self.origin.params else self.origin.with_weights(mesh=self.mesh)
 
     def __call__(
         self,
@@ -308,6 +312,7 @@ class LanguageModel:
             lora=None,
             quantization=None,
             adapter_knows_masks=False,
+            origin=dataclasses.replace(self.base(), params={}),
         )
         if self.quantization is None:
             return merged

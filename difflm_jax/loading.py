@@ -1,24 +1,60 @@
-"""Opens a checkpoint, with the adapter on it, as a `LanguageModel`."""
+"""Opens what a person names: a checkpoint, an adapter on it, or a training run, as one `ModelSpec`."""
 
-from collections.abc import Mapping
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import check_quantization
-from difflm_jax.checkpoint.peft import load_adapter
+from difflm_jax.checkpoint.peft import Adapter, load_adapter
 from difflm_jax.checkpoint.source import Source, open_source
+from difflm_jax.checkpoint.tokenizer import chat_template, has_tokenizer, load_tokenizer
+from difflm_jax.config.files import CONVERTED, load_run_config
+from difflm_jax.config.files import quantization as quantization_of
 from difflm_jax.data.mask_token import choose_mask_token, token_of_id
 from difflm_jax.diffusion.config import ATTENTION_RULES, BLOCK_RULES, DiffusionConfig
+from difflm_jax.distributed.mesh import check_model, make_mesh
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
 from difflm_jax.sampling.options import check_algorithm
 from difflm_jax.utils.dtypes import AUTO, DTYPES, fastest_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What is asked for: where a model comes from, and how it is stored, computed and used.
+
+    source, revision: a Hugging Face directory, a hub id (at a revision), or a .gguf file. adapter: a PEFT directory.
+    attention, block_length, logit_shift, algorithm: None takes what the adapter or checkpoint was trained for.
+    origin: the causal model of which every weight was trained to give `source`.
+    converted: a directory where a quantised base is kept.
+    """
+
+    source: str
+    adapter: str | None = None
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    quantization: QuantConfig | None = None
+    mask_token: str | None = None
+    attention: str | None = None
+    block_length: int | None = None
+    logit_shift: bool | None = None
+    algorithm: str | None = None
+    origin: "ModelSpec | None" = None
+    converted: Path | None = None
+
+    def causal(self) -> "ModelSpec":
+        """The same weights as a causal language model."""
+        return dataclasses.replace(self, attention="causal", block_length=None, logit_shift=True)
 
 
 def load(
@@ -37,111 +73,235 @@ def load(
 
     `attention` ("full", "prefix", "block" with its `block_length`) and `logit_shift`: None takes what the adapter or
     the merged checkpoint was trained for, else "full" and False. `causal=True` is the base's own attention (with the
-    shift it was trained with). `quantization` holds the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
-    the block size too); a checkpoint that bitsandbytes quantised stays as it is. `dtype` "auto" is what this machine
-    computes fastest (`difflm_jax.utils.dtypes`). Without an adapter the model is the
-    checkpoint as stored. Raises `UserError` for anything that cannot be represented.
+    shift it was trained with). `quantization` stores the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
+    the block size too); a checkpoint that bitsandbytes quantised stays unchanged. `dtype` "auto" is what this machine
+    computes fastest (`difflm_jax.utils.dtypes`). Without an adapter the model is the checkpoint as stored. Raises
+    `UserError` for anything that cannot be represented.
     """
     if causal:
         attention, logit_shift = "causal", True if logit_shift is None else logit_shift
-    lm = open_model(
-        source,
-        attention,
-        logit_shift,
-        dtype,
-        adapter,
-        mask_token,
-        revision,
-        quantization=quantization,
+    spec = ModelSpec(
+        source=str(source),
+        adapter=None if adapter is None else str(adapter),
+        revision=revision,
+        dtype=dtype,
+        quantization=QuantConfig(quantization) if isinstance(quantization, str) else quantization,
+        mask_token=mask_token,
+        attention=attention,
         block_length=block_length,
+        logit_shift=logit_shift,
     )
-    return lm.with_weights()
+    return open_model(spec).with_weights()
 
 
-def open_model(
-    source: str | Path,
-    attention: str | None = None,
-    logit_shift: bool | None = None,
-    dtype: str = "bfloat16",
-    adapter: str | Path | None = None,
-    mask_token: str | None = None,
-    revision: str | None = None,
-    algorithm: str | None = None,
-    quantization: str | QuantConfig | None = None,
-    block_length: int | None = None,
-) -> LanguageModel:
-    """As `load`, but without the weights: tokenizer, mask token, adapter and shapes, all checked."""
-    if dtype == AUTO:
-        dtype = fastest_dtype()
+def load_model(spec: ModelSpec, mesh: Sequence[str] = (), with_base: bool = False) -> LanguageModel:
+    """Opens `spec` and reads its weights onto the devices of `mesh`: how many along data, fsdp and tensor.
+
+    An empty `mesh` is one device; with several processes rows are divided over all devices. `with_base` loads the
+    origin of `spec` too, if it has one.
+    """
+    lm = open_model(spec)
+    lm = lm.with_weights(spec.converted, _mesh(mesh, lm))
+    return with_origin(lm, spec.origin) if with_base and spec.origin else lm
+
+
+def with_origin(lm: LanguageModel, origin: ModelSpec) -> LanguageModel:
+    """`lm` next to the causal model that it was made from, in the dtype and on the devices of `lm`."""
+    spec = dataclasses.replace(
+        origin.causal(), dtype=jnp.dtype(lm.model.dtype).name, mask_token=lm.tokenizer.mask_token
+    )
+    return dataclasses.replace(lm, origin=open_model(spec).with_weights(mesh=lm.mesh))
+
+
+def spec_of_config(config: ConfigDict) -> ModelSpec:
+    """The model that a training run starts from."""
+    return ModelSpec(
+        source=config.model,
+        adapter=config.adapter or None,
+        revision=config.revision or None,
+        dtype=config.dtype,
+        quantization=quantization_of(config),
+        mask_token=config.mask_token or None,
+        attention=config.attention,
+        block_length=config.block_length or None,
+        logit_shift=config.logit_shift,
+        algorithm=config.algorithm,
+    )
+
+
+def spec_of_names(
+    model: str = "",
+    adapter: str = "",
+    run: str = "",
+    dtype: str | None = None,
+    quantization: str | None = None,
+    revision: str = "",
+    mask_token: str = "",
+) -> ModelSpec:
+    """`model` with `adapter`, or what the training run in the directory `run` made.
+
+    What is not given is as in the run. Without one, `dtype` is bfloat16 and weights stay as stored; `quantization`
+    "none" stores them so against the run. `model` next to `run`: where its base is now. Raises `UserError`.
+    """
+    if not run and not model:
+        raise UserError("name a model or a training run: model=... or run=...")
+    if run and adapter:
+        raise UserError("give an adapter or a run, not both")
+    if run:
+        spec = _spec_of_run(Path(run), model, revision)
+    else:
+        spec = ModelSpec(model, adapter or None, revision or None)
+    stored = _stored(quantization, spec.quantization, run)
+    same = stored == spec.quantization and dtype in (None, spec.dtype)
+    return dataclasses.replace(
+        spec,
+        dtype=dtype or spec.dtype,
+        quantization=stored,
+        mask_token=mask_token or None,
+        converted=spec.converted if same else None,
+    )
+
+
+def _spec_of_run(run: Path, model: str, revision: str) -> ModelSpec:
+    config = read_run_config(run)
+    base = ModelSpec(model or config.model, revision=revision or ("" if model else config.revision) or None)
+    made, adapter = trained_model(run, config, model)
+    return ModelSpec(
+        source=made,
+        adapter=adapter,
+        revision=base.revision if adapter else None,
+        dtype=config.dtype,
+        quantization=quantization_of(config),
+        origin=None if adapter else base,
+        converted=run / CONVERTED if config.convert_cache else None,
+    )
+
+
+def _stored(named: str | None, own: QuantConfig | None, run: str) -> QuantConfig | None:
+    """The quantisation that a flag names, with what a run says of block size and scales."""
+    if named is None or (own and own.format == named):
+        return own
+    if named == "none":
+        return None
+    if not run:
+        return QuantConfig(named)
+    config = read_run_config(Path(run))
+    return QuantConfig(named, config.quantization_block_size, config.double_quantization)
+
+
+def trained_model(run: Path, config: ConfigDict, model: str = "") -> tuple[str, str | None]:
+    """(model, adapter) that the last finished phase of a run has made; `model` is where its base is now.
+
+    For a run that trained every weight it is the phase's own checkpoint, without an adapter and without a base.
+    """
+    for phase in reversed(config.phases):
+        made = run / f"{phase}_model"
+        if config.trained == "adapter" and (made / "adapter_config.json").is_file():
+            return model or config.model, str(made)
+        if config.trained == "all" and (made / "config.json").is_file():
+            return str(made), None
+    raise UserError(f"{run}: no phase of this run is finished (no {' or '.join(f'{p}_model' for p in config.phases)})")
+
+
+def read_run_config(run: Path) -> ConfigDict:
+    """The configuration that a training run wrote next to its results."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run}: not a training run (no config.json)")
+    return load_run_config(path)
+
+
+def open_model(spec: ModelSpec) -> LanguageModel:
+    """The model of `spec` without its weights: tokenizer, mask token, adapter and shapes, all checked."""
+    dtype = fastest_dtype() if spec.dtype == AUTO else spec.dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join((AUTO, *DTYPES))}")
-    if isinstance(quantization, str):
-        quantization = QuantConfig(quantization)
-    opened = open_source(str(source), revision)
-    check_quantization(opened, quantization)
-    tokenizer = opened.load_tokenizer()
-    loaded = load_adapter(adapter, opened.config) if adapter is not None else None
-    own = (loaded.diffusion_config if loaded else read_diffusion_config(opened.path)) or {}
-    trained_for = {**opened.diffusion, **own}
-    mask_token_id = choose_mask_token(
-        tokenizer,
-        opened.config.vocab_size,
-        mask_token or own.get("mask_token") or token_of_id(tokenizer, opened.diffusion.get("mask_token_id")),
+    source = open_source(spec.source, spec.revision)
+    check_quantization(source, spec.quantization)
+    adapter = load_adapter(spec.adapter, source.config) if spec.adapter is not None else None
+    tokenizer = _tokenizer(source, spec.adapter, adapter)
+    own = read_diffusion_config(source.path) or {}
+    trained_for = {**source.diffusion, **own, **((adapter and adapter.diffusion_config) or {})}
+    mask_token_id = _mask_token(spec, source, tokenizer, trained_for, adapter)
+    diffusion = DiffusionConfig(
+        **_rule(spec, trained_for),
+        mask_token=tokenizer.mask_token,
+        mask_token_id=mask_token_id,
+        mask_is_trained=_mask_is_trained(source, own, mask_token_id),
     )
-    if not mask_token and mask_token_id != trained_for.get("mask_token_id", mask_token_id):
-        raise UserError(
-            f"{source}: the mask token was {trained_for['mask_token_id']} in training, but the tokenizer's "
-            f"{tokenizer.mask_token!r} is {mask_token_id}: name the right one with mask_token"
-        )
-    if loaded is not None and loaded.mask_token_id not in (None, mask_token_id):
-        raise UserError(
-            f"{adapter}: the adapter's mask row has id {loaded.mask_token_id}, but the mask token "
-            f"{tokenizer.mask_token!r} has id {mask_token_id}: name the adapter's with mask_token"
-        )
-    attention = attention or trained_for.get("attention", "full")
-    if attention not in ATTENTION_RULES:
-        raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION_RULES)}")
-    block_length = _block_length(attention, block_length, trained_for)
-    algorithm = algorithm or trained_for.get("algorithm", "confidence")
-    check_algorithm(algorithm)
     model = Transformer(
-        config=opened.config,
-        lora=loaded.lora_config if loaded else None,
+        config=source.config,
+        lora=adapter.lora_config if adapter else None,
         mask_token_id=mask_token_id,
         dtype=DTYPES[dtype],
         on_cpu=jax.default_backend() == "cpu",
     )
-    diffusion = DiffusionConfig(
-        attention=attention,
-        block_length=block_length,
-        logit_shift=bool(trained_for.get("logit_shift", False)) if logit_shift is None else logit_shift,
-        mask_token=tokenizer.mask_token,
-        mask_token_id=mask_token_id,
-        algorithm=algorithm,
-        mask_is_trained=_mask_is_trained(opened, mask_token_id),
-        gated=bool(trained_for.get("gated", False)),
-        noise=trained_for.get("noise") or "mask",
-        draft_length=trained_for.get("draft_length") or 0,
-    )
     return LanguageModel(
-        source=opened,
+        source=source,
         model=model,
         params={},
         tokenizer=tokenizer,
         diffusion=diffusion,
-        lora=jax.tree.map(jnp.asarray, loaded.lora) if loaded else None,
-        quantization=quantization or next(iter(opened.stored.values()), None),
-        adapter_knows_masks=loaded is not None and loaded.diffusion_config is not None,
+        lora=jax.tree.map(jnp.asarray, adapter.lora) if adapter else None,
+        quantization=spec.quantization or next(iter(source.stored.values()), None),
+        adapter_knows_masks=adapter is not None and adapter.diffusion_config is not None,
     )
 
 
-def _mask_is_trained(source: Source, mask_token_id: int) -> bool:
-    """Whether masks were trained in the weights themselves: a diffusion model of others, or one that ours was merged
-    into or every weight of which was trained."""
-    own = read_diffusion_config(source.path) or {}
-    if own.get("mask_is_trained"):
-        return own.get("mask_token_id") == mask_token_id
-    return source.diffusion.get("mask_token_id") == mask_token_id
+def _tokenizer(source: Source, directory: str | None, adapter: Adapter | None) -> Any:
+    """The tokenizer and chat template that an adapter was trained with, where it brings them, else the checkpoint's."""
+    if adapter is None:
+        return source.load_tokenizer()
+    path = Path(directory).expanduser()
+    if has_tokenizer(path):
+        tokenizer, what = load_tokenizer(path), "tokenizer and chat template"
+    else:
+        tokenizer, what = source.load_tokenizer(), "chat template"
+        template = chat_template(path)
+        if template is None:
+            return tokenizer
+        tokenizer.chat_template = template
+    if adapter.diffusion_config is None:  # ours have always brought them
+        print(f"note: {path}: its own {what} are used", file=sys.stderr)
+    return tokenizer
+
+
+def _mask_token(
+    spec: ModelSpec, source: Source, tokenizer: Any, trained_for: Mapping[str, Any], adapter: Adapter | None
+) -> int:
+    """The id of the mask token, which the tokenizer then has. Raises `UserError` for one that was not trained."""
+    named = trained_for.get("mask_token") or token_of_id(tokenizer, trained_for.get("mask_token_id"))
+    found = choose_mask_token(tokenizer, source.config.vocab_size, spec.mask_token or named)
+    if not spec.mask_token and found != trained_for.get("mask_token_id", found):
+        raise UserError(
+            f"{spec.source}: the mask token was {trained_for['mask_token_id']} in training, but the tokenizer's "
+            f"{tokenizer.mask_token!r} is {found}: name the right one with mask_token"
+        )
+    if adapter is not None and adapter.mask_token_id not in (None, found):
+        raise UserError(
+            f"{spec.adapter}: the adapter's mask row has id {adapter.mask_token_id}, but the mask token "
+            f"{tokenizer.mask_token!r} has id {found}: name the adapter's with mask_token"
+        )
+    return found
+
+
+def _rule(spec: ModelSpec, trained_for: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `DiffusionConfig` that say how a model is used: as asked for, else as trained."""
+    attention = spec.attention or trained_for.get("attention", "full")
+    if attention not in ATTENTION_RULES:
+        raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION_RULES)}")
+    algorithm = spec.algorithm or trained_for.get("algorithm", "confidence")
+    check_algorithm(algorithm)
+    shift = trained_for.get("logit_shift", False) if spec.logit_shift is None else spec.logit_shift
+    return {
+        "attention": attention,
+        "block_length": _block_length(attention, spec.block_length, trained_for),
+        "logit_shift": bool(shift),
+        "algorithm": algorithm,
+        "gated": bool(trained_for.get("gated", False)),
+        "noise": trained_for.get("noise") or "mask",
+        "draft_length": trained_for.get("draft_length") or 0,
+    }
 
 
 def _block_length(attention: str, block_length: int | None, trained_for: Mapping[str, Any]) -> int:
@@ -154,3 +314,26 @@ def _block_length(attention: str, block_length: int | None, trained_for: Mapping
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise UserError(f"attention={attention!r} needs block_length, a positive integer, not {length!r}")
     return length
+
+
+def _mask_is_trained(source: Source, own: Mapping[str, Any], mask_token_id: int) -> bool:
+    """Whether masks were trained in the weights themselves: a third-party diffusion model, or one that ours was merged
+    into or every weight of which was trained."""
+    if own.get("mask_is_trained"):
+        return own.get("mask_token_id") == mask_token_id
+    return source.diffusion.get("mask_token_id") == mask_token_id
+
+
+def _mesh(sizes: Sequence[str], lm: LanguageModel) -> Mesh | None:
+    """The mesh that a flag names; with several processes and none named, rows are divided over all devices."""
+    if not sizes and jax.process_count() == 1:
+        return None
+    try:
+        numbers = [int(size) for size in sizes or ("-1", "1", "1")]
+    except ValueError as error:
+        raise UserError(f"mesh={','.join(sizes)}: must be three integers") from error
+    if len(numbers) != 3:
+        raise UserError(f"mesh={','.join(sizes)}: must be three integers: data, fsdp, tensor")
+    mesh = make_mesh(*numbers)
+    check_model(lm.config, lm.quantization.block_size if lm.quantization else 1, mesh)
+    return mesh if mesh.size > 1 else None

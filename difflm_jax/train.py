@@ -21,7 +21,7 @@ from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.evaluation.report import print_report
 from difflm_jax.evaluation.tasks import read_questions
-from difflm_jax.named import load_named, with_origin
+from difflm_jax.loading import ModelSpec, load_model, spec_of_names, with_origin
 from difflm_jax.training.preview import preview
 from difflm_jax.training.run import train
 
@@ -51,9 +51,9 @@ def command(argv: Sequence[str]) -> int:
         lm = train(config, flag_values.force)
         if questions:
             if lm is None:  # the run was finished before
-                lm = load_named(model=config.model, run=config.output_dir, with_base=True)
+                lm = load_model(spec_of_names(model=config.model, run=config.output_dir), with_base=True)
             elif config.trained == "all":
-                lm = with_origin(lm, config.model, config.revision)
+                lm = with_origin(lm, ModelSpec(config.model, revision=config.revision or None))
             print_report(lm, report.data, questions, report.tokens_per_pass, report.max_new_tokens)
         if is_writer():
             run = f"--run={config.output_dir}"

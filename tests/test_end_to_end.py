@@ -18,7 +18,7 @@ import difflm_jax
 from difflm_jax import evaluate, export, generate
 from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError
-from difflm_jax.named import load_named, read_run_config
+from difflm_jax.loading import load_model, read_run_config, spec_of_names
 from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training import loop, samples
@@ -273,7 +273,7 @@ def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, r
     assert record["masked"]["masked_nll"] > 0
     assert record["decoding"] == {"threshold": 0.005, "seed": 3, "block_length": 4}
     column = record["generated"][1]
-    again = load_named(run=str(finished)).generate(
+    again = load_model(spec_of_names(run=str(finished))).generate(
         [question["messages"] for question in record["questions"]], 8, 8, 4, seed=3, threshold=0.005
     )
     assert column["passes"] == again.steps.tolist() and max(column["passes"]) < 8

@@ -24,6 +24,15 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _FILES)
 
 
+def chat_template(directory: Path) -> str | None:
+    """The chat template that stands in `directory` without a tokenizer."""
+    file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
+
+
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`, with its chat template. Raises `UserError` if it cannot be loaded.
 

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
-from difflm_jax.config.files import CONVERTED, notes, phase_config, quantization, to_json
+from difflm_jax.config.files import CONVERTED, notes, phase_config, to_json
 from difflm_jax.data.batches import describe, split
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.distributed.collectives import FSDP
@@ -16,7 +16,7 @@ from difflm_jax.distributed.mesh import check_model, make_mesh, row_shards
 from difflm_jax.distributed.processes import by_one_process, is_writer
 from difflm_jax.errors import RunInterruptedError, UserError
 from difflm_jax.lm import LanguageModel
-from difflm_jax.loading import open_model
+from difflm_jax.loading import open_model, spec_of_config
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.ops.attention_kernels import check_kernel
 from difflm_jax.quant import QuantConfig
@@ -93,18 +93,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
 
 def open_configured(config: ConfigDict) -> LanguageModel:
     """The model that `config` names, without its weights; says which mask token it has. Raises `UserError`."""
-    lm = open_model(
-        config.model,
-        attention=config.attention,
-        logit_shift=config.logit_shift,
-        dtype=config.dtype,
-        adapter=config.adapter or None,
-        mask_token=config.mask_token or None,
-        revision=config.revision or None,
-        algorithm=config.algorithm,
-        quantization=quantization(config),
-        block_length=config.block_length or None,
-    )
+    lm = open_model(spec_of_config(config))
     if config.objective == "draft":
         drafts = {"noise": config.draft.noise, "draft_length": config.draft.rows}
         lm = dataclasses.replace(lm, diffusion=lm.diffusion.causal())

@@ -15,7 +15,7 @@ import jax, jax.numpy as jnp, numpy as np
 import difflm_jax
 from difflm_jax.checkpoint.hf import load_params
 from difflm_jax.checkpoint.source import open_source
-from difflm_jax.loading import open_model
+from difflm_jax.loading import ModelSpec, open_model
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import place
@@ -37,7 +37,7 @@ for held in (None, QuantConfig("nf4", block_size=16), QuantConfig("int8", block_
 
 tokens = np.arange(60).reshape(3, 20) % 250
 one = difflm_jax.load({model!r}, dtype="float32")
-many = open_model({model!r}, dtype="float32").with_weights(mesh=mesh)
+many = open_model(ModelSpec({model!r}, dtype="float32")).with_weights(mesh=mesh)
 np.testing.assert_allclose(np.asarray(many(tokens)), np.asarray(one(tokens)), atol=2e-4)
 asked = dict(max_new_tokens=8, steps=4, batch_size=3)
 assert one.generate(["1+1", "2"], **asked).texts == many.generate(["1+1", "2"], **asked).texts
@@ -48,7 +48,7 @@ lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.s
 for held in (None, "nf4"):
     held = held and QuantConfig(held, block_size=16)
     one = difflm_jax.load({model!r}, dtype="float32", quantization=held).with_adapter(lora, config)
-    many = open_model({model!r}, dtype="float32", quantization=held).with_weights(mesh=mesh)
+    many = open_model(ModelSpec({model!r}, dtype="float32", quantization=held)).with_weights(mesh=mesh)
     merged = many.with_adapter(place(lora, mesh), config).merge()
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(merged.params), jax.tree.leaves(many.params)):
         if held is None:  # the sums lie where the weights did
