@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import difflm_jax
 from difflm_jax.config.files import load_config, to_json
+from difflm_jax.errors import UserError
 from difflm_jax.loading import ModelSpec, open_model, spec_of_names
 from difflm_jax.quant import QuantConfig
+from difflm_jax.training.run import train
 from tests.tiny_checkpoint import save_tiny_model
 
 TOKENS = [[5, 9, 80, 33, 120, 7, 61, 4]]
@@ -76,3 +78,14 @@ def test_tokenizer_and_chat_template_next_to_an_adapter_are_used(model, adapter,
     assert lm.tokenizer("<|tool|>")["input_ids"] == own("<|tool|>")["input_ids"]
     assert f"note: {path}: its own tokenizer and chat template are used" in capsys.readouterr().err
     assert lm.prompts.prompt("hi").tolist() == own("[hi]")["input_ids"]
+
+
+def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused_before_training(tmp_path):
+    """A model of 258 rows beside a tokenizer whose <|im_end|> is 258: training used to end with exit 0."""
+    small = save_tiny_model(tmp_path / "model", vocab_size=258, eos_token_id=None, pad_token_id=None)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    keys = {"model": small, "dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "run", "cache_dir": tmp_path}
+    overrides = [f"{key}={value}" for key, value in keys.items()] + ["mask_token=~", "phases=sft", "max_length=64"]
+    with pytest.raises(UserError, match=r"'<\|im_end\|>' has id 258, but the model's embedding has 258 rows"):
+        train(load_config(overrides=overrides))
+    assert not (tmp_path / "run").exists()

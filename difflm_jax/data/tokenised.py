@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.data.examples import Example, Options, Report, examples
@@ -144,6 +145,17 @@ def record_batch(chunk: list[Example]) -> pa.RecordBatch:
         pa.array([example.origin for example in chunk], pa.string()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def check_ids(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
+    """Raises `UserError` for a token of `rows`, or an end-of-sequence token, that the embedding has no row for."""
+    largest = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in rows.data.column("tokens").chunks), default=0)
+    if (found := max(largest, tokenizer.eos_token_id or 0)) >= embedding_rows:
+        raise UserError(
+            f"the tokenizer's {tokenizer.convert_ids_to_tokens(found)!r} has id {found}, but the model's embedding has "
+            f"{embedding_rows} rows: this tokenizer does not belong to it, or its embedding has to be resized first "
+            "(resize_token_embeddings of transformers)"
+        )
 
 
 def _final_answer_length(answer_mask: np.ndarray) -> int:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.config.files import CONVERTED, notes, phase_config, to_json
 from difflm_jax.data.batches import describe, split
-from difflm_jax.data.tokenised import tokenize
+from difflm_jax.data.tokenised import check_ids, tokenize
 from difflm_jax.distributed.collectives import FSDP
 from difflm_jax.distributed.mesh import check_model, make_mesh, row_shards
 from difflm_jax.distributed.processes import by_one_process, is_writer
@@ -174,6 +174,7 @@ def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, An
         seed=settings.seed,
         cache_dir=settings.cache_dir or None,
     )
+    check_ids(rows, lm.tokenizer, lm.config.vocab_size)
     return split(rows, settings.test_size, settings.seed)
 
 
