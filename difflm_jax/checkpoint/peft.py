@@ -23,12 +23,12 @@ from difflm_jax.checkpoint.peft_modules import (
     PeftModule,
     adapted_modules,
     from_peft,
-    joined_rank,
     patterns,
     peft_modules,
     to_peft,
     without_own_patterns,
 )
+from difflm_jax.checkpoint.peft_patterns import pattern_problems, rank_of, scaling_of, widened
 from difflm_jax.checkpoint.safetensors import TensorFiles, describe_faults, open_files, read_json, write_file
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
@@ -45,7 +45,12 @@ _ONLY = {
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change the base as well
 }
-_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "trainable_token_indices"}
+_READ = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "trainable_token_indices", "rank_pattern",
+    "alpha_pattern", "layers_to_transform",
+}  # fmt: skip
+# peft's own way to make an ordinary checkpoint of an adapter that cannot be represented here.
+_MERGE = "merge it with peft (merge_and_unload, save_pretrained), and load the result as the model"
 _NEUTRAL = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "exclude_modules", "layers_pattern", "megatron_core", "eva_config", "qalora_group_size", "runtime_config",
@@ -116,21 +121,30 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
     """
     directory = Path(directory).expanduser()
     if not (directory / CONFIG_FILE).is_file():
-        raise UserError(f"{directory}: has no {CONFIG_FILE}; give the directory of a PEFT adapter")
+        inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+        known = f"name one of the adapters in it: {', '.join(inside)}" if inside else "name a PEFT adapter's directory"
+        raise UserError(f"{directory}: has no {CONFIG_FILE}; {known}")
     if not (directory / WEIGHTS_FILE).is_file():
         pickled = (
             " (adapter_model.bin is pickled and not opened)" if (directory / "adapter_model.bin").is_file() else ""
         )
         raise UserError(f"{directory}: has no {WEIGHTS_FILE}{pickled}; save the adapter again with peft")
     values = read_json(directory / CONFIG_FILE)
-    problems = _config_problems(without_own_patterns(values, config), config)
+    problems = _config_problems(values, config)
     if problems:
-        raise UserError(f"{directory / CONFIG_FILE}: {'; '.join(problems)}")
+        hint = f"; {_MERGE}" if any("not supported" in problem for problem in problems) else ""
+        raise UserError(f"{directory / CONFIG_FILE}: {'; '.join(problems)}{hint}")
     files = open_files([directory / WEIGHTS_FILE])
     mask_token_id = _trained_token(values)
-    modules, faults = _check_tensors(files, values, config, mask_token_id is not None)
-    if text := describe_faults(faults):
-        raise UserError(f"{directory / WEIGHTS_FILE}: tensors do not fit the base model and {CONFIG_FILE}: {text}")
+    try:
+        modules, faults = _check_tensors(files, values, config, mask_token_id is not None)
+        if text := describe_faults(faults):
+            raise UserError(f"{directory / WEIGHTS_FILE}: tensors do not fit the base model and {CONFIG_FILE}: {text}")
+        lora, lora_config = _read_tree(files, modules, values, config)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{directory / WEIGHTS_FILE}: {error}") from error
 
     diffusion_config = read_diffusion_config(directory)
     stated = (diffusion_config or {}).get("mask_token_id")
@@ -138,19 +152,9 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
         raise UserError(
             f"{directory}: {DIFFUSION_FILE} has mask_token_id={stated}, but {CONFIG_FILE} trains token {mask_token_id}"
         )
-    try:
-        lora, targets = _read_tree(files, modules, values, config.num_layers)
-    except ValueError as error:
-        raise UserError(f"{directory / WEIGHTS_FILE}: {error}") from error
     return Adapter(
         lora=lora,
-        lora_config=LoraConfig(
-            r=values["r"],
-            lora_alpha=values["lora_alpha"],
-            lora_dropout=float(values.get("lora_dropout") or 0),
-            target_modules=targets,
-            use_rslora=bool(values.get("use_rslora", False)),
-        ),
+        lora_config=lora_config,
         mask_token_id=stated if mask_token_id is None else mask_token_id,
         diffusion_config=diffusion_config,
         base_model_name=values.get("base_model_name_or_path"),
@@ -207,6 +211,7 @@ def _config_problems(values: Mapping[str, Any], config: ModelConfig) -> list[str
         problems.append(f"lora_dropout must be at least 0 and below 1, not {_short(dropout)}")
     if rslora not in (None, False, True):
         problems.append(f"use_rslora must be true or false, not {_short(rslora)}")
+    problems += pattern_problems(values)
     targets = values.get("target_modules")
     if isinstance(targets, list):
         known = [module.name for module in peft_modules(config)]
@@ -245,19 +250,20 @@ def _check_tensors(
     files: TensorFiles, values: Mapping[str, Any], config: ModelConfig, has_mask_row: bool
 ) -> tuple[tuple[PeftModule, ...], dict[str, list[str]]]:
     """The modules that the tensors adapt, and the faults of the tensors by kind."""
+    # A regular expression is not evaluated, nor a list from which others are taken away: there the tensors alone tell
+    # which modules are adapted, and in which layers.
+    listed = values.get("target_modules")
+    is_exact = isinstance(listed, list) and not (values.get("exclude_modules") or values.get("layers_to_transform"))
+    named = [str(name).split(".")[-1] for name in listed] if is_exact else []
     possible = {
         module: {
-            module.key(factor, layer): module.shape(factor, joined_rank(module, values))
+            module.key(factor, layer): module.shape(factor, rank_of(module, layer, values))
             for layer in range(config.num_layers)
+            if is_exact or _is_adapted(files, module, layer)
             for factor in FACTORS
         }
         for module in peft_modules(config)
     }
-    # a regular expression is not evaluated, nor a list from which others are taken away: there the tensors alone tell
-    listed = values.get("target_modules")
-    named = [str(name).split(".")[-1] for name in listed] if isinstance(listed, list) else []
-    if values.get("exclude_modules"):
-        named = []
     targets = tuple(
         module
         for module, shapes in possible.items()
@@ -279,27 +285,47 @@ def _check_tensors(
     }
 
 
+def _is_adapted(files: TensorFiles, module: PeftModule, layer: int) -> bool:
+    return any(module.key(factor, layer) in files.shapes for factor in FACTORS)
+
+
 def _read_tree(
-    files: TensorFiles, modules: tuple[PeftModule, ...], values: Mapping[str, Any], num_layers: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The `lora` tree, and the projections that it adapts."""
+    files: TensorFiles, modules: tuple[PeftModule, ...], values: Mapping[str, Any], config: ModelConfig
+) -> tuple[dict[str, Any], LoraConfig]:
+    """The `lora` tree, and its config: the highest rank is that of all, and a layer that is not adapted has zeros."""
+    foreign = without_own_patterns(values, config)  # patterns that are not the way in which we write fused modules
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    scalings: dict[str, list[float]] = {}
     for module in modules:
-        for layer in range(num_layers):
-            A, B = (files.read(module.key(factor, layer)).astype(np.float32) for factor in FACTORS)
-            for part, pair in from_peft(module, A, B, values["r"]).items():
+        own = module.name in (values.get("rank_pattern") or {}) and module.name not in foreign["rank_pattern"]
+        for layer in range(config.num_layers):
+            rank = rank_of(module, layer, values)
+            if _is_adapted(files, module, layer):
+                A, B = (files.read(module.key(factor, layer)).astype(np.float32) for factor in FACTORS)
+            else:
+                A, B = (np.zeros(module.shape(factor, rank), np.float32) for factor in FACTORS)
+            for part, pair in from_peft(module, A, B, values["r"] if own else rank).items():
                 found.setdefault(part, []).append(pair)
+                scalings.setdefault(part, []).append(scaling_of(module, layer, values))
         for part in module.parts:  # of a module that is adapted in parts, the others have neither A nor B
             if len(module.parts) > 1 and not any(A.any() for A, _ in found[part]):
                 del found[part]
+    lora_config = LoraConfig(
+        r=max((len(A) for pairs in found.values() for A, _ in pairs), default=values["r"]),
+        lora_alpha=values["lora_alpha"],
+        lora_dropout=float(values.get("lora_dropout") or 0),
+        target_modules=tuple(name for name in PROJECTIONS if name in found),
+        use_rslora=bool(values.get("use_rslora", False)),
+    )
     lora: dict[str, Any] = {}
-    targets = tuple(name for name in PROJECTIONS if name in found)
-    for name in targets:
-        for factor, layers in zip(FACTORS, zip(*found[name], strict=True), strict=True):
+    for name in lora_config.target_modules:
+        factors = [scaling / lora_config.scaling for scaling in scalings[name]]
+        pairs = [widened(pair, lora_config.r, by) for pair, by in zip(found[name], factors, strict=True)]
+        for factor, layers in zip(FACTORS, zip(*pairs, strict=True), strict=True):
             set_path(lora, ("layers", *PROJECTIONS[name], factor), jnp.asarray(np.stack(layers)))
     if PEFT_MASK_ROW in files.shapes:
         lora["mask_row"] = jnp.asarray(files.read(PEFT_MASK_ROW)[0].astype(np.float32))
-    return lora, targets
+    return lora, lora_config
 
 
 def _is_adapter_directory(path: Path) -> bool:

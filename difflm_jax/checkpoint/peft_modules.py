@@ -104,17 +104,8 @@ def from_peft(module: PeftModule, A: np.ndarray, B: np.ndarray, rank: int) -> di
     return parts
 
 
-def has_pattern(module: PeftModule, values: Mapping[str, Any], key: str) -> bool:
-    return len(module.parts) > 1 and module.name in (values.get(key) or {})
-
-
-def joined_rank(module: PeftModule, values: Mapping[str, Any]) -> int:
-    """The rank of a module in the files of an adapter whose `adapter_config.json` holds `values`."""
-    return values["rank_pattern"][module.name] if has_pattern(module, values, "rank_pattern") else values["r"]
-
-
 def without_own_patterns(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """`adapter_config.json` less the patterns that `patterns` writes; any other is left in place, to be refused."""
+    """`adapter_config.json` less the patterns that `patterns` writes; any other is left in place."""
     left = {key: dict(values.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
     rank, alpha, power = values.get("r"), values.get("lora_alpha"), 0.5 if values.get("use_rslora") else 1.0
     if not isinstance(rank, int) or not isinstance(alpha, int | float):

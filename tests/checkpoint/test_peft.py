@@ -232,6 +232,39 @@ def test_we_load_what_peft_saved(family, options, tmp_path, tiny_model, tokens_B
     assert relative_error(our_logits(source.config, params, tokens_BL), theirs) > 0.01
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"q_proj": 2, "mlp.down_proj": 7}, "use_rslora": True},
+        {"alpha_pattern": {r"layers\.[02]\..*_proj": 3, r"1\..*k_proj": 40}, "rank_pattern": {"^model.layers.1.*": 6}},
+        {"target_modules": r".*layers\.[12]\..*(q|down)_proj"},
+        {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [0, 2], "trainable_token_indices": None},
+    ],
+)
+def test_ranks_and_scalings_of_single_modules_and_layers(
+    options, tmp_path, tiny_model, tokens_BL, our_logits, their_logits
+):
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path / "base")
+    adapted = trained_peft(model, **options)
+    adapted.save_pretrained(tmp_path / "adapter")
+    source = open_source(str(tmp_path / "base"))
+    adapter = load_adapter(tmp_path / "adapter", source.config)
+    params, tokens_BL = load_params(source, "float32"), masked(tokens_BL)
+    ours = our_logits(source.config, params, tokens_BL, adapter.lora, adapter.lora_config, adapter.mask_token_id)
+    theirs = their_logits(adapted, tokens_BL)
+    assert relative_error(ours, theirs) <= 1e-5
+    assert relative_error(our_logits(source.config, params, tokens_BL), theirs) > 0.01
+
+
+def test_adapters_in_named_sub_folders_are_pointed_to(tmp_path, tiny_model):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(tiny_model("llama"), config, adapter_name="second").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no adapter_config\.json; name one of the adapters in it: second"):
+        load_adapter(tmp_path, config_of(tiny_model("llama")))
+    load_adapter(tmp_path / "second", config_of(tiny_model("llama")))
+
+
 def test_half_precision_adapters_become_float32(tmp_path, tiny_model):
     adapted = trained_peft(tiny_model("llama"))
     adapted.to(torch.bfloat16).save_pretrained(tmp_path)

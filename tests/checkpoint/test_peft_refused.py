@@ -42,9 +42,6 @@ def refusal(tmp_path, tiny_model):
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is not supported"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern={'q_proj': 2} is not supported"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern={'q_proj': 2} is not supported"),
-        ({"layers_to_transform": [0, 1]}, "layers_to_transform=[0, 1] is not supported"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"target_modules": ["q_proj", "lm_head"]}, "target_modules lm_head are none of q_proj, k_proj"),
         ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_token_indices=[1, 2] must be the mask"),
@@ -54,6 +51,7 @@ def refusal(tmp_path, tiny_model):
 def test_what_peft_can_and_we_cannot_is_named(refusal, options, message):
     said = refusal(**options)
     assert message in said and CONFIG in said
+    assert ("merge it with peft (merge_and_unload" in said) == ("not supported" in message)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +66,9 @@ def test_what_peft_can_and_we_cannot_is_named(refusal, options, message):
         ({"lora_dropout": "high"}, "lora_dropout must be at least 0 and below 1, not 'high'"),
         ({"use_rslora": "no"}, "use_rslora must be true or false, not 'no'"),
         ({"trainable_token_indices": {"embed_tokens": [96]}}, "[96] is outside the base model's 96 tokens"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern must hold integers"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must map names of modules to numbers greater than 0"),
+        ({"alpha_pattern": {"(q": 2}}, "alpha_pattern: '(q' is no regular expression"),
         ({"bias": "all", "use_dora": True}, "bias='all' is not supported; use_dora=True is not supported"),
     ],
 )

@@ -1,0 +1,71 @@
+"""PEFT's `rank_pattern` and `alpha_pattern`: modules of an adapter with a rank or a scaling of their own.
+
+Here all projections share one rank and one scaling. A module of lower rank is filled up with zeros, and B is multiplied
+by what the scaling differs by: the update is the same.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import regex
+
+from difflm_jax.checkpoint.peft_modules import PeftModule
+from difflm_jax.models.lora import LoraConfig
+
+_SECONDS = 1.0  # a pattern is somebody else's regular expression, and may take forever
+
+
+def pattern_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the patterns of an `adapter_config.json`."""
+    problems = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = values.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
+            problems.append(f"{key} must map names of modules to numbers greater than 0")
+            continue
+        if key == "rank_pattern" and not all(isinstance(rank, int) for rank in pattern.values()):
+            problems.append(f"{key} must hold integers")
+        for name in pattern:
+            try:
+                regex.compile(name)
+            except regex.error as error:
+                problems.append(f"{key}: {str(name)[:60]!r} is no regular expression ({error})")
+    return problems
+
+
+def rank_of(module: PeftModule, layer: int, values: Mapping[str, Any]) -> int:
+    """The rank of a module's factors. Raises `ValueError` for a pattern that cannot be matched in time."""
+    return _of_pattern(values, "rank_pattern", module, layer, values["r"])
+
+
+def scaling_of(module: PeftModule, layer: int, values: Mapping[str, Any]) -> float:
+    """What a module's update is multiplied by."""
+    alpha = _of_pattern(values, "alpha_pattern", module, layer, values["lora_alpha"])
+    rank = rank_of(module, layer, values)
+    return LoraConfig(r=rank, lora_alpha=alpha, use_rslora=bool(values.get("use_rslora"))).scaling
+
+
+def widened(pair: tuple[np.ndarray, np.ndarray], rank: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """(A, B) of rank `rank` with `factor` times the update."""
+    A, B = pair
+    missing = rank - len(A)
+    B = B if math.isclose(factor, 1.0, rel_tol=1e-12) else B * np.float32(factor)
+    return np.pad(A, ((0, missing), (0, 0))), np.pad(B, ((0, 0), (0, missing)))
+
+
+def _of_pattern(values: Mapping[str, Any], key: str, module: PeftModule, layer: int, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name, as PEFT looks for it."""
+    name = f"{module.prefix}.layers.{layer}.{module.path}"
+    for pattern, value in (values.get(key) or {}).items():
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", name, timeout=_SECONDS):
+                return value
+        except TimeoutError as error:
+            raise ValueError(f"{key}: {pattern[:60]!r} takes too long to match") from error
+    return default
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
