@@ -341,6 +341,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _peft_lines(base_model_name: str) -> str:
+    """What opens an adapter in peft: transformers must be told of a .gguf file, which `AutoPeftModel...` cannot."""
+    if not base_model_name.endswith(".gguf"):
+        return (
+            "from peft import AutoPeftModelForCausalLM\n"
+            'model = AutoPeftModelForCausalLM.from_pretrained("this directory")'
+        )
+    path = Path(base_model_name)
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(str(path.parent))}, "
+        f"gguf_file={json.dumps(path.name)})\n"
+        'model = PeftModel.from_pretrained(base, "this directory")'
+    )
+
+
 def _model_card(base_model_name: str, diffusion_config: Mapping[str, Any], notes: str) -> str:
     settings = "\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in sorted(diffusion_config.items()))
     return f"""---
@@ -366,8 +383,11 @@ lm = difflm_jax.load({json.dumps(base_model_name)}, adapter="this directory")
 print(lm.generate("What is the capital of France?").texts[0])
 ```
 
-`peft.PeftModel.from_pretrained(base, "this directory")` loads the same weights; attention and decoding are then the
-caller's to provide.
+PEFT loads the same weights; attention and decoding are then the caller's to provide:
+
+```python
+{_peft_lines(base_model_name)}
+```
 {notes and chr(10) + notes.strip() + chr(10)}
 ### Framework versions
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from difflm_jax.config.schema import KEYS, flatten
 from difflm_jax.errors import UserError
+from difflm_jax.models.lora import ADAPTABLE
 
 VERSION_KEY = "config_version"  # in config.json
 VERSION = 2  # 1, without the key: before `double_quantization`; quantised bases by use_qlora and qlora_config
@@ -37,6 +38,7 @@ ALIASES = {
     "qlora_config.bnb_4bit_compute_dtype": Alias("dtype", when="use_qlora"),
     "lora_config.bias": Alias("", {"none": None}),
 }
+ALL_LINEAR = ("all-linear",)  # PEFT's name for every projection
 _UNDECIDED = ("", "auto", True)  # values of a key that an alias may decide
 
 
@@ -62,6 +64,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
             del (resolved[section] if section else resolved)[leaf]
         if "qlora_config" in resolved:
             del resolved["qlora_config"]
+        if resolved.lora_config.get("target_modules") == ALL_LINEAR:
+            resolved.lora_config.target_modules = ADAPTABLE
     return resolved
 
 

@@ -34,7 +34,9 @@ class LoraConfig:
     r: int = setting(16, "Rank.", within=POSITIVE)
     lora_alpha: float = setting(32, "The update is multiplied by lora_alpha / r.", within=POSITIVE)
     lora_dropout: float = setting(0.0, "Dropout of the adapter's input.", within=PROPER_SHARE, config_default=0.05)
-    target_modules: tuple[str, ...] = setting(ADAPTABLE, "Adapted projections.", choices=ADAPTABLE, required=True)
+    target_modules: tuple[str, ...] = setting(
+        ADAPTABLE, "Adapted projections, or all-linear.", choices=ADAPTABLE, required=True
+    )
     use_rslora: bool = setting(False, "Divide lora_alpha by sqrt(r) instead (rank-stabilised LoRA).")
 
     @property

@@ -24,6 +24,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.weights import PROJECTIONS
 from tests.checkpoint.adapters import CONFIG, MASK, WEIGHTS, config_of, trained_peft
+from tests.checkpoint.gguf_files import write_gguf
 
 DIFFUSION = {"mask_token": "<mask>", "mask_token_id": MASK, "attention": "prefix", "logit_shift": True}
 
@@ -134,6 +135,25 @@ def test_the_files_of_an_adapter(tmp_path, save_ours, tiny_tokenizer):
     assert AutoTokenizer.from_pretrained(adapter)("a b").input_ids == tiny_tokenizer("a b").input_ids
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
     assert (adapter / WEIGHTS).stat().st_mode & 0o777 == (adapter / CONFIG).stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("kind", ["gguf", "directory"])
+def test_the_lines_of_the_readme_open_the_adapter_in_peft(kind, tmp_path, tiny_model, save_ours):
+    """An adapter of a .gguf base: AutoPeftModelForCausalLM cannot find what its config names."""
+    config, _, lora, lora_config = save_ours("llama")
+    base = tmp_path / "base"
+    if kind == "gguf":
+        base = write_gguf(tmp_path / "base.gguf", tiny_model("llama"))
+    diffusion = {"model_config": config, "revision": None, "mask_token_id": MASK, "diffusion_config": DIFFUSION}
+    save_adapter(tmp_path / "out", lora, lora_config, base_model_name=str(base), **diffusion)
+    lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(lines.replace("this directory", str(tmp_path / "out")), names)
+    state = peft.get_peft_model_state_dict(names["model"])
+    np.testing.assert_array_equal(
+        state["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"],
+        lora["layers"]["mlp"]["up_proj"]["lora_A"][1],
+    )
 
 
 def test_what_we_save_we_load(family, tmp_path, save_ours):

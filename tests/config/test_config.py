@@ -435,6 +435,11 @@ def test_both_ways_to_say_nf4_are_one_configuration():
     assert "use_qlora" not in original and "qlora_config" not in json.loads(to_json(original))
 
 
+def test_all_linear_are_all_projections():
+    assert difference(load_config(overrides=["lora_config.target_modules=all-linear"]), default_config()) == []
+    assert "'all-linear' is not known" in _refusal("lora_config.target_modules=all-linear,q_proj")
+
+
 def test_a_config_of_a_later_version_is_refused():
     assert from_json('{"config_version": 2, "epochs": 3}').epochs == 3
     with pytest.raises(UserError, match=r"^config\.json: config_version=3: written by a later version"):
