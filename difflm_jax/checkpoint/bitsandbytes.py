@@ -68,7 +68,7 @@ def open_quantised(directory: Path, quantization_config: Any) -> TensorFiles:
     configs = {
         name: QuantConfig("nf4", state.block_size, state.nested_offset is not None) for name, state in stored.items()
     }
-    return TensorFiles(shapes, read, files.defects, configs)
+    return dataclasses.replace(files, shapes=shapes, read=read, stored=configs)
 
 
 def bitsandbytes_tensors(name: str, w: QTensor, dtype: str) -> dict[str, np.ndarray]:

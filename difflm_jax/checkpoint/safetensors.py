@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -29,12 +30,14 @@ class TensorFiles:
     """What a checkpoint holds. `defects` says what is wrong with it whatever model it is meant for.
 
     `read(name)` gives one tensor: an array, or a `QTensor` for one that `stored` names, which says how it is quantised.
+    `unindexed` are tensors that the index does not name: a model may leave them out.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray | QTensor]
     defects: tuple[str, ...] = ()
     stored: Mapping[str, QuantConfig] = dataclasses.field(default_factory=dict)
+    unindexed: frozenset[str] = frozenset()
 
 
 def open_shards(directory: Path, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> TensorFiles:
@@ -47,8 +50,9 @@ def open_shards(directory: Path, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> Tens
         return open_files([directory / SINGLE_FILE], dtypes=dtypes)
     if (directory / INDEX_FILE).is_file():
         weight_map, defects = _read_index(directory / INDEX_FILE)
-        files = open_files([directory / name for name in sorted(set(weight_map.values()))], weight_map, dtypes)
-        return dataclasses.replace(files, defects=defects + files.defects)
+        files = open_files([directory / name for name in sorted(set(weight_map.values()))], dtypes)
+        unindexed = _differences(directory, files, weight_map)
+        return dataclasses.replace(files, defects=defects + files.defects, unindexed=unindexed)
     if pickled := [name for name in _PICKLED if (directory / name).is_file()]:
         raise UserError(
             f"{directory}: holds {pickled[0]} but no safetensors; pickled weights are not opened: convert them with "
@@ -57,14 +61,8 @@ def open_shards(directory: Path, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> Tens
     raise UserError(f"{directory}: has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
-def open_files(
-    paths: list[Path], weight_map: Mapping[str, str] | None = None, dtypes: tuple[str, ...] = FLOAT_DTYPES
-) -> TensorFiles:
-    """Opens safetensors files. With `weight_map` (tensor -> file name), what the files hold must be just that.
-
-    Tensors in two files, tensors that the map gives to a file that lacks them or does not give to the file that has
-    them, and tensors of another type than `dtypes` are `defects`.
-    """
+def open_files(paths: list[Path], dtypes: tuple[str, ...] = FLOAT_DTYPES) -> TensorFiles:
+    """Opens safetensors files. Tensors in two files, and tensors of another type than `dtypes`, are `defects`."""
     shapes: dict[str, tuple[int, ...]] = {}
     home: dict[str, Path] = {}
     defects: list[str] = []
@@ -78,12 +76,25 @@ def open_files(
             home[name], shapes[name] = path, tuple(entry.get_shape())
             if entry.get_dtype() not in dtypes:
                 defects.append(f"{name} has dtype {entry.get_dtype()} (not one of {', '.join(dtypes)})")
-            if weight_map is not None and weight_map.get(name) != path.name:
-                defects.append(f"{name} is in {path.name} but {INDEX_FILE} does not say so")
-    for name, file in (weight_map or {}).items():
-        if name not in home:
-            defects.append(f"{name} is not in {file}, though {INDEX_FILE} says so")
     return TensorFiles(shapes, _Reader(home), tuple(defects))
+
+
+def _differences(directory: Path, files: TensorFiles, weight_map: Mapping[str, str]) -> frozenset[str]:
+    """The tensors that an index does not name; says in which ways it is not exact.
+
+    As in transformers an index tells which files there are, and the files tell which tensors.
+    """
+    unindexed = frozenset(files.shapes) - weight_map.keys()
+    ways = {
+        "named, and in no file": sorted(weight_map.keys() - files.shapes.keys()),
+        "in a file, and not named": sorted(unindexed),
+        "in another file": [
+            name for name, file in weight_map.items() if name in files.shapes and files.read.file_of(name) != file
+        ],
+    }
+    if text := describe_faults(ways):
+        print(f"note: {directory / INDEX_FILE} is not exact: {text}; the files count", file=sys.stderr)
+    return unindexed
 
 
 class _Reader:
@@ -95,6 +106,9 @@ class _Reader:
     def __init__(self, home: Mapping[str, Path]):
         self._home = home
         self._headers: dict[Path, tuple[int, dict]] = {}
+
+    def file_of(self, name: str) -> str:
+        return self._home[name].name
 
     def __call__(self, name: str) -> np.ndarray:
         path = self._home[name]

@@ -37,7 +37,7 @@ class Source:
     gives one tensor, [out, in], in its stored dtype (float32 for quantised GGUF types), or a `QTensor` where `stored`
     says that the checkpoint holds it so; `defects` are faults of the files that `load_params` reports with its own;
     `diffusion` is what a third-party diffusion checkpoint was trained for (`checkpoint.foreign`); `generation_config`
-    is the file of that name.
+    is the file of that name; `unindexed` are tensors that the model may lack.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Source:
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unindexed: frozenset[str] = frozenset()
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -163,6 +164,7 @@ def _open(
         load_tokenizer,
         diffusion or {},
         generation_config or {},
+        files.unindexed,
     )
 
 
@@ -183,6 +185,7 @@ def _renamed(files: TensorFiles, names: str) -> TensorFiles:
         files,
         shapes={ours: files.shapes[name] for ours, name in theirs.items()},
         read=lambda name: files.read(theirs[name]),
+        unindexed=frozenset(from_foreign(names, name) for name in files.unindexed),
     )
 
 

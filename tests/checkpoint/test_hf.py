@@ -295,18 +295,38 @@ def test_an_index_may_not_leave_its_directory(broken, file):
     assert f"model.norm.weight is given to {file!r}" in message
 
 
-def test_an_index_that_disagrees_with_its_shards(broken):
+def test_an_index_that_is_not_exact_is_read_as_transformers_reads_it(tmp_path, tiny_model, capsys):
+    """The index says which files there are, the files say which tensors: with a note."""
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+
+    def change(weight_map):
+        files = sorted(set(weight_map.values()))
+        weight_map["model.norm.weight"] = next(f for f in files if f != weight_map["model.norm.weight"])
+        weight_map["model.ghost.weight"] = files[0]
+        del weight_map["model.layers.1.mlp.up_proj.weight"]
+
+    edit_index(tmp_path, change)
+    edit_shard(tmp_path, lambda tensors: tensors.update({"model.extra.weight": np.zeros((2, 2), np.float32)}))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    params = load_params(open_source(str(tmp_path)), "float32")
+    up_proj = params["layers"]["mlp"]["up_proj"]["weight"][1]
+    np.testing.assert_array_equal(up_proj, theirs.model.layers[1].mlp.up_proj.weight.detach().numpy())
+    np.testing.assert_array_equal(params["norm"]["weight"], theirs.model.norm.weight.detach().numpy())
+    note = capsys.readouterr().err
+    assert "1 named, and in no file (model.ghost.weight)" in note
+    assert "2 in a file, and not named (model.extra.weight, model.layers.1.mlp.up_proj.weight)" in note
+    assert "1 in another file (model.norm.weight)" in note
+
+
+def test_a_tensor_that_only_the_index_has_is_missing(broken):
     def edit(directory):
-        def change(weight_map):
-            files = sorted(set(weight_map.values()))
-            weight_map["model.norm.weight"] = next(f for f in files if f != weight_map["model.norm.weight"])
-            weight_map["model.ghost.weight"] = files[0]
+        edit_index(directory, lambda weight_map: weight_map.update({"model.norm.weight": min(weight_map.values())}))
+        for path in directory.glob("*.safetensors"):
+            tensors = load_file(path)
+            tensors.pop("model.norm.weight", None)
+            save_file(tensors, path)
 
-        edit_index(directory, change)
-
-    message = broken(edit)
-    assert "model.ghost.weight is not in model-00001-of-" in message
-    assert "model.norm.weight is in model-" in message
+    assert "1 missing (model.norm.weight)" in broken(edit)
 
 
 def test_a_tensor_twice_in_the_index(broken):
