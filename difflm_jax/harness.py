@@ -10,9 +10,11 @@ Log-likelihoods are LLaDA's Monte-Carlo bound (`causal=True`: those of the base,
 masks.
 """
 
+import dataclasses
 import functools
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,50 +37,69 @@ except ImportError as error:
 _TRUE = ("true", "1", "yes")
 
 
+_LM_EVAL = ("device", "max_batch_size")  # arguments of its other models, without meaning here
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How texts are scored and requests answered.
+
+    batch_size: rows at a time. max_length: longest row, in tokens. samples: masked copies of a row by which its
+    log-likelihood is bounded. max_gen_toks: the answer's canvas where a task names none. tokens_per_pass: tokens
+    committed per forward pass, so that `steps` follows the canvas. check_greedy: whether to find out if decoding would
+    give a scored text (costs a pass per token; tasks that read `acc` of a single continuation need it).
+    """
+
+    batch_size: int = 16
+    max_length: int = 4096
+    samples: int = 128
+    seed: int = 0
+    max_gen_toks: int = 128
+    tokens_per_pass: float = 1.0
+    check_greedy: bool = True
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Scoring":
+        """From values as lm-eval gives them, which may be text. Raises `UserError`."""
+        values = {}
+        for field in dataclasses.fields(cls):
+            if (value := arguments.get(field.name)) is None:
+                continue
+            try:
+                values[field.name] = _flag(value) if field.type is bool else field.type(value)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{field.name}={value!r}: must be a number") from error
+        scoring = cls(**values)
+        if scoring.tokens_per_pass <= 0 or scoring.samples < 1:
+            raise UserError(
+                f"tokens_per_pass={scoring.tokens_per_pass:g}, samples={scoring.samples}: must be greater than 0"
+            )
+        return scoring
+
+
+def _taken(arguments: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of `arguments` with one of the `names`, which are taken out."""
+    return {name: arguments.pop(name) for name in [*names] if name in arguments}
+
+
 @register_model("difflm_jax")
 class DiffusionHarness(TemplateLM):
     """`lm`, or what `model` (with `adapter`) or `run` name, behind the interface of lm-eval.
 
-    samples: masked copies of a row by which its log-likelihood is bounded. max_gen_toks: the answer's canvas where a
-    task names none. tokens_per_pass: tokens committed in a forward pass, so that `steps` follows the canvas.
-    check_greedy: whether to find out if decoding would give a scored text (costs a pass a token; tasks that read
-    `acc` of a single continuation need it). All other arguments are options of `LanguageModel.generate`.
+    The arguments are those of `loading.spec_of_names`, the fields of `Scoring`, and options of
+    `LanguageModel.generate`. `causal`: the base.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel | None = None,
-        model: str = "",
-        adapter: str = "",
-        run: str = "",
-        causal: bool | str = False,
-        dtype: str | None = None,
-        quantization: str | None = None,
-        batch_size: int | str = 16,
-        max_batch_size: int | None = None,
-        max_length: int | None = None,
-        device: str | None = None,
-        samples: int = 128,
-        seed: int = 0,
-        max_gen_toks: int = 128,
-        tokens_per_pass: float = 1,
-        check_greedy: bool | str = True,
-        **options: Any,
-    ):
+    def __init__(self, lm: LanguageModel | None = None, causal: bool | str = False, **arguments: Any):
         super().__init__()
+        named = _taken(arguments, inspect.signature(spec_of_names).parameters)
+        self._scoring = Scoring.of(_taken(arguments, Scoring.__dataclass_fields__))
+        _taken(arguments, _LM_EVAL)
         if lm is None:
-            lm = load_model(spec_of_names(model, adapter, run, dtype, quantization), with_base=_flag(causal))
+            lm = load_model(spec_of_names(**named), with_base=_flag(causal))
         self._lm = lm.base() if _flag(causal) else lm
-        try:
-            self._batch_size = int(batch_size)
-        except ValueError as error:
-            raise UserError(f"batch_size={batch_size!r}: must be a number of rows") from error
-        self._samples, self._seed, self._check_greedy = int(samples), int(seed), _flag(check_greedy)
-        self._max_gen_toks, self._tokens_per_pass = int(max_gen_toks), float(tokens_per_pass)
-        self.max_length = min(int(max_length or 4096), self._lm.config.max_position_embeddings)
-        if self._tokens_per_pass <= 0 or self._samples < 1:
-            raise UserError(f"tokens_per_pass={tokens_per_pass}, samples={samples}: must be greater than 0")
-        self._options = options
+        self.max_length = min(self._scoring.max_length, self._lm.config.max_position_embeddings)
+        self._options = arguments
         self.tokenizer = self._lm.tokenizer
 
     @classmethod
@@ -160,7 +181,7 @@ class DiffusionHarness(TemplateLM):
                 raise UserError(f"a continuation of {len(after)} tokens is longer than max_length={self.max_length}")
             rows.append((before[len(after) - self.max_length :], after))
         values = self._values([before for before, _ in rows], [after for _, after in rows])
-        greedy = self._greedy(rows) if self._check_greedy else [False] * len(rows)
+        greedy = self._greedy(rows) if self._scoring.check_greedy else [False] * len(rows)
         found = [(float(value), bool(same)) for value, same in zip(values, greedy, strict=True)]
         for (key, *_), answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, answer)
@@ -173,14 +194,14 @@ class DiffusionHarness(TemplateLM):
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=lambda item: item[0])), []).append(index)
         for members in groups.values():
-            kwargs = normalize_gen_kwargs(requests[members[0]].args[1], self._max_gen_toks)
+            kwargs = normalize_gen_kwargs(requests[members[0]].args[1], self._scoring.max_gen_toks)
             kwargs.pop("do_sample")
             until, length = [text for text in kwargs.pop("until") if text], kwargs.pop("max_gen_toks")
             if length >= self.max_length:
                 raise UserError(f"max_gen_toks={length} leaves no room for a prompt in max_length={self.max_length}")
-            steps = length if self._lm.attention == "causal" else max(1, round(length / self._tokens_per_pass))
+            steps = length if self._lm.attention == "causal" else max(1, round(length / self._scoring.tokens_per_pass))
             prompts = [self._prompt(requests[i].args[0], self.max_length - length) for i in members]
-            options = {"seed": self._seed, "batch_size": self._batch_size, **self._options, **kwargs}
+            options = {"seed": self._scoring.seed, "batch_size": self._scoring.batch_size, **self._options, **kwargs}
             texts = self._lm.generate(prompts, length, steps, stop=until, **options).texts
             for index, text in zip(members, texts, strict=True):
                 answers[index] = text
@@ -193,7 +214,9 @@ class DiffusionHarness(TemplateLM):
     def _values(self, prompts: list[list[int]], answers: list[list[int]]) -> np.ndarray:
         if not prompts:
             return np.zeros(0)
-        return self._lm.log_likelihood(prompts, answers, self._samples, self._seed, self._batch_size).values
+        return self._lm.log_likelihood(
+            prompts, answers, self._scoring.samples, self._scoring.seed, self._scoring.batch_size
+        ).values
 
     def _greedy(self, rows: list[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether filling as many masks as a continuation has tokens, the surest first, gives that continuation."""
@@ -201,7 +224,7 @@ class DiffusionHarness(TemplateLM):
         canvases = [[*before, *[mask] * len(after)] for before, after in rows]
         steps = max((len(after) for _, after in rows), default=1)
         algorithm = None if self._lm.attention == "causal" else "probability"
-        filled = self._lm.infill(canvases, steps, algorithm=algorithm, batch_size=self._batch_size).tokens
+        filled = self._lm.infill(canvases, steps, algorithm=algorithm, batch_size=self._scoring.batch_size).tokens
         return [tokens[len(before) :].tolist() == after for tokens, (before, after) in zip(filled, rows, strict=True)]
 
 

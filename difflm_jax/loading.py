@@ -216,7 +216,7 @@ def open_model(spec: ModelSpec) -> LanguageModel:
     dtype = fastest_dtype() if spec.dtype == AUTO else spec.dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join((AUTO, *DTYPES))}")
-    source = open_source(spec.source, spec.revision)
+    source = open_source(str(spec.source), spec.revision)
     check_quantization(source, spec.quantization)
     adapter = load_adapter(spec.adapter, source.config) if spec.adapter is not None else None
     tokenizer = _tokenizer(source, spec.adapter, adapter)

@@ -182,7 +182,7 @@ def test_the_causal_base_and_a_model_by_its_path(lm):
     with pytest.raises(UserError, match="name a model or a training run"):
         DiffusionHarness()
     by_text = DiffusionHarness.create_from_arg_string(f"model={lm.source.path},batch_size=4", {"batch_size": 1})
-    assert by_text._batch_size == 4
+    assert by_text._scoring.batch_size == 4
     with pytest.raises(UserError, match="tokens_per_pass=0"):
         DiffusionHarness(lm, tokens_per_pass=0)
     with pytest.raises(UserError, match="batch_size='auto'"):
