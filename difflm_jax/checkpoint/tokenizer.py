@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from difflm_jax.checkpoint.safetensors import read_json
 from difflm_jax.errors import UserError, one_line
@@ -51,6 +51,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _as_transformers_does(directory: Path) -> PreTrainedTokenizerBase:
+    # Not at the top: `AutoTokenizer` takes two seconds where PyTorch is installed, and a .gguf file does not need it.
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
     named = directory / "tokenizer_config.json"
     if named.is_file() and read_json(named).get("tokenizer_class") == "DreamTokenizer":
         return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)  # which it is a copy of

@@ -4,11 +4,12 @@
 resumed run needs no iterator state.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import datasets
-import grain
 import numpy as np
 import pyarrow as pa
 
@@ -16,6 +17,10 @@ from difflm_jax.data.fields import ROW_LENGTHS, SHARED_SEGMENT, PlacedExample, e
 from difflm_jax.data.packing import BatchOptions, BatchPlan
 from difflm_jax.data.shared_prefix import shared_prefix
 from difflm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+    import grain
 
 _READ_ROWS = 10_000
 
@@ -89,6 +94,8 @@ def batches(
     """
     if epochs < 1:
         raise UserError(f"epochs={epochs}: must be at least 1")
+    import grain  # here and below, not at the top: `--help` should not wait for it
+
     options = plan.options
     local_rows = np.arange(options.batch_size) if local_rows is None else local_rows
     collate = _Collate(rows.with_format("arrow"), plan, strata == "rows", local_rows)
@@ -178,6 +185,8 @@ def _read_rows(table: datasets.Dataset, ids: np.ndarray) -> list[tuple[np.ndarra
 
 def prefetch(dataset: grain.MapDataset, start_step: int = 0, num_threads: int = 2) -> Iterator[dict[str, np.ndarray]]:
     """The elements of `dataset` from `start_step` on, prepared ahead by `num_threads` threads (0: on demand)."""
+    import grain
+
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(dataset[start_step:].to_iter_dataset(options))
 

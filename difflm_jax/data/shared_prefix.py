@@ -1,7 +1,13 @@
 """What all prompts of a data set begin with: a system prompt, instructions, worked examples."""
 
-import datasets
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
 
 _READ_ROWS = 10_000
 

@@ -1,12 +1,14 @@
 """A data set as tokens on disk: made once for a set of options, found again by its fingerprint."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from difflm_jax.data.examples import Example, Options, Report, examples
 from difflm_jax.data.sources import Source, open_source
 from difflm_jax.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import datasets
 
 _FORMAT_VERSION = 2  # of what is stored and of how rows become tokens: a change of either requires a new number
 _ROWS_FILE, _SUMMARY_FILE = "rows.arrow", "summary.txt"
@@ -60,6 +65,8 @@ def tokenize(
     Raises `UserError` for a source that is not there, too many bad rows, no usable row, and a row that holds the token
     `mask_token_id`.
     """
+    import datasets  # here and below, not at the top: `--help` should not wait for it
+
     # Without debug the seed decides nothing, and must not make a second copy.
     options = Options(phase, max_length, answers, overlong, bad_row_budget, mask_token_id, debug, seed if debug else 0)
     source = open_source(dataset)
@@ -73,6 +80,8 @@ def tokenize(
 
 
 def _cache_folder(cache_dir: str | Path | None) -> Path:
+    import datasets
+
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "difflm_jax"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +131,8 @@ def _make(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, 
 
 def stored_rows(made: list[Example]) -> datasets.Dataset:
     """Examples in memory, as `tokenize` returns them from disk."""
+    import datasets
+
     return datasets.Dataset(pa.Table.from_batches([record_batch(made)]))
 
 

@@ -1,15 +1,19 @@
 """What a phase trains on: its rows, the one plan of their batches, and what is scored in them."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import grain
 import numpy as np
 
 from difflm_jax.data.batches import batches, plan_batches
 from difflm_jax.data.packing import BatchOptions, BatchPlan
+
+if TYPE_CHECKING:
+    import datasets
+    import grain
 
 PHASE_SCOPE = {"pretrain": "all", "sft": "answer"}
 

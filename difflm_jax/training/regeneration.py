@@ -4,13 +4,15 @@ A stage of the run before its phases. Answers are written to `output_dir/answers
 resumes where it stopped, and finds all of them when it is run again.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
 from difflm_jax.data.chat import Encoded
@@ -21,6 +23,9 @@ from difflm_jax.errors import UserError
 from difflm_jax.sampling.batching import Decoder
 from difflm_jax.sampling.causal import continue_rows
 from difflm_jax.sampling.options import Sampling
+
+if TYPE_CHECKING:
+    import datasets
 
 SHORTEST = 3  # tokens of an answer that has something to draft
 _GREEDY = Sampling(algorithm="probability", schedule="even")

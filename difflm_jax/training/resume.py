@@ -1,12 +1,13 @@
 """Whether a run directory can be gone on with: the same configuration, the same data, or what was changed."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 from ml_collections import ConfigDict
 
@@ -15,6 +16,9 @@ from difflm_jax.config.files import difference, load_run_config, to_json
 from difflm_jax.errors import UserError
 from difflm_jax.utils.dtypes import AUTO, fastest_dtype
 from difflm_jax.utils.files import write_whole
+
+if TYPE_CHECKING:
+    import datasets
 
 CONFIG_FILE, DATA_FILE = "config.json", "checkpoints/data.json"
 FORCE = "--force"
