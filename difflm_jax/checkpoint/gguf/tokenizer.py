@@ -17,6 +17,23 @@ _QWEN2 = (
     r"|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+# Mistral's: words are cut where a capital follows.
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What llama.cpp falls back to, one after the other.
+_DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+_WHOLE_WORDS = (
+    "llama-bpe",
+    "tekken",
+)  # a word that is a token needs no merges; bos comes first unless the file says no
 
 
 class Metadata(Protocol):
@@ -44,8 +61,8 @@ def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
     if bad := [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys()]:
         raise UserError(f"{path}: tokenizer.ggml.merges has {' '.join(bad[0])!r}, which joins no two tokens to a third")
 
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    if pre == "qwen2":
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
+    if pre in ("qwen2", "deepseek-r1-qwen"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre]())
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,7 +77,7 @@ def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
 
     special = {name: _named_token(metadata, key, tokens) for name, key in _SPECIAL_TOKENS.items()}
     special = {name: token for name, token in special.items() if token is not None}
-    _add_bos_and_eos(metadata, tokenizer, special, add_bos_by_default=pre == "llama-bpe")
+    _add_bos_and_eos(metadata, tokenizer, special, add_bos_by_default=pre in _WHOLE_WORDS)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -78,9 +95,9 @@ _SPECIAL_TOKENS = {
 }
 
 
-def _split(pattern: str) -> list[pre_tokenizers.PreTokenizer]:
+def _split(*patterns: str) -> list[pre_tokenizers.PreTokenizer]:
     return [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
 
@@ -91,7 +108,11 @@ _SPLITTERS = {
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
     ],
     "qwen2": lambda: _split(_QWEN2),
+    "deepseek-r1-qwen": lambda: _split(_QWEN2),
     "llama-bpe": lambda: _split(_LLAMA3),
+    "tekken": lambda: _split(_TEKKEN),
+    "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
+    "default": lambda: _split(*_DEFAULT),
 }
 
 
