@@ -39,7 +39,8 @@ from difflm_jax.models.lora import init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.planning.jobs import training_job
 from difflm_jax.quant import QTensor, QuantConfig, quantize
-from difflm_jax.sampling.batching import Decoder, answer_plan, fill_answers
+from difflm_jax.sampling.batching import FillOptions, answer_plan, fill_answers
+from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.training.optimizer import make_optimizer
 from difflm_jax.training.step import TrainState
@@ -149,7 +150,7 @@ def generation(name: str, keys: dict[str, str], options: argparse.Namespace) -> 
     params = random_params(model_config, DTYPES[config.dtype], quantization(config))
     mask_id = model_config.vocab_size - 1
     model = Transformer(model_config, None, mask_id, DTYPES[config.dtype])
-    decoder = Decoder(model, {"params": params}, DiffusionConfig("block", BLOCK, True, mask_id), (), 0)
+    decoder = Decoder({"params": params}, model, DiffusionConfig("block", BLOCK, True, mask_id))
     sampling = sampling_options("block", "probability", {"stop_at_eos": False})
     plan = answer_plan(decoder.diffusion, GENERATED, PASSES, None, sampling)
     rows = np.random.default_rng(0).integers(10, model_config.vocab_size - 1, (max(batches), PROMPT)).astype(np.int32)
@@ -164,7 +165,8 @@ def generation(name: str, keys: dict[str, str], options: argparse.Namespace) -> 
 
 def answer(decoder: Decoder, plan: Any, sampling: Any, prompts: list[np.ndarray], times: int) -> None:
     for seed in range(times):
-        fill_answers(decoder, prompts, GENERATED, plan, sampling, seed, len(prompts))
+        options = FillOptions(sampling, PASSES, seed, len(prompts))
+        fill_answers(decoder, prompts, GENERATED, plan, options)
 
 
 def batch_sizes(keys: dict[str, str]) -> list[int]:

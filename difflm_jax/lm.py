@@ -24,15 +24,15 @@ from difflm_jax.errors import UserError
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, merge_lora
-from difflm_jax.models.transformer import Transformer, head_logits
+from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
-from difflm_jax.sampling.answers import Generation, as_list, cut_answer, stop_strings
-from difflm_jax.sampling.batching import Decoder, answer_plan, fill_answers, fill_masks
+from difflm_jax.sampling.batching import FillOptions, answer_plan, fill_answers, fill_masks
+from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.causal import PLAIN, continue_rows, drafting_of, is_plain
 from difflm_jax.sampling.drafts import Drafting
 from difflm_jax.sampling.likelihood import LogLikelihood, log_likelihoods
 from difflm_jax.sampling.options import SPECULATIVE, Sampling, sampling_options
-from difflm_jax.sampling.prompts import Prompt, Prompts
+from difflm_jax.sampling.text import Generation, Prompt, Prompts, as_list, cut_answer, stop_strings
 from difflm_jax.sampling.watch import Watcher
 
 
@@ -158,10 +158,10 @@ class LanguageModel:
         prompts_B = jnp.zeros(tokens_BL.shape[0], jnp.int32) if prompt_lengths is None else jnp.asarray(prompt_lengths)
         rows = (tokens_BL, valid_BL, prompts_B)
         if self.mesh is None:
-            return _logits(self.model, self.diffusion, None, self.variables, *rows)
+            return _logits(self.decoder, *rows)
         extra = -len(tokens_BL) % row_shards(self.mesh)  # rows divide over the devices
         rows = [jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in rows]
-        return _logits(self.model, self.diffusion, self.mesh, self.variables, *rows)[: len(tokens_BL)]
+        return _logits(self.decoder, *rows)[: len(tokens_BL)]
 
     def generate(
         self,
@@ -201,7 +201,8 @@ class LanguageModel:
         if is_plain(self.decoder, sampling) and on_pass is None:
             return self._continued(rows, max_new_tokens, sampling, PLAIN, seed, batch_size, stop)
         stops = stop_strings(stop, self.tokenizer)
-        filled = fill_answers(self.decoder, rows, max_new_tokens, plan, sampling, seed, batch_size, on_pass)
+        options = FillOptions(sampling, steps, seed, batch_size, on_pass)
+        filled = fill_answers(self.decoder, rows, max_new_tokens, plan, options)
         texts, tokens = self._cut(filled.rows, *stops)
         return Generation(texts, tokens, filled.passes, filled.committed)
 
@@ -247,7 +248,7 @@ class LanguageModel:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)
         self._check_length(max((len(row) for row in rows), default=0))
-        filled = fill_masks(self.decoder, rows, steps, sampling, seed, batch_size, on_pass)
+        filled = fill_masks(self.decoder, rows, FillOptions(sampling, steps, seed, batch_size, on_pass))
         return Generation([self._decode(row) for row in filled.rows], filled.rows, filled.passes, filled.committed)
 
     def log_likelihood(
@@ -361,7 +362,7 @@ class LanguageModel:
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.model, self.variables, self.diffusion, self.eos_token_ids, self.pad_token_id, self.mesh)
+        return Decoder(self.variables, self.model, self.diffusion, self.eos_token_ids, self.pad_token_id, self.mesh)
 
     def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:
         given = {"temperature": temperature, "algorithm": algorithm, **options}
@@ -377,15 +378,14 @@ class LanguageModel:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _logits(
-    model: Transformer, diffusion: DiffusionConfig, mesh: Mesh | None, variables: dict[str, Any], *rows: jax.Array
-) -> jax.Array:
+@jax.jit
+def _logits(decoder: Decoder, *rows: jax.Array) -> jax.Array:
     """[B, L, V] for rows of (tokens [B, L], valid [B, L], prompt lengths [B])."""
 
     def logits(variables, tokens_BL, valid_BL, prompt_lengths_B):
         layout = Layout(positions_of(valid_BL), valid_BL, prompt_lengths_B)
-        hidden_BLD = model.apply(variables, tokens_BL, layout.positions, diffusion.view(layout))
-        return head_logits(model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BLD)
+        view = decoder.diffusion.view(layout)
+        hidden_BLD = decoder.model.apply(variables, tokens_BL, layout.positions, view)
+        return decoder.replace(variables=variables).logits(hidden_BLD)
 
-    return over_rows(logits, mesh, variables, *rows)
+    return over_rows(logits, decoder.mesh, decoder.variables, *rows)

@@ -10,7 +10,7 @@ import pytest
 
 from difflm_jax import evaluate, generate, plan, plot, train
 from difflm_jax.cli import COMMANDS, difflm, run_command
-from difflm_jax.sampling.answers import Generation
+from difflm_jax.sampling.text import Generation
 from difflm_jax.view import terminal
 from tests.tiny_checkpoint import save_tiny_model
 

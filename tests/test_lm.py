@@ -158,7 +158,7 @@ def test_bfloat16_is_near_float32(model_dir):
         (lambda lm: lm.log_likelihood("ab", "cd"), "takes a list of prompts"),
         (lambda lm: lm.log_likelihood(["ab"], ["c", "d"]), "a list of as many answers"),
         (lambda lm: lm.generate("Hi", max_new_tokens=10, block_length=3), "multiple of block_length"),
-        (lambda lm: lm.generate("Hi", max_new_tokens=12, block_length=4, steps=4), "multiple of the number of blocks"),
+        (lambda lm: lm.generate("Hi", max_new_tokens=12, block_length=4, steps=2), "3 blocks of 4, and each takes at least one"),
         (lambda lm: lm.generate("Hi", max_new_tokens=8, temperature=-1), "temperature"),
         (lambda lm: lm.generate("Hi", max_new_tokens=8, algorithm="best"), "algorithm='best'"),
         (lambda lm: lm.generate("Hi", max_new_tokens=1000), "max_position_embeddings"),

@@ -28,7 +28,8 @@ from difflm_jax.models.transformer import Transformer
 from difflm_jax.models.weights import projections_of
 from difflm_jax.planning.costs import Buffer, Costs, Transfer, costs
 from difflm_jax.sampling.batching import answer_plan
-from difflm_jax.sampling.caches import Canvas, generate_on
+from difflm_jax.sampling.caches import Decoder, fill_on
+from difflm_jax.sampling.loop import Canvas
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.training.loop import step_options
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -130,16 +131,16 @@ def sampling_job(
     valid, row = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_), jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
     quotas = jax.ShapeDtypeStruct((batch_size, plan.num_blocks, plan.steps_per_block), jnp.int32)
-    canvas = _placed(Canvas(tokens, valid, valid, row, quotas, keys), NamedSharding(mesh, rows_spec(leading=0)))
+    steps_BN = jax.ShapeDtypeStruct(quotas.shape[:2], jnp.int32)
+    canvas = Canvas(tokens, valid, valid, row, steps_BN, quotas, keys)
+    variables = {"params": params, **({"lora": abstract(_adapters(params, model), mesh)} if model.lora else {})}
     arguments = {
-        "variables": {"params": params, **({"lora": abstract(_adapters(params, model), mesh)} if model.lora else {})},
-        "canvas": canvas,
+        "decoder": Decoder(variables, model, diffusion, eos_token_ids=(0,), mesh=mesh),
+        "canvas": _placed(canvas, NamedSharding(mesh, rows_spec(leading=0))),
         "sampling": sampling,
-        "steps": abstract(jax.ShapeDtypeStruct((), jnp.int32), mesh),
     }
-    static = {"model": model, "diffusion": diffusion, "plan": plan, "eos_token_ids": (0,), "mesh": mesh}
-    generate = generate_on(mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "none")
-    return Job("sampling", generate, arguments, static, plan.num_blocks * plan.steps_per_block)
+    fill = fill_on(mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "none")
+    return Job("sampling", fill, arguments, {"plan": plan}, plan.num_blocks * plan.steps_per_block)
 
 
 def abstract_batch(accumulation: int, batch_size: int, length: int) -> CleanBatch:
@@ -196,7 +197,8 @@ def largest_batch(total: Callable[[int], int], capacity: float, unit: int, most:
 def _argument_parts(job: Job) -> dict[str, int]:
     named = dict(job.arguments)
     state = named.pop("state", None)
-    variables = named.pop("variables", None) or {**named.pop("frozen"), **state.trained}
+    decoder = named.pop("decoder", None)
+    variables = decoder.variables if decoder else {**named.pop("frozen"), **state.trained}
     parts = {"weights": _device_bytes(variables["params"]), "adapters": _device_bytes(variables.get("lora"))}
     if state is not None:
         parts["moments"] = _device_bytes(state.opt_state)

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
@@ -28,91 +27,59 @@ from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.distributed.sharding import over_rows
 from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.transformer import Transformer, head_logits
-from difflm_jax.sampling.loop import Carry, Loop, Plan, Predict, prepare
+from difflm_jax.sampling.loop import Canvas, Carry, Loop, Plan, Predict
 from difflm_jax.sampling.options import Sampling
 
 Variables = dict[str, Any]  # {"params": ..., "lora": ...}
 
 
 @struct.dataclass
-class Canvas:
-    """A padded batch of rows with masks in them, and everything that is known before the first pass."""
+class Decoder:
+    """A model as decoding needs it: a pytree of its collections `variables`, all else static to `jax.jit`."""
 
-    tokens: jax.Array  # [B, L] int32
-    valid: jax.Array  # [B, L] bool, False at padding
-    fillable: jax.Array  # [B, L] bool, the masks to fill
-    prompt_lengths: jax.Array  # [B] int32, real tokens
-    quotas: jax.Array  # [B, N, S] int32, `schedule.quotas`
-    keys: jax.Array  # [B] a key a row
+    variables: Variables
+    model: Transformer = struct.field(pytree_node=False)
+    diffusion: DiffusionConfig = struct.field(pytree_node=False)
+    eos_token_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    pad_token_id: int = struct.field(pytree_node=False, default=0)
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # over which `variables` and rows are divided
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D]."""
+        params, lora = self.variables["params"], self.variables.get("lora")
+        return head_logits(self.model.config, params, lora, self.model.mask_token_id, hidden)
 
 
-def fill(
-    model: Transformer,
-    variables: Variables,
-    diffusion: DiffusionConfig,
-    plan: Plan,
-    eos_token_ids: tuple[int, ...],
-    canvas: Canvas,
-    sampling: Sampling,
-    steps: jax.Array | None = None,
-    mesh: Mesh | None = None,
-) -> Carry:
-    """Fills a canvas (`generate_on` is this, compiled) in `steps` scheduled passes a block (None: those of the plan).
-
-    `mesh` is that over which `variables` are divided; it divides the rows. Of the last carry only what belongs to rows
-    is returned.
-    """
+def fill(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> Carry:
+    """Fills a canvas (`fill_on` is this, compiled). Returns what belongs to rows of the last carry."""
 
     def rows(variables: Variables, canvas: Canvas) -> Carry:
-        loop, start = loop_of(model, variables, diffusion, plan, eos_token_ids, canvas, sampling, steps)
+        loop, start = loop_over(decoder.replace(variables=variables), plan, canvas, sampling)
         return loop.run(start).replace(cache=None, block=None, step=None)
 
-    return over_rows(rows, mesh, variables, canvas)
+    return over_rows(rows, decoder.mesh, decoder.variables, canvas)
 
 
 # Compiles once for each shape of canvas and plan and each set of options that is on; the number of passes is data.
-_compiled = functools.partial(jax.jit, fill, static_argnames=("model", "diffusion", "plan", "eos_token_ids", "mesh"))
-_generate = _compiled()
-# A pass over few tokens takes as long as reading the weights. XLA's own kernels for products get those of a layer as a
-# copy out of their stack, and products of one input are joined by writing their weights side by side; cuBLAS reads them
-# where they lie. Qwen3-4B in blocks of 32 on an H200, a pass: 7.4 ms for 9.1 at batch 1, 10.6 for 15.1 at batch 8
-# (measured with the products still joined).
-_generate_on_gpu = _compiled(
-    compiler_options={"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-)
+_compiled = functools.partial(jax.jit, fill, static_argnames="plan")
+_fill = _compiled()
+# A pass over few tokens takes as long as reading the weights. XLA's own GEMMs copy the weights of a layer out of their
+# stack first, and matmuls of one input are joined by writing their weights side by side; cuBLAS reads them in place.
+# Qwen3-4B in blocks of 32 on an H200, per pass: 7.4 ms for 9.1 at batch 1, 10.6 for 15.1 at batch 8 (measured with the
+# matmuls still joined).
+_fill_on_gpu = _compiled(compiler_options={"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0})
 
 
-def generate_on(platform: str) -> Callable[..., Carry]:
+def fill_on(platform: str) -> Callable[..., Carry]:
     """`fill`, compiled for devices of jax's `platform`."""
-    return _generate_on_gpu if platform in ("gpu", "cuda") else _generate
+    return _fill_on_gpu if platform in ("gpu", "cuda") else _fill
 
 
-def loop_of(
-    model: Transformer,
-    variables: Variables,
-    diffusion: DiffusionConfig,
-    plan: Plan,
-    eos_token_ids: tuple[int, ...],
-    canvas: Canvas,
-    sampling: Sampling,
-    steps: jax.Array | None,
-) -> tuple[Loop, Carry]:
+def loop_over(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Loop, Carry]:
     """The sampler's loop over a model, and its first carry."""
-    predict, cache = make_predict(model, variables, diffusion, plan, sampling, canvas)
-    return prepare(
-        predict,
-        cache,
-        canvas.tokens,
-        canvas.fillable,
-        canvas.quotas,
-        canvas.keys,
-        plan,
-        sampling,
-        diffusion.mask_token_id,
-        eos_token_ids,
-        real_BL=canvas.valid,
-        steps=steps,
-    )
+    predict, cache = make_predict(decoder, plan, canvas, sampling)
+    loop = Loop(predict, canvas, plan, sampling, decoder.diffusion.mask_token_id, decoder.eos_token_ids)
+    return loop, loop.start(cache)
 
 
 def cache_kind(diffusion: DiffusionConfig, cache: str) -> str:
@@ -121,24 +88,18 @@ def cache_kind(diffusion: DiffusionConfig, cache: str) -> str:
 
 
 # (cache, tokens, first column of the active block) -> (logits of the block, cache)
-Pass = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Forward = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-def make_predict(
-    model: Transformer,
-    variables: Variables,
-    diffusion: DiffusionConfig,
-    plan: Plan,
-    sampling: Sampling,
-    canvas: Canvas,
-) -> tuple[Predict, Any]:
+def make_predict(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Predict, Any]:
     """`predict` and its first cache, by the kind of cache (see the head of this file)."""
+    diffusion = decoder.diffusion
     kind = cache_kind(diffusion, sampling.cache)
     block, columns = plan.block_length, canvas.tokens.shape[1]
     shift = diffusion.shift  # windows begin that much earlier
     answer = plan.first_column - shift
     known = answer if kind != "none" and diffusion.exact_cache != "none" else 0  # columns that never run again
-    runner = _Runner(model, variables, diffusion, block, sampling.cfg_scale, canvas)
+    runner = _Runner(decoder, block, canvas, sampling.cfg_scale)
 
     # Each pass: (first column of the block) -> (first column, number of columns, column that is first to be written)
     whole = runner.run(lambda first: (known, columns - known, known), keep=kind in ("prefix", "dual"))
@@ -166,30 +127,28 @@ def make_predict(
 class _Runner:
     """Runs windows of a canvas through the model. With guidance every row has a twin whose given tokens are masked."""
 
-    def __init__(self, model, variables, diffusion, block_length, cfg_scale, canvas: Canvas):
-        self._model, self._variables, self._diffusion, self._block_length = model, variables, diffusion, block_length
-        self._cfg_scale, self._canvas = cfg_scale, canvas
+    def __init__(self, decoder: Decoder, block_length: int, canvas: Canvas, cfg_scale: jax.Array | None):
+        self._decoder, self._block_length = decoder, block_length
+        self._canvas, self._cfg_scale = canvas, cfg_scale
         valid_BL = self._twice(canvas.valid)
         self._rows = Layout(positions_of(valid_BL), valid_BL, self._twice(canvas.prompt_lengths))
 
-    def run(self, place: Callable[[jax.Array], tuple[Any, int, Any]], keep: bool) -> Pass:
+    def run(self, place: Callable[[jax.Array], tuple[Any, int, Any]], keep: bool) -> Forward:
         """A pass over the window that `place` names; `keep`: the keys that it writes stay in the cache."""
 
         def one_pass(cache: Any, tokens_BL: jax.Array, first: jax.Array) -> tuple[jax.Array, Any]:
             start, length, written_from = place(first)
             tokens_BT = jax.lax.dynamic_slice_in_dim(self._with_twins(tokens_BL), start, length, axis=1)
             rows = self._rows.part(start, length)
-            variables, keys, window = self._variables, None, None
+            keys, window, cached = None, None, {}
             if cache is not None:
-                variables = {**variables, "cache": cache}
-                keys, window = self._rows, Window(start, written_from)
-            view, mutable = self._diffusion.view(rows, keys), ["cache"] if keep else False
-            hidden_BTD = self._model.apply(variables, tokens_BT, rows.positions, view, None, window, mutable=mutable)
+                keys, window, cached = self._rows, Window(start, written_from), {"cache": cache}
+            hidden_BTD = self._states(tokens_BT, rows, keys, window, cached, keep)
             if keep:
                 hidden_BTD, updated = hidden_BTD
                 cache = updated["cache"]
             hidden_BTD = jax.lax.dynamic_slice_in_dim(
-                hidden_BTD, first - self._diffusion.shift - start, self._block_length, axis=1
+                hidden_BTD, first - self._decoder.diffusion.shift - start, self._block_length, axis=1
             )
             return self._logits(hidden_BTD), cache
 
@@ -203,15 +162,18 @@ class _Runner:
         columns = max(columns, 1)
         rest = self._rows.valid.shape[1] - columns
         tokens_BT, rows = self._with_twins(self._canvas.tokens)[:, :columns], self._rows.part(0, columns)
-        view = self._diffusion.view(rows)
-        _, updated = self._model.apply(self._variables, tokens_BT, rows.positions, view, mutable=["cache"])
+        _, updated = self._states(tokens_BT, rows, keep=True)
         return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, rest), (0, 0), (0, 0)]), updated["cache"])
 
+    def _states(self, tokens_BT, rows: Layout, keys=None, window=None, cached=(), keep=False) -> Any:
+        """Hidden states [B, T, D]; with `keep` also the collections that hold the keys and values."""
+        decoder = self._decoder
+        variables, mutable = {**decoder.variables, **dict(cached)}, ["cache"] if keep else False
+        view = decoder.diffusion.view(rows, keys)
+        return decoder.model.apply(variables, tokens_BT, rows.positions, view, None, window, mutable=mutable)
+
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        model, variables = self._model, self._variables
-        logits_BTV = head_logits(
-            model.config, variables["params"], variables.get("lora"), model.mask_token_id, hidden_BTD
-        )
+        logits_BTV = self._decoder.logits(hidden_BTD)
         if self._cfg_scale is None:
             return logits_BTV
         with_prompt, without = jnp.split(logits_BTV, 2)
@@ -224,18 +186,4 @@ class _Runner:
         if self._cfg_scale is None:
             return tokens_BL
         given_BL = self._canvas.valid & ~self._canvas.fillable
-        return jnp.concatenate([tokens_BL, jnp.where(given_BL, self._diffusion.mask_token_id, tokens_BL)])
-
-
-def row_sampling_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
-    """One key a row from `seed` and the number of earlier rows with the same prompt.
-
-    So a row alone and the same row in any batch draw the same noise, while copies of a prompt differ.
-    """
-    seen: dict[tuple[int, ...], int] = {}
-    copies = []
-    for prompt in prompts:
-        copies.append(seen.get(prompt, 0))
-        seen[prompt] = copies[-1] + 1
-    key = jax.random.key(seed)
-    return jax.vmap(lambda copy: jax.random.fold_in(key, copy))(jnp.asarray(np.array(copies, np.uint32)))
+        return jnp.concatenate([tokens_BL, jnp.where(given_BL, self._decoder.diffusion.mask_token_id, tokens_BL)])

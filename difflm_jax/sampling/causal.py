@@ -12,8 +12,8 @@ import numpy as np
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.sampling.batching import Decoder, check_positive, check_seed, width_bucket
-from difflm_jax.sampling.caches import row_sampling_keys
+from difflm_jax.sampling.batching import check_positive, check_seed, row_keys, width_bucket
+from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.columns import PREFILL_CHUNK, ColumnModel
 from difflm_jax.sampling.drafts import Drafting
 from difflm_jax.sampling.options import SPECULATIVE, Sampling
@@ -78,7 +78,7 @@ def continue_rows(
     check_positive("max_new_tokens", max_new_tokens)
     check_positive("batch_size", batch_size)
     check_seed(seed)
-    keys = row_sampling_keys(seed, [tuple(row.tolist()) for row in prompts])
+    keys = row_keys(seed, prompts)
     batch_size = min(batch_size, 1 << (max(len(prompts), 1) - 1).bit_length())
     rows, counts = [], []
     for first in range(0, len(prompts), batch_size):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-Score = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Ranking = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def max_logit(logits_BTV: jax.Array, tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ class Confidence:
     """A score and what it reads: the logits as the model gave them, or the distribution that tokens are drawn from
     (after temperature, top-p and top-k), as Dream does. `is_log_odds`: the sigmoid of the score is a probability."""
 
-    score: Score
+    score: Ranking
     of_drawn: bool = False
     is_log_odds: bool = False
 

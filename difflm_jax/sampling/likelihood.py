@@ -17,21 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import NoisyBatch
 from difflm_jax.diffusion.objective import predicting_states
 from difflm_jax.distributed.mesh import row_shards
 from difflm_jax.distributed.sharding import over_rows, to_host
 from difflm_jax.errors import UserError
 from difflm_jax.models.attention import positions_of
-from difflm_jax.models.transformer import Transformer, head_weight
+from difflm_jax.models.transformer import head_weight
 from difflm_jax.ops.cross_entropy import scored_cross_entropy
-from difflm_jax.sampling.batching import Decoder, check_positive, check_seed, width_bucket
+from difflm_jax.sampling.batching import check_positive, check_seed, width_bucket
+from difflm_jax.sampling.caches import Decoder
 
 CHUNK = 256  # positions whose logits exist at once
 
 # (tokens [B, L], masked [B, L], real [B, L], prompt lengths [B]) -> [B, L] nats of the masked tokens, 0 elsewhere
-Score = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+TokenNll = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def log_likelihoods(
 
 
 def bound(
-    score: Score,
+    score: TokenNll,
     prompts: Sequence[np.ndarray],
     answers: Sequence[np.ndarray],
     samples: int,
@@ -100,9 +100,10 @@ def bound(
     block_length: int = 0,
     counts_prompt: bool = False,
 ) -> LogLikelihood:
-    """The Monte-Carlo bound with any `score`; `block_length` cuts answers into blocks (0: one), which begin with the
-    answer, or where it `counts_prompt` with the prompt.
+    """The Monte-Carlo bound with any `score` of tokens.
 
+    `block_length` cuts answers into blocks (0: one block). They are counted from the start of the answer, or with
+    `counts_prompt` from the start of the prompt.
     Masked copies are drawn while they are scored: at most a batch of each width exists, however many rows there are.
     """
     blocks = [
@@ -185,7 +186,7 @@ def _variance_of_mean(nll_S: np.ndarray, weights_S: np.ndarray) -> float:
     return float((steps**2).sum() / (2 * n * (n - 1)))
 
 
-def _weighted_nll(score: Score, samples: Iterable[_Sample], batch_size: int) -> Iterator[tuple[_Sample, np.ndarray]]:
+def _weighted_nll(score: TokenNll, samples: Iterable[_Sample], batch_size: int) -> Iterator[tuple[_Sample, np.ndarray]]:
     """(sample, its weighted nats [A]), computed in batches of few widths as soon as each is full."""
     waiting: dict[int, list[_Sample]] = {}
     for sample in samples:
@@ -198,7 +199,7 @@ def _weighted_nll(score: Score, samples: Iterable[_Sample], batch_size: int) -> 
 
 
 def _scored(
-    score: Score, samples: Sequence[_Sample], width: int, batch_size: int
+    score: TokenNll, samples: Sequence[_Sample], width: int, batch_size: int
 ) -> Iterator[tuple[_Sample, np.ndarray]]:
     rows = [*samples, *[samples[0]] * (batch_size - len(samples))]
     tokens, masked, real = (np.zeros((batch_size, width), kind) for kind in (np.int32, bool, bool))
@@ -226,13 +227,14 @@ def _exact(decoder: Decoder, prompts, answers, batch_size: int) -> LogLikelihood
 
 
 def _score(decoder: Decoder, tokens_BL, masked_BL, real_BL, prompt_lengths_B) -> np.ndarray:
-    rows = (tokens_BL, masked_BL, real_BL, prompt_lengths_B)
-    return to_host(_token_nll(decoder.model, decoder.diffusion, decoder.mesh, decoder.variables, *rows))
+    return to_host(_token_nll(decoder, tokens_BL, masked_BL, real_BL, prompt_lengths_B))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _token_nll(model: Transformer, diffusion: DiffusionConfig, mesh: Any, variables: Any, *rows: Any) -> jax.Array:
+@jax.jit
+def _token_nll(decoder: Decoder, *rows: Any) -> jax.Array:
     """[B, L] float32 nats of the masked tokens. A causal model sees what is before a token, so it needs no masks."""
+
+    model, diffusion = decoder.model, decoder.diffusion
 
     def nll(variables: Any, tokens_BL, masked_BL, real_BL, prompt_lengths_B) -> jax.Array:
         hidden_BL = masked_BL & (diffusion.attention != "causal")
@@ -263,4 +265,4 @@ def _token_nll(model: Transformer, diffusion: DiffusionConfig, mesh: Any, variab
         )
         return scores.nll.reshape(tokens_BL.shape)
 
-    return over_rows(nll, mesh, variables, *rows)
+    return over_rows(nll, decoder.mesh, decoder.variables, *rows)

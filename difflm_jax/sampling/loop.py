@@ -29,9 +29,8 @@ Predict = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]
 class Plan:
     """The shape of a generation: `num_blocks` blocks of `block_length` columns from column `first_column` on.
 
-    Blocks are filled from left to right, each in at most `steps_per_block` scheduled passes, and by a deadline in those
-    that a row has saved in earlier blocks too. What is compiled for a plan takes any smaller number of them (`steps` of
-    `prepare`), but for one alone.
+    Blocks are filled from left to right. What is compiled for `steps_per_block` scheduled passes takes any smaller
+    number of them (`Canvas.steps`); but for a plan of 1 all blocks take one.
     """
 
     first_column: int
@@ -41,12 +40,25 @@ class Plan:
 
 
 @struct.dataclass
+class Canvas:
+    """A padded batch of rows with masks in them, and everything that is known before the first pass."""
+
+    tokens: jax.Array  # [B, L] int32
+    valid: jax.Array  # [B, L] bool, False at padding
+    fillable: jax.Array  # [B, L] bool, the masks to fill
+    prompt_lengths: jax.Array  # [B] int32, real tokens
+    steps: jax.Array  # [B, N] int32, scheduled passes of each block; 0 where it has no mask
+    quotas: jax.Array  # [B, N, S] int32, masks to commit at each step, at least (`schedule.quotas`)
+    keys: jax.Array  # [B] one key per row
+
+
+@struct.dataclass
 class Carry:
     """State between two passes."""
 
     tokens: jax.Array  # [B, L] int32; a mask id where nothing is committed yet
     confidence: jax.Array  # [B, L] float32, probability of each token when it was committed, 0 elsewhere
-    passes: jax.Array  # [B] int32, forward passes that the row has used
+    passes: jax.Array  # [B] int32, forward passes that the row used
     done: jax.Array  # [B] bool, nothing is left to do for the row in the active block
     revisions: jax.Array  # [B] int32, passes since the active block was full
     block: jax.Array  # [] int32
@@ -54,56 +66,24 @@ class Carry:
     cache: Any  # what `predict` keeps
 
 
-def prepare(
-    predict: Predict,
-    cache: Any,
-    tokens_BL: jax.Array,
-    fillable_BL: jax.Array,
-    quotas_BNS: jax.Array,
-    keys_B: jax.Array,
-    plan: Plan,
-    sampling: Sampling,
-    mask_token_id: int,
-    eos_token_ids: tuple[int, ...],
-    real_BL: jax.Array | None = None,
-    steps: jax.Array | None = None,
-) -> tuple["Loop", Carry]:
-    """The loop that fills the masks of `tokens_BL` where `fillable_BL`, and the carry that it starts from.
-
-    `quotas_BNS`: masks to commit at each step, at least (`schedule.quotas`). `keys_B`: one key a row. `real_BL` is
-    False at padding (for `repetition_penalty`). `steps` []: scheduled passes of a block (None: those of the plan). The
-    mask token is never produced.
-    """
-    real_BL = jnp.ones_like(fillable_BL) if real_BL is None else real_BL
-    steps = plan.steps_per_block if steps is None else steps
-    rows = (fillable_BL, quotas_BNS, keys_B, real_BL)
-    loop = Loop(predict, *rows, steps, plan, sampling, mask_token_id, tuple(eos_token_ids))
-    zeros_B = varying_with(jnp.zeros(tokens_BL.shape[0], jnp.int32), tokens_BL)
-    no_confidence_BL = varying_with(jnp.zeros(tokens_BL.shape), tokens_BL)
-    zero = jnp.zeros((), jnp.int32)
-    return loop, Carry(tokens_BL, no_confidence_BL, zeros_B, zeros_B > 0, zeros_B, zero, zero, cache)
-
-
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What stays the same over all passes, and the body that makes one."""
+    """What stays the same over all passes, and the body that makes one. The mask token is never produced."""
 
     predict: Predict
-    fillable: jax.Array  # [B, L]
-    quotas: jax.Array  # [B, N, S]
-    keys: jax.Array  # [B]
-    real: jax.Array  # [B, L]
-    steps: jax.Array | int  # []
+    canvas: Canvas
     plan: Plan
     sampling: Sampling
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
 
-    def most_steps(self, block: jax.Array) -> jax.Array | int:
-        """Passes in a block at most. The last one edits nothing, so that it can fill what editing opened again."""
-        shares = block + 1 if self.sampling.schedule == DEADLINE else 1  # earlier blocks may have saved all of theirs
-        editing = self.sampling.edit_threshold is not None
-        return self.steps * shares + (self.sampling.edit_passes + 1 if editing else 0)
+    def start(self, cache: Any = None) -> Carry:
+        """The carry before the first pass; `cache` is what `predict` begins with."""
+        tokens_BL = self.canvas.tokens
+        zeros_B = varying_with(jnp.zeros(tokens_BL.shape[0], jnp.int32), tokens_BL)
+        no_confidence_BL = varying_with(jnp.zeros(tokens_BL.shape), tokens_BL)
+        zero = jnp.zeros((), jnp.int32)
+        return Carry(tokens_BL, no_confidence_BL, zeros_B, zeros_B > 0, zeros_B, zero, zero, cache)
 
     def unfinished(self, carry: Carry) -> jax.Array:
         nothing_open = everywhere(~self._open(carry.tokens).any())
@@ -115,9 +95,9 @@ class Loop:
 
     def step(self, carry: Carry) -> Carry:
         """One pass, and to the next block if no row has anything left to do in this one."""
-        return self.seen_step(carry)[0]
+        return self.observed_step(carry)[0]
 
-    def seen_step(self, carry: Carry) -> tuple[Carry, Proposal]:
+    def observed_step(self, carry: Carry) -> tuple[Carry, Proposal]:
         """`step`, with what the pass proposed for the block that was active."""
         first = self.plan.first_column + carry.block * self.plan.block_length
 
@@ -129,12 +109,12 @@ class Loop:
 
         open_BT = active(self._open(carry.tokens))
         done_B = jnp.where(carry.step == 0, ~open_BT.any(axis=1), carry.done)
-        keys_B = _step_keys(self.keys, carry.block, carry.step)
+        keys_B = _step_keys(self.canvas.keys, carry.block, carry.step)
         logits_BTV, cache = self.predict(carry.cache, carry.tokens, first, carry.step)
         proposal = self._propose(carry.tokens, logits_BTV, keys_B)
 
         tokens_BT, confidence_BT = active(carry.tokens), active(carry.confidence)
-        committed_BT = active(self.fillable) & (tokens_BT != self.mask_token_id) & ~done_B[:, None]
+        committed_BT = active(self.canvas.fillable) & (tokens_BT != self.mask_token_id) & ~done_B[:, None]
         open_BT &= ~done_B[:, None]
         commit_BT = self._commit(carry, proposal, open_BT, committed_BT, confidence_BT)
         edit_BT, remask_BT = self._revise(carry, proposal, tokens_BT, committed_BT, confidence_BT, keys_B)
@@ -143,19 +123,20 @@ class Loop:
         confidence_BT = jnp.where(write_BT, proposal.probability, jnp.where(remask_BT, 0.0, confidence_BT))
         tokens_BL = put(carry.tokens, tokens_BT)
 
-        was_full_B = ~open_BT.any(axis=1)
+        used_B, was_full_B = ~done_B, ~open_BT.any(axis=1)
         revisions_B = jnp.where(carry.step == 0, 0, carry.revisions) + was_full_B
         settled_B = ~active(self._open(tokens_BL)).any(axis=1)
         if self.sampling.edit_threshold is not None:
             settled_B &= was_full_B & (~edit_BT.any(axis=1) | (revisions_B >= self.sampling.edit_passes))
         if self.sampling.remask is not None:
             settled_B = jnp.zeros_like(done_B)  # a full block may be opened again until its time is over
-        leave = everywhere((done_B | settled_B).all()) | (carry.step + 1 == self.most_steps(carry.block))
+        done_B |= settled_B | (carry.step + 1 >= self._limit(carry.block))
+        leave = everywhere(done_B.all())
         carry = Carry(
             tokens=tokens_BL,
             confidence=put(carry.confidence, confidence_BT),
-            passes=carry.passes + ~done_B,
-            done=done_B | settled_B,
+            passes=carry.passes + used_B,
+            done=done_B,
             revisions=revisions_B,
             block=carry.block + leave,
             step=jnp.where(leave, 0, carry.step + 1),
@@ -165,7 +146,7 @@ class Loop:
 
     def _open(self, tokens_BL: jax.Array) -> jax.Array:
         """[B, L] bool: masks that are to be filled, given the end-of-sequence tokens that are there."""
-        open_BL = self.fillable & (tokens_BL == self.mask_token_id)
+        open_BL = self.canvas.fillable & (tokens_BL == self.mask_token_id)
         if not self.sampling.stop_at_eos:
             return open_BL
         in_answer_L = jnp.arange(tokens_BL.shape[1]) >= self.plan.first_column
@@ -175,17 +156,14 @@ class Loop:
     def _propose(self, tokens_BL: jax.Array, logits_BTV: jax.Array, keys_B: jax.Array) -> Proposal:
         seen_BV = None
         if self.sampling.repetition_penalty is not None:
-            seen_BV = seen_tokens(tokens_BL, self.real & (tokens_BL != self.mask_token_id), logits_BTV.shape[-1])
+            seen_BV = seen_tokens(
+                tokens_BL, self.canvas.valid & (tokens_BL != self.mask_token_id), logits_BTV.shape[-1]
+            )
         return propose(logits_BTV, seen_BV, keys_B, self.sampling, self.mask_token_id, self.eos_token_ids)
 
     def _commit(self, carry, proposal: Proposal, open_BT, committed_BT, confidence_BT) -> jax.Array:
         """[B, T] bool: the masks to commit, by the rule that the options name."""
-        sampling, scheduled = self.sampling, self._scheduled(carry.step)
-        if sampling.schedule == DEADLINE:
-            quota_B = commit.deadline_quota(open_BT, self._passes_left(carry))
-        else:
-            is_last = scheduled == self.steps - 1
-            quota_B = jnp.where(is_last, self.plan.block_length, self.quotas[:, carry.block, scheduled])
+        sampling, quota_B = self.sampling, self._quota(carry, open_BT)
         score_BT = commit.leftmost_first(proposal.score, open_BT) if sampling.leftmost else proposal.score
         known = (score_BT, open_BT)
         if sampling.threshold is not None:
@@ -195,10 +173,9 @@ class Loop:
         if sampling.entropy_bound is not None:
             return commit.within_entropy(*known, jnp.maximum(quota_B, 1), sampling.entropy_bound)
         if sampling.commits_by_rate:
-            t, s = self._times(scheduled)
-            return commit.by_rate(
-                *known, revise.unmask_rate(self._remask_rate(t, s, confidence_BT, committed_BT), t, s)
-            )
+            t_B1, s_B1 = self._times(carry)
+            remask_BT = self._remask_rate(t_B1, s_B1, confidence_BT, committed_BT)
+            return commit.by_rate(*known, revise.unmask_rate(remask_BT, t_B1, s_B1))
         return commit.most_confident(*known, quota_B)
 
     def _revise(self, carry, proposal: Proposal, tokens_BT, committed_BT, confidence_BT, keys_B):
@@ -208,27 +185,49 @@ class Loop:
             edit_BT = revise.edited(
                 tokens_BT, proposal.tokens, proposal.probability, committed_BT, self.sampling.edit_threshold
             )
-            return edit_BT & (carry.step + 1 < self.most_steps(carry.block)), nothing_BT
+            # The last pass edits nothing, so that it can fill what editing opened again.
+            return edit_BT & (carry.step + 1 < self._limit(carry.block))[:, None], nothing_BT
         if self.sampling.remask is not None:
-            rate_BT = self._remask_rate(*self._times(self._scheduled(carry.step)), confidence_BT, committed_BT)
+            rate_BT = self._remask_rate(*self._times(carry), confidence_BT, committed_BT)
             chance_BT = noise(jax.random.uniform, keys_B, REMASK_STREAM, committed_BT.shape[1:])
             return nothing_BT, committed_BT & (chance_BT < rate_BT)
         return nothing_BT, nothing_BT
 
+    def _quota(self, carry: Carry, open_BT: jax.Array) -> jax.Array:
+        """[B] how many masks the pass commits, at least; in the last scheduled pass all of them."""
+        if self.sampling.schedule == DEADLINE:
+            return commit.deadline_quota(open_BT, self._passes_left(carry))
+        steps_B = self._steps(carry.block)
+        scheduled_B = jnp.minimum(carry.step, steps_B - 1)
+        quotas_BS = jax.lax.dynamic_index_in_dim(self.canvas.quotas, carry.block, axis=1, keepdims=False)
+        quota_B = jnp.take_along_axis(quotas_BS, scheduled_B[:, None], axis=1)[:, 0]
+        return jnp.where(scheduled_B == steps_B - 1, self.plan.block_length, quota_B)
+
     def _passes_left(self, carry: Carry) -> jax.Array:
         """[B] passes, this one included, that a deadline leaves a row that is at work in the active block."""
-        answers_BL = self.fillable[:, self.plan.first_column :]
-        to_fill_BN = answers_BL.reshape(-1, self.plan.num_blocks, self.plan.block_length).any(axis=2)
-        blocks_before_B = (to_fill_BN & (jnp.arange(self.plan.num_blocks) < carry.block)).sum(axis=1)
-        before_B = carry.passes - carry.step
-        saved_B = jnp.maximum(blocks_before_B * self.steps - before_B, 0)
-        return jnp.maximum(self.steps + saved_B - carry.step, 1)
+        steps_B, before_B = self._steps(carry.block), carry.passes - carry.step
+        saved_B = jnp.maximum(self._steps_before(carry.block) - before_B, 0)
+        return jnp.maximum(steps_B + saved_B - carry.step, 1)
 
-    def _scheduled(self, step: jax.Array) -> jax.Array:
-        return jnp.minimum(step, self.steps - 1)
+    def _limit(self, block: jax.Array) -> jax.Array:
+        """[B] passes in a block at most; under a deadline earlier blocks may have saved all of theirs."""
+        before_B = self._steps_before(block) if self.sampling.schedule == DEADLINE else 0
+        editing = self.sampling.edit_threshold is not None
+        return self._steps(block) + before_B + (self.sampling.edit_passes + 1 if editing else 0)
 
-    def _times(self, scheduled: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return time_of(scheduled, self.steps), time_of(scheduled + 1, self.steps)
+    def _steps(self, block: jax.Array) -> jax.Array:
+        """[B] scheduled passes of a block, 1 where it has no mask."""
+        return jnp.maximum(jax.lax.dynamic_index_in_dim(self.canvas.steps, block, axis=1, keepdims=False), 1)
+
+    def _steps_before(self, block: jax.Array) -> jax.Array:
+        """[B] scheduled passes of all earlier blocks."""
+        return jnp.where(jnp.arange(self.plan.num_blocks) < block, self.canvas.steps, 0).sum(axis=1)
+
+    def _times(self, carry: Carry) -> tuple[jax.Array, jax.Array]:
+        """Diffusion time before and after the pass, [B, 1] each."""
+        steps_B1 = self._steps(carry.block)[:, None]
+        scheduled_B1 = jnp.minimum(carry.step, steps_B1 - 1)
+        return time_of(scheduled_B1, steps_B1), time_of(scheduled_B1 + 1, steps_B1)
 
     def _remask_rate(self, t: jax.Array, s: jax.Array, confidence_BT, committed_BT) -> jax.Array:
         if self.sampling.remask is None:

@@ -70,9 +70,9 @@ class Sampling:
         return self.algorithm == "origin"
 
     @property
-    def varies_steps(self) -> bool:
-        """The number of passes depends on what the model says."""
-        return not (self.threshold is None and self.factor is None and self.entropy_bound is None)
+    def at_most_one_pass_per_mask(self) -> bool:
+        """Further passes would have nothing to commit. (Under a deadline one block's are another's; ReMDM remasks.)"""
+        return self.schedule != DEADLINE and self.remask is None
 
 
 # Names for several options at once; an option that is given beside one takes the place of its own.

@@ -78,11 +78,27 @@ def reveal_rates(steps: int) -> np.ndarray:
     return 1 - times[1:] / times[:-1]
 
 
-def quotas(schedule: str, masks_BN: np.ndarray, steps: int, most: int = 0) -> np.ndarray:
-    """[B, N, S] int32 quotas of every row and block from their numbers of masks [B, N]; S is `steps`, or filled up with
-    zeros to `most`."""
-    table = {int(count): SCHEDULES[schedule](int(count), steps) for count in np.unique(masks_BN)}
-    found_BNS = np.zeros((*masks_BN.shape, max(steps, most)), np.int32)
-    for place, count in np.ndenumerate(masks_BN):
-        found_BNS[place][:steps] = table[int(count)]
+def shares(steps: int, masks_BN: np.ndarray, capped: bool) -> np.ndarray:
+    """[B, N] int32: `steps` passes of each row divided over its blocks that hold masks, from their numbers of masks.
+
+    The first blocks get the remainder. `capped`: a block gets at most one pass per mask, since further ones would have
+    nothing to commit. A row with more such blocks than `steps` is left with blocks that have masks and no pass.
+    """
+    has_masks_BN = masks_BN > 0
+    blocks_B1 = np.maximum(has_masks_BN.sum(axis=1, keepdims=True), 1)
+    number_BN = np.cumsum(has_masks_BN, axis=1) - 1
+    shares_BN = steps // blocks_B1 + (number_BN < steps % blocks_B1)
+    shares_BN = np.where(has_masks_BN, shares_BN, 0)
+    return (np.minimum(shares_BN, masks_BN) if capped else shares_BN).astype(np.int32)
+
+
+def quotas(schedule: str, masks_BN: np.ndarray, steps_BN: np.ndarray, most: int) -> np.ndarray:
+    """[B, N, S] int32 quotas of every row and block from their numbers of masks and of passes; S is `most`."""
+    found_BNS = np.zeros((*masks_BN.shape, most), np.int32)
+    known: dict[tuple[int, int], list[int]] = {}
+    for place in np.ndindex(masks_BN.shape):
+        case = int(masks_BN[place]), int(steps_BN[place])
+        if case not in known:
+            known[case] = SCHEDULES[schedule](*case)
+        found_BNS[place][: case[1]] = known[case]
     return found_BNS

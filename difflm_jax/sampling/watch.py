@@ -1,7 +1,7 @@
 """Sampling with someone who watches: the passes of the sampler's own loop, made one by one, and what each of them did.
 
-The host steps the body of the loop that `denoiser.fill` runs on the device, so that the answers are the same
-(on a GPU, where products are then other kernels, up to their rounding); what is not watched costs nothing.
+The host steps the body of the loop that `caches.fill` runs on the device, so the answers are the same. On a GPU they
+are the same up to rounding, since other kernels compute the matmuls then. What is not watched costs nothing.
 """
 
 import dataclasses
@@ -12,10 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from difflm_jax.diffusion.config import DiffusionConfig
-from difflm_jax.models.transformer import Transformer
-from difflm_jax.sampling.caches import Canvas, Variables, loop_of
-from difflm_jax.sampling.loop import Carry, Plan
+from difflm_jax.sampling.caches import Decoder, loop_over
+from difflm_jax.sampling.loop import Canvas, Carry, Plan
 from difflm_jax.sampling.options import Sampling
 
 ALTERNATIVES = 5
@@ -43,32 +41,21 @@ class Pass:
 Watcher = Callable[[Pass], None]
 
 
-def generate_watched(
-    model: Transformer,
-    variables: Variables,
-    diffusion: DiffusionConfig,
-    plan: Plan,
-    eos_token_ids: tuple[int, ...],
-    canvas: Canvas,
-    sampling: Sampling,
-    steps: jax.Array | None,
-    rows: Sequence[int],
-    watch: Watcher,
+def fill_watched(
+    decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, rows: Sequence[int], watch: Watcher
 ) -> Carry:
-    """`denoiser.fill` on one device, calling `watch` after every pass.
+    """`caches.fill` on one device, calling `watch` after every pass.
 
     The first rows of `canvas` are those at places `rows` of all; what follows is filler.
     """
-    static = (model, diffusion, plan, eos_token_ids)
-    moving = (variables, canvas, sampling, steps)
-    carry, unfinished = _begin(*static, *moving)
+    carry, unfinished = _begin(decoder, plan, canvas, sampling)
     real_BT = canvas.valid[:, plan.first_column :]
     starts = [plan.first_column - int(length) for length in canvas.prompt_lengths]
     prompts = [np.asarray(canvas.tokens[i, starts[i] : plan.first_column]) for i in range(len(rows))]
     number, count = 0, len(rows)
     while bool(unfinished):
         before, block = np.asarray(carry.tokens), int(carry.block)
-        carry, candidates, probabilities, unfinished = _one_pass(*static, *moving, carry)
+        carry, candidates, probabilities, unfinished = _one_pass(decoder, plan, canvas, sampling, carry)
         after, number = np.asarray(carry.tokens), number + 1
         answer = np.s_[:count, plan.first_column :]
         watch(
@@ -79,7 +66,7 @@ def generate_watched(
                 tokens=after[answer],
                 real=real_BT[:count],
                 confidence=np.asarray(carry.confidence)[answer],
-                written=(after != before)[answer] & (after != diffusion.mask_token_id)[answer],
+                written=(after != before)[answer] & (after != decoder.diffusion.mask_token_id)[answer],
                 block=slice(block * plan.block_length, (block + 1) * plan.block_length),
                 candidates=np.asarray(candidates)[:count],
                 probabilities=np.asarray(probabilities)[:count],
@@ -88,16 +75,16 @@ def generate_watched(
     return carry
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _begin(model, diffusion, plan, eos_token_ids, variables, canvas, sampling, steps) -> tuple[Carry, Any]:
-    loop, start = loop_of(model, variables, diffusion, plan, eos_token_ids, canvas, sampling, steps)
+@functools.partial(jax.jit, static_argnames="plan")
+def _begin(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Carry, Any]:
+    loop, start = loop_over(decoder, plan, canvas, sampling)
     return start, loop.unfinished(start)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _one_pass(model, diffusion, plan, eos_token_ids, variables, canvas, sampling, steps, carry: Carry):
-    loop, _ = loop_of(model, variables, diffusion, plan, eos_token_ids, canvas, sampling, steps)
-    carry, proposal = loop.seen_step(carry)
+@functools.partial(jax.jit, static_argnames="plan")
+def _one_pass(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry: Carry):
+    loop, _ = loop_over(decoder, plan, canvas, sampling)
+    carry, proposal = loop.observed_step(carry)
     probabilities_BTV = jax.nn.softmax(proposal.logits, axis=-1)
     probabilities, candidates = jax.lax.top_k(probabilities_BTV, min(ALTERNATIVES, probabilities_BTV.shape[-1]))
     return carry, candidates, probabilities, loop.unfinished(carry)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from difflm_jax.sampling.batching import most_steps
-from difflm_jax.sampling.caches import row_sampling_keys
-from difflm_jax.sampling.loop import Carry, Plan, prepare
+from difflm_jax.sampling.batching import row_keys, steps_bucket
+from difflm_jax.sampling.loop import Canvas, Carry, Loop, Plan
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.sampling.schedule import quotas
 
@@ -39,7 +38,7 @@ class Rigged:
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "eos"))
-def _sampled(arrays, tokens_BL, fillable_BL, quotas_BNS, keys_B, sampling, steps, plan, eos):
+def _sampled(arrays, canvas, sampling, plan, eos):
     embedding, mix, head, bias = arrays
 
     def predict(cache, tokens_BL, first, _step):
@@ -47,9 +46,8 @@ def _sampled(arrays, tokens_BL, fillable_BL, quotas_BNS, keys_B, sampling, steps
         logits_BLV = jnp.einsum("bid,dv->biv", logits_BLV, head, precision="highest") + bias
         return jax.lax.dynamic_slice_in_dim(logits_BLV, first, plan.block_length, axis=1), cache
 
-    rows = (tokens_BL, fillable_BL, quotas_BNS, keys_B)
-    loop, start = prepare(predict, None, *rows, plan, sampling, MASK, eos, steps=steps)
-    return loop.run(start)
+    loop = Loop(predict, canvas, plan, sampling, MASK, eos)
+    return loop.run(loop.start())
 
 
 def run(denoiser: Rigged, tokens, plan: Plan, seed=0, eos=(EOS,), fillable=None, **options) -> Carry:
@@ -60,11 +58,13 @@ def run(denoiser: Rigged, tokens, plan: Plan, seed=0, eos=(EOS,), fillable=None,
     sampling = sampling_options("full", "probability", options)
     end = plan.first_column + plan.num_blocks * plan.block_length
     answers = fillable[:, plan.first_column : end].reshape(len(tokens), plan.num_blocks, plan.block_length)
-    steps = plan.steps_per_block
-    plan = dataclasses.replace(plan, steps_per_block=most_steps(plan))
-    schedule = quotas(sampling.schedule, answers.sum(axis=2), steps, plan.steps_per_block)
-    keys = row_sampling_keys(seed, [tuple(map(int, row)) for row in tokens])
-    return _sampled(denoiser.arrays(), jnp.asarray(tokens), fillable, schedule, keys, sampling, steps, plan, eos)
+    masks = answers.sum(axis=2)
+    steps = np.where(masks > 0, plan.steps_per_block, 0).astype(np.int32)
+    plan = dataclasses.replace(plan, steps_per_block=steps_bucket(plan.steps_per_block, plan))
+    schedule = quotas(sampling.schedule, masks, steps, plan.steps_per_block)
+    prompts = np.full(len(tokens), plan.first_column, np.int32)
+    canvas = Canvas(tokens, np.ones_like(fillable), fillable, prompts, steps, schedule, row_keys(seed, list(tokens)))
+    return _sampled(denoiser.arrays(), jax.tree.map(jnp.asarray, canvas), sampling, plan, eos)
 
 
 def rows(seed: int, batch: int, prompt: int, answer: int, masked: float = 1.0) -> np.ndarray:

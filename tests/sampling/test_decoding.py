@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 import difflm_jax
 from difflm_jax import UserError
 from difflm_jax.sampling import caches
+from difflm_jax.sampling.loop import Canvas, Plan
+from difflm_jax.sampling.options import Sampling
 from tests.oracles import samplers as oracle
 from tests.oracles.torch_decoding import FastDllmCache, Uncached
 from tests.tiny_checkpoint import save_tiny_model
@@ -106,14 +108,14 @@ def test_exact_caches_give_the_logits_of_a_whole_forward(load, attention, block,
     """Bit-near: the confidences of every committed token, cached and not."""
     lm = load(attention, block, True)
     found = []
-    whole = caches.generate_on("cpu")
+    whole = caches.fill_on("cpu")
 
     def recording(*arguments):
         carry = whole(*arguments)
         found.append(np.asarray(carry.confidence))
         return carry
 
-    monkeypatch.setattr("difflm_jax.sampling.batching.generate_on", lambda platform: recording)
+    monkeypatch.setattr("difflm_jax.sampling.batching.fill_on", lambda platform: recording)
     for cache in ("auto", "none"):
         lm.generate(prompts(), max_new_tokens=16, steps=8, block_length=block, stop_at_eos=False, cache=cache)
     assert found[0].any()
@@ -216,14 +218,14 @@ def test_a_new_prompt_another_threshold_and_another_batch_do_not_compile_again(l
     options = {"max_new_tokens": 8, "block_length": 4, "cache": "dual"}
     rng = np.random.default_rng(0)
     lm.generate([rng.integers(0, 250, 5).tolist()] * 4, threshold=0.5, temperature=0.3, **options)
-    before = caches.generate_on("cpu")._cache_size()
+    before = caches.fill_on("cpu")._cache_size()
     for length in (1, 7, 11, 15, 16):
         for threshold in (0.3, 0.9):
             row = rng.integers(0, 250, length).tolist()
             lm.generate([row, row, row], threshold=threshold, temperature=0.1 + threshold, seed=length, **options)
-    assert caches.generate_on("cpu")._cache_size() == before
+    assert caches.fill_on("cpu")._cache_size() == before
     lm.generate([rng.integers(0, 250, 40).tolist()] * 4, threshold=0.5, temperature=0.3, **options)
-    assert caches.generate_on("cpu")._cache_size() == before + 1
+    assert caches.fill_on("cpu")._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("algorithm", ["probability", "steady", "origin"])
@@ -231,9 +233,9 @@ def test_another_number_of_passes_does_not_compile_again(load, algorithm):
     lm = load("full")
     options = {"max_new_tokens": 16, "algorithm": algorithm, "stop_at_eos": False}
     most = lm.generate(prompts(), steps=16, **options)
-    before = caches.generate_on("cpu")._cache_size()
+    before = caches.fill_on("cpu")._cache_size()
     fewer = [lm.generate(prompts(), steps=steps, **options).steps.max() for steps in (12, 8, 4, 2)]
-    assert caches.generate_on("cpu")._cache_size() == before
+    assert caches.fill_on("cpu")._cache_size() == before
     assert most.steps.max() > fewer[0] > fewer[1] > fewer[2] > fewer[3] == 2
 
 
@@ -242,26 +244,28 @@ def test_the_sampler_as_compiled_for_gpus_gives_the_same_answers(load, monkeypat
     lm = load("prefix")
     expected = lm.generate(prompts(), max_new_tokens=8)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    before = caches.generate_on("gpu")._cache_size()
+    before = caches.fill_on("gpu")._cache_size()
     found = lm.generate(prompts(), max_new_tokens=8)
-    assert caches.generate_on("gpu")._cache_size() == before + 1
+    assert caches.fill_on("gpu")._cache_size() == before + 1
     assert [row.tolist() for row in found.tokens] == [row.tolist() for row in expected.tokens]
 
 
 def test_no_logits_outside_the_active_block_are_made(load):
     """The compiled sampler holds no array of vocabulary size for all columns of the canvas."""
     lm = load("full")
-    canvas = caches.Canvas(
+    canvas = Canvas(
         tokens=jnp.full((2, 72), MASK),
         valid=jnp.ones((2, 72), bool),
         fillable=jnp.ones((2, 72), bool),
         prompt_lengths=jnp.full(2, 64),
+        steps=jnp.full((2, 2), 4),
         quotas=jnp.ones((2, 2, 4), jnp.int32),
         keys=jax.random.split(jax.random.key(0), 2),
     )
-    sampling = caches.Sampling(algorithm="confidence", schedule="even")
-    plan = caches.Plan(64, 2, 4, 4)
-    text = caches.generate_on("cpu").lower(lm.model, lm.variables, lm.diffusion, plan, (2,), canvas, sampling).as_text()
+    sampling = Sampling(algorithm="confidence", schedule="even")
+    plan = Plan(64, 2, 4, 4)
+    decoder = caches.Decoder(lm.variables, lm.model, lm.diffusion, (2,))
+    text = caches.fill_on("cpu").lower(decoder, plan, canvas, sampling).as_text()
     assert "2x4x264xf32" in text
     assert "2x72x264" not in text
     assert "144x264" not in text

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.sampling.loop import Plan, prepare
+from difflm_jax.sampling.loop import Canvas, Loop, Plan
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.sampling.proposal import draw, drawn_from
 from difflm_jax.sampling.schedule import quotas, time_of, timesteps
@@ -45,16 +45,16 @@ def _when(bias_T, quotas_BNS, keys_B, sampling, length, steps):
         return jnp.broadcast_to(logits_TV, (tokens_BL.shape[0], length, MASK + 1)), cache
 
     tokens = jnp.full((ROWS, length), MASK)
-    loop, start = prepare(
-        predict, None, tokens, tokens == MASK, quotas_BNS, keys_B, Plan(0, 1, length, steps), sampling, MASK, ()
-    )
-    return loop.run(start)
+    masks, real, prompts = tokens == MASK, jnp.ones((ROWS, length), bool), jnp.zeros(ROWS, jnp.int32)
+    canvas = Canvas(tokens, real, masks, prompts, jnp.full((ROWS, 1), steps), quotas_BNS, keys_B)
+    loop = Loop(predict, canvas, Plan(0, 1, length, steps), sampling, MASK, ())
+    return loop.run(loop.start())
 
 
 def when(bias, steps, **options) -> np.ndarray:
     bias = np.asarray(bias, np.float32)
     sampling = sampling_options("full", "probability", {"stop_at_eos": False, **options})
-    schedule = quotas(sampling.schedule, np.full((ROWS, 1), len(bias)), steps)
+    schedule = quotas(sampling.schedule, np.full((ROWS, 1), len(bias)), np.full((ROWS, 1), steps), steps)
     keys = jax.random.split(jax.random.key(5), ROWS)
     return np.asarray(_when(bias, schedule, keys, sampling, len(bias), steps).tokens)
 

@@ -8,8 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import difflm_jax
-from difflm_jax.sampling.answers import cut_answer, stop_strings
-from difflm_jax.sampling.prompts import Prompts
+from difflm_jax.sampling.text import Prompts, cut_answer, stop_strings
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny_checkpoint import save_tiny_model
 

@@ -13,7 +13,7 @@ from difflm_jax.distributed.sharding import place
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.sampling import likelihood
-from difflm_jax.sampling.batching import Decoder
+from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.likelihood import bound, log_likelihoods, mask_counts
 from tests.tiny import hidden_states, tiny_config, tiny_params
 
@@ -26,7 +26,7 @@ RULES = [("full", False, 0), ("prefix", True, 0), ("block", False, 2), ("block",
 def decoder(attention: str, shift: bool, block_length: int) -> Decoder:
     config = tiny_config(vocab_size=VOCABULARY)
     rule = DiffusionConfig(attention, block_length, shift, MASK)
-    return Decoder(Transformer(config, mask_token_id=MASK), {"params": tiny_params(config)}, rule, (0,), 0)
+    return Decoder({"params": tiny_params(config)}, Transformer(config, mask_token_id=MASK), rule, (0,))
 
 
 def log_probabilities(decoder: Decoder, rows_BL: np.ndarray, prompt_length: int) -> np.ndarray:
@@ -129,7 +129,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_mesh():
     alone = log_likelihoods(model, PROMPTS[2:], ANSWERS[2:], samples=16, batch_size=7)
     assert alone.values[0] == pytest.approx(together.values[2], abs=1e-5)
     mesh = make_mesh(min(2, jax.device_count()))
-    divided = Decoder(model.model, {"params": place(model.variables["params"], mesh)}, model.diffusion, (0,), 0, mesh)
+    divided = model.replace(variables={"params": place(model.variables["params"], mesh)}, mesh=mesh)
     np.testing.assert_allclose(
         log_likelihoods(divided, PROMPTS, ANSWERS, samples=16).values, together.values, atol=1e-4
     )

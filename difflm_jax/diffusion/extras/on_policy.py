@@ -15,14 +15,14 @@ from difflm_jax.diffusion.weights import in_group
 from difflm_jax.ops.cross_entropy import Scores
 
 # (state, [B, L] float32 weights, not zero at the positions to score) -> (any, scores), without gradient
-Score = Callable[[NoisyBatch, jax.Array], tuple[jax.Array, Scores]]
+OwnScores = Callable[[NoisyBatch, jax.Array], tuple[jax.Array, Scores]]
 
 
 def on_policy_states(
     draws_BL: jax.Array,
     noisy: NoisyBatch,
     group_BL: jax.Array,
-    score: Score,
+    score: OwnScores,
     corruption: Corruption,
 ) -> NoisyBatch:
     """`noisy` with a share `on_policy` of its examples in states of decoding, reached in `on_policy_passes` passes.
