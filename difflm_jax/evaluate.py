@@ -161,6 +161,12 @@ def _check_decoding(
     sampling = sampling_options(lm.attention, lm.algorithm, decoding)
     length = flag_values.max_new_tokens
     for tokens in tokens_per_pass if flag_values.data else []:
+        fewest = lm.diffusion.fewest_passes(length, flag_values.block_length or None)
+        if -(-length // tokens) < fewest:
+            raise UserError(
+                f"--tokens_per_pass={tokens}: an answer of --max_new_tokens={length} is filled in {fewest} blocks, and "
+                "each takes at least one pass: lower it, or give longer blocks with --block_length"
+            )
         answer_plan(lm.diffusion, length, -(-length // tokens), flag_values.block_length or None, sampling)
 
 

@@ -199,7 +199,8 @@ class DiffusionHarness(TemplateLM):
             until, length = [text for text in kwargs.pop("until") if text], kwargs.pop("max_gen_toks")
             if length >= self.max_length:
                 raise UserError(f"max_gen_toks={length} leaves no room for a prompt in max_length={self.max_length}")
-            steps = length if self._lm.attention == "causal" else max(1, round(length / self._scoring.tokens_per_pass))
+            fewest = self._lm.diffusion.fewest_passes(length, self._options.get("block_length"))
+            steps = max(fewest, round(length / self._scoring.tokens_per_pass))
             prompts = [self._prompt(requests[i].args[0], self.max_length - length) for i in members]
             options = {"seed": self._scoring.seed, "batch_size": self._scoring.batch_size, **self._options, **kwargs}
             texts = self._lm.generate(prompts, length, steps, stop=until, **options).texts

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,18 @@ class LanguageModel:
         """float32 logits [B, L, V], as the head gives them at each position (no logit shift is applied).
 
         `attention_mask` [B, L]: 1 = real token, padding on either side. `prompt_lengths` [B] counts the real tokens of
-        each prompt, for attention "prefix" (0 where not given: everything sees everything).
+        each prompt. Attention "prefix" and "block" depend on it: without it rows have no prompt, which is announced by
+        a warning, since a prompt of 0 tokens is seldom meant. Raises `UserError` for ids outside the vocabulary.
         """
         if self.diffusion.gated:  # the adapter is for noise, and there is none here
             return self.base()(tokens_BL, attention_mask, prompt_lengths)
-        tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
-        if tokens_BL.ndim != 2:
-            raise UserError(f"tokens: expected [batch, length], got shape {tokens_BL.shape}")
+        tokens_BL = self.prompts.batch(tokens_BL)
+        if prompt_lengths is None and self.attention in ("prefix", "block"):
+            warnings.warn(
+                f"attention={self.attention!r}: without prompt_lengths no token is part of a prompt, so that every one "
+                "sees what an answer sees; give prompt_lengths (0 for rows without a prompt)",
+                stacklevel=2,
+            )
         valid_BL = jnp.ones_like(tokens_BL, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
         prompts_B = jnp.zeros(tokens_BL.shape[0], jnp.int32) if prompt_lengths is None else jnp.asarray(prompt_lengths)
         rows = (tokens_BL, valid_BL, prompts_B)

@@ -158,13 +158,17 @@ def test_bfloat16_is_near_float32(model_dir):
         (lambda lm: lm.log_likelihood("ab", "cd"), "takes a list of prompts"),
         (lambda lm: lm.log_likelihood(["ab"], ["c", "d"]), "a list of as many answers"),
         (lambda lm: lm.generate("Hi", max_new_tokens=10, block_length=3), "multiple of block_length"),
-        (lambda lm: lm.generate("Hi", max_new_tokens=12, block_length=4, steps=2), "3 blocks of 4, and each takes at least one"),
+        (
+            lambda lm: lm.generate("Hi", max_new_tokens=12, block_length=4, steps=2),
+            "steps=2: .* 3 blocks of 4",
+        ),
         (lambda lm: lm.generate("Hi", max_new_tokens=8, temperature=-1), "temperature"),
         (lambda lm: lm.generate("Hi", max_new_tokens=8, algorithm="best"), "algorithm='best'"),
         (lambda lm: lm.generate("Hi", max_new_tokens=1000), "max_position_embeddings"),
         (lambda lm: lm.generate([[1, 2, 9999]], max_new_tokens=8), "holds a token outside"),
         (lambda lm: lm.generate("<|mask|>", max_new_tokens=8), "use infill"),
         (lambda lm: lm.generate([[]], max_new_tokens=8), "at least one token"),
+        (lambda lm: lm([[1, 2, 9999]]), "the batch holds a token outside 0..263"),
         (lambda lm: lm([1, 2, 3]), r"expected \[batch, length\]"),
     ],
 )

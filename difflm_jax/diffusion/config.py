@@ -129,6 +129,10 @@ class DiffusionConfig:
             return "blocks"
         return "prompt" if self.attention == "prefix" else "none"
 
+    def fewest_passes(self, max_new_tokens: int, block_length: int | None = None) -> int:
+        """Forward passes that an answer takes at least: one per block."""
+        return -(-max_new_tokens // (self.decoding_block or block_length or max_new_tokens))
+
     def settled(self, given: int) -> int:
         """How many of the `given` first tokens of a row lie before the block that holds the first mask."""
         return given - given % self.block_length if self.blocks_include_prompt else given

@@ -56,7 +56,9 @@ def compare(
     for model, name, tokens, options in ways:
         start = time.perf_counter()
         prompts = [question.prompt for question in questions]
-        out = model.generate(prompts, max_new_tokens, -(-max_new_tokens // tokens), batch_size=batch_size, **options)
+        fewest = model.diffusion.fewest_passes(max_new_tokens, options.get("block_length"))
+        steps = max(-(-max_new_tokens // tokens), fewest)
+        out = model.generate(prompts, max_new_tokens, steps, batch_size=batch_size, **options)
         is_correct = TASKS[task].is_correct
         correct = [is_correct(question, text) for question, text in zip(questions, out.texts, strict=True)]
         seconds = time.perf_counter() - start

@@ -5,6 +5,9 @@ the blocks of all rows line up whatever their lengths. Few widths are used, so t
 """
 
 import dataclasses
+import functools
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -70,7 +73,7 @@ def answer_plan(
     check_positive("block_length", block_length)
     if not own and max_new_tokens % block_length:
         raise UserError(f"max_new_tokens={max_new_tokens} must be a multiple of block_length={block_length}")
-    blocks = -(-max_new_tokens // block_length)  # the last block is whole; the answer is cut
+    blocks = diffusion.fewest_passes(max_new_tokens, block_length)  # the last block is whole; the answer is cut
     if steps < blocks:
         raise UserError(
             f"steps={steps}: max_new_tokens={max_new_tokens} are {blocks} blocks of {block_length}, and each takes at "
@@ -190,18 +193,22 @@ def steps_bucket(most: int, plan: Plan) -> int:
 
 
 def row_keys(seed: int, rows: Sequence[np.ndarray]) -> jax.Array:
-    """[B] one key per row, from `seed` and the number of earlier rows with the same tokens.
+    """[B] one key per row: a function of `seed`, the row's tokens, and the number of earlier copies of the row.
 
-    So a row alone and the same row in any batch draw the same noise, while copies of a prompt differ.
+    So a row draws the same noise alone and in any batch, different rows draw independently, and so do copies.
     """
-    seen: dict[bytes, int] = {}
-    copies = []
-    for row in rows:
-        row = np.asarray(row, np.int32).tobytes()
-        copies.append(seen.get(row, 0))
-        seen[row] = copies[-1] + 1
-    key = jax.random.key(seed)
-    return jax.vmap(lambda copy: jax.random.fold_in(key, copy))(np.array(copies, np.uint32))
+    words, seen = np.zeros((len(rows), 3), np.uint32), Counter()
+    for number, row in enumerate(rows):
+        digest = hashlib.blake2b(np.asarray(row, "<i4").tobytes(), digest_size=8).digest()
+        words[number] = *np.frombuffer(digest, "<u4"), seen[digest]
+        seen[digest] += 1
+    return _keys_of(jax.random.key(seed), words)
+
+
+@functools.partial(jax.vmap, in_axes=(None, 0))
+def _keys_of(key: jax.Array, words: jax.Array) -> jax.Array:
+    """`key` with each of a row's three `words` folded in."""
+    return functools.reduce(jax.random.fold_in, (words[0], words[1], words[2]), key)
 
 
 def _masks_of_blocks(is_mask_L: np.ndarray, plan: Plan) -> np.ndarray:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from difflm_jax.data.chat import encode_chat, encode_prompt
@@ -74,6 +76,16 @@ class Prompts:
             _check_text(canvas)
         tokens = _begun(self.tokenizer, canvas) if isinstance(canvas, str) else canvas
         return self._checked(_tokens(tokens), "infill: the canvas", masks_allowed=True)
+
+    def batch(self, tokens_BL: Any) -> jax.Array:
+        """Rows of equal length as int32 [B, L], masks allowed. Values that a trace does not know are not checked."""
+        if isinstance(tokens_BL, jax.core.Tracer):
+            found_BL = tokens_BL
+        else:
+            found_BL = self._checked(_tokens(tokens_BL), "the batch", masks_allowed=True)
+        if found_BL.ndim != 2:
+            raise UserError(f"tokens: expected [batch, length], got shape {found_BL.shape}")
+        return jnp.asarray(found_BL, jnp.int32)
 
     def _checked(self, tokens: np.ndarray, what: str, masks_allowed: bool) -> np.ndarray:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:

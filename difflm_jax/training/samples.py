@@ -25,7 +25,9 @@ class SampleLogger:
         if not self._prompts:
             return
         lm = with_trained(self._lm, trained)
-        answers = lm.generate(self._prompts, self._config.sample_tokens, self._config.diffusion_steps).texts
+        length = self._config.sample_tokens
+        steps = max(self._config.diffusion_steps, lm.diffusion.fewest_passes(length))
+        answers = lm.generate(self._prompts, length, steps).texts
         texts = [lm.tokenizer.decode(prompt.tolist()) for prompt in self._prompts]
         rows = list(zip(texts, self._references, answers, strict=True))
         for prompt, reference, answer in rows:

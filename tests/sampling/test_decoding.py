@@ -308,3 +308,34 @@ def test_block_length_travels_with_the_checkpoint(load, tmp_path):
     assert (back.attention, back.block_length, back.logit_shift) == ("block", 4, True)
     with pytest.raises(UserError, match="decodes in blocks of 4"):
         back.generate("Hi", block_length=8, max_new_tokens=16)
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "steady"}, {"algorithm": "random", "seed": 4}], ids=str)
+@pytest.mark.parametrize(("attention", "block"), [("full", None), ("block", 4), ("block_causal", 4)])
+def test_steps_bound_the_passes_of_all_blocks_together(load, attention, block, options):
+    """Of 6 passes for 4 blocks the first two get 2: it used to be 2 for every block."""
+    lm = load(attention, block)
+    given = {"max_new_tokens": 16, "block_length": 4, "stop_at_eos": False, **options}
+    rows = [[5] * 8, [7] * 12] if attention == "block_causal" else prompts()
+    out = lm.generate(rows, steps=6, **given)
+    assert (out.steps == 6).all() if "algorithm" not in options else (out.steps <= 6).all()
+    assert all(len(tokens) == 16 and (tokens != lm.mask_token_id).all() for tokens in out.tokens)
+    assert [t.tolist() for t in lm.generate(rows[1:], steps=6, **given).tokens] == [t.tolist() for t in out.tokens[1:]]
+    with pytest.raises(UserError, match="steps=3: max_new_tokens=16 are 4 blocks of 4, and each takes at least"):
+        lm.generate(rows, steps=3, **given)
+
+
+def test_steps_bound_the_passes_of_gaps_in_several_blocks(load):
+    lm = load("block", 4)
+    mask = lm.mask_token_id
+    canvases = [[5, 6, *[mask] * 3, 7, *[mask] * 7], [5, *[mask] * 2, 8, 9], [5, mask, *[7] * 9, mask, mask]]
+    out = lm.infill(canvases, steps=4)
+    assert out.steps.tolist() == [4, 2, 3]
+    assert lm.infill(canvases[:1], steps=4).tokens[0].tolist() == out.tokens[0].tolist()
+    with pytest.raises(UserError, match="steps=2: row 1 has masks in 3 blocks of 4"):
+        lm.infill(canvases, steps=2)
+
+
+def test_no_more_passes_are_scheduled_than_there_are_masks(load):
+    """Chance (`origin`) took 124 passes for a canvas of 16 masks in 128 steps."""
+    assert load("full").generate(prompts(), max_new_tokens=16, algorithm="origin", steps=128).steps.max() <= 16

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax.sampling.batching import row_keys
 from difflm_jax.sampling.loop import Canvas, Loop, Plan
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.sampling.proposal import draw, drawn_from
@@ -18,7 +19,7 @@ from tests.oracles.samplers import remdm_rates
 
 ROWS, MASK = 20_000, 20
 # Quantiles of chi-square at 1 - 1e-4, by degrees of freedom: a wrong test in ten thousand.
-QUANTILE = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9}
+QUANTILE = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9, 15: 44.3}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 128])
@@ -51,11 +52,11 @@ def _when(bias_T, quotas_BNS, keys_B, sampling, length, steps):
     return loop.run(loop.start())
 
 
-def when(bias, steps, **options) -> np.ndarray:
+def when(bias, steps, keys=None, **options) -> np.ndarray:
     bias = np.asarray(bias, np.float32)
     sampling = sampling_options("full", "probability", {"stop_at_eos": False, **options})
     schedule = quotas(sampling.schedule, np.full((ROWS, 1), len(bias)), np.full((ROWS, 1), steps), steps)
-    keys = jax.random.split(jax.random.key(5), ROWS)
+    keys = jax.random.split(jax.random.key(5), ROWS) if keys is None else keys
     return np.asarray(_when(bias, schedule, keys, sampling, len(bias), steps).tokens)
 
 
@@ -159,3 +160,20 @@ def test_remdm_conf_takes_back_the_unsure_ones():
     for position in range(3):
         check(found[:, position], law[:, position])
     assert law[0, 0] < law[0, 1]
+
+
+def test_different_prompts_draw_independently():
+    """Which of four masks chance opens first, for prompts that each occur once: they used to open in the same order."""
+    rows = [np.array([number, *[MASK] * 4]) for number in range(ROWS)]
+    found = when(np.full(4, 3.0), 4, keys=row_keys(7, rows), algorithm="random")
+    check(found.argmin(axis=1), np.full(4, 0.25))
+    pairs = 4 * found[0::2].argmin(axis=1) + found[1::2].argmin(axis=1)
+    check(pairs, np.full(16, 1 / 16))
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch_and_its_copies_differently():
+    rows = [np.array([number, MASK]) for number in (1, 2, 1, 3, 1)]
+    together, alone = (jax.random.key_data(row_keys(7, some)) for some in (rows, rows[3:4]))
+    np.testing.assert_array_equal(together[3], alone[0])
+    assert len({tuple(key) for key in np.asarray(together).tolist()}) == 5
+    assert (np.asarray(jax.random.key_data(row_keys(8, rows))) != np.asarray(together)).any(axis=1).all()
