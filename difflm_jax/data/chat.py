@@ -1,24 +1,23 @@
 """From messages and texts to tokens, with the answers marked, by the tokenizer's own chat template.
 
-Where an answer begins is read off the template itself: the conversation before it, rendered with the generation
-prompt, must be the beginning of the conversation with it. What follows is the answer, up to and including its
-end-of-turn token. The prompt is tokenised alone, as generation does it, so training sees exactly its tokens.
+`templates` says where an answer begins and ends in the text. The prompt is tokenised alone, as generation does it, so
+training sees exactly its tokens.
 """
 
 import dataclasses
-import json
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from difflm_jax.data.formats import Conversation, Message, parse_messages
-from difflm_jax.data.sources import RowError
-from difflm_jax.errors import UserError, one_line
+from difflm_jax.data.messages import Message, parse_messages
+from difflm_jax.data.templates import ANSWERS, render_joined, render_prompt
+from difflm_jax.errors import UserError
 
-ANSWERS = ("last", "all")
+__all__ = ["ANSWERS", "OVERLONG", "Encoded", "cut", "encode_chat", "encode_prompt", "encode_rendered", "encode_texts"]
+
 OVERLONG = ("cut", "drop")
 
 # Characters before an answer that decide how its first token is cut; pre-tokenisers look no further back.
@@ -47,30 +46,23 @@ def encode_chat(
     """Tokens of a conversation with its last answer marked, or with `answers="all"` every one.
 
     What follows the last answer is left out. Raises `RowError` for a conversation without an answer, with an empty
-    one, or which the template refuses, shows only in part, or changes as it goes on; `UserError` for a tokenizer
-    without a chat template or EOS token.
+    one, or which the template refuses or shows only in part, and with "all" for one whose earlier turns it changes;
+    `UserError` for a tokenizer without a chat template or EOS token.
     """
-    return encode_rendered(tokenizer, [render_answers(tokenizer, parse_messages(messages, tools), answers)])[0]
+    return encode_rendered(tokenizer, [render_joined(tokenizer, parse_messages(messages, tools), answers)])[0]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None) -> np.ndarray:
     """[P] int32 tokens of a conversation that waits for an answer: what `encode_chat` has before the last answer."""
-    conversation = parse_messages(messages, tools)
-    text = _render(tokenizer, conversation, len(conversation.messages), add_generation_prompt=True)
-    _check_complete(conversation, len(conversation.messages), text)
+    text = render_prompt(tokenizer, parse_messages(messages, tools))
     return np.asarray(_tokenize(tokenizer, [text])[0], np.int32)
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, ends: bool = True) -> Encoded:
-    """Tokens of a plain text as the tokenizer makes them, with its BOS if it adds one; EOS follows if the text `ends`.
-
-    Nothing of it is an answer.
-    """
-    return encode_texts(tokenizer, [text], [ends])[0]
-
-
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[bool]) -> list[Encoded]:
-    """`encode_text` of many texts at once."""
+    """Tokens of plain texts as the tokenizer makes them, with its BOS if it adds one; EOS follows a text that `ends`.
+
+    Nothing of them is an answer.
+    """
     eos_id = tokenizer.eos_token_id
     encoded = []
     for ids, is_end in zip(_tokenize(tokenizer, texts, add_special_tokens=True), ends, strict=True):
@@ -81,72 +73,30 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends:
     return encoded
 
 
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """A conversation as text, in pieces: a prompt, an answer, what lies between, an answer and so on."""
-
-    pieces: tuple[str, ...]
-
-
-def render_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, answers: str) -> Rendered:
-    """The text of `conversation` up to its last answer, cut at its last answer or at all of them; see `encode_chat`.
-
-    An assistant turn that nothing precedes answers nothing and is context.
-    """
-    if answers not in ANSWERS:
-        raise UserError(f"answers={answers!r}: must be one of {', '.join(ANSWERS)}")
-    turns = [i for i, message in enumerate(conversation.messages) if i and message["role"] == "assistant"]
-    if not turns:
-        raise RowError("no assistant turn answers anything")
-    text = _render(tokenizer, conversation, turns[-1] + 1, add_generation_prompt=False)
-    _check_complete(conversation, turns[-1] + 1, text)
-    pieces, position = [], 0
-    for i in turns[-1:] if answers == "last" else turns:
-        prompt = _render(tokenizer, conversation, i, add_generation_prompt=True)
-        upto = text if i == turns[-1] else _render(tokenizer, conversation, i + 1, add_generation_prompt=False)
-        upto = upto.rstrip()
-        if not (upto.startswith(prompt) and text.startswith(upto)):
-            raise RowError(
-                "the chat template changes earlier turns, or the prompt, once there is an answer"
-                + ("; answers='last' may do" if answers == "all" and len(turns) > 1 else "")
-            )
-        _check_answer(conversation.messages[i], i, upto[len(prompt) :], tokenizer.eos_token)
-        pieces += [text[position : len(prompt)], upto[len(prompt) :]]
-        position = len(upto)
-    return Rendered(tuple(pieces))
-
-
-def render_whole(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Rendered:
-    """The text of all of `conversation`, nothing of it an answer."""
-    text = _render(tokenizer, conversation, len(conversation.messages), add_generation_prompt=False)
-    _check_complete(conversation, len(conversation.messages), text)
-    return Rendered((text.rstrip(),))
-
-
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> list[Encoded]:
-    """Tokens of many conversations at once. A row that ends in an answer ends in EOS.
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[tuple[str, ...]]) -> list[Encoded]:
+    """Tokens of many rendered conversations at once (`templates`). A row that ends in an answer ends in EOS.
 
     Templates of Qwen, SmolLM2, Llama 3 and Mistral end an answer with the tokenizer's EOS (`<|im_end|>`,
-    `<|eot_id|>`, `</s>`). Where one does not (ChatML on a base model whose EOS is `<|endoftext|>`), EOS is put behind
-    the last answer, since it is where generation stops.
+    `<|eot_id|>`, `</s>`). Where one does not (ChatML on a base model whose EOS is `<|endoftext|>`), EOS follows the
+    last answer, since it is where generation stops.
     """
     texts: list[str] = []
-    for row in rendered:
-        texts.append(row.pieces[0])
-        for before, piece in zip(row.pieces, row.pieces[1:], strict=False):
+    for pieces in rendered:
+        texts.append(pieces[0])
+        for before, piece in itertools.pairwise(pieces):
             texts += [before[-_CONTEXT_CHARS:], before[-_CONTEXT_CHARS:] + piece]
     ids = iter(_tokenize(tokenizer, texts))
-    return [_assemble(tokenizer, row, ids) for row in rendered]
+    return [_assemble(tokenizer, pieces, ids) for pieces in rendered]
 
 
-def _assemble(tokenizer: PreTrainedTokenizerBase, row: Rendered, ids: Iterator[list[int]]) -> Encoded:
+def _assemble(tokenizer: PreTrainedTokenizerBase, pieces: tuple[str, ...], ids: Iterator[list[int]]) -> Encoded:
     """One row from the ids of its first piece and, for each later one, of its context without and with it.
 
-    The tokens of a piece are those it has behind its context (a tokenizer that marks the beginning of a text would
-    mark a piece that stands alone); where a token would span the seam, it is tokenised alone.
+    The tokens of a piece are those it has after its context (a tokenizer that marks the beginning of a text would
+    mark a piece that stands alone). Where a token would span the seam, it is tokenised alone.
     """
     parts = [next(ids)]
-    for piece in row.pieces[1:]:
+    for piece in pieces[1:]:
         context, together = next(ids), next(ids)
         seam = len(context)
         parts.append(together[seam:] if together[:seam] == context else _tokenize(tokenizer, [piece])[0])
@@ -198,49 +148,3 @@ def _tokenize(
     return tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, count: int, add_generation_prompt: bool
-) -> str:
-    """The text of the first `count` messages."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template, which conversations need; use a chat model, or rows of plain text"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            conversation.messages[:count],
-            tools=conversation.tools,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RowError(f"the chat template refuses it ({one_line(error)})") from error
-
-
-def _check_answer(message: Message, i: int, answer: str, eos_token: str | None) -> None:
-    if not message["content"].strip() and not message.get("tool_calls"):
-        raise RowError(f"the answer (message {i}) is empty")
-    if not answer.removesuffix(eos_token or "").strip():
-        raise RowError(f"the chat template shows nothing of the answer (message {i})")
-
-
-def _check_complete(conversation: Conversation, count: int, text: str) -> None:
-    """Raises `RowError` if the template has silently left out a message, a tool call or a tool."""
-    for i, message in enumerate(conversation.messages[:count]):
-        content = message["content"].strip()
-        if message["role"] not in ("user", "assistant") and not _shows(text, content):
-            raise RowError(f"the chat template leaves out message {i} of role {message['role']!r}")
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in text:
-                raise RowError(f"the chat template leaves out the tool call of message {i}")
-    for tool in conversation.tools or ():
-        name = tool["function"].get("name") if isinstance(tool["function"], dict) else None
-        if isinstance(name, str) and name not in text:
-            raise RowError("the chat template leaves out the tools")
-
-
-def _shows(text: str, content: str) -> bool:
-    """Templates write a content as it is, or as JSON."""
-    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text or json.dumps(content)[1:-1] in text

@@ -10,20 +10,12 @@ from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from difflm_jax.data.chat import (
-    ANSWERS,
-    OVERLONG,
-    Encoded,
-    Rendered,
-    cut,
-    encode_rendered,
-    encode_texts,
-    render_answers,
-    render_whole,
-    windows,
-)
+from difflm_jax.data.chat import ANSWERS, OVERLONG, Encoded, cut, encode_rendered, encode_texts, windows
+from difflm_jax.data.columns import parse_naming
 from difflm_jax.data.formats import Conversation, parse_row
-from difflm_jax.data.sources import Row, RowError, Source
+from difflm_jax.data.keys import Notes, announcement, note
+from difflm_jax.data.rows import Row, RowError, Source
+from difflm_jax.data.templates import render_answers, render_whole
 from difflm_jax.errors import UserError
 
 PHASES = ("pretrain", "sft")
@@ -46,6 +38,8 @@ class Options:
     mask_token_id: int | None
     debug: bool
     seed: int
+    columns: str = ""
+    roles: str = ""
 
     def __post_init__(self) -> None:
         for key, known in (("phase", PHASES), ("answers", ANSWERS), ("overlong", OVERLONG)):
@@ -55,6 +49,7 @@ class Options:
             raise UserError(f"max_length={self.max_length}: must be at least 2")
         if not 0 <= self.bad_row_budget <= 1:
             raise UserError(f"bad_row_budget={self.bad_row_budget}: is a share of the rows, between 0 and 1")
+        parse_naming(self.columns, self.roles)
 
 
 @dataclasses.dataclass
@@ -65,6 +60,7 @@ class Report:
     rows: int = 0
     examples: int = 0
     formats: Counter[str] = dataclasses.field(default_factory=Counter)
+    notes: Notes = dataclasses.field(default_factory=Notes)
     cut: int = 0
     dropped: int = 0
     bad: int = 0
@@ -82,7 +78,8 @@ class Report:
             (self.dropped, f"{self.dropped} dropped as longer than max_length"),
             (self.bad, f"{self.bad} bad rows left out: {self._listed_bad()}"),
         )
-        said = [text for count, text in counts if count]
+        said = [announcement(self.notes)] if self.notes else []
+        said += [text for count, text in counts if count]
         return "; ".join([f"data: {self.name}: {self.examples} examples from {self.rows} rows ({formats})", *said])
 
     def check(self, bad_row_budget: float) -> None:
@@ -150,39 +147,70 @@ def _examples_of_chunk(
     chunk: list[Row], tokenizer: PreTrainedTokenizerBase, options: Options, report: Report
 ) -> list[Example]:
     """Parses each row by itself, tokenises all of a kind in one call, and fits each to `max_length`."""
-    read: list[tuple[Row, str, int, Rendered | str]] = []
-    for row in chunk:
-        report.rows += 1
-        try:
-            name, content = parse_row(row.load())
-            read.append((row, name, _content_hash(content), _render(content, tokenizer, options)))
-        except RowError as error:
-            report.add_bad(row, error)
-    texts = [(content, not row.continues) for row, *_, content in read if isinstance(content, str)]
+    read = [found for row in chunk if (found := _read(row, tokenizer, options, report)) is not None]
+    texts = [(text, not found.row.continues) for found in read for text in found.texts if isinstance(text, str)]
     encoded_texts = iter(encode_texts(tokenizer, [text for text, _ in texts], [ends for _, ends in texts]))
-    encoded_chats = iter(encode_rendered(tokenizer, [content for *_, content in read if isinstance(content, Rendered)]))
-    made = []
-    for row, name, content_hash, content in read:
-        is_text = isinstance(content, str)
-        encoded = next(encoded_texts if is_text else encoded_chats)
-        if not len(encoded.tokens):
-            report.add_bad(row, RowError("gives no tokens"))
-            continue
-        _refuse_mask_token(row, encoded, options.mask_token_id)
-        report.formats[name] += 1
-        parts = windows(encoded, options.max_length) if is_text else _fit(encoded, options, report)
-        made += [Example(part, content_hash, row.origin) for part in parts]
+    chats = [text for found in read for text in found.texts if not isinstance(text, str)]
+    encoded_chats = iter(encode_rendered(tokenizer, chats))
+    made: list[Example] = []
+    for found in read:
+        encoded = [next(encoded_texts if isinstance(text, str) else encoded_chats) for text in found.texts]
+        made += _examples_of_row(found, encoded, options, report)
     return made
 
 
-def _render(content: Conversation | str, tokenizer: PreTrainedTokenizerBase, options: Options) -> Rendered | str:
+@dataclasses.dataclass(frozen=True)
+class _ReadRow:
+    """A row's format, the hash of its content, and its texts: plain ones, or rendered ones in pieces."""
+
+    row: Row
+    format: str
+    content_hash: int
+    texts: list[str] | list[tuple[str, ...]]
+
+
+def _read(row: Row, tokenizer: PreTrainedTokenizerBase, options: Options, report: Report) -> _ReadRow | None:
+    """Parses and renders a row; None for a bad one, which is counted."""
+    report.rows += 1
+    notes = Notes()
+    try:
+        name, content = parse_row(row.load(), parse_naming(options.columns, options.roles), notes)
+        found = _ReadRow(row, name, _content_hash(content), _render(content, tokenizer, options, notes))
+    except RowError as error:
+        report.add_bad(row, error)
+        return None
+    report.notes.update(dict.fromkeys(notes, 1))  # a row counts once
+    return found
+
+
+def _examples_of_row(found: _ReadRow, encoded: list[Encoded], options: Options, report: Report) -> list[Example]:
+    if not all(len(each.tokens) for each in encoded):
+        report.add_bad(found.row, RowError("gives no tokens"))
+        return []
+    report.formats[found.format] += 1
+    made = []
+    for text, each in zip(found.texts, encoded, strict=True):
+        _refuse_mask_token(found.row, each, options.mask_token_id)
+        parts = windows(each, options.max_length) if isinstance(text, str) else _fit(each, options, report)
+        made += [Example(part, found.content_hash, found.row.origin) for part in parts]
+    return made
+
+
+def _render(
+    content: Conversation | str, tokenizer: PreTrainedTokenizerBase, options: Options, notes: Notes
+) -> list[str] | list[tuple[str, ...]]:
     if isinstance(content, str):
         if options.phase == "sft":
             raise RowError("plain text has no answer, which the sft phase needs; use it for pretraining")
-        return content
-    if options.phase == "pretrain" and all(message["role"] != "assistant" for message in content.messages):
-        return render_whole(tokenizer, content)
-    return render_answers(tokenizer, content, options.answers)
+        return [content]
+    if options.phase == "sft":
+        return render_answers(tokenizer, content, options.answers, notes)
+    if content.untrained:
+        note(notes, "weight 0 of an answer is not used (pretraining trains every token)")
+        content = dataclasses.replace(content, untrained=frozenset())
+    if all(message["role"] != "assistant" for message in content.messages):
+        return [render_whole(tokenizer, content)]
+    return render_answers(tokenizer, content, options.answers, notes)
 
 
 def _content_hash(content: Conversation | str) -> int:

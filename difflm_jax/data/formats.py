@@ -1,231 +1,216 @@
-"""What a row means: from one of six formats, told by its keys, to a conversation or a plain text."""
+"""What a row means: from one of the known formats, told by its keys, to a conversation or a plain text."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Mapping
 from typing import Any
 
-from difflm_jax.data.sources import RowError
+from difflm_jax.data import keys
+from difflm_jax.data.columns import KNOWN_NAMES, Naming
+from difflm_jax.data.keys import Notes, account, is_given, note
+from difflm_jax.data.messages import Conversation, Message, a, parse_json, parse_messages, parse_tools, text_of
+from difflm_jax.data.rows import RowError
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+__all__ = ["FORMATS", "Conversation", "Format", "Message", "parse_messages", "parse_row"]
 
-# ShareGPT's names of the speakers.
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-
-# Fields of a message that chat templates read beside role and content.
-_KEPT_FIELDS = ("reasoning_content", "name", "tool_call_id")
-
-Message = dict[str, Any]
+_PARTS_OF_QUESTION = ("instruction", "context", "input", "choices", "options")
+_TEMPLATE_OWN = ("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize")
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversation:
-    """Messages as chat templates take them: content is a str, tool calls have the shape of OpenAI's interface with
-    the arguments parsed, `tools` is a list of function descriptions or None.
-    """
+class Format:
+    """Rows that have values under the keys `needed`; `used` are the keys it reads next to those of any chat."""
 
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+    needed: tuple[str, ...]
+    source: str
+    used: tuple[str, ...] = ()
 
-
-def parse_row(row: Any) -> tuple[str, Conversation | str]:
-    """(name of the format, conversation or text) of a row.
-
-    Formats, by the first whose keys are there and not null: messages; conversations (ShareGPT); prompt with response
-    or completion; question/answer; instruction/output with an optional input (Alpaca); text. `tools`, and `system` if
-    the conversation does not begin with one, are taken beside any chat format; other keys are not read. Raises
-    `RowError`.
-    """
-    if not isinstance(row, Mapping):
-        raise RowError(f"is {_a(row)}, not an object")
-    keys = {key for key, value in row.items() if value is not None}
-    for name, needed, read in _FORMATS:
-        if keys.issuperset(needed):
-            return name, read(row) if name == "text" else _conversation(read(row), row)
-    known = ", ".join("/".join(needed) for _, needed, _ in _FORMATS)
-    raise RowError(f"has the keys {', '.join(map(str, sorted(keys, key=str))) or '(none)'}; known formats: {known}")
+    @property
+    def name(self) -> str:
+        return "alpaca" if self.needed == ("instruction", "output") else "/".join(self.needed)
 
 
-def parse_messages(messages: Any, tools: Any = None) -> Conversation:
-    """Checks and normalises messages: null contents become empty, typed parts are joined, tool calls are parsed.
+def _asked(question: str, answer: str, source: str) -> Format:
+    return Format((question, answer), source, _PARTS_OF_QUESTION)
 
+
+# The first whose keys have values is that of a row.
+FORMATS = (
+    Format(("messages",), keys.OPENAI),
+    Format(("conversations",), keys.SHAREGPT),
+    _asked("prompt", "response", keys.LLAMA_FACTORY),
+    _asked("prompt", "completion", keys.TRL),
+    _asked("question", "answer", "https://huggingface.co/datasets/openai/gsm8k"),
+    _asked("instruction", "output", keys.ALPACA),
+    _asked("instruction", "response", keys.DOLLY),
+    _asked("question", "answers", keys.SQUAD),
+    _asked("question", "answerKey", "https://huggingface.co/datasets/allenai/ai2_arc"),
+    _asked("question", "response", keys.ORCA),
+    _asked("question", "solution", "https://huggingface.co/datasets/simplescaling/s1K"),
+    _asked("query", "response", "https://huggingface.co/datasets/meta-math/MetaMathQA"),
+    _asked("query", "answer", "https://huggingface.co/datasets/sentence-transformers/gooaq"),
+    _asked("problem", "solution", "https://huggingface.co/datasets/AI-MO/NuminaMath-CoT"),
+    _asked("problem", "answer", "https://huggingface.co/datasets/agentica-org/DeepScaleR-Preview-Dataset"),
+    _asked("prompt", "answer", keys.AXOLOTL),
+    _asked("inputs", "targets", "https://huggingface.co/datasets/Muennighoff/flan"),
+    _asked("input", "output", keys.AXOLOTL),
+    Format(("conversation",), "https://huggingface.co/datasets/lmsys/lmsys-chat-1m"),
+    Format(("text",), keys.TRL),
+)
+_NAMED = 7  # formats that an error lists
+
+
+def parse_row(row: Any, naming: Naming = KNOWN_NAMES, notes: Notes | None = None) -> tuple[str, Conversation | str]:
+    """(name of the format, conversation or text) of a row; the first of `FORMATS` whose keys have values.
+
+    `naming`: the data set's own names of columns and roles. `notes` counts keys that have a value and are not used.
     Raises `RowError`.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise RowError(f"messages is {_a(messages)}, not a list")
-    if not messages:
-        raise RowError("the conversation is empty")
-    return Conversation([_message(message, i) for i, message in enumerate(messages)], _tools(tools))
+    if not isinstance(row, Mapping):
+        raise RowError(f"is {a(row)}, not an object")
+    row = naming.rename(row)
+    present = {key for key, value in row.items() if value is not None}
+    found = next((format for format in FORMATS if present.issuperset(format.needed)), None)
+    if found is None:
+        raise RowError(_unknown(present))
+    if found.needed == ("text",):
+        account(row, found.needed, notes)
+        return found.name, _plain_text(row)
+    messages, used = _messages(row, found, notes)
+    conversation = parse_messages(messages, row.get("tools"), naming, notes, found.needed[0])
+    conversation, more = _with_row_keys(conversation, row)
+    account(row, {*found.needed, *used, *more}, notes)
+    return found.name, conversation
 
 
-def _conversation(messages: Any, row: Mapping[str, Any]) -> Conversation:
-    conversation = parse_messages(messages, row.get("tools"))
-    system = row.get("system")
-    if system and conversation.messages[0]["role"] != "system":
-        return dataclasses.replace(
-            conversation, messages=[_say("system", _text(system, "system")), *conversation.messages]
-        )
-    return conversation
+def _unknown(present: set[Any]) -> str:
+    known = ", ".join("/".join(format.needed) for format in FORMATS[:_NAMED])
+    has = f"has the keys {', '.join(map(str, sorted(present, key=str))) or '(none)'}; known formats: {known}, text, …"
+    if {"chosen", "rejected"} <= present:
+        return f"{has}; preferences are not trained: data.columns=response=chosen (or messages=chosen) takes the chosen"
+    return f"{has}; other names are mapped by data.columns"
 
 
-def _say(role: str, content: Any) -> Message:
-    return {"role": role, "content": content}
+def _messages(row: Mapping[str, Any], found: Format, notes: Notes | None) -> tuple[Any, set[str]]:
+    """(messages as the row has them, keys that went into them)."""
+    if len(found.needed) == 1:
+        return row[found.needed[0]], set()
+    question_key, answer_key = found.needed
+    labels = _choices(row)
+    answer = _answer(row[answer_key], answer_key, labels, notes)
+    if isinstance(row[question_key], list):
+        return [*_turns(row[question_key], "user", question_key), *answer], set()
+    question, used = _question(row, question_key, labels)
+    return [_say("user", question), *answer], used
 
 
-def _prompt_and_answer(row: Mapping[str, Any], prompt_key: str, answer_key: str) -> list[Message]:
-    """Two messages; each of the two may also be a list of messages already."""
-    return [*_turns(row[prompt_key], "user", prompt_key), *_turns(row[answer_key], "assistant", answer_key)]
+def _question(row: Mapping[str, Any], question_key: str, labels: list[tuple[str, str]]) -> tuple[str, set[str]]:
+    """The question with what the row has next to it, and the keys of that."""
+    before = ("context", "instruction") if question_key != "instruction" else ()
+    order = dict.fromkeys((*before, question_key, "input", "context"))
+    pieces = {key: text_of(row[key], key) for key in order if key == question_key or is_given(row.get(key))}
+    question = "\n\n".join(pieces.values())
+    if labels:
+        question += "\n" + "\n".join(f"{label}. {text}" for label, text in labels)
+    return question, {*pieces, *(("choices", "options") if labels else ())}
+
+
+def _choices(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, text) of each choice: of a list, of {"text": [...], "label": [...]}, or of {"A": ...}."""
+    key = next((key for key in ("choices", "options") if is_given(row.get(key))), None)
+    if key is None:
+        return []
+    choices = row[key]
+    if isinstance(choices, Mapping) and set(choices) == {"text", "label"}:
+        labels, texts = choices["label"], choices["text"]
+    elif isinstance(choices, Mapping):
+        labels, texts = list(choices), list(choices.values())
+    else:
+        labels, texts = string.ascii_uppercase, choices
+    if (
+        not isinstance(texts, list)
+        or not all(isinstance(text, str) for text in texts)
+        or len(labels or ()) < len(texts)
+    ):
+        raise RowError(f"{key} is not a list of texts")
+    return [(str(label), text) for label, text in zip(labels, texts, strict=False)]
+
+
+def _answer(answer: Any, where: str, labels: list[tuple[str, str]], notes: Notes | None) -> list[Message]:
+    """The answer's turns; the number of a choice becomes its label, and of several answers the first is taken."""
+    if where == "answers":
+        answers = answer.get("text") if isinstance(answer, Mapping) else answer
+        if not isinstance(answers, list) or not answers:
+            raise RowError("answers is not a list with an answer")
+        if any(other != answers[0] for other in answers):
+            note(notes, "answers after the first are not used")
+        answer = answers[0]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(labels):
+        answer = labels[answer][0]
+    return _turns(answer, "assistant", where)
 
 
 def _turns(value: Any, role: str, where: str) -> list[Message]:
+    """A text as a turn of `role`; a list of messages as it is."""
     if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
         return value
-    return [_say(role, _text(value, where))]
+    return [_say(role, text_of(value, where))]
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[Message]:
-    instruction, addition = _text(row["instruction"], "instruction"), row.get("input")
-    if addition:
-        instruction = f"{instruction}\n\n{_text(addition, 'input')}"
-    return [_say("user", instruction), _say("assistant", _text(row["output"], "output"))]
+def _say(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
-def _sharegpt(row: Mapping[str, Any]) -> list[Message]:
-    turns = row["conversations"]
-    if not isinstance(turns, list):
-        raise RowError(f"conversations is {_a(turns)}, not a list")
-    return [_turn(turn, i) for i, turn in enumerate(turns)]
+def _with_row_keys(conversation: Conversation, row: Mapping[str, Any]) -> tuple[Conversation, set[str]]:
+    """`conversation` with what the row says of it as a whole, and the keys of that."""
+    used = {"tools"}
+    if conversation.tools is None and is_given(row.get("functions")):
+        conversation = dataclasses.replace(conversation, tools=parse_tools(row["functions"]))
+        used.add("functions")
+    if earlier := _history(row):
+        first = int(conversation.messages[0]["role"] == "system")
+        conversation = _insert(conversation, first, earlier)
+        used.add("history")
+    system_key = next((key for key in ("system", "system_prompt") if is_given(row.get(key))), None)
+    if conversation.messages[0]["role"] != "system" and system_key is not None:
+        conversation = _insert(conversation, 0, [_say("system", text_of(row[system_key], system_key))])
+        used.add(system_key)
+    if is_given(row.get("chat_template_kwargs")):
+        conversation = dataclasses.replace(conversation, template_arguments=_template_arguments(row))
+        used.add("chat_template_kwargs")
+    return conversation, used
 
 
-def _turn(turn: Any, i: int) -> Message:
-    if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn  # messages under another name, or what `parse_messages` will refuse
-    speaker, value = turn["from"], turn.get("value")
-    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise RowError(f"unknown speaker {speaker!r} in turn {i}")
-    if speaker == "function_call":
-        return {"role": role, "content": "", "tool_calls": _parsed(value, f"function_call of turn {i}")}
-    return _say(role, value)
+def _insert(conversation: Conversation, at: int, messages: list[Message]) -> Conversation:
+    """`conversation` with `messages` before message `at`."""
+    untrained = frozenset(i + len(messages) if i >= at else i for i in conversation.untrained)
+    whole = [*conversation.messages[:at], *messages, *conversation.messages[at:]]
+    return dataclasses.replace(conversation, messages=whole, untrained=untrained)
+
+
+def _history(row: Mapping[str, Any]) -> list[Message]:
+    """LLaMA-Factory's earlier turns, [[question, answer], ...]."""
+    history = row.get("history")
+    if not is_given(history):
+        return []
+    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+        raise RowError("history is not a list of [question, answer]")
+    return [
+        _say(role, text_of(text, "history"))
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _template_arguments(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = parse_json(row["chat_template_kwargs"], "chat_template_kwargs")
+    if not isinstance(arguments, Mapping) or set(arguments) & set(_TEMPLATE_OWN):
+        raise RowError("chat_template_kwargs is not an object of arguments of the chat template")
+    return dict(arguments)
 
 
 def _plain_text(row: Mapping[str, Any]) -> str:
-    text = _text(row["text"], "text")
+    text = text_of(row["text"], "text")
     if not text.strip():
         raise RowError("the text is empty")
     return text
-
-
-_FORMATS = (
-    ("messages", ("messages",), lambda row: row["messages"]),
-    ("conversations", ("conversations",), _sharegpt),
-    ("prompt/response", ("prompt", "response"), lambda row: _prompt_and_answer(row, "prompt", "response")),
-    ("prompt/completion", ("prompt", "completion"), lambda row: _prompt_and_answer(row, "prompt", "completion")),
-    ("question/answer", ("question", "answer"), lambda row: _prompt_and_answer(row, "question", "answer")),
-    ("alpaca", ("instruction", "output"), _alpaca),
-    ("text", ("text",), _plain_text),
-)
-
-
-def _message(message: Any, i: int) -> Message:
-    if not isinstance(message, Mapping):
-        raise RowError(f"message {i} is {_a(message)}, not an object")
-    role = message.get("role")
-    if role not in ROLES:
-        raise RowError(f"message {i} has the unknown role {role!r}; known: {', '.join(ROLES)}")
-    result = {"role": role} | _content(message.get("content"), f"content of message {i}")
-    for field in _KEPT_FIELDS:
-        if message.get(field) is not None:
-            result[field] = message[field]
-    if message.get("tool_calls"):
-        result["tool_calls"] = _tool_calls(message["tool_calls"], i)
-    elif "tool_calls" in result:
-        result["tool_calls"] = _tool_calls(result["tool_calls"], i)
-    return result
-
-
-def _content(content: Any, where: str) -> Message:
-    """The fields of a message that its content holds: text, and reasoning and tool calls if it is a list of parts."""
-    if content is None:
-        return {"content": ""}
-    if isinstance(content, str):
-        return {"content": content}
-    if not isinstance(content, list):
-        raise RowError(f"{where} is {_a(content)}, not a text")
-    texts: dict[str, list[str]] = {"text": [], "reasoning": []}
-    calls: list[Any] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "tool_call":
-            parsed = _parsed(part.get("value", part.get("tool_call")), where)
-            calls += parsed if isinstance(parsed, list) else [parsed]
-        elif kind in texts:
-            value = part.get(kind) if part.get(kind) is not None else part.get("value")
-            texts[kind].append(_text(value, where))
-        else:
-            raise RowError(f"{where} has a part of type {kind!r}, which is not text")
-    result = {"content": "".join(texts["text"])}
-    if texts["reasoning"]:
-        result["reasoning_content"] = "".join(texts["reasoning"])
-    if calls:
-        result["tool_calls"] = calls
-    return result
-
-
-def _tool_calls(calls: Any, i: int) -> list[Message]:
-    calls = calls if isinstance(calls, list) else [calls]
-    return [_tool_call(call, f"a tool call of message {i}") for call in calls]
-
-
-def _tool_call(call: Any, where: str) -> Message:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowError(f"{where} names no function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, where) if arguments.strip() else {}
-    result = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
-    return result if call.get("id") is None else {"id": call["id"]} | result
-
-
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Function descriptions from a list or the JSON of one, each in the wrapper that templates expect."""
-    tools = _parsed(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError("tools is not a list of objects")
-    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
-
-
-def _parsed(value: Any, where: str) -> Any:
-    """`value`, parsed if it is the text of a JSON value."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{where} is not JSON") from error
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{where} is {_a(value)}, not a text")
-    return value
-
-
-def _a(value: Any) -> str:
-    name = type(value).__name__
-    return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from difflm_jax.data.chat import Encoded, cut, encode_chat, encode_prompt, encode_text, windows
+from difflm_jax.data.chat import Encoded, cut, encode_chat, encode_prompt, encode_texts, windows
 from difflm_jax.data.sources import RowError, open_source
 from difflm_jax.errors import UserError
 from tests.byte_tokenizer import CHATML, byte_tokenizer
@@ -129,8 +129,11 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     """As Qwen3's thinking template does, whose last turn only shows its thoughts."""
     template = CHATML.replace("+ message.content", "+ ('<think></think>' if loop.last else '') + message.content")
     tokenizer = byte_tokenizer(template=template)
-    with pytest.raises(RowError, match="changes earlier turns"):
-        encode_chat(tokenizer, TWO_TURNS)
+    encoded = encode_chat(tokenizer, TWO_TURNS)
+    assert encoded.tokens[: encoded.prompt_length].tolist() == encode_prompt(tokenizer, TWO_TURNS[:-1]).tolist()
+    assert answers_of(tokenizer, encoded) == ["<think></think> 4, of course.\n<|im_end|>"]
+    with pytest.raises(RowError, match=r"changes earlier turns.*; answers='last' may do"):
+        encode_chat(tokenizer, TWO_TURNS, "all")
     template = CHATML.replace(
         "+ message.content", "+ ('<t></t>' if loop.last and message.role == 'assistant' else '') + message.content"
     )
@@ -185,11 +188,11 @@ def test_tokenizers_that_will_not_do() -> None:
 
 
 def test_text_ends_in_eos_unless_it_goes_on(tokenizer: Any) -> None:
-    encoded = encode_text(tokenizer, "Höhe")
+    (encoded,) = encode_texts(tokenizer, ["Höhe"], [True])
     assert encoded.tokens[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(encoded.tokens[:-1]) == "Höhe"
     assert not encoded.answer_mask.any()
-    assert encode_text(tokenizer, "Höhe", ends=False).tokens.tolist() == encoded.tokens[:-1].tolist()
+    assert encode_texts(tokenizer, ["Höhe"], [False])[0].tokens.tolist() == encoded.tokens[:-1].tolist()
 
 
 def test_windows_hold_the_text() -> None:

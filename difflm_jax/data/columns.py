@@ -1,0 +1,85 @@
+"""What a data set calls its columns and speakers, for those that are named otherwise than the known formats.
+
+The keys `data.columns` and `data.roles` are written 'known=own, known=own'; both may name an own name once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from difflm_jax.errors import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Speakers of ShareGPT, OpenAssistant, Hermes, Anthropic's and Cohere's data, in lower case.
+SPEAKERS = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "prompter": "user",
+    "question": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+    "answer": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """Own names of columns and roles, as pairs (own, known)."""
+
+    columns: tuple[tuple[str, str], ...] = ()
+    roles: tuple[tuple[str, str], ...] = ()
+
+    def rename(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`row` with known names. An own column replaces one that has the known name already."""
+        if not self.columns:
+            return row
+        own = dict(self.columns)
+        taken = {known for name, known in own.items() if name in row}
+        kept = {key: value for key, value in row.items() if key not in own and key not in taken}
+        return kept | {known: row[name] for name, known in own.items() if name in row}
+
+    def role(self, speaker: Any) -> str | None:
+        """The role of a speaker, None for one that is not known."""
+        if not isinstance(speaker, str):
+            return None
+        return dict(self.roles).get(speaker) or SPEAKERS.get(speaker.strip().lower())
+
+
+KNOWN_NAMES = Naming()
+
+
+@functools.lru_cache
+def parse_naming(columns: str, roles: str) -> Naming:
+    """The naming that the keys `data.columns` and `data.roles` describe. Raises `UserError`."""
+    found = Naming(_pairs("data.columns", columns), _pairs("data.roles", roles))
+    for _, role in found.roles:
+        if role not in ROLES:
+            raise UserError(f"data.roles: {role!r} is no role; known: {', '.join(ROLES)}")
+    return found
+
+
+def _pairs(key: str, text: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for part in filter(str.strip, text.split(",")):
+        known, equals, own = (piece.strip() for piece in part.partition("="))
+        if not (known and equals and own):
+            raise UserError(f"{key}: {part.strip()!r} is not written known=own")
+        pairs.append((own, known))
+    if len({own for own, _ in pairs}) != len(pairs):
+        raise UserError(f"{key}: names something twice: {text}")
+    return tuple(pairs)
