@@ -75,6 +75,7 @@ class Model:
         choices=(AUTO, *DTYPES),
     )
     convert_cache: bool = setting(True, "Keep a quantised base in output_dir/converted.")
+    chat_template: str = setting("", "Jinja file or text that replaces the tokenizer's chat template.")
     mask_token: str = setting("", "The mask token; empty: chosen by rule, and announced.")
     train_mask_row: bool = setting(True, "false: the adapter is LoRA alone, and the mask's embedding is the base's.")
     remat: str = setting(
@@ -103,6 +104,8 @@ class Data:
     test_size: float = setting(0.1, "Share of the rows in the test split.", within=PROPER_SHARE)
     answers: str = setting("last", "Assistant turns that are trained in the sft phase.", choices=ANSWERS)
     overlong: str = setting("cut", "What happens to a conversation longer than max_length.", choices=OVERLONG)
+    columns: str = setting("", "Own names of columns: prompt=frage, response=antwort.", key="data.columns")
+    roles: str = setting("", "Own names of speakers: user=Kunde, assistant=Agent.", key="data.roles")
     bad_row_budget: float = setting(0.01, "Share of rows that may be unusable.", within=SHARE)
     answer_padding: int = setting(
         0, "Answers are filled up with EOS to a multiple of this; 0: of block_length.", within=NOT_NEGATIVE

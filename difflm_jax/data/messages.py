@@ -83,21 +83,23 @@ def _message(message: Any, i: int, naming: Naming, notes: Notes | None) -> Messa
     for field in ("name", "tool_call_id"):
         if message.get(field) is not None:
             result[field] = message[field]
-    calls = message.get("tool_calls") or result.pop("tool_calls", None)
-    if is_given(message.get("function_call")):
-        if calls:
-            raise RowError(f"message {i} has both tool_calls and function_call")
-        calls = [message["function_call"]]
+    calls = [message[key] for key in ("tool_calls", "function_call") if is_given(message.get(key))]
+    calls += [result.pop("tool_calls")] if "tool_calls" in result else []
+    if len(calls) > 1:
+        raise RowError(f"message {i} has tool calls in more than one place")
     if calls:
-        result["tool_calls"] = _tool_calls(parse_json(calls, f"tool_calls of message {i}"), i)
+        result["tool_calls"] = _tool_calls(parse_json(calls[0], f"tool_calls of message {i}"), i)
     return result
 
 
 def _role(message: Mapping[str, Any], i: int, naming: Naming) -> tuple[str, Any]:
     """(role, speaker as the row says it)."""
-    key = next((key for key in _SPEAKER_KEYS if message.get(key) is not None), "role")
+    given = [key for key in _SPEAKER_KEYS if message.get(key) is not None]
+    key = given[0] if given else "role"
     speaker = message.get(key)
     role = naming.role(speaker)
+    if any(naming.role(message[other]) != role for other in given[1:]):
+        raise RowError(f"message {i} has more than one of {', '.join(_SPEAKER_KEYS)}, and they differ")
     if role is None and key == "role":
         raise RowError(f"message {i} has the unknown role {speaker!r}; known: {', '.join(ROLES)}; see data.roles")
     if role is None:
@@ -199,7 +201,7 @@ def _tool_call(call: Any, where: str) -> Message:
 def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Function descriptions from a list or the JSON of one, each in the wrapper that templates expect."""
     tools = parse_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
-    if not tools:
+    if not is_given(tools):
         return None
     if isinstance(tools, list):
         tools = [parse_json(tool, "a tool") for tool in tools]

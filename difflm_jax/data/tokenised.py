@@ -21,7 +21,7 @@ from difflm_jax.errors import UserError, one_line
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT_VERSION = 2  # of what is stored and of how rows become tokens: a change of either requires a new number
+_FORMAT_VERSION = 3  # of what is stored and of how rows become tokens: a change of either requires a new number
 _ROWS_FILE, _SUMMARY_FILE = "rows.arrow", "summary.txt"
 _SCHEMA = pa.schema(
     {
@@ -48,6 +48,8 @@ def tokenize(
     mask_token_id: int | None = None,
     debug: bool = False,
     seed: int = 42,
+    columns: str = "",
+    roles: str = "",
     cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
     """The rows of `dataset` as tokens, memory-mapped from the cache, where the first call puts them.
@@ -56,7 +58,8 @@ def tokenize(
     also takes conversations without one, and plain text, which it cuts into windows of `max_length`. answers: which
     assistant turns are marked, the "last" or "all". overlong: "cut" (see `difflm_jax.data.chat.cut`) or "drop".
     bad_row_budget: the share of bad rows that is left out and announced; more is an error. debug: 100 examples, chosen
-    by `seed`. cache_dir: the default is the cache of `datasets`.
+    by `seed`. columns, roles: the data set's own names (`difflm_jax.data.columns`). cache_dir: the default is the cache
+    of `datasets`.
 
     Columns: tokens (list of int32, at most `max_length`), answer_mask (list of bool), length, prompt_length and
     final_answer_length (int32, see `record_batch`), content_hash (int64, of the messages or text before tokenisation),
@@ -68,7 +71,8 @@ def tokenize(
     import datasets  # here and below, not at the top: `--help` should not wait for it
 
     # Without debug the seed decides nothing, and must not make a second copy.
-    options = Options(phase, max_length, answers, overlong, bad_row_budget, mask_token_id, debug, seed if debug else 0)
+    seed = seed if debug else 0
+    options = Options(phase, max_length, answers, overlong, bad_row_budget, mask_token_id, debug, seed, columns, roles)
     source = open_source(dataset)
     folder = _cache_folder(cache_dir)
     stored = folder / _fingerprint(source, tokenizer, options)

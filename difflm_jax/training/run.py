@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.config.files import CONVERTED, notes, phase_config, to_json
 from difflm_jax.data.batches import describe, split
+from difflm_jax.data.template_forms import read_template
 from difflm_jax.data.tokenised import check_ids, tokenize
 from difflm_jax.distributed.collectives import FSDP
 from difflm_jax.distributed.mesh import check_model, make_mesh, row_shards
@@ -98,6 +99,8 @@ def open_configured(config: ConfigDict) -> LanguageModel:
         drafts = {"noise": config.draft.noise, "draft_length": config.draft.rows}
         lm = dataclasses.replace(lm, diffusion=lm.diffusion.causal())
         lm = lm.with_diffusion(algorithm=SPECULATIVE, gated=True, **drafts)
+    if config.chat_template:
+        lm.tokenizer.chat_template = read_template(config.chat_template)
     if config.trained == "all" and lm.quantization is not None:
         raise UserError(
             f"model={config.model}: its weights are stored as {lm.quantization.format}, and codes cannot be trained: "
@@ -172,6 +175,8 @@ def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, An
         mask_token_id=lm.mask_token_id,
         debug=settings.debug,
         seed=settings.seed,
+        columns=settings.data.columns,
+        roles=settings.data.roles,
         cache_dir=settings.cache_dir or None,
     )
     check_ids(rows, lm.tokenizer, lm.config.vocab_size)
