@@ -1,5 +1,6 @@
 """The tokenizer of a Hugging Face directory, a checkpoint's or an adapter's. What tokenizer.json says is the truth."""
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -45,9 +46,27 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         tokenizer = _as_transformers_does(directory)
         return _as_its_file_says(directory, tokenizer)
     except Exception as error:  # the libraries beneath raise anything, bare `Exception` included, for a bad file
+        if missing := _missing_packages(directory):
+            raise UserError(
+                f"{directory}: its tokenizer is a SentencePiece file (tokenizer.model): pip install {missing}, or save it "
+                "as tokenizer.json where that is installed"
+            ) from error
         raise UserError(f"{directory}: its tokenizer cannot be loaded ({one_line(error)[:200]})") from error
     finally:
         configs.setLevel(level)
+
+
+def _missing_packages(directory: Path) -> str:
+    """What transformers lacks to read the SentencePiece file in `directory`."""
+    if (directory / "tokenizer.json").is_file() or not (directory / "tokenizer.model").is_file():
+        return ""
+    missing = []
+    for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(package)
+    return " ".join(missing)
 
 
 def _as_transformers_does(directory: Path) -> PreTrainedTokenizerBase:

@@ -1,12 +1,14 @@
 """Tokenizers of Hugging Face directories: their file is the truth, with `tokenizers` itself as the oracle."""
 
 import json
+import sys
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
 from difflm_jax.checkpoint.tokenizer import load_tokenizer
+from difflm_jax.errors import UserError
 from tests.byte_tokenizer import byte_tokenizer
 
 TEXT = "1. a\n  2. b, 3rd of 12345"
@@ -60,3 +62,14 @@ def test_a_tokenizer_that_transformers_reads_right_stays_of_its_class(folder, ca
     path = folder("TokenizersBackend", "llama")
     assert type(load_tokenizer(path)) is type(AutoTokenizer.from_pretrained(path))
     assert capsys.readouterr().err == ""
+
+
+def test_a_sentencepiece_file_alone_names_the_package_that_is_missing(tmp_path, monkeypatch):
+    """transformers' own message speaks of tiktoken."""
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for module in ("sentencepiece", "google.protobuf"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"SentencePiece file \(tokenizer.model\): pip install sentencepiece protobuf"):
+        load_tokenizer(tmp_path)

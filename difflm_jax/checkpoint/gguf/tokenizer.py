@@ -30,10 +30,8 @@ _DEFAULT = (
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 )
-_WHOLE_WORDS = (
-    "llama-bpe",
-    "tekken",
-)  # a word that is a token needs no merges; bos comes first unless the file says no
+# A word that is a token needs no merges; bos comes first unless the file says otherwise.
+_WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 class Metadata(Protocol):
