@@ -48,8 +48,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the libraries beneath raise anything, bare `Exception` included, for a bad file
         if missing := _missing_packages(directory):
             raise UserError(
-                f"{directory}: its tokenizer is a SentencePiece file (tokenizer.model): pip install {missing}, or save it "
-                "as tokenizer.json where that is installed"
+                f"{directory}: its tokenizer is a SentencePiece file (tokenizer.model): pip install {missing}, or save "
+                "it as tokenizer.json where that is installed"
             ) from error
         raise UserError(f"{directory}: its tokenizer cannot be loaded ({one_line(error)[:200]})") from error
     finally:
