@@ -38,6 +38,7 @@ from difflm_jax.utils.files import new_directory
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_NAMED_TEMPLATES = "additional_chat_templates"  # where transformers saves chat templates but the default
 
 # Keys of adapter_config.json that change the result in ways not represented here, unless they hold one of these.
 _ONLY = {
@@ -329,7 +330,13 @@ def _read_tree(
 
 
 def _is_adapter_directory(path: Path) -> bool:
-    return (path / CONFIG_FILE).is_file() and not any(entry.is_dir() for entry in path.iterdir())
+    """Whether `path` holds an adapter and nothing else: the one folder in it may be that of named chat templates."""
+    folders = [entry for entry in path.iterdir() if entry.is_dir()]
+    templates = all(
+        folder.name == _NAMED_TEMPLATES and all(file.is_file() and file.suffix == ".jinja" for file in folder.iterdir())
+        for folder in folders
+    )
+    return (path / CONFIG_FILE).is_file() and templates
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Adapters in and out, against the real `peft`."""
 
+import copy
 import json
 import logging
 import warnings
@@ -180,6 +181,19 @@ def test_an_adapter_is_replaced_and_nothing_else_is(tmp_path, save_ours):
     with pytest.raises(UserError, match=r"chapter\.txt: is a file"):
         save_ours(target="thesis/chapter.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "thesis"]
+
+
+def test_a_second_export_replaces_one_with_named_chat_templates(tmp_path, save_ours, tiny_tokenizer):
+    """transformers saves all but the default template in a folder of their own."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    save_ours(tokenizer=tokenizer)
+    templates = tmp_path / "adapter" / "additional_chat_templates"
+    assert [path.name for path in templates.iterdir()] == ["tool_use.jinja"]
+    save_ours(tokenizer=tokenizer)
+    (templates / "notes").mkdir()
+    with pytest.raises(UserError, match="adapter: exists and is not empty"):
+        save_ours(tokenizer=tokenizer)
 
 
 def test_a_failed_save_keeps_the_adapter_that_was_there(tmp_path, save_ours):

@@ -1,4 +1,4 @@
-"""Cases of what people bring, read from `cases/KIND.yaml`: docs/compatibility.md is made of the same table.
+"""Cases of what people bring, read from `cases/KIND.yaml`; docs/compatibility.md is made from the same tables.
 
 A case has `what` (the input in words), `given`, `right` (the right value, in words in `means` where that is not plain)
 and `checked` (the library and version that it was checked against).
@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-KINDS = ("splits", "rows", "keys", "templates")
+from difflm_jax.data.formats import FORMATS
+from difflm_jax.data.keys import MESSAGE_KEYS, ROW_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,3 +35,48 @@ def cases(kind: str) -> list[Case]:
 def case_ids(some: list[Case]) -> list[str]:
     """What each case is called in the output of the tests."""
     return [case.what for case in some]
+
+
+_TITLES = {
+    "splits": "Folders and splits",
+    "rows": "Rows",
+    "templates": "Chat templates",
+}
+_HEAD = """# Compatibility
+
+What the readers make of the files, rows and chat templates that people bring. Every line is a test
+(`tests/data/test_splits.py`, `test_rows.py`, `test_templates.py`); the last column names the library or data set, with
+its version, that the right value was checked against. This page is made by `python -m tests.data.cases`.
+
+A key of a row or message that has a value is *used*, *announced* (in the line that sums up a data set, with the number
+of rows), or its row is *refused* by name. A key that is not listed here is announced.
+"""
+
+
+def markdown() -> str:
+    """docs/compatibility.md."""
+    parts = [_HEAD]
+    for kind, title in _TITLES.items():
+        lines = [f"| {case.what} | {case.means} | {case.checked} |" for case in cases(kind)]
+        parts.append(
+            "\n".join([f"## {title}", "", "| input | right value | checked against |", "|---|---|---|", *lines])
+        )
+    formats = [f"| {', '.join(f'`{key}`' for key in format.needed)} | {_link(format.source)} |" for format in FORMATS]
+    parts.append("\n".join(["## Keys that make a format", "", _FIRST, "", "| keys | source |", "|---|---|", *formats]))
+    for title, table in (("Other keys of a row", ROW_KEYS), ("Keys of a message", MESSAGE_KEYS)):
+        lines = [f"| `{key}` | {known.use} | {known.effect} | {_link(known.source)} |" for key, known in table.items()]
+        parts.append(
+            "\n".join([f"## {title}", "", "| key | use | what it does | source |", "|---|---|---|---|", *lines])
+        )
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+_FIRST = "The first whose keys have values is that of a row. Other names are mapped by `data.columns`."
+
+
+def _link(sources: str) -> str:
+    return ", ".join(f"[{source.removeprefix('https://').split('/')[0]}]({source})" for source in sources.split(", "))
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -20,7 +20,7 @@ from difflm_jax.data.template_forms import read_template
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.errors import UserError
 from tests.byte_tokenizer import CHATML, byte_tokenizer
-from tests.data.cases import case_ids, cases
+from tests.data.cases import case_ids, cases, markdown
 
 ROWS = cases("rows")
 QA = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -262,6 +262,11 @@ def test_the_tables_name_a_use_and_a_source_for_every_key() -> None:
     for key, known in (ROW_KEYS | MESSAGE_KEYS).items():
         assert known.use in (USED, keys.ANNOUNCED, REFUSED), key
         assert known.source.startswith("https://"), key
+
+
+def test_the_page_on_compatibility_is_made_from_the_tables(pytestconfig: pytest.Config) -> None:
+    """`python -m tests.data.cases > docs/compatibility.md` makes it again."""
+    assert (pytestconfig.rootpath / "docs" / "compatibility.md").read_text("utf-8") == markdown()
 
 
 def test_examples_of_a_thinking_template_are_one_for_each_answer(jsonl: Callable[..., str]) -> None:
