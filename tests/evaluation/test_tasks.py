@@ -102,6 +102,14 @@ def test_what_a_model_thinks_before_its_answer_is_not_compared():
     assert not TASKS["exact"].is_correct(question, "It <think></think> is warm.")
 
 
+def test_keys_of_questions_that_are_not_used_are_said_once(tmp_path, capsys):
+    row = {"question": "Q", "answer": "A", "label": False, "chat_template_kwargs": {"enable_thinking": False}}
+    (tmp_path / "q.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    assert len(read_questions(str(tmp_path / "q.jsonl"))) == 2
+    out = capsys.readouterr().out
+    assert out.count("label is not used") == 1 and "chat_template_kwargs is not used in questions (in 2)" in out
+
+
 def test_a_question_keeps_the_tools_of_its_row():
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     row = {"messages": [ASKED, {"role": "assistant", "content": "Yes."}], "tools": tools}

@@ -74,3 +74,16 @@ def test_colours_are_for_terminals(tmp_path, capsys, monkeypatch):
 def test_a_bad_configuration_is_one_line(tmp_path, capsys):
     assert command(["train", "--config.model=nowhere/at/all", "--preview"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_own_columns_and_a_chat_template_of_the_config_reach_the_rows(tmp_path, capsys):
+    model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.jsonl")
+    rows.write_text(rows.read_text().replace("question", "frage").replace("answer", "antwort"))
+    template = "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(template + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    arguments = train_arguments(model, rows, tmp_path, f"--config.chat_template={tmp_path / 'mine.jinja'}")
+    assert command([*arguments, "--preview"]) == 1
+    assert "has the keys antwort, frage; known formats" in capsys.readouterr().err
+    assert command([*arguments, "--config.data.columns=question=frage,answer=antwort", "--preview"]) == 0
+    shown = re.sub("[⟦⟧▸]", "", capsys.readouterr().out)
+    assert re.search(r"\[user\]\d+\+1\[assistant\]", shown)

@@ -5,9 +5,11 @@ Nothing here knows a model.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+from difflm_jax.data.keys import Notes, announcement
 from difflm_jax.data.sources import Row, RowError, open_source
 from difflm_jax.errors import UserError
 from difflm_jax.evaluation.tasks import countdown, exact, gsm8k, sudoku
@@ -49,13 +51,22 @@ def _other_task(row: Row, task: str) -> str:
 
 
 def read_questions(dataset: str, rows: int = 0, task: str = "exact") -> list[Question]:
-    """The first `rows` (0: all) questions of a data set. Raises `UserError` that names the first bad row."""
+    """The first `rows` (0: all) questions of a data set; announces keys of its rows that are not used.
+
+    Raises `UserError` that names the first bad row.
+    """
     questions = []
+    notes = Notes()
+    read = TASKS[task].question
+    if read is exact.question:
+        read = functools.partial(exact.question, notes=notes)
     for row in open_source(dataset).rows():
         try:
-            questions.append(TASKS[task].question(row.load()))
+            questions.append(read(row.load()))
         except RowError as error:
             raise UserError(f"{row.origin}: {error}{_other_task(row, task)}") from error
         if len(questions) == rows:
             break
+    if notes:
+        print(f"data: {dataset}: {announcement(notes)}", flush=True)
     return questions
