@@ -26,7 +26,7 @@ _CONTEXT_CHARS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One row: `tokens` [L] int32, and `answer_mask` [L] bool, true on the tokens of answers and their ends."""
+    """A row: `tokens` [L] int32, and `answer_mask` [L] bool, true on the tokens of answers and their ends."""
 
     tokens: np.ndarray
     answer_mask: np.ndarray
@@ -53,21 +53,25 @@ def encode_chat(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None) -> np.ndarray:
-    """[P] int32 tokens of a conversation that waits for an answer: what `encode_chat` has before the last answer."""
+    """[P] int32 tokens of a conversation that waits for an answer: those of `encode_chat` before the last answer."""
     text = render_prompt(tokenizer, parse_messages(messages, tools))
     return np.asarray(_tokenize(tokenizer, [text])[0], np.int32)
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[bool]) -> list[Encoded]:
-    """Tokens of plain texts as the tokenizer makes them, with its BOS if it adds one; EOS follows a text that `ends`.
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[bool], begins: Sequence[bool]
+) -> list[Encoded]:
+    """Tokens of plain texts as the tokenizer makes them, none of them an answer.
 
-    Nothing of them is an answer.
+    A BOS that the tokenizer adds stays where a text `begins`; EOS follows where one `ends`.
     """
     eos_id = tokenizer.eos_token_id
     encoded = []
-    for ids, is_end in zip(_tokenize(tokenizer, texts, add_special_tokens=True), ends, strict=True):
+    for ids, is_end, is_begin in zip(_tokenize(tokenizer, texts, add_special_tokens=True), ends, begins, strict=True):
+        if ids and not is_begin and ids[0] == tokenizer.bos_token_id:
+            ids = ids[1:]
         if ids and eos_id is not None:
-            # A tokenizer may add EOS of its own accord; a text that goes on has none, one that ends has one.
+            # A tokenizer may add EOS by itself; a text that continues has none, one that ends has one.
             ids = (ids[:-1] if ids[-1:] == [eos_id] else ids) + [eos_id] * is_end
         encoded.append(Encoded(np.asarray(ids, np.int32), np.zeros(len(ids), bool)))
     return encoded

@@ -1,4 +1,4 @@
-"""From rows to examples: which rows are used, which are bad and why, and what each becomes within `max_length`."""
+"""From rows to examples: which rows are used, which are bad and why, and how each fits into `max_length`."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ _PROGRESS_ROWS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What, beside the rows and the tokenizer, decides the examples; `difflm_jax.data.tokenised.tokenize` explains."""
+    """What decides the examples next to the rows and the tokenizer; `difflm_jax.data.tokenised.tokenize` explains."""
 
     phase: str
     max_length: int
@@ -54,7 +54,7 @@ class Options:
 
 @dataclasses.dataclass
 class Report:
-    """What became of the rows of `name`, counted as they pass."""
+    """Counts of what became of the rows of `name`."""
 
     name: str
     rows: int = 0
@@ -102,7 +102,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A row of the stored data set. `content_hash` is of the messages or the text that it was made from."""
+    """A row of the stored data set. `content_hash` is the hash of its messages or text before tokenisation."""
 
     encoded: Encoded
     content_hash: int
@@ -112,10 +112,10 @@ class Example:
 def examples(
     source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, report: Report
 ) -> Iterator[list[Example]]:
-    """The examples of `source`, some hundred rows at a time; `report` counts along.
+    """Yields the examples of `source` in chunks of a few hundred rows; `report` counts them.
 
-    Bad rows are left out and counted: whether there are too many is known at the end only (`Report.check`). A row that
-    holds the mask token raises `UserError` at once.
+    Bad rows are left out and counted; `Report.check` tells at the end whether there are too many. A row that holds the
+    mask token raises `UserError` at once.
     """
     rows = source.rows()
     if options.debug:
@@ -131,7 +131,7 @@ def examples(
 
 
 def _choose(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
-    """`count` rows in random order, any as likely as another (reservoir sampling: no row is parsed for it)."""
+    """`count` rows in random order, each equally likely (reservoir sampling, which parses no row)."""
     generator = random.Random(seed)
     chosen: list[Row] = []
     for i, row in enumerate(rows):
@@ -146,10 +146,11 @@ def _choose(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
 def _examples_of_chunk(
     chunk: list[Row], tokenizer: PreTrainedTokenizerBase, options: Options, report: Report
 ) -> list[Example]:
-    """Parses each row by itself, tokenises all of a kind in one call, and fits each to `max_length`."""
+    """Parses each row alone, tokenises all texts of a kind in one call, and fits each to `max_length`."""
     read = [found for row in chunk if (found := _read(row, tokenizer, options, report)) is not None]
-    texts = [(text, not found.row.continues) for found in read for text in found.texts if isinstance(text, str)]
-    encoded_texts = iter(encode_texts(tokenizer, [text for text, _ in texts], [ends for _, ends in texts]))
+    plain = [(text, found.row) for found in read for text in found.texts if isinstance(text, str)]
+    ends, begins = ([not row.continues for _, row in plain], [not row.continued for _, row in plain])
+    encoded_texts = iter(encode_texts(tokenizer, [text for text, _ in plain], ends, begins))
     chats = [text for found in read for text in found.texts if not isinstance(text, str)]
     encoded_chats = iter(encode_rendered(tokenizer, chats))
     made: list[Example] = []
@@ -232,7 +233,7 @@ def _refuse_mask_token(row: Row, encoded: Encoded, mask_token_id: int | None) ->
 
 
 def _fit(encoded: Encoded, options: Options, report: Report) -> list[Encoded]:
-    """A conversation within `max_length`, or nothing if it is too long and to be dropped."""
+    """A conversation within `max_length`; nothing if it is too long and `overlong` is "drop"."""
     fitted = cut(encoded, options.max_length, options.overlong)
     if fitted is None:
         report.dropped += 1

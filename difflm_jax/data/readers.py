@@ -154,17 +154,18 @@ def _read_txt(name: str, path: Path) -> Iterator[Row]:
     Documents are given in pieces of some 64 thousand bytes that end where a line does.
     """
     piece: list[bytes] = []
-    size, start = 0, 1
+    size, start, continued = 0, 1, False
 
     def row(continues: bool) -> Row:
-        return Row(f"{name}:{start}", functools.partial(_parse_text, b"".join(piece), start), continues)
+        load = functools.partial(_parse_text, b"".join(piece), start)
+        return Row(f"{name}:{start}", load, continues, continued)
 
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             is_end = line.strip() == _DOCUMENT_END
             if size and (is_end or size >= _TEXT_PIECE_BYTES):
                 yield row(continues=not is_end)
-                piece, size = [], 0
+                piece, size, continued = [], 0, not is_end
             if not is_end and (size or line.strip()):  # no piece begins with empty lines
                 start = start if size else number
                 piece.append(line)

@@ -16,12 +16,13 @@ class Row:
     """A row that is not parsed yet: `load()` returns its value or raises `RowError`.
 
     `origin` is 'file:line', 'file[index]' or 'hubid[index]'. `continues`: the text continues in the next row, so no
-    document ends here.
+    document ends here. `continued`: it began in an earlier row.
     """
 
     origin: str
     load: Callable[[], Any]
     continues: bool = False
+    continued: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

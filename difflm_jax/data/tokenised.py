@@ -21,7 +21,7 @@ from difflm_jax.errors import UserError, one_line
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT_VERSION = 3  # of what is stored and of how rows become tokens: a change of either requires a new number
+_FORMAT_VERSION = 4  # of what is stored and of how rows become tokens: a change of either requires a new number
 _ROWS_FILE, _SUMMARY_FILE = "rows.arrow", "summary.txt"
 _SCHEMA = pa.schema(
     {

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from difflm_jax.data.chat import Encoded, cut, encode_chat, encode_prompt, encode_texts, windows
+from difflm_jax.data.examples import Options, Report, examples
 from difflm_jax.data.sources import RowError, open_source
 from difflm_jax.errors import UserError
 from tests.byte_tokenizer import CHATML, byte_tokenizer
@@ -188,11 +189,25 @@ def test_tokenizers_that_will_not_do() -> None:
 
 
 def test_text_ends_in_eos_unless_it_goes_on(tokenizer: Any) -> None:
-    (encoded,) = encode_texts(tokenizer, ["Höhe"], [True])
+    (encoded,) = encode_texts(tokenizer, ["Höhe"], [True], [True])
     assert encoded.tokens[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(encoded.tokens[:-1]) == "Höhe"
     assert not encoded.answer_mask.any()
-    assert encode_texts(tokenizer, ["Höhe"], [False])[0].tokens.tolist() == encoded.tokens[:-1].tolist()
+    assert encode_texts(tokenizer, ["Höhe"], [False], [True])[0].tokens.tolist() == encoded.tokens[:-1].tolist()
+
+
+def test_a_document_in_several_pieces_begins_once(tmp_path: Path) -> None:
+    """Tokenizers that add BOS put one before every text they are given, and a document comes in pieces of 64 KB."""
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    special = [("<|im_start|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, special)
+    (tmp_path / "a.txt").write_text("a line of text\n" * 10_000 + "<|endoftext|>\nanother\n")
+    options = Options("pretrain", 4096, "last", "cut", 0.0, None, False, 0)
+    source = open_source(str(tmp_path / "a.txt"))
+    made = [e for chunk in examples(source, tokenizer, options, Report("a")) for e in chunk]
+    tokens = np.concatenate([example.encoded.tokens for example in made])
+    assert (tokens == tokenizer.bos_token_id).sum() == (tokens == tokenizer.eos_token_id).sum() == 2
 
 
 def test_windows_hold_the_text() -> None:
