@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.errors import UserError
@@ -67,11 +68,10 @@ def continue_rows(
     drafting: Drafting = PLAIN,
     seed: int = 0,
     batch_size: int = 16,
-    on_batch: Callable[[list[np.ndarray]], None] | None = None,
 ) -> Continued:
     """Answers of at most `max_new_tokens` to `prompts` of at least one token, by `decoder`'s base and its adapter.
 
-    `on_batch` is called with the rows of each batch. Rows do not depend on those that they share a batch with.
+    Rows do not depend on those that they share a batch with.
     """
     if decoder.mesh is not None:
         raise UserError("speculative decoding: this model is divided over devices: load it on one for that")
@@ -91,24 +91,12 @@ def continue_rows(
         for place, i in enumerate(index):
             tokens[place, : lengths[place]] = prompts[i]
         room = width + width_bucket(max_new_tokens) + drafting.deepest + 1
-        carry = _continue(
-            decoder.model,
-            decoder.diffusion.mask_token_id,
-            decoder.eos_token_ids,
-            drafting,
-            room,
-            decoder.variables,
-            tokens,
-            lengths,
-            limits.astype(np.int32),
-            keys[index],
-            sampling,
-        )
+        program = _Program(decoder.model, decoder.diffusion, decoder.eos_token_ids, drafting, room)
+        batch = _Prompts(tokens, lengths, limits.astype(np.int32), keys[index])
+        carry = _continue(program, decoder.variables, batch, sampling)
         carry = jax.device_get(carry)
-        batch = [carry.tokens[i, lengths[i] : carry.lengths[i]] for i in range(count)]
-        if on_batch is not None:
-            on_batch(batch)
-        rows += batch
+        found = [carry.tokens[i, lengths[i] : carry.lengths[i]] for i in range(count)]
+        rows += found
         counts.append((carry.passes[:count], carry.verified[:count], carry.accepted[:count]))
     if not rows:
         none = np.zeros(0, np.int32)
@@ -122,32 +110,42 @@ def prompt_width(length: int) -> int:
     return width if width <= PREFILL_CHUNK else width + -width % PREFILL_CHUNK
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _continue(
-    model: Transformer,
-    mask_token_id: int | None,
-    eos_token_ids: tuple[int, ...],
-    drafting: Drafting,
-    room: int,
-    variables: dict[str, Any],
-    prompts_BP: jax.Array,
-    lengths_B: jax.Array,
-    limits_B: jax.Array,
-    keys_B: jax.Array,
-    sampling: Sampling,
-) -> Carry:
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What is compiled for. `room`: columns of the cache."""
+
+    model: Transformer
+    diffusion: DiffusionConfig
+    eos_token_ids: tuple[int, ...]
+    drafting: Drafting
+    room: int
+
+
+@struct.dataclass
+class _Prompts:
+    """A batch, padded on the right. `limits`: the most tokens of a row, prompt included."""
+
+    tokens: jax.Array  # [B, P] int32
+    lengths: jax.Array  # [B] int32
+    limits: jax.Array  # [B] int32
+    keys: jax.Array  # [B]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _continue(program: _Program, variables: dict[str, Any], prompts: _Prompts, sampling: Sampling) -> Carry:
     """The last carry; of its arrays those that belong to rows."""
-    columns = ColumnModel(model, variables)
+    columns = ColumnModel(program.model, variables)
     loop = Loop(
         model=Predictor(columns.predict, columns.write),
-        drafting=drafting,
+        drafting=program.drafting,
         sampling=sampling,
-        limits=limits_B,
-        keys=keys_B,
-        vocabulary=model.config.vocab_size,
-        mask_token_id=mask_token_id,
-        eos_token_ids=eos_token_ids,
+        limits=prompts.limits,
+        keys=prompts.keys,
+        vocabulary=program.model.config.vocab_size,
+        mask_token_id=program.diffusion.mask_token_id,
+        eos_token_ids=program.eos_token_ids,
     )
-    tokens = jnp.pad(prompts_BP, ((0, 0), (0, room - prompts_BP.shape[1])))
-    start = loop.start(tokens, lengths_B, columns.prefill(prompts_BP, room))
+    width = prompts.tokens.shape[1]
+    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, program.room - width)))
+    start = loop.start(tokens, prompts.lengths, columns.prefill(prompts.tokens, program.room))
     return loop.run(start).replace(cache=None, drafts=None)
