@@ -4,8 +4,9 @@ Command:   difflm train --config=configs/small_data.py --config.dataset=mine.jso
            Look first: the same with --preview. Another model: --config.model=DIR_OR_HUB_ID
            A directory of your own with this recipe in it: difflm init DIR --data=mine.jsonl
 Hardware:  2 CPU cores; a step holds about 8 short rows.
-Expect:    10 + 240 steps (40 epochs, if these are fewer), then an adapter in runs/small_data/sft_model. Learning rate
-           and decoding are the quickstart's, whose 10 + 160 steps take minutes (docs/quickstart.md).
+Expect:    10 + 240 steps (40 epochs, if these are fewer: 160 steps for 60 short rows), then an adapter in
+           runs/small_data/sft_model. Learning rate and decoding are the quickstart's, whose 10 + 160 steps of half the
+           length take minutes (docs/quickstart.md).
 
 Rows share one copy of what their prompts have in common, several examples a row; weights count masks beside visible
 tokens most; a few held-out rows are scored and two are answered at each evaluation; nothing goes to Weights & Biases.

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difflm_jax import evaluate, generate, plan, plot, train
+import difflm_jax
+from difflm_jax import UserError, evaluate, generate, plan, plot, train
 from difflm_jax.cli import COMMANDS, difflm, run_command
 from difflm_jax.sampling.text import Generation
 from difflm_jax.view import terminal
@@ -67,6 +68,12 @@ def test_a_run_given_as_a_model_is_told_from_one(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").touch()
     assert f"write --run={tmp_path}" in said(capsys, "generate", f"--model={tmp_path}", "--prompt=Hi")
+
+
+def test_a_run_opened_as_a_model_in_python_names_its_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"phases": ["sft"]}')
+    with pytest.raises(UserError, match="is a training run: --run="):
+        difflm_jax.load(tmp_path)
 
 
 def test_chat_rows_given_to_a_task_of_numbers_name_the_task_that_takes_them(tmp_path, model_dir, capsys):

@@ -116,6 +116,10 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
             raise UserError(f"{directory}: is a PEFT adapter: give its base as the model, and this as the adapter")
         raise UserError(f"{directory}: has no config.json")
     hf_config = read_json(directory / "config.json")
+    if "phases" in hf_config and "model_type" not in hf_config:
+        raise UserError(
+            f"{directory}: is a training run: --run={directory}, or its model with {directory}/sft_model on it"
+        )
     quantization_config = hf_config.pop("quantization_config", None)  # from here on the tensors tell
     files = open_quantised(directory, quantization_config) if quantization_config else open_shards(directory)
     field = _named(name, lambda: read_field_config(hf_config, name))
