@@ -145,6 +145,7 @@ def draft_sums(
         chunk,
         model.config.vocab_size,
         teacher,
+        model.config.logit_softcap,
     )
     if draft.loss == "tv":
         p, q = (jax.nn.softmax(_outputs(model, diffusion, variables, x)) for x in (teacher_BMD, hidden_BMD))

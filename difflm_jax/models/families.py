@@ -87,10 +87,10 @@ _LAYER_NORM = {"norm": "layer", "norm_bias": True}
 
 FAMILIES = {
     "llama": Family(mlp_bias="mlp_bias"),  # SmolLM2 too
-    "mistral": Family(qkv_bias=False, o_bias=False, windows="every"),
+    "mistral": Family(qkv_bias=False, o_bias=False, windows="every", defaults={"sliding_window": 4096}),
     # Qwen2 has biases of q, k and v alone, whatever attention_bias says
     "qwen2": Family(qkv_bias=True, o_bias=False, windows="qwen"),
-    "qwen3": Family(structure=Structure(qk_norm="head"), windows="qwen"),
+    "qwen3": Family(structure=Structure(qk_norm="head"), windows="qwen", defaults={"head_dim": 128}),
     "gemma": Family(
         structure=Structure(**_RMS_OFFSET), scaled_embedding=True,
         defaults={**_GEMMA, "hidden_act": "gelu_pytorch_tanh"},

@@ -28,9 +28,19 @@ from tests.tiny import tiny_config, tiny_params
 ROWS, LENGTH, MASK = 16, 20, 96
 
 
-def setting(quantization: str | None) -> tuple[dict, StepOptions, dict]:
+# What is divided over `tensor` with the heads: norms over all of them, weights of each; and capped logits.
+FAMILIES = {
+    "qwen3": {},
+    "olmo2": {"model_type": "olmo2"},
+    "granite_swa": {"model_type": "granite_swa", "sliding_window": 6, "layer_rope_theta": [0, 1e4, 1e4]},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 6, "final_logit_softcapping": 3.0},
+    "cohere": {"model_type": "cohere", "use_qk_norm": True},
+}
+
+
+def setting(quantization: str | None, family: str) -> tuple[dict, StepOptions, dict]:
     """(parameters, options of the step, fresh adapters)."""
-    config = tiny_config(intermediate_size=64)
+    config = tiny_config(intermediate_size=64, **FAMILIES[family])
     params = tiny_params(config)
     lora_config = LoraConfig(r=4, lora_dropout=0.2)
     lora = init_lora(jax.random.key(1), params, lora_config, params["embed_tokens"]["weight"].mean(axis=0))
@@ -96,8 +106,9 @@ def numbers(
     evaluated: bool = True,
     objective: str = "plain",
     trained: str = "adapter",
+    family: str = "qwen3",
 ) -> dict:
-    params, options, lora = setting(quantization)
+    params, options, lora = setting(quantization, family)
     frozen, moving = {"params": params}, {"lora": lora}
     if trained == "all":
         frozen, moving = {}, {"params": params}

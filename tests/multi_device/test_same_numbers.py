@@ -17,17 +17,26 @@ CASES = [
     {"objective": "distillation", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"objective": "complementary", "micro_batches": 2, "mesh": [2, 1, 2], "evaluated": False},
     {"trained": "all", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
+    {"family": "olmo2", "trained": "all", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
+    {"family": "granite_swa", "trained": "all", "micro_batches": 2, "mesh": [1, 2, 2], "evaluated": False},
+    {"family": "gemma2", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
+    {"family": "cohere", "micro_batches": 2, "mesh": [1, 1, 2], "evaluated": False},
 ]
 
 
 def kind(case: dict) -> tuple:
     """What the numbers of a case depend on."""
-    return case.get("quantization"), case.get("objective", "plain"), case.get("trained", "adapter")
+    return (
+        case.get("quantization"),
+        case.get("objective", "plain"),
+        case.get("trained", "adapter"),
+        case.get("family", "qwen3"),
+    )
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    """{(format of the base, objective, what is trained): numbers on a single device}."""
+    """{(format of the base, objective, what is trained, family): numbers on a single device}."""
     wanted = {}
     for case in CASES:
         wanted[kind(case)] = wanted.get(kind(case), False) or case.get("evaluated", True)
@@ -36,7 +45,7 @@ def one_device():
 
 @pytest.mark.slow
 def test_every_mesh_gives_the_numbers_of_one_device(on_devices, one_device):
-    """Three plain, two over a quantised base, two of other objectives, one that trains every weight; dropout is on."""
+    """Plain, over a quantised base, of other objectives, training every weight, of other families; dropout is on."""
     code = (
         "import json; from tests.multi_device.same_numbers import numbers;"
         f"print(json.dumps([numbers(**case) for case in {CASES!r}]))"

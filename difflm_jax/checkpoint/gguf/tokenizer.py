@@ -10,6 +10,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from difflm_jax.checkpoint.gguf.sentencepiece import sentencepiece_tokenizer
 from difflm_jax.errors import UserError
 
 _QWEN2 = (
@@ -43,27 +44,19 @@ class Metadata(Protocol):
 
 
 def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
-    """Byte-level BPE from tokens and merges, split as `tokenizer.ggml.pre` says, with chat template and special ids.
+    """The tokenizer of a file, with chat template and special ids: Gemma's SentencePiece, or byte-level BPE.
 
     Raises `UserError` for another kind of tokenizer, and by name for another `pre`.
     """
-    path = metadata.path
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
-        raise UserError(f"{path}: tokenizer.ggml.model {kind!r} is not supported (known: gpt2, byte-level BPE)")
-    if pre not in _SPLITTERS:
-        raise UserError(f"{path}: tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(_SPLITTERS)})")
     tokens, types = _tokens(metadata)
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges") or ()]
-    if bad := [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys()]:
-        raise UserError(f"{path}: tokenizer.ggml.merges has {' '.join(bad[0])!r}, which joins no two tokens to a third")
-
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
-    if pre in ("qwen2", "deepseek-r1-qwen"):
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre]())
-    tokenizer.decoder = decoders.ByteLevel()
+    if kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix") is False:
+        scores = metadata.get("tokenizer.ggml.scores") or ()
+        if len(scores) < len(tokens):
+            raise UserError(f"{metadata.path}: tokenizer.ggml.tokens and tokenizer.ggml.scores do not match")
+        tokenizer = sentencepiece_tokenizer(tokens, types, scores[: len(tokens)])
+    else:
+        tokenizer = _byte_level(metadata, kind, pre, tokens)
     added = (TokenType.CONTROL, TokenType.USER_DEFINED)
     tokenizer.add_tokens(
         [
@@ -82,6 +75,28 @@ def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **special,
     )
+
+
+def _byte_level(metadata: Metadata, kind: str | None, pre: str | None, tokens: list[str]) -> Tokenizer:
+    """Byte-level BPE from tokens and merges, split as `tokenizer.ggml.pre` says."""
+    path = metadata.path
+    if kind != "gpt2":
+        raise UserError(
+            f"{path}: tokenizer.ggml.model {kind!r} is not supported (known: gpt2, byte-level BPE, and Gemma's llama)"
+        )
+    if pre not in _SPLITTERS:
+        raise UserError(f"{path}: tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(_SPLITTERS)})")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges") or ()]
+    if bad := [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys()]:
+        raise UserError(f"{path}: tokenizer.ggml.merges has {' '.join(bad[0])!r}, which joins no two tokens to a third")
+
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
+    if pre in ("qwen2", "deepseek-r1-qwen"):
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre]())
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 _SPECIAL_TOKENS = {

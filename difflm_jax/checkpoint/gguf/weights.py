@@ -21,7 +21,13 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.rope import RopeConfig, inverse_frequencies
 from difflm_jax.models.weights import table
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# GGUF's architecture -> transformers' model_type and class
+_ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
 _SIZES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -73,6 +79,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
         for module, heads in _PERMUTED.items():
             if metadata.architecture == "llama" and f".{module}." in name:
                 array = _unpermute(array, getattr(config, heads))
+        if config.norm_offset and "norm.weight" in name:  # llama.cpp's converter adds it
+            array = array - np.float32(config.norm_offset)
         return array
 
     return hf_config, TensorFiles(shapes, read), lambda: build_tokenizer(metadata)
@@ -113,9 +121,10 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
         raise UserError(f"{path}: has no token_embd.weight")
     if missing := [key for key in _SIZES if values.get(key) is None]:
         raise UserError(f"{path}: metadata lacks {', '.join(f'{metadata.architecture}.{key}' for key in missing)}")
+    model_type, architecture = _ARCHITECTURES[metadata.architecture]
     hf_config = {
-        "architectures": [_ARCHITECTURES[metadata.architecture]],
-        "model_type": metadata.architecture,
+        "architectures": [architecture],
+        "model_type": model_type,
         "hidden_act": "silu",
         "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -134,10 +143,31 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
             raise UserError(f"{path}: {metadata.architecture}.{key}={other} differs from the head size {head_dim}")
     hf_config["rope_theta"] = values.pop("rope.freq_base", 10000.0)
     hf_config["rope_scaling"] = _rope_scaling(path, values, hf_config, tensors.get(_ROPE_FREQS))
+    if model_type == "gemma3_text":
+        hf_config |= _gemma3(values, hf_config)
     if strange := [key for key, value in values.items() if key not in _NEUTRAL and value not in (0, False)]:
         named = ", ".join(f"{metadata.architecture}.{key}" for key in strange)
         raise UserError(f"{path}: metadata that cannot be represented: {named}")
     return hf_config
+
+
+def _gemma3(values: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, Any]:
+    """What a Gemma 3 file says beyond the keys of all (taken out of `values`), and what llama.cpp knows of its own.
+
+    The constants are those of llama.cpp, src/models/gemma3.cpp: every sixth layer is global, local layers have a RoPE
+    base of 10000, and the 27B model of 62 layers scales scores by the width of a head of equal shares.
+    """
+    hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
+    is_27b = hf_config["num_hidden_layers"] == 62
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": values.pop("attention.sliding_window", None),
+        "sliding_window_pattern": values.pop("attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": values.pop("rope.freq_base_swa", 10000.0),
+        "query_pre_attn_scalar": hidden // heads if is_27b else hf_config["head_dim"],
+        "final_logit_softcapping": values.pop("final_logit_softcapping", None) or None,
+        "attn_logit_softcapping": values.pop("attn_logit_softcapping", None) or None,
+    }
 
 
 def _head_dim(path: Path, hf_config: dict[str, Any]) -> int:
