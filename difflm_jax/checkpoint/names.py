@@ -48,7 +48,12 @@ def peft_lora_name(projection: str, factor: str, layer: int) -> str:
     return f"base_model.model.model.layers.{layer}.{module}.{factor}.weight"
 
 
-PEFT_MASK_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+def peft_mask_row(decoder: str = "model") -> str:
+    """The PEFT key of the trained mask row [1, D]; `decoder` is the path of the decoder in transformers' model."""
+    return f"base_model.model.{decoder}.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+PEFT_MASK_ROW = peft_mask_row()
 
 
 def get_path(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.diffusion_config import DIFFUSION_FILE, read_diffusion_config, write_diffusion_config
-from difflm_jax.checkpoint.names import PEFT_MASK_ROW, set_path
+from difflm_jax.checkpoint.names import peft_mask_row, set_path
 from difflm_jax.checkpoint.peft_modules import (
     FACTORS,
     PeftModule,
@@ -100,7 +100,7 @@ def save_adapter(
     if "mask_row" in lora:
         if mask_token_id is None:
             raise ValueError("a trained mask row needs its mask_token_id")
-        tensors[PEFT_MASK_ROW] = np.asarray(lora["mask_row"], np.float32)[None]
+        tensors[peft_mask_row(model_config.decoder)] = np.asarray(lora["mask_row"], np.float32)[None]
         trained_tokens = {"embed_tokens": [mask_token_id]}
     config = _adapter_config(lora_config, base_model_name, revision, trained_tokens)
     ranks, alphas = patterns(model_config, lora_config)
@@ -272,7 +272,7 @@ def _check_tensors(
     )
     expected = {name: shape for module in targets for name, shape in possible[module].items()}
     if has_mask_row:
-        expected[PEFT_MASK_ROW] = (1, config.hidden_size)
+        expected[peft_mask_row(config.decoder)] = (1, config.hidden_size)
     missing = [name for name in expected if name not in files.shapes]
     return targets, {
         "unknown": [name for name in files.shapes if name not in expected],
@@ -324,8 +324,8 @@ def _read_tree(
         pairs = [widened(pair, lora_config.r, by) for pair, by in zip(found[name], factors, strict=True)]
         for factor, layers in zip(FACTORS, zip(*pairs, strict=True), strict=True):
             set_path(lora, ("layers", *PROJECTIONS[name], factor), jnp.asarray(np.stack(layers)))
-    if PEFT_MASK_ROW in files.shapes:
-        lora["mask_row"] = jnp.asarray(files.read(PEFT_MASK_ROW)[0].astype(np.float32))
+    if (mask_row := peft_mask_row(config.decoder)) in files.shapes:
+        lora["mask_row"] = jnp.asarray(files.read(mask_row)[0].astype(np.float32))
     return lora, lora_config
 
 

@@ -54,7 +54,7 @@ def peft_modules(config: ModelConfig) -> tuple[PeftModule, ...]:
             path = f"{PROJECTIONS[name][0]}.{fused}"
         found.setdefault(path, []).append(name)
     return tuple(
-        PeftModule(path, tuple(parts), tuple(shapes[part][0] for part in parts), shapes[parts[0]][1], "model")
+        PeftModule(path, tuple(parts), tuple(shapes[part][0] for part in parts), shapes[parts[0]][1], config.decoder)
         for path, parts in found.items()
     )
 

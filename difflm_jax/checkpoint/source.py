@@ -19,6 +19,7 @@ from difflm_jax.checkpoint.fused import split_fused
 from difflm_jax.checkpoint.gguf.weights import open_gguf
 from difflm_jax.checkpoint.names import from_foreign
 from difflm_jax.checkpoint.safetensors import TensorFiles, open_shards, read_json
+from difflm_jax.checkpoint.text_part import DECODER, text_config, text_tensors
 from difflm_jax.checkpoint.tokenizer import load_tokenizer
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.models.config import ModelConfig, unknown_keys
@@ -106,6 +107,7 @@ def read_model_config(source: str, revision: str | None = None) -> ModelConfig:
         raise UserError(f"{path}: no such file; the model is known by its config.json")
     hf_config = read_json(path)
     hf_config.pop("quantization_config", None)
+    hf_config = text_config(hf_config) or hf_config
     field = _named(str(path), lambda: read_field_config(hf_config, source))
     return _named(str(path), lambda: ModelConfig.from_hf(hf_config if field is None else field.hf_config))
 
@@ -122,6 +124,10 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
         )
     quantization_config = hf_config.pop("quantization_config", None)  # from here on the tensors tell
     files = open_quantised(directory, quantization_config) if quantization_config else open_shards(directory)
+    inner = text_config(hf_config)
+    if inner is not None:
+        print(f"{name}: {hf_config['model_type']} reads images too; its text part is used", flush=True)
+        hf_config, files = inner, text_tensors(files)
     field = _named(name, lambda: read_field_config(hf_config, name))
     if field is not None:
         hf_config, files = field.hf_config, _renamed(files, field.names)
@@ -131,7 +137,7 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
         )
     diffusion = field.diffusion if field is not None else {}
     generation = directory / "generation_config.json"
-    return _open(
+    source = _open(
         name,
         revision,
         directory,
@@ -141,6 +147,9 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
         diffusion,
         read_json(generation) if generation.is_file() else {},
     )
+    if inner is None:
+        return source
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, decoder=DECODER))
 
 
 def _open(

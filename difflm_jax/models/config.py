@@ -111,6 +111,7 @@ class ModelConfig(Structure):
     attention_softcap: float | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    decoder: str = "model"  # the path of the decoder in transformers' model of the checkpoint
 
     @property
     def rope(self) -> RopeConfig:

@@ -109,7 +109,10 @@ FAMILIES = {
         windows="typed", period=6, rotated="typed",
         reads=("use_bidirectional_attention", "rope_local_base_freq", *_CAPS),
         defaults={**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
-                  "sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+                  "sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+                  # sizes that the text_config of Gemma 3 4B leaves out
+                  "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4,
+                  "max_position_embeddings": 131_072},
     ),
     "phi3": Family(
         structure=Structure(fused=(_QKV, _GATE_UP)), qkv_bias=False, o_bias=False, windows="every",

@@ -27,16 +27,28 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str = "llama") -> str:
     """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`, spelled out here a second time on purpose."""
+    names = _NAMES | _GEMMA_NAMES if architecture == "gemma3" else _NAMES
     module, leaf = name.rsplit(".", 1)
     if module.startswith("model.layers."):
         _, _, layer, module = module.split(".", 3)
-        return f"blk.{layer}.{_NAMES[module]}.{leaf}"
-    return f"{_NAMES[module]}.{leaf}"
+        return f"blk.{layer}.{names[module]}.{leaf}"
+    return f"{names[module]}.{leaf}"
 
 
 def permute(array: np.ndarray, heads: int) -> np.ndarray:
@@ -66,19 +78,23 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if config.model_type == "qwen3":
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type in ("qwen3", "gemma3_text"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     add_tokenizer(writer, [f"t{i}" for i in range(config.vocab_size)])
     metadata(writer)
-    for name, array in _arrays(model).items():
-        if gguf_name(name) in writer.left_out:
+    for hf_name, array in _arrays(model).items():
+        name = gguf_name(hf_name, _ARCHITECTURES[config.model_type])
+        if name in writer.left_out:
             continue
         if array.ndim == 2 and kind is not F32:
-            writer.add_tensor(gguf_name(name), quantize(array, kind), raw_dtype=kind)
+            writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(gguf_name(name), array)
+            writer.add_tensor(name, array)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -133,5 +149,7 @@ def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
             array = permute(array, config.num_attention_heads)
         if _ARCHITECTURES[config.model_type] == "llama" and ".k_proj." in name:
             array = permute(array, config.num_key_value_heads)
+        if _ARCHITECTURES[config.model_type] == "gemma3" and name.endswith("norm.weight"):
+            array = array + 1
         arrays[name] = np.ascontiguousarray(array)
     return arrays

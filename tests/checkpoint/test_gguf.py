@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
@@ -15,6 +16,8 @@ from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.rope import RopeConfig, inverse_frequencies
 from tests.checkpoint.gguf_files import write_gguf
+from tests.families import torch_model
+from tests.tiny import params_from_state_dict
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -93,6 +96,17 @@ def test_one_key_value_head_a_query_head_where_the_file_names_none(tmp_path, tin
     model = tiny_model("llama", num_key_value_heads=4)
     path = write_gguf(tmp_path / "model.gguf", model, leave_out=["llama.attention.head_count_kv"])
     assert open_source(str(path)).config.num_kv_heads == 4
+
+
+def test_gemma_3(tmp_path):
+    """Norms are stored with 1 added; llama.cpp knows the local RoPE base and the pattern of layers."""
+    model = torch_model("gemma3_text", head_dim=16, num_hidden_layers=7, sliding_window=8, query_pre_attn_scalar=16)
+    source = open_source(str(write_gguf(tmp_path / "model.gguf", model)))
+    assert source.config == ModelConfig.from_hf(model.config.to_dict())
+    assert source.config.windows == (8, 8, 8, 8, 8, 0, 8)
+    params = load_params(source, "float32")
+    expected = params_from_state_dict(source.config, {k: v.numpy() for k, v in model.state_dict().items()})
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6), params, expected)
 
 
 def rope_of(model, path: Path, *scaling, tensors=None) -> RopeConfig:
@@ -200,7 +214,24 @@ def test_an_alien_file(tmp_path):
         open_source(str(tmp_path / "model.gguf"))
 
 
-# ---- a real file
+# ---- real files
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised", "read_once")
+def test_gemma_3_270m_gives_the_logits_and_tokens_of_transformers(gemma3, our_logits, their_logits):
+    """A base model of 18 layers in five quantised types, on rows longer than its window of 512."""
+    source = open_source(str(gemma3))
+    tokenizer = source.load_tokenizer()
+    theirs = AutoTokenizer.from_pretrained(gemma3.parent, gguf_file=gemma3.name)
+    texts = ["Hello world", " a  b   c", "1. a\n  2. b\n\n\nend", "naïve 你好 👍🏽", "<b>x</b>\t", ""]
+    assert [tokenizer(text).input_ids for text in texts] == [theirs(text).input_ids for text in texts]
+    tokens_BL = np.asarray([tokenizer("It was the best of times, it was the worst of times. " * 50).input_ids[:600]])
+    expected = AutoModelForCausalLM.from_pretrained(gemma3.parent, gguf_file=gemma3.name, dtype=torch.float32)
+    expected = their_logits(expected.eval(), tokens_BL)
+    ours = our_logits(source.config, load_params(source, "float32"), tokens_BL)
+    assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
+    np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.slow

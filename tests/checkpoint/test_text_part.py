@@ -1,0 +1,60 @@
+"""The text part of checkpoints that read images too, against the whole model in transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config, Mistral3Config
+
+import difflm_jax
+from difflm_jax.models.lora import LoraConfig, init_lora
+from tests.byte_tokenizer import byte_tokenizer
+from tests.families import FAMILIES, SIZES
+
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "image_size": 28, "patch_size": 14}  # fmt: skip
+WHOLE = {
+    "gemma3": (Gemma3Config, "gemma3_text", {"mm_tokens_per_image": 4}),
+    "mistral3": (Mistral3Config, "ministral3", {}),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_the_text_part_and_its_adapter_give_the_logits_of_the_whole(kind, tmp_path):
+    config_class, text, own = WHOLE[kind]
+    inner = {**SIZES, **FAMILIES[text], "vocab_size": 264, "model_type": text}
+    vision = {**_VISION, "model_type": "siglip_vision_model" if kind == "gemma3" else "pixtral"}
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config_class(text_config=inner, vision_config=vision, **own))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.float().eval().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    lm = difflm_jax.load(tmp_path / "base", causal=True, dtype="float32")
+    tokens = np.random.default_rng(0).integers(3, 250, (2, 12))
+
+    def theirs(model) -> np.ndarray:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor(tokens)).logits.numpy()
+
+    expected = theirs(model)
+    assert np.abs(lm(tokens) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+    lora_config = LoraConfig(r=2)
+    lora = init_lora(jax.random.key(0), lm.params, lora_config, jnp.full(32, 0.2))
+    lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), lora)
+    lm = lm.with_adapter(lora, lora_config)
+    lm.save_adapter(tmp_path / "adapter")
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(whole, tmp_path / "adapter")
+    tokens[:, 3] = lm.mask_token_id
+    expected = theirs(adapted.eval())
+    again = difflm_jax.load(tmp_path / "base", adapter=tmp_path / "adapter", causal=True, dtype="float32")
+    assert np.abs(again(tokens) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+    lm.merge().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert np.abs(theirs(merged) - expected).max() <= 1e-5 * np.abs(expected).max()
