@@ -18,7 +18,7 @@ CASES = [
     {"objective": "complementary", "micro_batches": 2, "mesh": [2, 1, 2], "evaluated": False},
     {"trained": "all", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"family": "olmo2", "trained": "all", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
-    {"family": "granite_swa", "trained": "all", "micro_batches": 2, "mesh": [1, 2, 2], "evaluated": False},
+    {"family": "granite_swa", "micro_batches": 2, "mesh": [1, 2, 2], "evaluated": False},
     {"family": "gemma2", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"family": "cohere", "micro_batches": 2, "mesh": [1, 1, 2], "evaluated": False},
 ]
