@@ -27,6 +27,7 @@ from difflm_jax.data.batches import batches, plan_batches
 from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.diffusion.corruption import Corruption
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import place
 from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
@@ -167,7 +168,7 @@ def masked_scores(
         mask_token_id=lm.mask_token_id,
     )
     rows = rows.select(range(min(count or len(rows), len(rows))))
-    corruption = Corruption(lm.diffusion, scope="answer", min_rate=low, max_rate=high, loss_tokens="masked")
+    corruption = Corruption(lm.diffusion, scope="answer", min_rate=low, max_rate=high, loss=LossRule("masked"))
     options = BatchOptions(
         batch_size=20, shuffle=False, pad_id=lm.pad_token_id, max_length=max_length,
         answer_padding=lm.block_length, eos_id=lm.tokenizer.eos_token_id,

@@ -29,6 +29,7 @@ from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.shared_prefix import shared_prefix
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.flops import train_flops_per_token
 from difflm_jax.models.lora import LoraConfig, init_lora
@@ -36,7 +37,7 @@ from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 
 LORA = LoraConfig(r=16, lora_alpha=32)
-RULE = Corruption(scope="answer", mask_rate="row", loss_tokens="masked")
+RULE = Corruption(scope="answer", mask_rate="row", loss=LossRule("masked"))
 EQUAL = (8, 128)  # rows and tokens of the step of equal shapes
 
 

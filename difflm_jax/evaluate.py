@@ -28,6 +28,7 @@ from difflm_jax.data.batches import batches, plan_batches
 from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.diffusion.corruption import Corruption
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.distributed.mesh import make_mesh, row_shards
 from difflm_jax.distributed.processes import is_writer
 from difflm_jax.distributed.sharding import place, rows_of_process
@@ -244,7 +245,7 @@ def masked_scores(
         mask_rate="row",
         min_rate=1e-3,
         max_rate=1.0,
-        loss_tokens="masked",
+        loss=LossRule("masked"),
     )
     options = BatchOptions(
         batch_size=batch_size,

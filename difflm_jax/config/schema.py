@@ -15,7 +15,9 @@ from difflm_jax.data.examples import PHASES
 from difflm_jax.data.packing import BATCHING
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import Corruption
+from difflm_jax.diffusion.extras.settings import Extras
 from difflm_jax.diffusion.lossless import Draft
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.transformer import REMAT
 from difflm_jax.ops.attention_kernels import KERNELS
@@ -219,6 +221,8 @@ SECTIONS: tuple[tuple[type, str, str], ...] = (
     (LoraConfig, "lora_config.", "Adapter"),
     (Data, "", "Data"),
     (Corruption, "", "Objective"),
+    (LossRule, "", "Objective"),
+    (Extras, "", "Objective"),
     (Draft, "draft.", "Objective draft"),
     (DiffusionConfig, "", "Objective"),
     (Optimisation, "", "Optimisation"),

@@ -1,6 +1,5 @@
 """The loss of a corrupted batch, as sums: what is divided, and by what, is for the caller who sees all devices."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -9,18 +8,18 @@ import jax.numpy as jnp
 from flax import struct
 
 from difflm_jax.diffusion.config import DiffusionConfig
-from difflm_jax.diffusion.corruption import CleanBatch, Corruption, NoisyBatch, corrupt
-from difflm_jax.diffusion.extras.annealing import grown_block_length, open_edges, open_share
-from difflm_jax.diffusion.extras.complementary import complementary_pairs
+from difflm_jax.diffusion.corruption import DROPOUT_STREAM, CleanBatch, Corruption, NoisyBatch, corrupt
+from difflm_jax.diffusion.extras.annealing import annealed, grown
+from difflm_jax.diffusion.extras.complementary import paired
 from difflm_jax.diffusion.extras.distillation import teacher_of
-from difflm_jax.diffusion.extras.on_policy import on_policy_states
+from difflm_jax.diffusion.extras.on_policy import on_policy
+from difflm_jax.diffusion.extras.step import Step
 from difflm_jax.diffusion.lossless import draft_sums
 from difflm_jax.models.transformer import Transformer, head_weight
 from difflm_jax.ops.cross_entropy import Scores, Teacher, scored_cross_entropy
-from difflm_jax.ops.random import fold_seeds, token_seeds, uniform
+from difflm_jax.ops.random import fold_seeds, token_seeds
 
 RATE_BUCKETS = 5  # mask rates are reported in [0, 0.2), [0.2, 0.4), ... [0.8, 1]
-_DROPOUT_STREAM, _POLICY_STREAM, _OPENING_STREAM = 3, 4, 5  # the streams below them are those of `corruption`
 
 
 @struct.dataclass
@@ -52,32 +51,24 @@ def loss_sums(
     if corruption.draft is not None:
         loss, sums = draft_sums(model, corruption, variables, batch, key, chunk, train, index)
         return loss, LossSums(**sums)
-    if corruption.block_growth_steps:
-        block_length = grown_block_length(index, corruption.block_growth_steps, corruption.diffusion.block_length)
-        grown = dataclasses.replace(corruption.diffusion, block_length=block_length)
-        corruption = dataclasses.replace(corruption, diffusion=grown)
+    corruption = grown(corruption, index)
+    score = functools.partial(_score, model, corruption, chunk)
 
     def seeds(stream: int, positions_BL: jax.Array = batch.positions) -> jax.Array:
         return token_seeds(jax.random.fold_in(key, stream), batch.example_ids, positions_BL)
 
-    score = functools.partial(_score, model, corruption, chunk)
-    dropout_seeds = seeds(_DROPOUT_STREAM) if train else None
-    noisy = corrupt(key, batch, corruption)
-    if corruption.anneal_steps:
-        share = open_share(index, corruption.anneal_steps, corruption.anneal_power)
-        noisy = noisy.replace(open=open_edges(seeds(_OPENING_STREAM), batch.positions, share))
-    if corruption.complementary:
-        noisy = complementary_pairs(noisy, corruption)
-        dropout_seeds = (
-            None if dropout_seeds is None else jnp.concatenate([dropout_seeds, fold_seeds(dropout_seeds, 1)])
-        )
-    if corruption.on_policy:
-        draws_BL = uniform(seeds(_POLICY_STREAM, jnp.zeros_like(batch.positions)))  # one an example
-        own_score = functools.partial(score, jax.lax.stop_gradient(variables), None, None)
-        groups_BL = _groups(noisy, corruption)
-        noisy = on_policy_states(draws_BL, noisy, groups_BL, own_score, corruption)
-    teacher = teacher_of(model, corruption.diffusion, variables["params"], noisy) if corruption.distillation else None
-    loss, scores = score(variables, dropout_seeds, teacher, noisy, noisy.weights)
+    def example_seeds(stream: int) -> jax.Array:
+        return seeds(stream, jnp.zeros_like(batch.positions))
+
+    def own_scores(noisy: NoisyBatch, weights_BL: jax.Array) -> tuple[jax.Array, Scores]:
+        return score(jax.lax.stop_gradient(variables), None, noisy.replace(dropout_seeds=None), weights_BL)
+
+    noisy = corrupt(key, batch, corruption).replace(dropout_seeds=seeds(DROPOUT_STREAM) if train else None)
+    for extra in (annealed, paired, on_policy):
+        noisy = extra(noisy, Step(corruption, index, seeds, example_seeds, own_scores))
+    distilled = corruption.extras.distillation
+    teacher = teacher_of(model, corruption.diffusion, variables["params"], noisy) if distilled else None
+    loss, scores = score(variables, teacher, noisy, noisy.weights)
 
     counted_BL = noisy.masked & (noisy.weights != 0)
     bucket_BL = jnp.minimum((noisy.rates * RATE_BUCKETS).astype(jnp.int32), RATE_BUCKETS - 1)
@@ -100,13 +91,12 @@ def _score(
     corruption: Corruption,
     chunk: int,
     variables: dict[str, Any],
-    dropout_seeds_BL: jax.Array | None,
     teacher: Teacher | None,
     noisy: NoisyBatch,
     weights_BL: jax.Array,
 ) -> tuple[jax.Array, Scores]:
     """(the loss as a sum, scores [B, L]) of the model on `noisy`, against its clean tokens by `weights_BL`."""
-    hidden_BLD = predicting_states(model, corruption.diffusion, variables, noisy, dropout_seeds_BL)
+    hidden_BLD = predicting_states(model, corruption.diffusion, variables, noisy)
     loss, scores = scored_cross_entropy(
         _flat(hidden_BLD),
         head_weight(model.config, variables["params"]),
@@ -126,35 +116,23 @@ def _flat(x_BL: jax.Array) -> jax.Array:
     return x_BL.reshape(-1, *x_BL.shape[2:])
 
 
-def _groups(noisy: NoisyBatch, corruption: Corruption) -> jax.Array:
-    """[B, L] int32: what a sampler fills together, a block or all of an answer, numbered within the row."""
-    if corruption.diffusion.attention != "block":
-        return noisy.segments
-    first_BL = corruption.diffusion.block_starts(noisy.positions, noisy.prompt_lengths)
-    return noisy.segments * noisy.tokens.shape[1] + first_BL
-
-
 def predicting_states(
-    model: Transformer,
-    diffusion: DiffusionConfig,
-    variables: dict[str, Any],
-    noisy: NoisyBatch,
-    seeds_BL: jax.Array | None,
+    model: Transformer, diffusion: DiffusionConfig, variables: dict[str, Any], noisy: NoisyBatch
 ) -> jax.Array:
-    """[B, L, D] the states that predict each token of a corrupted batch; `seeds_BL` are those of dropout, or None."""
+    """[B, L, D] the states that predict each token of a corrupted batch."""
     if diffusion.has_blocks:
-        return _block_states(model, diffusion, variables, noisy, seeds_BL)
+        return _block_states(model, diffusion, variables, noisy)
     view = diffusion.view(noisy.layout, open_BTS=noisy.open, lengths_B=noisy.row_lengths)
-    return diffusion.predicting(model.apply(variables, noisy.tokens, noisy.positions, view, seeds_BL))
+    return diffusion.predicting(model.apply(variables, noisy.tokens, noisy.positions, view, noisy.dropout_seeds))
 
 
-def _block_states(model, diffusion, variables, noisy: NoisyBatch, seeds_BL) -> jax.Array:
+def _block_states(model, diffusion, variables, noisy: NoisyBatch) -> jax.Array:
     """The same under attention in blocks: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
 
     A noisy block sees the clean blocks before it, as it does when text is generated. With the shift the first token of
     a block is predicted from the block before it, which is finished by then: from its clean copy.
     """
-    length = noisy.clean.shape[1]
+    length, seeds_BL = noisy.clean.shape[1], noisy.dropout_seeds
     rows = noisy.layout.twice()
     view = diffusion.view(
         rows,

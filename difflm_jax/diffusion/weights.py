@@ -1,50 +1,71 @@
 """What each token counts in the loss: functions of what is hidden, at which rate, and where answers end."""
 
+import dataclasses
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from difflm_jax.diffusion.segments import same_example
+from difflm_jax.utils.settings import setting
+
+if TYPE_CHECKING:
+    from difflm_jax.diffusion.corruption import NoisyBatch
 
 CART_P = 0.3  # Dream's: how fast the worth of a visible token falls with its distance
 _LOWEST_RATE = 1e-3  # below it nothing is drawn; keeps 1 / rate finite where nothing is hidden
 
 
-def loss_weights(
-    masked_BL: jax.Array,
-    candidates_BL: jax.Array,
-    segments_BL: jax.Array,
-    positions_BL: jax.Array,
-    rates_BL: jax.Array,
-    clean_BL: jax.Array,
-    *,
-    tokens: str = "all",
-    weight: str = "uniform",
-    average: str = "tokens",
-    eos: str = "all",
-    eos_token_id: int = -1,
-) -> jax.Array:
-    """[B, L] float32 weights of the cross-entropy, zero where a token is not scored.
+@dataclasses.dataclass(frozen=True)
+class LossRule:
+    """What each token counts.
 
-    `segments_BL` and `positions_BL` are those of `CleanBatch`; the examples of a row do not weigh on each other.
-
-    tokens: "all" scores every candidate, "masked" those that are hidden.
+    tokens: "all" scores every token that could have been hidden, "masked" those that are.
     weight: "uniform"; "inverse_rate", the 1/t of the diffusion bound (MDLM, arXiv:2406.07524; LLaDA,
-      arXiv:2502.09992); "context", Dream's context-adaptive rescheduling (CART, arXiv:2508.15487), by which a hidden
+      arXiv:2502.09992); "context", Dream's context-adaptive rescheduling (CART, arXiv:2508.15487), under which a hidden
       token counts the more the nearer visible ones are.
     average: "tokens", or "answers": divided by the number of candidates of the example, so that every answer counts the
       same whatever its length (LLaDA's SFT loss).
-    eos: "all", or "first": end-of-sequence tokens behind the first of an answer, which only fill it up, are not scored.
+    eos: "all", or "first": end-of-sequence tokens after the first of an answer, which only fill it up, are not scored.
     """
-    scored_BL = candidates_BL if tokens == "all" else masked_BL
-    if eos == "first":
-        scored_BL = scored_BL & ~behind_eos(clean_BL, candidates_BL, segments_BL, eos_token_id)
-    weights_BL = jnp.ones_like(rates_BL)
-    if weight == "inverse_rate":
-        weights_BL = 1.0 / jnp.maximum(rates_BL, _LOWEST_RATE)
-    elif weight == "context":
-        weights_BL = context_weights(~masked_BL, segments_BL, positions_BL)
-    if average == "answers":
-        weights_BL = weights_BL / jnp.maximum(in_group(segments_BL, candidates_BL), 1)
+
+    tokens: str = setting(
+        "all",
+        "Tokens that are scored: all that could have been hidden, or those that were.",
+        choices=("all", "masked"),
+        key="loss_tokens",
+    )
+    weight: str = setting(
+        "uniform", "inverse_rate: by 1 / mask rate (MDLM, LLaDA); context: by visible neighbours (CART).",
+        choices=("uniform", "inverse_rate", "context"), key="loss_weight",
+    )  # fmt: skip
+    average: str = setting(
+        "tokens",
+        "answers: every answer counts the same (LLaDA's SFT).",
+        choices=("tokens", "answers"),
+        key="loss_average",
+    )
+    eos: str = setting(
+        "all", "first: EOS tokens that fill an answer up are not scored.", choices=("all", "first"), key="eos_loss"
+    )
+    eos_token_id: int = -1
+
+
+def loss_weights(noisy: "NoisyBatch", rule: LossRule) -> jax.Array:
+    """[B, L] float32 weights of the cross-entropy, zero where a token is not scored.
+
+    The examples of a row do not weigh on each other.
+    """
+    scored_BL = noisy.candidates if rule.tokens == "all" else noisy.masked
+    if rule.eos == "first":
+        scored_BL = scored_BL & ~behind_eos(noisy.clean, noisy.candidates, noisy.segments, rule.eos_token_id)
+    weights_BL = jnp.ones_like(noisy.rates)
+    if rule.weight == "inverse_rate":
+        weights_BL = 1.0 / jnp.maximum(noisy.rates, _LOWEST_RATE)
+    elif rule.weight == "context":
+        weights_BL = context_weights(~noisy.masked, noisy.segments, noisy.positions)
+    if rule.average == "answers":
+        weights_BL = weights_BL / jnp.maximum(in_group(noisy.segments, noisy.candidates), 1)
     return jnp.where(scored_BL, weights_BL, 0.0)
 
 
@@ -64,6 +85,6 @@ def behind_eos(clean_BL: jax.Array, candidates_BL: jax.Array, segments_BL: jax.A
 
 
 def in_group(group_BL: jax.Array, counted_BL: jax.Array, worth_BLL: jax.Array | float = 1.0) -> jax.Array:
-    """[B, L] float32: the worth (of query n, other m) of all counted positions in the group of each position."""
+    """[B, L] float32: for each position, the sum of `worth_BLL` over the counted positions of its group."""
     same_BLL = (group_BL[:, :, None] == group_BL[:, None, :]) & counted_BL[:, None, :]
     return jnp.where(same_BLL, worth_BLL, 0.0).sum(axis=2)

@@ -252,7 +252,7 @@ def _token_nll(decoder: Decoder, *rows: Any) -> jax.Array:
             teacher_weights=zeros_BL,
             counts=zeros_BL,
         )
-        states_BLD = predicting_states(model, diffusion, variables, noisy, None)
+        states_BLD = predicting_states(model, diffusion, variables, noisy)
         _, scores = scored_cross_entropy(
             states_BLD.reshape(-1, states_BLD.shape[-1]),
             head_weight(model.config, variables["params"]),

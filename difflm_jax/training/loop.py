@@ -15,7 +15,9 @@ from difflm_jax.config.schema import build
 from difflm_jax.data.batches import prefetch
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.diffusion.extras.settings import Extras
 from difflm_jax.diffusion.lossless import Draft, accepted_drafts
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.distributed.processes import agreed, is_writer
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows, rows_of_process
 from difflm_jax.errors import RunInterruptedError, UserError, one_line
@@ -207,7 +209,8 @@ def step_options(
     name: str, config: Any, model: Transformer, diffusion: DiffusionConfig, eos_id: int, steps: int
 ) -> StepOptions:
     """The static part of the step of phase `name`, which has so many `steps`, from its config keys."""
-    corruption = build(Corruption, config, diffusion=diffusion, scope=PHASE_SCOPE[name], eos_token_id=eos_id)
+    loss, extras = build(LossRule, config, eos_token_id=eos_id), build(Extras, config)
+    corruption = build(Corruption, config, diffusion=diffusion, scope=PHASE_SCOPE[name], loss=loss, extras=extras)
     if config.objective == "draft":
         corruption = dataclasses.replace(corruption, draft=build(Draft, config, steps=steps))
     return StepOptions(model, corruption, config.loss_chunk, config.unroll_layers)

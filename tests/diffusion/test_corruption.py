@@ -7,6 +7,7 @@ import pytest
 
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt, mask_rates
+from difflm_jax.diffusion.weights import LossRule
 
 MASK = 99
 RULE = DiffusionConfig(mask_token_id=MASK)
@@ -57,7 +58,7 @@ def test_sft_hides_and_scores_answers_only():
 
 
 def test_masked_only_with_inverse_rate_weights():
-    noisy = corrupt(KEY, batch(), Corruption(RULE, mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate"))
+    noisy = corrupt(KEY, batch(), Corruption(RULE, mask_rate="row", loss=LossRule("masked", "inverse_rate")))
     np.testing.assert_allclose(noisy.weights, np.asarray(noisy.masked) / np.asarray(noisy.rates), rtol=1e-6)
 
 
@@ -91,7 +92,7 @@ def test_block_rates_are_one_a_block_counted_from_the_end_of_the_prompt():
 
 def test_the_inverse_rate_loss_is_an_unbiased_sum_over_tokens():
     """E[sum of masked 1/p] is the number of tokens, whatever the rates (the diffusion bound's weight)."""
-    rule = Corruption(RULE, mask_rate="row", loss_tokens="masked", loss_weight="inverse_rate")
+    rule = Corruption(RULE, mask_rate="row", loss=LossRule("masked", "inverse_rate"))
     rows = batch()
     totals = [float(corrupt(jax.random.key(i), rows, rule).weights.sum()) for i in range(60)]
     expected = float((rows.segments > 0).sum())

@@ -8,15 +8,24 @@ import numpy as np
 import pytest
 
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
-from difflm_jax.diffusion.corruption import Corruption, corrupt
+from difflm_jax.diffusion.corruption import Corruption, NoisyBatch, corrupt
 from difflm_jax.diffusion.extras.annealing import grown_block_length, open_edges, open_share
 from difflm_jax.diffusion.extras.complementary import complementary_pairs
 from difflm_jax.diffusion.extras.on_policy import least_confident
-from difflm_jax.diffusion.weights import loss_weights
+from difflm_jax.diffusion.extras.settings import Extras
+from difflm_jax.diffusion.weights import LossRule, loss_weights
 from difflm_jax.ops.random import token_seeds
 from tests.diffusion.test_corruption import KEY, MASK, batch
 
 EOS = 7
+
+
+def weights_of(parts, *rule, **settings):
+    """`loss_weights` of what `drawn` gives."""
+    candidates, masked, segments, positions, rates, clean = map(jnp.asarray, parts)
+    none = jnp.zeros_like(rates)
+    noisy = NoisyBatch(clean, clean, segments, positions, positions, candidates, masked, rates, none, none, none)
+    return loss_weights(noisy, LossRule(*rule, **settings))
 
 
 def drawn(rows=6, length=12, rate=0.4, seed=0):
@@ -35,8 +44,8 @@ def drawn(rows=6, length=12, rate=0.4, seed=0):
 
 def test_cart_weights_are_dreams_sum_over_visible_tokens():
     """w_n = 1/2 sum over unmasked m != n of p (1 - p)^(|m - n| - 1), p = 0.3; padding is no token."""
-    candidates, masked, segments, positions, rates, clean = drawn()
-    weights = loss_weights(masked, candidates, segments, positions, rates, clean, tokens="masked", weight="context")
+    _, masked, segments, *_ = parts = drawn()
+    weights = weights_of(parts, "masked", "context")
     for row, n in np.ndindex(masked.shape):
         expected = 0.5 * sum(
             0.3 * 0.7 ** (abs(m - n) - 1)
@@ -48,10 +57,8 @@ def test_cart_weights_are_dreams_sum_over_visible_tokens():
 
 def test_lladas_sft_loss_counts_every_answer_alike():
     """(1 / B) sum_b sum_masked (CE / p) / |answer_b|: the weights are 1 / (p |answer_b|)."""
-    candidates, masked, segments, positions, rates, clean = drawn()
-    weights = loss_weights(
-        masked, candidates, segments, positions, rates, clean, tokens="masked", weight="inverse_rate", average="answers"
-    )
+    candidates, masked, *_ = parts = drawn()
+    weights = weights_of(parts, "masked", "inverse_rate", "answers")
     for row in range(len(masked)):
         expected = masked[row] / 0.4 / candidates[row].sum()
         np.testing.assert_allclose(weights[row], expected, rtol=1e-6)
@@ -59,12 +66,8 @@ def test_lladas_sft_loss_counts_every_answer_alike():
 
 @pytest.mark.parametrize("tokens", ["all", "masked"])
 def test_tokens_that_fill_an_answer_up_can_be_left_out_of_the_loss(tokens):
-    candidates, masked, segments, positions, rates, clean = drawn(rate=0.8)
-    weights = np.asarray(
-        loss_weights(
-            masked, candidates, segments, positions, rates, clean, tokens=tokens, eos="first", eos_token_id=EOS
-        )
-    )
+    candidates, masked, *_, clean = parts = drawn(rate=0.8)
+    weights = np.asarray(weights_of(parts, tokens, eos="first", eos_token_id=EOS))
     scored = candidates if tokens == "all" else masked
     for row in range(len(masked)):
         first = np.flatnonzero(clean[row] == EOS)[0]
@@ -79,8 +82,8 @@ def test_examples_that_share_a_row_do_not_weigh_on_each_other():
     packed[2][:, 12:] *= 2  # the second segment
     for weight, average in (("context", "tokens"), ("inverse_rate", "answers")):
         options = {"tokens": "masked", "weight": weight, "average": average, "eos": "first", "eos_token_id": EOS}
-        alone = [loss_weights(c[1], c[0], *c[2:], **options) for c in parts]
-        together = loss_weights(packed[1], packed[0], *packed[2:], **options)
+        alone = [weights_of(part, **options) for part in parts]
+        together = weights_of(packed, **options)
         np.testing.assert_allclose(together, np.concatenate(alone, axis=1), rtol=1e-6)
 
 
@@ -90,9 +93,8 @@ def test_of_a_complementary_pair_every_candidate_is_hidden_in_exactly_one(weight
         DiffusionConfig(mask_token_id=MASK),
         scope="answer",
         mask_rate="row",
-        loss_tokens="masked",
-        loss_weight=weight,
-        complementary=True,
+        loss=LossRule("masked", weight),
+        extras=Extras(complementary=True),
     )
     noisy = corrupt(KEY, batch(), rule)
     pairs = complementary_pairs(noisy, rule)

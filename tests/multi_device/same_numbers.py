@@ -15,6 +15,7 @@ import optax
 
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows
 from difflm_jax.evaluation.masked import Evaluator, summarise
@@ -50,8 +51,7 @@ def setting(quantization: str | None, family: str) -> tuple[dict, StepOptions, d
         DiffusionConfig("prefix", mask_token_id=MASK),
         scope="answer",
         mask_rate="row",
-        loss_tokens="masked",
-        loss_weight="inverse_rate",
+        loss=LossRule("masked", "inverse_rate"),
     )
     model = Transformer(config, lora=lora_config, mask_token_id=MASK, remat="full")
     return params, StepOptions(model, corruption, 8), lora

@@ -16,6 +16,7 @@ from difflm_jax.checkpoint.names import peft_lora_name
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, init_lora
@@ -47,15 +48,13 @@ RULES = {
         DiffusionConfig("prefix", logit_shift=True, mask_token_id=MASK),
         scope="answer",
         mask_rate="row",
-        loss_tokens="masked",
-        loss_weight="inverse_rate",
+        loss=LossRule("masked", "inverse_rate"),
     ),
     "bd3lm": Corruption(
         DiffusionConfig("block", 4, mask_token_id=MASK),
         scope="answer",
         mask_rate="block",
-        loss_tokens="masked",
-        loss_weight="inverse_rate",
+        loss=LossRule("masked", "inverse_rate"),
     ),
 }
 

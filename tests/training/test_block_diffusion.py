@@ -10,7 +10,9 @@ import pytest
 
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
+from difflm_jax.diffusion.extras.settings import Extras
 from difflm_jax.diffusion.objective import loss_sums
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer, head_logits
 from tests.tiny import hidden_states, tiny_config, tiny_params
@@ -43,7 +45,7 @@ def batch():
 
 def rule_of(block, shift):
     return Corruption(
-        DiffusionConfig("block", block, shift, MASK), scope="answer", mask_rate="block", loss_tokens="masked"
+        DiffusionConfig("block", block, shift, MASK), scope="answer", mask_rate="block", loss=LossRule("masked")
     )
 
 
@@ -105,7 +107,7 @@ def test_block_one_with_the_shift_is_next_token_prediction_of_the_base():
 def test_blocks_that_have_grown_train_as_if_they_had_never_been_smaller():
     """At the end of `block_growth_steps` the loss is that of whole blocks, and before it another."""
     model = Transformer(CONFIG, mask_token_id=MASK)
-    grows = dataclasses.replace(rule_of(4, True), block_growth_steps=6)
+    grows = dataclasses.replace(rule_of(4, True), extras=Extras(block_growth_steps=6))
     whole = float(run_loss(model, rule_of(4, True), {}, batch())[0])
     loss = jax.jit(
         lambda index: loss_sums(

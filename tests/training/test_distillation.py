@@ -11,7 +11,9 @@ import pytest
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import Corruption, corrupt
 from difflm_jax.diffusion.extras.on_policy import on_policy_states
+from difflm_jax.diffusion.extras.settings import Extras
 from difflm_jax.diffusion.objective import loss_sums
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.ops.cross_entropy import Scores
 from tests.tiny import hidden_states
@@ -33,14 +35,17 @@ RULE = Corruption(
     DiffusionConfig("prefix", logit_shift=True, mask_token_id=MASK),
     scope="answer",
     mask_rate="row",
-    loss_tokens="masked",
+    loss=LossRule("masked", eos_token_id=EOS),
     min_rate=0.5,
     max_rate=0.9,
-    eos_token_id=EOS,
-    distillation=0.6,
+    extras=Extras(distillation=0.6),
 )
 MODEL = Transformer(CONFIG, lora=LORA_CONFIG, mask_token_id=MASK)
 VALID = np.arange(LENGTH) < LENGTHS[:, None]
+
+
+def with_extras(rule, **changes):
+    return dataclasses.replace(rule, extras=dataclasses.replace(rule.extras, **changes))
 
 
 def rows_with_eos():
@@ -92,7 +97,7 @@ def test_a_model_that_is_its_own_teacher_has_no_divergence_and_no_further_gradie
     rule = dataclasses.replace(RULE, diffusion=one, mask_rate="block")
     fresh = jax.tree.map(jnp.zeros_like, random_lora())
     (loss, _), gradient = run(MODEL, rule, fresh, batch())
-    (plain, _), expected = run(MODEL, dataclasses.replace(rule, distillation=0.0), fresh, batch())
+    (plain, _), expected = run(MODEL, dataclasses.replace(rule, extras=Extras()), fresh, batch())
     assert float(loss) == pytest.approx(float(plain), rel=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3 * float(np.abs(b).max()) + 1e-6)
@@ -100,7 +105,7 @@ def test_a_model_that_is_its_own_teacher_has_no_divergence_and_no_further_gradie
 
 def policy_states(rule, rows, passes=1):
     """(random masks, states of decoding, log p that a whole-softmax pass over the hidden answer gives)."""
-    rule = dataclasses.replace(rule, on_policy=1.0, on_policy_passes=passes)
+    rule = with_extras(rule, on_policy=1.0, on_policy_passes=passes)
     noisy = corrupt(KEY, rows, rule)
     own = []
 
@@ -138,7 +143,7 @@ def test_what_stays_hidden_is_what_the_model_is_least_sure_of(passes):
 
 def test_a_row_that_its_own_tokens_lead_away_is_judged_by_the_teacher_alone():
     """Random weights never say the reference: with committed tokens of its own a row has no target left."""
-    rule = dataclasses.replace(RULE, on_policy_tokens="own")
+    rule = with_extras(RULE, on_policy_tokens="own")
     noisy, state, (log_p,) = policy_states(rule, rows_with_eos())
     masked, candidates = np.asarray(state.masked), np.asarray(noisy.candidates)
     choice = np.asarray(log_p).argmax(axis=-1)
@@ -153,7 +158,7 @@ def test_a_row_that_its_own_tokens_lead_away_is_judged_by_the_teacher_alone():
 
 
 def test_states_of_decoding_train_the_whole_step():
-    rule = dataclasses.replace(RULE, on_policy=1.0, on_policy_tokens="own", on_policy_passes=2)
+    rule = with_extras(RULE, on_policy=1.0, on_policy_tokens="own", on_policy_passes=2)
     (loss, sums), gradient = run(MODEL, rule, random_lora(), rows_with_eos())
     (plain, _), _ = run(MODEL, RULE, random_lora(), rows_with_eos())
     assert np.isfinite(loss) and float(loss) != float(plain)

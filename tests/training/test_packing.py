@@ -11,7 +11,9 @@ import pytest
 from difflm_jax.data.fields import SHARED_SEGMENT
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.diffusion.extras.settings import Extras
 from difflm_jax.diffusion.objective import loss_sums
+from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
 from tests.data.test_batches import batches
@@ -24,10 +26,13 @@ LORA_CONFIG = LoraConfig(r=4, lora_dropout=0.3)
 LENGTHS, PROMPTS = np.array([9, 6, 16, 4, 7, 5]), np.array([4, 3, 7, 1, 0, 5])
 PACKED = [[2], [0, 4], [1, 3, 5]]  # examples of each row
 rule_of = functools.partial(DiffusionConfig, mask_token_id=MASK)
+MASKED = LossRule("masked")
 RULES = {
     "full": Corruption(rule_of()),
-    "full, shift, of rows": Corruption(rule_of(logit_shift=True), mask_rate="row", loss_weight="inverse_rate"),
-    "prefix": Corruption(rule_of("prefix", logit_shift=True), scope="answer", loss_tokens="masked"),
+    "full, shift, of rows": Corruption(
+        rule_of(logit_shift=True), mask_rate="row", loss=LossRule(weight="inverse_rate")
+    ),
+    "prefix": Corruption(rule_of("prefix", logit_shift=True), scope="answer", loss=MASKED),
     "prefix, random cut": Corruption(rule_of("prefix"), mask_rate="row"),
     "block": Corruption(rule_of("block", 3, logit_shift=True), scope="answer", mask_rate="block"),
 }
@@ -60,14 +65,14 @@ def packed() -> CleanBatch:
 SHARED_RULES = {
     "prefix": RULES["prefix"],
     "block": RULES["block"],
-    "context": Corruption(rule_of("prefix"), scope="answer", loss_tokens="masked", loss_weight="context"),
+    "context": Corruption(rule_of("prefix"), scope="answer", loss=LossRule("masked", "context")),
     "pairs": Corruption(
-        rule_of("prefix", logit_shift=True), scope="answer", loss_tokens="masked", loss_average="answers",
-        complementary=True, distillation=0.5, eos_token_id=7,
+        rule_of("prefix", logit_shift=True), scope="answer",
+        loss=LossRule("masked", average="answers", eos_token_id=7), extras=Extras(complementary=True, distillation=0.5),
     ),
     "policy": Corruption(
-        rule_of("block", 3, logit_shift=True), scope="answer", mask_rate="block", loss_tokens="masked", on_policy=0.7,
-        on_policy_passes=2, eos_token_id=7,
+        rule_of("block", 3, logit_shift=True), scope="answer", mask_rate="block",
+        loss=LossRule("masked", eos_token_id=7), extras=Extras(on_policy=0.7, on_policy_passes=2),
     ),
 }  # fmt: skip
 

@@ -4,10 +4,32 @@ Both are functions of the number of the step, traced, so that nothing is compile
 generation use the rule that they lead to.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from difflm_jax.diffusion.corruption import OPENING_STREAM, Corruption, NoisyBatch
+from difflm_jax.diffusion.extras.step import Step
 from difflm_jax.ops.random import fold_seeds, uniform
+
+
+def annealed(noisy: NoisyBatch, step: Step) -> NoisyBatch:
+    """The batch with the edges to later tokens that are open at this step, if annealing is on."""
+    extras = step.corruption.extras
+    if not extras.anneal_steps:
+        return noisy
+    share = open_share(step.index, extras.anneal_steps, extras.anneal_power)
+    return noisy.replace(open=open_edges(step.seeds(OPENING_STREAM), noisy.positions, share))
+
+
+def grown(corruption: Corruption, index: jax.Array | int) -> Corruption:
+    """The rule with the blocks that there are at step `index`, if blocks grow."""
+    diffusion, steps = corruption.diffusion, corruption.extras.block_growth_steps
+    if not steps:
+        return corruption
+    block_length = grown_block_length(index, steps, diffusion.block_length)
+    return dataclasses.replace(corruption, diffusion=dataclasses.replace(diffusion, block_length=block_length))
 
 
 def open_share(index: jax.Array | int, steps: int, power: float) -> jax.Array:

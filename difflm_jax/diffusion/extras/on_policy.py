@@ -1,28 +1,32 @@
 """Training on states of the model's own decoding: which tokens are hidden is what it would have left open.
 
-Chance hides any token; a sampler leaves the ones that the model is least sure of. A model that is to commit several
-tokens a pass meets only the latter. Here all candidates are hidden, the model itself commits the surest in a few passes
-without gradient, until as many are left as the drawn mask rate says, and these are what it is trained on.
+Chance hides any token; a sampler leaves those that the model is least sure of, and a model that commits several tokens
+per pass meets only these. So here all candidates are hidden first. The model commits the most confident in a few passes
+without gradient, until as many are left as the drawn mask rate says. It is trained on those.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from difflm_jax.diffusion.corruption import Corruption, NoisyBatch, hide
+from difflm_jax.diffusion.corruption import POLICY_STREAM, Corruption, NoisyBatch, hide
+from difflm_jax.diffusion.extras.step import OwnScores, Step
 from difflm_jax.diffusion.weights import in_group
-from difflm_jax.ops.cross_entropy import Scores
+from difflm_jax.ops.random import uniform
 
-# (state, [B, L] float32 weights, not zero at the positions to score) -> (any, scores), without gradient
-OwnScores = Callable[[NoisyBatch, jax.Array], tuple[jax.Array, Scores]]
+
+def on_policy(noisy: NoisyBatch, step: Step) -> NoisyBatch:
+    """`on_policy_states`, if they are on."""
+    if not step.corruption.extras.on_policy:
+        return noisy
+    draws_BL = uniform(step.example_seeds(POLICY_STREAM))
+    return on_policy_states(draws_BL, noisy, _groups(noisy, step.corruption), step.own_scores, step.corruption)
 
 
 def on_policy_states(
     draws_BL: jax.Array,
     noisy: NoisyBatch,
     group_BL: jax.Array,
-    score: OwnScores,
+    own_scores: OwnScores,
     corruption: Corruption,
 ) -> NoisyBatch:
     """`noisy` with a share `on_policy` of its examples in states of decoding, reached in `on_policy_passes` passes.
@@ -35,23 +39,31 @@ def on_policy_states(
     masked_BL, own_BL, choice_BL = noisy.candidates, noisy.clean, noisy.clean
     count_BL = in_group(group_BL, noisy.candidates)
     target_BL = jnp.maximum(jnp.round(noisy.rates * count_BL), 1)
-    for index in range(corruption.on_policy_passes):
+    for index in range(corruption.extras.on_policy_passes):
         state = hide(noisy.replace(clean=own_BL), masked_BL, noisy.rates, corruption)
-        _, scores = score(state, masked_BL.astype(jnp.float32))
-        share = (index + 1) / corruption.on_policy_passes
+        _, scores = own_scores(state, masked_BL.astype(jnp.float32))
+        share = (index + 1) / corruption.extras.on_policy_passes
         left_BL = jnp.round(count_BL - (count_BL - target_BL) * share)
         still_BL = least_confident(scores.confidence, masked_BL, group_BL, left_BL)
         choice_BL = jnp.where(masked_BL, scores.choice, choice_BL)
-        if corruption.on_policy_tokens == "own":
+        if corruption.extras.on_policy_tokens == "own":
             own_BL = jnp.where(masked_BL & ~still_BL, scores.choice, own_BL)
         masked_BL = still_BL
 
-    is_chosen_BL = draws_BL < corruption.on_policy
+    is_chosen_BL = draws_BL < corruption.extras.on_policy
     state = hide(noisy, jnp.where(is_chosen_BL, masked_BL, noisy.masked), noisy.rates, corruption)
-    if corruption.on_policy_tokens == "reference":
+    if corruption.extras.on_policy_tokens == "reference":
         return state
     strays_BL = in_group(noisy.segments, is_chosen_BL & ~masked_BL & (own_BL != noisy.clean)) > 0
     return _led_away(state, strays_BL, jnp.where(masked_BL, choice_BL, own_BL), corruption)
+
+
+def _groups(noisy: NoisyBatch, corruption: Corruption) -> jax.Array:
+    """[B, L] int32: what a sampler fills together, a block or all of an answer, numbered within the row."""
+    if corruption.diffusion.attention != "block":
+        return noisy.segments
+    first_BL = corruption.diffusion.block_starts(noisy.positions, noisy.prompt_lengths)
+    return noisy.segments * noisy.tokens.shape[1] + first_BL
 
 
 def least_confident(
@@ -72,7 +84,7 @@ def _led_away(state: NoisyBatch, strays_BL: jax.Array, own_BL: jax.Array, corrup
     """
     clean_BL = jnp.where(strays_BL & state.candidates, own_BL, state.clean)
     moved = hide(state.replace(clean=clean_BL), state.masked, state.rates, corruption)
-    is_eos_BL = state.candidates & (clean_BL == corruption.eos_token_id)
+    is_eos_BL = state.candidates & (clean_BL == corruption.loss.eos_token_id)
     before_LL = jnp.tri(is_eos_BL.shape[1], k=-1)
     ended_BL = in_group(state.segments, is_eos_BL, before_LL[None]) > 0
     return moved.replace(
