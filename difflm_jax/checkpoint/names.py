@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from difflm_jax.models.weights import PROJECTIONS
-
 # Buffers and copies that old checkpoints carry beside the weights; they hold nothing that `config.json` does not say.
 REDUNDANT_SUFFIXES = (".rotary_emb.inv_freq",)
 
@@ -40,12 +38,6 @@ def from_foreign(names: str, tensor: str) -> str:
     pattern = tensor.replace(layer[0], ".{layer}.", 1) if layer else tensor
     found = FOREIGN[names].get(pattern)
     return tensor if found is None else found.format(layer=layer and layer[1])
-
-
-def peft_lora_name(projection: str, factor: str, layer: int) -> str:
-    """The PEFT key of a LoRA factor (`lora_A` [R, in] or `lora_B` [out, R]) of a projection of one layer."""
-    module = ".".join(PROJECTIONS[projection])
-    return f"base_model.model.model.layers.{layer}.{module}.{factor}.weight"
 
 
 def peft_mask_row(decoder: str = "model") -> str:

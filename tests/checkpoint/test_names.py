@@ -4,7 +4,8 @@ import peft
 import pytest
 from gguf import MODEL_ARCH, get_tensor_name_map
 
-from difflm_jax.checkpoint.names import PEFT_MASK_ROW, get_path, peft_lora_name, set_path
+from difflm_jax.checkpoint.names import PEFT_MASK_ROW, get_path, set_path
+from difflm_jax.checkpoint.peft_modules import peft_modules
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.weights import PROJECTIONS, table
 
@@ -40,8 +41,8 @@ def test_peft_names_are_those_of_an_adapter_on_every_projection(family, tiny_mod
         model, peft.LoraConfig(r=2, target_modules=list(PROJECTIONS), trainable_token_indices={"embed_tokens": [5]})
     )
     ours = {
-        peft_lora_name(projection, factor, layer)
-        for projection in PROJECTIONS
+        module.key(factor, layer)
+        for module in peft_modules(config)
         for factor in ("lora_A", "lora_B")
         for layer in range(config.num_layers)
     }

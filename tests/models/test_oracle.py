@@ -1,6 +1,7 @@
 """Logits against `transformers`, for every family and option, causal and not, with padding on either side."""
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.families import FAMILIES as OURS
 from difflm_jax.models.transformer import Transformer, head_logits
 from tests.families import FAMILIES, LLAMA3, YARN, torch_model
 from tests.tiny import params_from_state_dict
@@ -28,6 +30,12 @@ CASES = {
     "gemma3-capped": ("gemma3_text", {**FAMILIES["gemma3_text"], "final_logit_softcapping": 3.0}),
     "stablelm-serial": ("stablelm", {}),
 }
+
+
+def test_every_family_has_a_tiny_model_here_and_a_row_in_the_docs():
+    assert set(OURS) == set(FAMILIES)
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert not [name for name in OURS if f"| `{name}` |" not in page]
 
 
 @pytest.fixture(scope="module", params=CASES)

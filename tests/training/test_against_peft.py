@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config, get_linear_schedule_with_warmup
 
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
-from difflm_jax.checkpoint.names import peft_lora_name
+from difflm_jax.checkpoint.peft_modules import peft_modules
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption, corrupt
@@ -170,12 +170,13 @@ def check_thirty_steps(base, config, params, rule, loss_tolerance, factor_tolera
     peft_model = get_peft_model(base, peft_config)
     named = dict(peft_model.named_parameters())
     pairs = {}  # torch parameter -> how to find ours
+    modules = {module.name: module for module in peft_modules(config)}
     with torch.no_grad():
         for block in ("self_attn", "mlp"):
             for name in lora["layers"][block]:
                 for factor in ("lora_A", "lora_B"):
                     for layer in range(config.num_layers):
-                        key = peft_lora_name(name, factor, layer).replace(".weight", ".default.weight")
+                        key = modules[name].key(factor, layer).replace(".weight", ".default.weight")
                         named[key].copy_(torch.tensor(np.array(lora["layers"][block][name][factor][layer])))
                         pairs[key] = (block, name, factor, layer)
         (row_key,) = [key for key in named if "trainable_tokens_delta" in key and "embed_tokens" in key]
