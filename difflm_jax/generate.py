@@ -131,7 +131,7 @@ def _options(flag_values: flags.FlagValues) -> dict[str, Any]:
 
 
 def _page(lm: LanguageModel, flag_values: flags.FlagValues, options: dict[str, Any]) -> PageRecorder:
-    shown = {"attention": lm.attention, "logit_shift": lm.logit_shift, "steps": _steps(flag_values)}
+    shown = {"attention": lm.attention, "logit_shift": lm.logit_shift, "steps": _steps(lm, flag_values)}
     shown |= {name: value for name, value in options.items() if name != "batch_size"}
     return PageRecorder(lm.tokenizer, lm.mask_token_id, f"Denoising by {lm.source.name}", shown)
 
@@ -159,11 +159,13 @@ def _answers(
         for prompt in prompts:
             if lm.mask_token_id not in lm.prompts.canvas(prompt):
                 raise UserError(f"--infill: {prompt[:60]!r} does not hold the mask token {lm.tokenizer.mask_token!r}")
-        out = lm.infill(prompts, steps=_steps(flag_values), **options)
+        out = lm.infill(prompts, steps=_steps(lm, flag_values), **options)
     else:
         block_length = flag_values.block_length or None
         stops = [text.replace("\\n", "\n") for text in flag_values.stop.split(",")] if flag_values.stop else []
-        out = lm.generate(prompts, flag_values.max_new_tokens, _steps(flag_values), block_length, stop=stops, **options)
+        out = lm.generate(
+            prompts, flag_values.max_new_tokens, _steps(lm, flag_values), block_length, stop=stops, **options
+        )
     if page is not None:
         page.write(flag_values.watch_html)
     if flag_values.stats:
@@ -178,10 +180,14 @@ def _stats(out: Generation, infill: bool, seconds: float) -> str:
     return f"{tokens} tokens in {passes} passes ({rate}), {seconds:.1f} s with compilation"
 
 
-def _steps(flag_values: flags.FlagValues) -> int:
-    """The budget of forward passes: a pass for each place of the canvas, where --steps does not say."""
-    steps, length = flag_values.steps, flag_values.max_new_tokens
-    return max(steps or 0, length) if flag_values.causal or steps is None else steps
+def _steps(lm: LanguageModel, flag_values: flags.FlagValues) -> int:
+    """The budget of forward passes: --steps, else a pass for each place of the canvas (128 for --infill)."""
+    steps = flag_values.steps
+    if flag_values.infill:
+        return 128 if steps is None else steps
+    block = flag_values.block_length or lm.diffusion.decoding_block or 1
+    canvas = -(-flag_values.max_new_tokens // block) * block
+    return max(steps or 0, canvas) if flag_values.causal or steps is None else steps
 
 
 CHAT_HELP = "/reset starts the conversation anew, /exit or Ctrl-D ends it, /help shows this"
