@@ -76,6 +76,14 @@ def test_a_run_opened_as_a_model_in_python_names_its_model(tmp_path):
         difflm_jax.load(tmp_path)
 
 
+def test_rows_without_an_answer_are_named_before_anything_is_previewed(tmp_path, model_dir, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' * 4)
+    keys = [f"--config.model={model_dir}", f"--config.dataset={tmp_path / 'rows.jsonl'}", "--config.test_size=0.3"]
+    assert difflm(["difflm", "train", *keys, "--preview"]) == 1
+    shown = capsys.readouterr()
+    assert "rows.jsonl" in shown.err and "masked tokens stand" not in shown.out
+
+
 def test_chat_rows_given_to_a_task_of_numbers_name_the_task_that_takes_them(tmp_path, model_dir, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1", "response": "2"}\n')
     arguments = ["evaluate", f"--model={model_dir}", f"--data={tmp_path / 'rows.jsonl'}", "--task=gsm8k"]

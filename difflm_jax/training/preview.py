@@ -29,8 +29,8 @@ def preview(config: ConfigDict) -> None:
         print(note)
     lm = open_configured(config)
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for name in config.phases:
-        train_rows, test_rows = read_rows(config, name, lm)
+    rows = {name: read_rows(config, name, lm) for name in config.phases}  # bad rows of a later phase are said first
+    for name, (train_rows, test_rows) in rows.items():
         data = phase_data(config, name, lm, train_rows, test_rows)
         print(f"\n{name}: {describe(train_rows)}\n  held out: {describe(test_rows)}")
         batches = data.train_batches()
