@@ -221,7 +221,7 @@ def training_figures(
     config: Any, model_config: ModelConfig, seconds: list[float], options: argparse.Namespace
 ) -> dict[str, Any]:
     speed = options.rows * options.length / median_of(seconds)
-    flops = train_flops_per_token(model_config, options.length, lora_config(config), "none") * speed
+    flops = train_flops_per_token(model_config, options.length, lora_config(config)) * speed
     peak = peak_flops(jax.devices()[0].device_kind)
     return {
         "seconds_per_step": median_of(seconds),

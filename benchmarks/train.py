@@ -97,7 +97,7 @@ def main() -> None:
     table = []
     for name, speed in speeds.items():
         peer = next(other for other in ways if other.endswith("equal shapes") == name.endswith("equal shapes"))
-        flops = train_flops_per_token(lm.config, EQUAL[1], LORA, "none") * speed
+        flops = train_flops_per_token(lm.config, EQUAL[1], LORA) * speed
         table.append(
             {
                 "way": name,

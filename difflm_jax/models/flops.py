@@ -2,6 +2,8 @@
 
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig
+import dataclasses
+
 from difflm_jax.models.weights import PROJECTIONS, table
 
 # Dense bfloat16 peak of one device in FLOP/s by the beginning of jax's `device_kind`, from the vendors' data sheets
@@ -33,25 +35,57 @@ _PEAK = {
 }
 
 
-def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig | None, remat: str) -> float:
-    """FLOPs of matrix products a token of rows of `length` tokens, forward and backward.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What passes through a model: `tokens` through its layers, `pairs` of a query and a key in each layer's attention,
+    and `scored` tokens whose logits are made."""
+
+    tokens: float
+    pairs: float
+    scored: float
+
+
+def forward_flops(config: ModelConfig, lora: LoraConfig | None, work: Work) -> float:
+    """FLOPs of the matrix products of a forward pass: layers and output head. Element-wise work is not counted."""
+    base, adapted = _weights(config, lora)
+    layers = 2 * (base + adapted) * work.tokens + 4 * _attention(config) * work.pairs
+    return float(layers + 2 * config.hidden_size * config.vocab_size * work.scored)
+
+
+def train_flops(config: ModelConfig, lora: LoraConfig | None, work: Work, remat: str = "none") -> float:
+    """FLOPs of the matrix products of a training step, forward and backward.
 
     With P weights in the projections of all layers, P_lora in the factors, N layers, H heads of E and a head of D x V:
 
-        forward of the layers   F = 2 P + 2 P_lora + 4 N H E length   (two products a position pair in attention)
-        backward                2 P + 4 P_lora + 8 N H E length       (the frozen base needs no weight gradient)
-        output head             4 D V                                 (logits, and their gradient to the hidden state)
-        remat = "full"          F once more
+        forward of the layers   F = (2 P + 2 P_lora) tokens + 4 N H E pairs   (two products per pair in attention)
+        backward                (2 P + 4 P_lora) tokens + 8 N H E pairs       (the frozen base needs no weight gradient)
+        output head             4 D V scored                                  (logits, and their gradient to the states)
+        remat                   "full": F again; "save_attention": F again without attention
 
-    Without `lora` every weight is trained: backward 4 P + 8 N H E length, and 6 D V for the head.
+    Without `lora` every weight is trained: backward 4 P tokens + 8 N H E pairs, and 6 D V for the head.
 
-    This is the count of Kaplan et al. (arXiv:2001.08361, section 2.1: 2 FLOPs a weight and token forward, 4 backward)
-    with the weight gradients of what is frozen left out, and with attention between all pairs of positions. The mask
-    row counts as trained, so the backward pass reaches the first layer whatever the target modules. The head is counted
-    at every token, as in an objective that scores them all: with one that scores only masked tokens this is an upper
-    bound. Element-wise work is not counted. Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B) are those
+    This is the count of Kaplan et al. (arXiv:2001.08361, section 2.1: 2 FLOPs per weight and token forward, 4 backward)
+    without the weight gradients of what is frozen. The mask row counts as trained, so the backward pass reaches the
+    first layer whatever the target modules. Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B) are those
     of remat "none".
     """
+    base, adapted = _weights(config, lora)
+    attention = _attention(config) * work.pairs
+    products = 2 * (base + adapted) * work.tokens
+    again = {"full": products + 4 * attention, "save_attention": products}.get(remat, 0)
+    weight_gradients = 2 if lora is None else 0  # per weight of the base
+    backward = ((2 + weight_gradients) * base + 4 * adapted) * work.tokens + 8 * attention
+    head = (4 + weight_gradients) * config.hidden_size * config.vocab_size * work.scored
+    return float(products + 4 * attention + again + backward + head)
+
+
+def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig | None) -> float:
+    """`train_flops` per token of rows of `length` tokens, all pairs of a row and the logits of every token counted."""
+    return train_flops(config, lora, Work(1, length, 1))
+
+
+def _weights(config: ModelConfig, lora: LoraConfig | None) -> tuple[int, int]:
+    """Weights of the projections of all layers, and of their factors."""
     base = adapted = 0
     for row in table(config):
         name = row.path[-2]
@@ -59,21 +93,20 @@ def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig | N
             base += config.num_layers * row.shape[0] * row.shape[1]
             if lora is not None and name in lora.target_modules:
                 adapted += config.num_layers * lora.r * (row.shape[0] + row.shape[1])
-    attention = config.num_layers * config.num_heads * config.head_dim * length
-    forward = 2 * base + 2 * adapted + 4 * attention
-    weight_gradients = 2 if lora is None else 0  # a weight, of the base's
-    backward = (2 + weight_gradients) * base + 4 * adapted + 8 * attention
-    head = (4 + weight_gradients) * config.hidden_size * config.vocab_size
-    return float(forward * (2 if remat == "full" else 1) + backward + head)
+    return base, adapted
+
+
+def _attention(config: ModelConfig) -> int:
+    return config.num_layers * config.num_heads * config.head_dim
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device of jax's `device_kind`, or None where it is not known (a CPU)."""
+    """Dense bfloat16 FLOP/s of one device of jax's `device_kind`, or None if it is unknown (a CPU)."""
     known = [kind for kind in _PEAK if device_kind == kind or device_kind.startswith((f"{kind} ", f"{kind}-"))]
     return _PEAK[max(known, key=len)] if known else None
 
 
 def mfu(flops_per_second: float, device_kind: str, num_devices: int) -> float | None:
-    """Share of the bfloat16 peak of `num_devices` devices, or None where the peak is not known."""
+    """Share of the bfloat16 peak of `num_devices` devices, or None if the peak is unknown."""
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_second / (peak * num_devices)

@@ -1,12 +1,11 @@
-"""Whether a run fits: its training steps and a generation as functions of shapes, and what they cost a device.
+"""The training steps and the generation of a run as jitted functions of shapes.
 
 Nothing is loaded and no device is touched: a mesh may be one of devices that are not there
-(`jax.sharding.AbstractMesh`). The costs are read off the traced functions (`difflm_jax.planning.costs`), or off what
-XLA makes of them when it compiles them for devices that may not be there either.
+(`jax.sharding.AbstractMesh`). `planning.estimate` says what a job costs; `compiled_parts` asks XLA, which may compile
+for devices that are not there either.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,6 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.models.weights import projections_of
-from difflm_jax.planning.costs import Buffer, Costs, Transfer, costs
 from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.caches import Decoder, fill_on
 from difflm_jax.sampling.loop import Canvas
@@ -34,13 +32,8 @@ from difflm_jax.sampling.options import sampling_options
 from difflm_jax.training.loop import step_options
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.parameters import Collections
-from difflm_jax.training.step import TrainState, make_train_step
+from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from difflm_jax.utils.dtypes import DTYPES
-
-# What XLA assigns to a working set, over what it must hold at once: copies in other layouts, a schedule that is not the
-# best, holes. From 1.6 to 2.0 in the training steps that were compiled for a CPU, 1.5 in a generation.
-TRAINING_MARGIN, SAMPLING_MARGIN = 1.75, 1.4
-
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -64,21 +57,14 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """What a job costs one device. Bytes; `parts` add up to `total`."""
+class Generation:
+    """The generation that is planned: `batch_size` prompts of `prompt_length` tokens, in `steps` forward passes."""
 
-    parts: dict[str, int]
-    flops: float
-    product_bytes: float
-    transfers: tuple[Transfer, ...]
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def link_bytes(self) -> float:
-        return sum(transfer.link_bytes for transfer in self.transfers)
+    batch_size: int
+    prompt_length: int
+    max_new_tokens: int
+    steps: int
+    block_length: int | None = None
 
 
 def training_job(
@@ -91,7 +77,7 @@ def training_job(
     frozen, trained = _collections(settings, _params(config, model_config, mesh), model)
     optimizer = make_optimizer(settings)
     state = abstract(TrainState(trained, jax.eval_shape(optimizer.init, trained)), mesh)
-    options = step_options(phase, settings, model, _diffusion(settings, model), eos_id=0, steps=10**6)
+    options = _options(settings, phase, model)
     step = make_train_step(options, optimizer, learning_rate_schedule(settings, 10**6), mesh)
     key, index = abstract((jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)), mesh)
     batch = abstract_batch(settings.gradient_accumulation_steps, batch_size, settings.max_length)
@@ -109,24 +95,26 @@ def training_job(
     return Job(phase, step, arguments, {}, chunks, donated=("state",))
 
 
+def step_parts(settings: ConfigDict, phase: str, model_config: ModelConfig, remat: str) -> tuple[StepOptions, Any, Any]:
+    """(options, frozen, trained) of a phase's loss on one device, as shapes: the base dense, attention by XLA."""
+    model = _model(settings, model_config, remat).clone(attention_kernel="xla")
+    params = abstract_params(model_config, DTYPES[settings.dtype], None)
+    return _options(settings, phase, model), *_collections(settings, params, model)
+
+
 def sampling_job(
-    config: ConfigDict,
-    model_config: ModelConfig,
-    mesh: AnyMesh,
-    batch_size: int,
-    prompt_length: int,
-    max_new_tokens: int,
-    steps: int,
-    block_length: int | None = None,
-    on_cpu: bool = False,
+    config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh, generation: Generation, on_cpu: bool = False
 ) -> Job:
-    """A generation for `batch_size` prompts of `prompt_length` tokens, as the trained model makes it."""
-    model = _model(config, model_config, "none", on_cpu)
+    """The generation, as the trained model makes it. Attention is always XLA's there."""
+    model = _model(config, model_config, "none", on_cpu).clone(attention_kernel="xla")
     params, diffusion = _params(config, model_config, mesh), _diffusion(config, model)
     sampling = sampling_options(diffusion.attention, config.algorithm, {})
-    plan = answer_plan(diffusion, max_new_tokens, steps, block_length, sampling)
-    plan = dataclasses.replace(plan, first_column=prompt_length)
-    columns = prompt_length + plan.num_blocks * plan.block_length
+    plan = answer_plan(
+        diffusion, generation.max_new_tokens, generation.steps, generation.block_length, sampling
+    )
+    plan = dataclasses.replace(plan, first_column=generation.prompt_length)
+    batch_size = generation.batch_size
+    columns = generation.prompt_length + plan.num_blocks * plan.block_length
     tokens = jax.ShapeDtypeStruct((batch_size, columns), jnp.int32)
     valid, row = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_), jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
@@ -151,13 +139,6 @@ def abstract_batch(accumulation: int, batch_size: int, length: int) -> CleanBatc
     return jax.eval_shape(CleanBatch.of_rows, tokens, row, is_answer, row, row, row)
 
 
-def estimate(job: Job, mesh: AnyMesh, layers: int, on_cpu: bool = False) -> Estimate:
-    """What a job costs one device of the mesh, from its trace; `layers` is the model's number of them."""
-    found = costs(job.trace().jaxpr, dict(mesh.shape), job.loop_trips, on_cpu)
-    parts = {**_argument_parts(job), **_temporary_parts(found, job, layers)}
-    return Estimate(parts, found.flops, found.product_bytes, found.transfers)
-
-
 def compiled_parts(job: Job) -> tuple[dict[str, int], jax.stages.Compiled]:
     """({part: bytes of a device}, the compiled job), as XLA's buffer assignment has them."""
     compiled = job.lower().compile()
@@ -167,75 +148,7 @@ def compiled_parts(job: Job) -> tuple[dict[str, int], jax.stages.Compiled]:
     return parts, compiled
 
 
-def largest_batch(total: Callable[[int], int], capacity: float, unit: int, most: int = 4096) -> int:
-    """The largest multiple of `unit` rows whose `total` bytes are within `capacity`, at most `most`; 0 if none is.
-
-    `total` is nearly linear in the rows: a line through what fits, then false position, finds the place in a few steps.
-    """
-    found = {1: total(unit)}
-    if found[1] > capacity:
-        return 0
-    fits, too_many = 1, None
-    while too_many is None or too_many - fits > 1:
-        if too_many is None:
-            a_row = (found[fits] - found[1]) / (fits - 1) if fits > 1 else 0
-            more = math.floor((capacity - found[fits]) / a_row) if a_row > 0 else 7 * fits
-            guess = min(fits + max(more, 1), most // unit)
-        else:
-            share = (capacity - found[fits]) / (found[too_many] - found[fits])
-            guess = min(max(fits + math.floor(share * (too_many - fits)), fits + 1), too_many - 1)
-        if guess == fits:
-            break
-        found[guess] = total(guess * unit)
-        if found[guess] <= capacity:
-            fits = guess
-        else:
-            too_many = guess
-    return fits * unit
-
-
-def _argument_parts(job: Job) -> dict[str, int]:
-    named = dict(job.arguments)
-    state = named.pop("state", None)
-    decoder = named.pop("decoder", None)
-    variables = decoder.variables if decoder else {**named.pop("frozen"), **state.trained}
-    parts = {"weights": _device_bytes(variables["params"]), "adapters": _device_bytes(variables.get("lora"))}
-    if state is not None:
-        parts["moments"] = _device_bytes(state.opt_state)
-    return {**parts, "batch": _device_bytes(named)}
-
-
-def _temporary_parts(found: Costs, job: Job, layers: int) -> dict[str, int]:
-    """The peak of temporaries, by what it consists of."""
-    trained = job.arguments.get("state")
-    shapes = {_shard_shape(leaf) for leaf in jax.tree.leaves(trained.trained)} if trained is not None else set()
-
-    def kind(buffer: Buffer) -> str:
-        if buffer.shape in shapes and buffer.dtype == "float32":
-            return "gradients"
-        return "activations" if buffer.stacked == layers else "working"
-
-    parts = dict.fromkeys(("activations", "gradients", "working"), 0)
-    for buffer in found.live:
-        parts[kind(buffer)] += buffer.size
-    parts["working"] += found.peak - sum(parts.values())  # what takes the place of something else
-    parts["working"] = int(parts["working"] * (TRAINING_MARGIN if trained is not None else SAMPLING_MARGIN))
-    return parts
-
-
-def _device_bytes(tree: Any) -> int:
-    """Bytes of one device's part of abstract arrays."""
-    return sum(
-        math.prod(_shard_shape(leaf)) * (getattr(leaf.dtype, "itemsize", 0) or 8) for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _shard_shape(leaf: Any) -> tuple[int, ...]:
-    sharding = getattr(leaf, "sharding", None)
-    return tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
-
-
-def _model(config: ConfigDict, model_config: ModelConfig, remat: str, on_cpu: bool) -> Transformer:
+def _model(config: ConfigDict, model_config: ModelConfig, remat: str, on_cpu: bool = False) -> Transformer:
     return Transformer(
         config=model_config,
         lora=None if config.trained == "all" else lora_config(config).of_model(projections_of(model_config)),
@@ -249,6 +162,10 @@ def _model(config: ConfigDict, model_config: ModelConfig, remat: str, on_cpu: bo
 
 def _diffusion(config: ConfigDict, model: Transformer) -> DiffusionConfig:
     return DiffusionConfig(config.attention, config.block_length, config.logit_shift, model.mask_token_id)
+
+
+def _options(settings: ConfigDict, phase: str, model: Transformer) -> StepOptions:
+    return step_options(phase, settings, model, _diffusion(settings, model), eos_id=0, steps=10**6)
 
 
 def _params(config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh) -> dict[str, Any]:

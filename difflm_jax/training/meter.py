@@ -175,7 +175,7 @@ class Meter:
 
 def throughput(model: Any, max_length: int, num_devices: int) -> Callable[[float], dict[str, Any]]:
     """Returns a function from tokens per second to the fields `tokens_per_second` and `mfu` of a line."""
-    flops = train_flops_per_token(model.config, max_length, model.lora, remat="none")
+    flops = train_flops_per_token(model.config, max_length, model.lora)
 
     def speed(tokens_per_second: float) -> dict[str, Any]:
         share = mfu(tokens_per_second * flops, jax.devices()[0].device_kind, num_devices)

@@ -69,7 +69,7 @@ def make_train_step(
         trained = jax.tree.map(_varying_over_rows, state.trained)
 
         def micro_batch(totals: tuple[LossSums, Tree], rows: CleanBatch):
-            sums_of = functools.partial(_loss_of, options, frozen, rows, key, index)
+            sums_of = functools.partial(batch_loss, options, frozen, rows, key, index)
             gradient, sums = jax.grad(sums_of, has_aux=True)(trained)
             return jax.tree.map(jnp.add, totals, (sums, gradient)), None
 
@@ -117,7 +117,10 @@ def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
     return jax.jit(sharded)
 
 
-def _loss_of(options, frozen, rows, key, index, trained):
+def batch_loss(
+    options: StepOptions, frozen: Tree, rows: CleanBatch, key: jax.Array, index: jax.Array, trained: Tree
+) -> tuple[jax.Array, LossSums]:
+    """(loss, its sums) of a micro-batch, as a function of what is trained."""
     model, variables = options.model.clone(unroll=options.unroll), {**frozen, **trained}
     return loss_sums(model, variables, rows, key, options.corruption, options.chunk, train=True, index=index)
 

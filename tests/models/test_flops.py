@@ -7,7 +7,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.flops import mfu, peak_flops, train_flops_per_token
+from difflm_jax.models.flops import Work, mfu, peak_flops, train_flops, train_flops_per_token
 from difflm_jax.models.lora import LoraConfig
 
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,7 +43,7 @@ def test_the_formula_is_what_torch_counts(family, tied, target_modules):
     lora = LoraConfig(r=4, target_modules=target_modules)
     expected = _count_with_torch(transformers.AutoConfig.for_model(family, **settings), lora, length=24)
     config = ModelConfig.from_hf({"model_type": family, **settings})
-    assert train_flops_per_token(config, 24, lora, "none") == pytest.approx(expected, rel=1e-9)
+    assert train_flops_per_token(config, 24, lora) == pytest.approx(expected, rel=1e-9)
 
 
 def test_remat_adds_one_forward_pass_of_the_layers():
@@ -62,7 +62,7 @@ def test_remat_adds_one_forward_pass_of_the_layers():
     )
     lora = LoraConfig(r=4, target_modules=("q_proj",))
     forward = 2 * 3 * (4 * 32 * 32 + 3 * 32 * 48) + 2 * 3 * 4 * (32 + 32) + 4 * 3 * 32 * 10
-    plain, remat = (train_flops_per_token(config, 10, lora, name) for name in ("none", "full"))
+    plain, remat = (train_flops(config, lora, Work(1, 10, 1), name) for name in ("none", "full"))
     assert remat - plain == forward
 
 

@@ -1,0 +1,232 @@
+"""What a training step or a generation costs one device, by arithmetic on shapes; nothing is compiled or run.
+
+Arguments (weights, adapters, moments, batch) are exact. What the backward pass keeps is exact too: jax is asked for the
+residuals of the loss at one row and at two (`kept_per_row`). Beside that XLA assigns gradients, the working set of one
+layer's backward pass and a chunk of logits, in multiples that depend on the backend (`_BACKENDS`). They were set by what
+XLA assigns to steps that were compiled for a CPU, an H100 and a v6e (docs/planning.md); there the total is within 15 %.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from difflm_jax.config.files import lora_config, phase_config
+from difflm_jax.diffusion.corruption import CleanBatch
+from difflm_jax.distributed.mesh import abstract_mesh, row_shards
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.flops import Work, forward_flops, train_flops
+from difflm_jax.models.weights import table
+from difflm_jax.planning.jobs import Job, abstract_batch, sampling_job, step_parts, training_job
+from difflm_jax.training.step import batch_loss
+from difflm_jax.utils.dtypes import DTYPES
+
+Sizes = tuple[int, int, int]  # of the mesh: data, fsdp, tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backend:
+    """Temporaries of XLA beside what is kept, as multiples of sizes that follow from shapes."""
+
+    layer: float  # what the backward pass of one layer could read, if nothing were computed again
+    trained: float  # what is trained, in float32: gradients of a micro-batch, their sum, the updates
+    logits: float  # a chunk of float32 logits in training
+    canvas: float  # float32 logits of the active blocks in a generation
+
+
+_BACKENDS = {
+    "cpu": _Backend(1.4, 2.5, 1.5, 2.0),
+    "cuda": _Backend(0.46, 2.1, 0.85, 1.0),
+    "tpu": _Backend(1.2, 3.0, 0.87, 1.5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a job costs one device. `parts` are bytes and add up to `total`; the other bytes are those of one step."""
+
+    parts: dict[str, int]
+    flops: float
+    memory_bytes: float  # weights and residuals that are read and written
+    link_bytes: float  # received from other devices
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step of a phase on a mesh, on devices of a platform; the residuals of a row are traced once."""
+
+    config: ConfigDict
+    phase: str
+    model_config: ModelConfig
+    sizes: Sizes
+    platform: str
+    kept: tuple[float, float]  # bytes per row of `max_length`: kept, and what one layer could read
+
+    @classmethod
+    def of(cls, config: ConfigDict, phase: str, model_config: ModelConfig, sizes: Sizes, platform: str) -> "Step":
+        settings = phase_config(config, phase)
+        part = _part(model_config, sizes[2])
+        kept = kept_per_row(settings, phase, part, settings.remat)
+        whole, least = (kept_per_row(settings, phase, part, remat) for remat in ("none", "full"))
+        return cls(config, phase, model_config, sizes, platform, (kept, (whole - least) / model_config.num_layers))
+
+    def estimate(self, batch_size: int, length: int = 0) -> Estimate:
+        """Of `batch_size` rows per micro-batch of `length` tokens (0: `max_length`)."""
+        settings = phase_config(self.config, self.phase)
+        length = length or settings.max_length
+        job = training_job(self.config, self.phase, self.model_config, abstract_mesh(*self.sizes), batch_size)
+        rows = batch_size // row_shards(abstract_mesh(*self.sizes))
+        scale = rows * length / settings.max_length
+        backend, arguments = _BACKENDS[self.platform], argument_parts(job)
+        trained = device_bytes(job.arguments["state"].trained)
+        chunk = 4 * min(rows * length, settings.loss_chunk) * self.sizes[1] * self._vocabulary
+        parts = {
+            **arguments,
+            "activations": int(scale * self.kept[0]),
+            "gradients": int(backend.trained * trained),
+            "working": int(backend.layer * scale * self.kept[1] + backend.logits * chunk)
+            + _copies(settings, self.model_config, self.sizes, self.platform),
+        }
+        accumulation = settings.gradient_accumulation_steps
+        flops = accumulation * train_flops(
+            self.model_config, self._lora, work_of_rows(settings, rows, length), settings.remat
+        )
+        passes = 2 * accumulation  # forward, and again on the way back
+        read = passes * arguments["weights"] * self.sizes[1] + 2 * accumulation * parts["activations"]
+        links = passes * self._gathered(arguments["weights"]) + self._exchanged(rows * length, passes)
+        return Estimate(parts, flops / self.sizes[2], read, links + self._summed_gradients(trained))
+
+    @property
+    def _lora(self) -> Any:
+        return None if self.config.trained == "all" else lora_config(self.config)
+
+    @property
+    def _vocabulary(self) -> int:
+        """Rows of the output head that a device multiplies with."""
+        return self.model_config.vocab_size // (self.sizes[1] * self.sizes[2])
+
+    def _gathered(self, weights: int) -> float:
+        """Bytes that a device receives when the weights of every layer are gathered along `fsdp` once."""
+        table_bytes = _tables(self.model_config) * _itemsize(self.config) / math.prod(self.sizes[1:])
+        return max(weights - table_bytes, 0) * (self.sizes[1] - 1)
+
+    def _exchanged(self, tokens: int, passes: int) -> float:
+        """Hidden states: two sums per layer over `tensor`; those of embedding and head over their parts."""
+        _, fsdp, tensor = self.sizes
+        states = tokens * self.model_config.hidden_size * _itemsize(self.config)
+        over_tensor = 2 * self.model_config.num_layers * states * 2 * (1 - 1 / tensor)
+        return passes * (over_tensor + states * 2 * (fsdp * tensor - 1) / tensor)
+
+    def _summed_gradients(self, trained: int) -> float:
+        devices = self.sizes[0] * self.sizes[1]
+        return 2 * trained * (1 - 1 / devices)
+
+
+def sampling_estimate(
+    config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platform: str, job: Job
+) -> Estimate:
+    """Of a generation (`sampling_job`), all of its passes."""
+    plan, canvas = job.static["plan"], job.arguments["canvas"]
+    rows = canvas.tokens.shape[0] // (sizes[0] * sizes[1])
+    columns, block = canvas.tokens.shape[1], plan.block_length
+    is_cached = job.static["diffusion"].exact_cache != "none"
+    lora = None if config.trained == "all" else lora_config(config)
+    arguments = argument_parts(job)
+    head = model_config.num_kv_heads * model_config.head_dim
+    cache = 2 * model_config.num_layers * rows * columns * head * _itemsize(config) // sizes[2] if is_cached else 0
+    logits = 4 * rows * block * model_config.vocab_size
+    working = int(_BACKENDS[platform].canvas * logits) + _copies(config, model_config, sizes, platform)
+    queries = rows * (block if is_cached else columns)
+    work = Work(queries, queries * columns, rows * block)
+    passes = job.loop_trips
+    flops = passes * forward_flops(model_config, lora, work) / sizes[2]
+    states = queries * model_config.hidden_size * _itemsize(config)
+    links = arguments["weights"] * (sizes[1] - 1) + 4 * model_config.num_layers * states * (1 - 1 / sizes[2])
+    read = passes * (arguments["weights"] * sizes[1] + cache + logits)
+    return Estimate({**arguments, "cache": cache, "working": working}, flops, read, passes * links)
+
+
+def work_of_rows(settings: ConfigDict, rows: int, length: int) -> Work:
+    """What a micro-batch of `rows` computes: all columns, twice under complementary masks and under "block", whose rows
+    hold a noisy and a clean copy."""
+    rows *= 2 if settings.complementary_masks else 1
+    width = 2 * length if settings.attention == "block" else length
+    return Work(rows * width, rows * width**2, rows * length)
+
+
+def kept_per_row(settings: ConfigDict, phase: str, model_config: ModelConfig, remat: str) -> float:
+    """Bytes that the backward pass keeps of a row of `max_length` tokens: the residuals of two rows less those of one."""
+    options, frozen, trained = step_parts(settings, phase, model_config, remat)
+    key, index = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
+
+    def residuals(frozen: Any, trained: Any, rows: CleanBatch, key: jax.Array, index: jax.Array) -> Any:
+        return jax.vjp(lambda trained: batch_loss(options, frozen, rows, key, index, trained)[0], trained)[1]
+
+    sizes = []
+    for rows in (1, 2):
+        batch = jax.tree.map(_without_micro_batches, abstract_batch(1, rows, settings.max_length))
+        sizes.append(device_bytes(jax.eval_shape(residuals, frozen, trained, batch, key, index)))
+    return sizes[1] - sizes[0]
+
+
+def argument_parts(job: Job) -> dict[str, int]:
+    """Bytes of a device's part of the arguments of a job, exactly."""
+    named = dict(job.arguments)
+    state = named.pop("state", None)
+    decoder = named.pop("decoder", None)
+    variables = decoder.variables if decoder else {**named.pop("frozen"), **state.trained}
+    parts = {"weights": device_bytes(variables["params"]), "adapters": device_bytes(variables.get("lora"))}
+    if state is not None:
+        parts["moments"] = device_bytes(state.opt_state)
+    return {**parts, "batch": device_bytes(named)}
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of one device's part of abstract arrays. A key is two words; Python numbers count as nothing."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+    return sum(math.prod(_shard_shape(leaf)) * (getattr(leaf.dtype, "itemsize", 0) or 8) for leaf in leaves)
+
+
+def _part(config: ModelConfig, tensor: int) -> ModelConfig:
+    """The narrower model that each device along `tensor` computes."""
+    return dataclasses.replace(
+        config,
+        num_heads=config.num_heads // tensor,
+        num_kv_heads=config.num_kv_heads // tensor,
+        intermediate_size=config.intermediate_size // tensor,
+    )
+
+
+def _copies(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platform: str) -> int:
+    """What XLA's CPU backend copies of bfloat16 weights: dense layers once (`ops.cpu`), the head to float32."""
+    if platform != "cpu" or config.dtype != "bfloat16" or config.trained == "all":
+        return 0
+    quantised = bool(config.quantization or config.use_qlora)
+    matrices = 0 if quantised else sum(math.prod(row.shape) for row in table(model_config) if row.quantisable)
+    head = model_config.vocab_size * model_config.hidden_size
+    return (2 * matrices * model_config.num_layers + 4 * head) // (sizes[1] * sizes[2])
+
+
+def _tables(config: ModelConfig) -> int:
+    """Weights of embedding and head, which stay divided."""
+    return sum(math.prod(row.shape) for row in table(config) if not row.stacked and len(row.shape) == 2)
+
+
+def _itemsize(config: ConfigDict) -> int:
+    return 4 if config.trained == "all" else jnp.dtype(DTYPES[config.dtype]).itemsize
+
+
+def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    sharding = getattr(leaf, "sharding", None)
+    return tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+
+
+def _without_micro_batches(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
