@@ -3,10 +3,11 @@
     python -m difflm_jax.plan --config=configs/two_phase.py [--config.model=DIR] [--chips=v5e,h100] [--mesh=1,4,1 ...]
                               [--compile] [--peak_share=0.4] [--out=FILE.json]
 
-Only the `config.json` of the model is needed. A line for the training step of each phase and one for a generation, on
-every chip and mesh. Memory, products and traffic between devices are read off the traced functions (an estimate; see
-the README for how far it is off); `--compile` asks XLA's compiler for the chip instead: exact, for v5e, v6e, a100, h100
-and h200 without having one, where jax[tpu] or jax's CUDA plugin is installed.
+The model needs only its `config.json`; the shapes of common models are known by name. There is a line for the training
+step of each phase and one for a generation, on every chip and mesh. If data and tokenizer are files of this machine,
+steps have the lengths of the data, and the time of the whole run is given (--nolengths: rows of max_length). Memory and
+time are an estimate (docs/planning.md says how far it is off). `--compile` asks the compiler for the chip instead. That
+is exact; v5e, v6e, a100, h100 and h200 need not be there if jax[tpu] or jax's CUDA plugin is installed.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,24 +35,24 @@ from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.flops import peak_flops
 from difflm_jax.ops.attention_kernels import check_kernel
-from difflm_jax.planning.chips import CHIPS, GIB, Chip, absent_devices
+from difflm_jax.planning.chips import CHIPS, GIB, Chip, absent_devices, apple_chip
+from difflm_jax.planning.estimate import Estimate, Step, largest_batch, sampling_estimate
 from difflm_jax.planning.hlo import collective_bytes
-from difflm_jax.planning.jobs import (
-    Estimate,
-    Job,
-    compiled_parts,
-    estimate,
-    largest_batch,
-    sampling_job,
-    training_job,
-)
-from difflm_jax.training.run import check_sizes
+from difflm_jax.planning.jobs import Generation, Job, compiled_parts, sampling_job, training_job
+from difflm_jax.planning.lengths import Steps, data_at_hand, read_steps
+from difflm_jax.planning.models import known_shape
+from difflm_jax.training.run import check_sizes, open_configured
 from difflm_jax.utils.dtypes import AUTO, fastest_dtype
 from difflm_jax.utils.files import check_writable, write_whole
+from difflm_jax.view.tables import print_table
+
+_SAMPLING = "sampling"
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", "", "A .py, .yaml or .json file; without it the defaults.", flag_values=FLAGS)
-flags.DEFINE_list("chips", ["this"], f"Of {', '.join(CHIPS)}, cpu and this (machine's).", flag_values=FLAGS)
+flags.DEFINE_list(
+    "chips", ["this"], f"Of {', '.join(CHIPS)}, m16 (an M-series of 16 GB), cpu, this.", flag_values=FLAGS
+)
 flags.DEFINE_multi_string(
     "mesh", [], "Devices along data, fsdp and tensor, as 1,4,2; may be given often; default: the config's.",
     flag_values=FLAGS,
@@ -63,6 +65,7 @@ flags.DEFINE_integer("prompt_length", 128, "Tokens of a prompt of the generation
 flags.DEFINE_integer("max_new_tokens", 128, "Tokens of its answer.", flag_values=FLAGS)
 flags.DEFINE_integer("steps", 32, "Its forward passes.", flag_values=FLAGS)
 flags.DEFINE_integer("block_length", 0, "Of its blocks (0: one block, or the model's).", flag_values=FLAGS)
+flags.DEFINE_bool("lengths", True, "Take lengths from the data where they are files here.", flag_values=FLAGS)
 flags.DEFINE_string("out", "", "A file for the same as JSON.", flag_values=FLAGS)
 
 
@@ -89,62 +92,77 @@ def main(flag_values: flags.FlagValues, overrides: Sequence[str]) -> None:
     chips = [_chip(name, flag_values.memory_share) for name in flag_values.chips]
     for chip in chips:
         check_kernel(config.attention_kernel, config.dtype, chip.platform)
-    model_config = read_model_config(config.model, config.revision or None)
+    model_config = _model_config(config)
     meshes = [_sizes(text) for text in flag_values.mesh] or [tuple(max(1, config.mesh[axis]) for axis in AXES)]
     for sizes in meshes:
         check_sizes(config, model_config, quantization(config), abstract_mesh(*sizes))
-    print(_header(config, model_config, flag_values), flush=True)
+    steps = _steps(config, _jobs(config, flag_values.what), flag_values.lengths)
+    print(_header(config, model_config, flag_values, steps), flush=True)
     records = []
     for sizes in meshes:
         for name in _jobs(config, flag_values.what):
-            described = _Described(config, model_config, sizes, name, flag_values)
-            for chip in chips:
-                record = _compiled(described, chip) if flag_values.compile else _estimated(described, chip)
-                records.append(record)
-                print(_row(record), flush=True)
+            described = _Described(config, model_config, sizes, name, flag_values, steps.get(name))
+            records += [
+                _compiled(described, chip) if flag_values.compile else _estimated(described, chip) for chip in chips
+            ]
+    _print(records)
     if flag_values.out:
         write_whole(flag_values.out, json.dumps(records, indent=2) + "\n")
 
 
+def _model_config(config: ConfigDict) -> ModelConfig:
+    known = None if Path(config.model).expanduser().exists() else known_shape(config.model)
+    return known or read_model_config(config.model, config.revision or None)
+
+
+def _steps(config: ConfigDict, names: Sequence[str], wanted: bool) -> dict[str, Steps]:
+    """The steps of the phases whose data are at hand."""
+    phases = [name for name in names if name != _SAMPLING and wanted and data_at_hand(config, name)]
+    lm = open_configured(config) if phases else None
+    return {name: read_steps(config, name, lm) for name in phases}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Described:
-    """One function of a run on a mesh, whatever the chip."""
+    """One function of a run on a mesh, whatever the chip; `steps` are those of its data, if they are at hand."""
 
     config: ConfigDict
     model_config: ModelConfig
     sizes: tuple[int, int, int]
     name: str  # a phase, or "sampling"
     flag_values: flags.FlagValues
-    cache: dict[tuple[int, bool], Estimate] = dataclasses.field(default_factory=dict)
+    steps: Steps | None
+    cache: dict[str, Step] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> int:
-        config = self.config if self.name == "sampling" else phase_config(self.config, self.name)
+        config = self.config if self.name == _SAMPLING else phase_config(self.config, self.name)
         return config.batch_size
 
-    @property
-    def layers(self) -> int:
-        return self.model_config.num_layers
-
     def job(self, mesh: Any, rows: int, on_cpu: bool) -> Job:
-        if self.name != "sampling":
+        if self.name != _SAMPLING:
             return training_job(self.config, self.name, self.model_config, mesh, rows, on_cpu)
         given = self.flag_values
-        lengths = (given.prompt_length, given.max_new_tokens, given.steps, given.block_length or None)
-        return sampling_job(self.config, self.model_config, mesh, rows, *lengths, on_cpu)
+        generation = Generation(
+            rows, given.prompt_length, given.max_new_tokens, given.steps, given.block_length or None
+        )
+        return sampling_job(self.config, self.model_config, mesh, generation, on_cpu)
 
-    def estimate(self, rows: int, on_cpu: bool) -> Estimate:
-        if (rows, on_cpu) not in self.cache:
-            mesh = abstract_mesh(*self.sizes)
-            self.cache[rows, on_cpu] = estimate(self.job(mesh, rows, on_cpu), mesh, self.layers, on_cpu)
-        return self.cache[rows, on_cpu]
+    def estimate(self, rows: int, platform: str, width: int = 0) -> Estimate:
+        """Of a step of rows of `width` columns (0: `max_length`), or of a generation."""
+        if self.name == _SAMPLING:
+            job = self.job(abstract_mesh(*self.sizes), rows, platform == "cpu")
+            return sampling_estimate(self.config, self.model_config, self.sizes, platform, job)
+        if platform not in self.cache:
+            self.cache[platform] = Step.of(self.config, self.name, self.model_config, self.sizes, platform)
+        return self.cache[platform].estimate(rows, width)
 
 
 def _estimated(described: _Described, chip: Chip) -> dict[str, Any]:
-    capacity, on_cpu = chip.memory * chip.usable, chip.platform == "cpu"
-    found = described.estimate(described.rows, on_cpu)
+    capacity = chip.memory * chip.usable
+    found = described.estimate(described.rows, chip.platform)
     unit = row_shards(abstract_mesh(*described.sizes))
-    most = largest_batch(lambda rows: described.estimate(rows, on_cpu).total, capacity, unit)
+    most = largest_batch(lambda rows: described.estimate(rows, chip.platform).total, capacity, unit)
     return {**_record(described, chip, found.parts, found), "largest_batch_size": most}
 
 
@@ -152,16 +170,16 @@ def _compiled(described: _Described, chip: Chip) -> dict[str, Any]:
     count = math.prod(described.sizes)
     if chip.name in CHIPS:
         devices = absent_devices(chip, count)
-    elif (devices := jax.devices()[:count]) and len(devices) < count:
-        raise UserError(f"--compile: there are {len(devices)} devices here, and the mesh has {count}")
-    mesh = mesh_of(np.array(devices).reshape(described.sizes))
+    else:
+        devices = (jax.devices("cpu") if chip.platform == "cpu" else jax.devices())[:count]
+        if len(devices) < count:
+            raise UserError(f"--compile: there are {len(devices)} devices here, and the mesh has {count}")
     start = time.perf_counter()
-    on_cpu = chip.platform == "cpu"
-    job = described.job(mesh, described.rows, on_cpu)
+    job = described.job(mesh_of(np.array(devices).reshape(described.sizes)), described.rows, chip.platform == "cpu")
     parts, compiled = compiled_parts(job)
     seconds = time.perf_counter() - start
     moved = collective_bytes(compiled.as_text(), job.loop_trips)
-    found = described.estimate(described.rows, on_cpu)
+    found = described.estimate(described.rows, chip.platform)
     named = {name: size for name, size in found.parts.items() if name in ("weights", "adapters", "moments")}
     rest = {"batch": parts.pop("arguments") - sum(named.values()), **parts}
     return {
@@ -173,60 +191,89 @@ def _compiled(described: _Described, chip: Chip) -> dict[str, Any]:
 
 def _record(described: _Described, chip: Chip, parts: dict[str, int], found: Estimate) -> dict[str, Any]:
     total, capacity = sum(parts.values()), chip.memory * chip.usable
-    seconds = {"products": None, "memory": None, "links": None}
-    if chip.flops:
-        seconds["products"] = found.flops / (chip.flops * described.flag_values.peak_share)
-    if chip.bandwidth:
-        seconds["memory"] = found.product_bytes / chip.bandwidth
-    if chip.link:
-        seconds["links"] = found.link_bytes / chip.link
-    known = {name: value for name, value in seconds.items() if value is not None}
-    bound = max(known, key=known.get) if known else None
+    steps, share = described.steps, described.flag_values.peak_share
+    step = found
+    if steps is not None:  # of typical rows; memory is that of the widest
+        step = described.estimate(described.rows, chip.platform, max(1, round(steps.mean_width)))
+    seconds, bound = _seconds(step, chip, share)
     return {
         "function": described.name,
         "chip": chip.name,
         "mesh": list(described.sizes),
         "rows": described.rows,
+        "columns": round(steps.mean_width) if steps else None,
+        "steps": steps.count if steps else None,
         "gib": {name: round(size / GIB, 3) for name, size in parts.items()},
         "total_gib": round(total / GIB, 2),
         "capacity_gib": round(capacity / GIB, 2),
         "fits": total <= capacity,
-        "teraflop": round(found.flops / 1e12, 3),
-        "link_gib": round(found.link_bytes / GIB, 3),
-        "seconds": round(known[bound], 4) if bound else None,
+        "teraflop": round(step.flops / 1e12, 3),
+        "link_gib": round(step.link_bytes / GIB, 3),
+        "seconds": round(seconds, 4) if bound else None,
         "bound_by": bound,
+        "run_seconds": round(_run_seconds(described, chip), 1) if bound and steps else None,
     }
 
 
-def _row(record: dict[str, Any]) -> str:
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in record["gib"].items() if size >= 0.005)
-    fits = "fits" if record["fits"] else "DOES NOT FIT"
-    largest = f", largest batch_size {record['largest_batch_size']}" if "largest_batch_size" in record else ""
-    time_of = f"{record['seconds']:.3g} s ({record['bound_by']})" if record["seconds"] else "speed not known"
-    moved = f", {record['link_gib']:.2f} GiB over links" if record["link_gib"] else ""
-    mesh = ",".join(map(str, record["mesh"]))
-    return (
-        f"{record['function']:<9} {record['chip']:<5} mesh {mesh:<6} {record['total_gib']:>6.2f} of "
-        f"{record['capacity_gib']:.1f} GiB a device: {fits}{largest}\n"
-        f"          {parts}\n"
-        f"          {record['teraflop']:.1f} TFLOP a device{moved}, {time_of}"
-    )
+def _run_seconds(described: _Described, chip: Chip) -> float:
+    """All optimiser steps of the phase; compilation, evaluations and saves are left out."""
+    share, total = described.flag_values.peak_share, 0.0
+    for width, count in described.steps.widths.items():
+        total += count * _seconds(described.estimate(described.rows, chip.platform, width), chip, share)[0]
+    return total
 
 
-def _header(config: ConfigDict, model_config: ModelConfig, flag_values: flags.FlagValues) -> str:
-    held = quantization(config)
+def _seconds(found: Estimate, chip: Chip, peak_share: float) -> tuple[float, str]:
+    """(seconds, what bounds them: products, memory or links); (0, "") for a chip whose speed is unknown."""
+    speeds = {
+        "products": (found.flops, chip.flops and chip.flops * peak_share),
+        "memory": (found.memory_bytes, chip.bandwidth),
+        "links": (found.link_bytes, chip.link),
+    }
+    known = {name: amount / speed for name, (amount, speed) in speeds.items() if speed}
+    bound = max(known, key=known.get, default="")
+    return known.get(bound, 0.0), bound
+
+
+def _print(records: Sequence[dict[str, Any]]) -> None:
+    parts = list(dict.fromkeys(name for record in records for name in record["gib"]))
+    has_run = any(record["run_seconds"] is not None for record in records)
+    columns = ["function", "chip", "mesh", "GiB of", "has", "fits", "largest batch_size", *parts, "TFLOP", "GiB linked"]
+    columns += ["seconds", "bound by", *(["steps", "hours of all"] if has_run else [])]
+    rows = []
+    for record in records:
+        row = [record["function"], record["chip"], ",".join(map(str, record["mesh"])), f"{record['total_gib']:.2f}"]
+        row += [f"{record['capacity_gib']:.1f}", "yes" if record["fits"] else "DOES NOT FIT"]
+        row += [str(record.get("largest_batch_size", "-"))]
+        row += [f"{record['gib'][name]:.2f}" if name in record["gib"] else "-" for name in parts]
+        row += [f"{record['teraflop']:.1f}", f"{record['link_gib']:.2f}"]
+        row += [f"{record['seconds']:.3g}" if record["seconds"] else "unknown", record["bound_by"] or "-"]
+        if has_run:
+            known = record["run_seconds"] is not None
+            row += [str(record["steps"]), f"{record['run_seconds'] / 3600:.2f}"] if known else ["-", "-"]
+        rows.append(row)
+    print_table(columns, rows, left=3)
+
+
+def _header(
+    config: ConfigDict, model_config: ModelConfig, flag_values: flags.FlagValues, steps: dict[str, Steps]
+) -> str:
+    stored = quantization(config)
+    lengths = f"rows of {config.max_length} tokens"
+    if steps:
+        lengths = ", ".join(f"{name}: rows of {each.mean_width:.0f} tokens on average" for name, each in steps.items())
+        lengths += f" (memory: {config.max_length})"
     return (
         f"{config.model}: {model_config.num_layers} layers of {model_config.hidden_size}, "
-        f"{held.format if held else config.dtype} base, {config.attention} attention by {config.attention_kernel}, "
-        f"remat {config.remat}; steps of {config.gradient_accumulation_steps} x {config.batch_size} rows of "
-        f"{config.max_length} tokens; "
+        f"{stored.format if stored else config.dtype} base, {config.attention} attention by {config.attention_kernel}, "
+        f"remat {config.remat}; steps of {config.gradient_accumulation_steps} x {config.batch_size}, {lengths}; "
         f"{'compiled' if flag_values.compile else 'estimated'}, products at {flag_values.peak_share:g} of the peak"
     )
 
 
 def _jobs(config: ConfigDict, what: str) -> list[str]:
     phases = [] if what == "sample" else list(config.phases)
-    return phases if what == "train" else [*phases, "sampling"]
+    return phases if what == "train" else [*phases, _SAMPLING]
 
 
 def _sizes(text: str) -> tuple[int, int, int]:
@@ -240,12 +287,11 @@ def _sizes(text: str) -> tuple[int, int, int]:
 
 
 def _chip(name: str, memory_share: float) -> Chip:
-    if name in CHIPS:
-        chip = CHIPS[name]
-    elif name in ("cpu", "this"):
+    chip = CHIPS.get(name) or apple_chip(name)
+    if name in ("cpu", "this"):
         chip = _this_machine("cpu" if name == "cpu" else jax.default_backend())
-    else:
-        raise UserError(f"--chips={name}: is not one of {', '.join((*CHIPS, 'cpu', 'this'))}")
+    if chip is None:
+        raise UserError(f"--chips={name}: is not one of {', '.join((*CHIPS, 'm16', 'cpu', 'this'))}")
     return dataclasses.replace(chip, usable=memory_share) if memory_share else chip
 
 

@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, and what share of the hardware's peak they are."""
 
-from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.lora import LoraConfig
 import dataclasses
 
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.weights import PROJECTIONS, table
 
 # Dense bfloat16 peak of one device in FLOP/s by the beginning of jax's `device_kind`, from the vendors' data sheets

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from jax.experimental import topologies
@@ -10,14 +11,15 @@ from difflm_jax.errors import UserError, one_line
 from difflm_jax.models.flops import peak_flops
 
 GIB = 2**30
+_GB_OF_APPLE = re.compile(r"m(\d{1,3})")  # m16: an Apple M-series with 16 GB
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device. Bytes and bytes a second; `usable` is the share of its memory that jax takes by default.
+    """One device. Bytes, and bytes per second; `usable` is the share of its memory that jax takes by default.
 
-    Figures are those of the vendors' data sheets (cloud.google.com/tpu/docs, NVIDIA): `link` is what a device receives
-    from the others of its machine or slice, one direction.
+    Figures are those of the vendors' data sheets (cloud.google.com/tpu/docs, NVIDIA). `link` is what a device receives
+    from the others of its machine or slice, in one direction.
     """
 
     name: str
@@ -38,9 +40,20 @@ CHIPS = {
         Chip("v6e", 32 * GIB, _TPU_USABLE, peak_flops("TPU v6e"), 1640e9, 400e9, "tpu"),
         Chip("a100", 80 * GIB, _GPU_USABLE, peak_flops("NVIDIA A100"), 2039e9, 300e9, "cuda"),
         Chip("h100", 84_942_979_072, _GPU_USABLE, peak_flops("NVIDIA H100"), 3352e9, 450e9, "cuda"),
+        Chip("l4", 24_152_899_584, _GPU_USABLE, peak_flops("NVIDIA L4"), 300e9, 32e9, "cuda"),
+        Chip("t4", 15_835_660_288, _GPU_USABLE, 8.1e12, 320e9, 16e9, "cuda"),  # no bfloat16 unit: float32
+        Chip("3090", 25_438_126_080, _GPU_USABLE, peak_flops("NVIDIA GeForce RTX 3090"), 936e9, 32e9, "cuda"),
+        Chip("4090", 25_386_352_640, _GPU_USABLE, peak_flops("NVIDIA GeForce RTX 4090"), 1008e9, 32e9, "cuda"),
         Chip("h200", 150_754_820_096, _GPU_USABLE, peak_flops("NVIDIA H200"), 4800e9, 450e9, "cuda"),
     )
 }
+
+
+def apple_chip(name: str) -> Chip | None:
+    """An Apple M-series by its memory (`m16`: 16 GB), where jax computes on the CPU; None for another name."""
+    found = _GB_OF_APPLE.fullmatch(name)
+    return Chip(name, int(found[1]) * GIB, 0.75, None, None, None, "cpu") if found else None
+
 
 # What XLA must know of a GPU to compile without one: the fields of its GpuTargetConfig (NVIDIA's data sheets and CUDA's
 # table of compute capabilities).
@@ -72,6 +85,8 @@ def absent_devices(chip: Chip, count: int) -> list[Any]:
 
     Raises `UserError` where the compiler for them is not installed, or no such slice is known.
     """
+    if chip.platform == "cuda" and chip.name not in _GPUS:
+        raise UserError(f"--compile: what XLA must know of {chip.name} is not known (only of {', '.join(_GPUS)})")
     try:
         if chip.platform == "tpu":
             size = min((size for size in _TPU_SLICES if size >= count), default=None)

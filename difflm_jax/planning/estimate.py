@@ -1,26 +1,28 @@
 """What a training step or a generation costs one device, by arithmetic on shapes; nothing is compiled or run.
 
-Arguments (weights, adapters, moments, batch) are exact. What the backward pass keeps is exact too: jax is asked for the
-residuals of the loss at one row and at two (`kept_per_row`). Beside that XLA assigns gradients, the working set of one
-layer's backward pass and a chunk of logits, in multiples that depend on the backend (`_BACKENDS`). They were set by what
-XLA assigns to steps that were compiled for a CPU, an H100 and a v6e (docs/planning.md); there the total is within 15 %.
+Arguments (weights, adapters, moments, batch) are exact. What the backward pass keeps is exact too: jax is asked for
+the residuals of the loss at one row and at two (`kept_per_row`). XLA also assigns gradients, the working set of one
+layer's backward pass and a chunk of logits, in multiples that depend on the backend (`_BACKENDS`). The multiples were
+set by what XLA assigns to steps compiled for a CPU, an H100 and a v6e (docs/planning.md).
 """
 
+import bisect
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from difflm_jax.config.files import lora_config, phase_config
+from difflm_jax.config.files import lora_config, phase_config, quantization
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.distributed.mesh import abstract_mesh, row_shards
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.flops import Work, forward_flops, train_flops
 from difflm_jax.models.weights import table
-from difflm_jax.planning.jobs import Job, abstract_batch, sampling_job, step_parts, training_job
+from difflm_jax.planning.jobs import Job, abstract_batch, step_parts, training_job
 from difflm_jax.training.step import batch_loss
 from difflm_jax.utils.dtypes import DTYPES
 
@@ -38,9 +40,9 @@ class _Backend:
 
 
 _BACKENDS = {
-    "cpu": _Backend(1.4, 2.5, 1.5, 2.0),
+    "cpu": _Backend(1.3, 2.4, 1.2, 2.0),
     "cuda": _Backend(0.46, 2.1, 0.85, 1.0),
-    "tpu": _Backend(1.2, 3.0, 0.87, 1.5),
+    "tpu": _Backend(1.2, 3.0, 0.87, 3.1),
 }
 
 
@@ -67,30 +69,34 @@ class Step:
     model_config: ModelConfig
     sizes: Sizes
     platform: str
+    arguments: dict[str, int]  # bytes by part, `batch` with a row per device
+    trained: int  # bytes
     kept: tuple[float, float]  # bytes per row of `max_length`: kept, and what one layer could read
 
     @classmethod
     def of(cls, config: ConfigDict, phase: str, model_config: ModelConfig, sizes: Sizes, platform: str) -> "Step":
-        settings = phase_config(config, phase)
+        settings, mesh = phase_config(config, phase), abstract_mesh(*sizes)
+        job = training_job(config, phase, model_config, mesh, row_shards(mesh))
         part = _part(model_config, sizes[2])
-        kept = kept_per_row(settings, phase, part, settings.remat)
-        whole, least = (kept_per_row(settings, phase, part, remat) for remat in ("none", "full"))
-        return cls(config, phase, model_config, sizes, platform, (kept, (whole - least) / model_config.num_layers))
+        kept = {remat: kept_per_row(settings, phase, part, remat) for remat in {"none", "full", settings.remat}}
+        layer = (kept["none"] - kept["full"]) / model_config.num_layers
+        trained = device_bytes(job.arguments["state"].trained)
+        traced = (argument_parts(job), trained, (kept[settings.remat], layer))
+        return cls(config, phase, model_config, sizes, platform, *traced)
 
     def estimate(self, batch_size: int, length: int = 0) -> Estimate:
         """Of `batch_size` rows per micro-batch of `length` tokens (0: `max_length`)."""
         settings = phase_config(self.config, self.phase)
         length = length or settings.max_length
-        job = training_job(self.config, self.phase, self.model_config, abstract_mesh(*self.sizes), batch_size)
-        rows = batch_size // row_shards(abstract_mesh(*self.sizes))
+        rows = batch_size // (self.sizes[0] * self.sizes[1])
         scale = rows * length / settings.max_length
-        backend, arguments = _BACKENDS[self.platform], argument_parts(job)
-        trained = device_bytes(job.arguments["state"].trained)
+        backend = _BACKENDS[self.platform]
+        arguments = {**self.arguments, "batch": int(scale * self.arguments["batch"])}
         chunk = 4 * min(rows * length, settings.loss_chunk) * self.sizes[1] * self._vocabulary
         parts = {
             **arguments,
             "activations": int(scale * self.kept[0]),
-            "gradients": int(backend.trained * trained),
+            "gradients": int(backend.trained * self.trained),
             "working": int(backend.layer * scale * self.kept[1] + backend.logits * chunk)
             + _copies(settings, self.model_config, self.sizes, self.platform),
         }
@@ -101,7 +107,7 @@ class Step:
         passes = 2 * accumulation  # forward, and again on the way back
         read = passes * arguments["weights"] * self.sizes[1] + 2 * accumulation * parts["activations"]
         links = passes * self._gathered(arguments["weights"]) + self._exchanged(rows * length, passes)
-        return Estimate(parts, flops / self.sizes[2], read, links + self._summed_gradients(trained))
+        return Estimate(parts, flops / self.sizes[2], read, links + self._summed_gradients())
 
     @property
     def _lora(self) -> Any:
@@ -124,14 +130,11 @@ class Step:
         over_tensor = 2 * self.model_config.num_layers * states * 2 * (1 - 1 / tensor)
         return passes * (over_tensor + states * 2 * (fsdp * tensor - 1) / tensor)
 
-    def _summed_gradients(self, trained: int) -> float:
-        devices = self.sizes[0] * self.sizes[1]
-        return 2 * trained * (1 - 1 / devices)
+    def _summed_gradients(self) -> float:
+        return 2 * self.trained * (1 - 1 / (self.sizes[0] * self.sizes[1]))
 
 
-def sampling_estimate(
-    config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platform: str, job: Job
-) -> Estimate:
+def sampling_estimate(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platform: str, job: Job) -> Estimate:
     """Of a generation (`sampling_job`), all of its passes."""
     plan, canvas = job.static["plan"], job.arguments["canvas"]
     rows = canvas.tokens.shape[0] // (sizes[0] * sizes[1])
@@ -162,7 +165,7 @@ def work_of_rows(settings: ConfigDict, rows: int, length: int) -> Work:
 
 
 def kept_per_row(settings: ConfigDict, phase: str, model_config: ModelConfig, remat: str) -> float:
-    """Bytes that the backward pass keeps of a row of `max_length` tokens: the residuals of two rows less those of one."""
+    """Bytes that the backward pass keeps per row of `max_length` tokens: residuals of two rows less those of one."""
     options, frozen, trained = step_parts(settings, phase, model_config, remat)
     key, index = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -208,7 +211,7 @@ def _copies(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platfor
     """What XLA's CPU backend copies of bfloat16 weights: dense layers once (`ops.cpu`), the head to float32."""
     if platform != "cpu" or config.dtype != "bfloat16" or config.trained == "all":
         return 0
-    quantised = bool(config.quantization or config.use_qlora)
+    quantised = quantization(config) is not None
     matrices = 0 if quantised else sum(math.prod(row.shape) for row in table(model_config) if row.quantisable)
     head = model_config.vocab_size * model_config.hidden_size
     return (2 * matrices * model_config.num_layers + 4 * head) // (sizes[1] * sizes[2])
@@ -230,3 +233,9 @@ def _shard_shape(leaf: Any) -> tuple[int, ...]:
 
 def _without_micro_batches(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+
+def largest_batch(total: Callable[[int], int], capacity: float, unit: int, most: int = 4096) -> int:
+    """The largest multiple of `unit` rows, at most `most`, whose `total` bytes are within `capacity`; 0 if none is."""
+    candidates = range(unit, most + 1, unit)
+    return unit * bisect.bisect_right(candidates, capacity, key=total)

@@ -35,6 +35,7 @@ from difflm_jax.training.parameters import Collections
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from difflm_jax.utils.dtypes import DTYPES
 
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A jitted function, its abstract arguments by name, and how often a loop runs whose end depends on data.
@@ -109,9 +110,7 @@ def sampling_job(
     model = _model(config, model_config, "none", on_cpu).clone(attention_kernel="xla")
     params, diffusion = _params(config, model_config, mesh), _diffusion(config, model)
     sampling = sampling_options(diffusion.attention, config.algorithm, {})
-    plan = answer_plan(
-        diffusion, generation.max_new_tokens, generation.steps, generation.block_length, sampling
-    )
+    plan = answer_plan(diffusion, generation.max_new_tokens, generation.steps, generation.block_length, sampling)
     plan = dataclasses.replace(plan, first_column=generation.prompt_length)
     batch_size = generation.batch_size
     columns = generation.prompt_length + plan.num_blocks * plan.block_length

@@ -4,17 +4,11 @@ import json
 
 import pytest
 
-from difflm_jax.planning.hlo import collective_bytes
-
-CHUNKS = 5  # of 8 scored positions, in the 2 rows of 20 that a device has of a micro-batch
-CODE = (
-    f"CHUNKS = {CHUNKS}"
-    + """
-import json, re
+CODE = """
+import json
 import jax, optax
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows
-from difflm_jax.planning.costs import costs
 from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import TrainState, make_train_step
 from tests.multi_device.same_numbers import micro_batched, setting
@@ -27,12 +21,8 @@ state = place(TrainState({"lora": lora}, optimizer.init({"lora": lora})), mesh)
 frozen, rows = place({"params": params}, mesh), place_rows(micro_batched(2), batch_sharding(mesh))
 arguments = (frozen, state, rows, jax.random.key(5), 0)
 text = step.lower(*arguments).compile().as_text()
-moved = {}
-for each in costs(step.trace(*arguments).jaxpr, dict(mesh.shape), CHUNKS).transfers:
-    moved[each.kind] = moved.get(each.kind, 0) + each.size * each.times
-print(json.dumps([text, moved]))
+print(json.dumps(text))
 """
-)
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -52,25 +42,15 @@ def computations(text: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def compiled(on_devices):
-    """(text of the compiled step, what its trace says that it moves)"""
+    """The text of the compiled step."""
     return json.loads(on_devices(8, CODE))
-
-
-@pytest.mark.slow
-def test_the_estimate_of_what_is_moved_is_what_is_compiled(compiled):
-    """Bytes of collectives in a step, loops counted, from the trace and from the compiled program."""
-    text, estimated = compiled
-    found = collective_bytes(text, CHUNKS)
-    assert found.keys() == estimated.keys()
-    for kind, size in estimated.items():
-        assert found[kind] == pytest.approx(size, rel=0.05), (kind, found, estimated)
 
 
 @pytest.mark.slow
 def test_packed_weights_are_gathered_inside_the_loops_over_layers(compiled):
     """Every u8 all-gather is in a while body, once in the forward and once in the backward loop; no weight is moved
     dequantised, and never that of all layers at once."""
-    parts = computations(compiled[0])
+    parts = computations(compiled)
     gathers = {
         name: [line for line in lines if " all-gather(" in line or " all-gather-start(" in line]
         for name, lines in parts.items()

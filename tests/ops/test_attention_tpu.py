@@ -16,7 +16,7 @@ from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.ops import attention_kernels, attention_tpu
 from difflm_jax.ops.attention import attend
-from difflm_jax.planning.jobs import estimate, training_job
+from difflm_jax.planning.jobs import training_job
 from tests.tiny import HF, hidden_states, tiny_config, tiny_params
 
 interpreted = functools.partial(attention_tpu.flash_attend, interpret=True)
@@ -129,17 +129,6 @@ def test_it_is_in_the_step_of_every_mesh():
     config = load_config("", [*CONFIG, "batch_size=4"])
     job = training_job(config, "sft", ModelConfig.from_hf(HF), abstract_mesh(2, 2, 2))
     assert job.trace().lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call(") == 3
-
-
-def test_its_products_are_counted():
-    """As many as in XLA's way, which makes the scores again in the backward pass too; rows are whole tiles here."""
-    mesh, model_config = abstract_mesh(1, 1, 1), ModelConfig.from_hf(HF)
-
-    def flops(name: str) -> float:
-        config = load_config("", [*CONFIG, f"attention_kernel={name}", "max_length=128"])
-        return estimate(training_job(config, "pretrain", model_config, mesh), mesh, model_config.num_layers).flops
-
-    assert flops("pallas") == pytest.approx(flops("xla"), rel=1e-6)
 
 
 def test_rows_too_long_for_the_chip_are_refused():

@@ -1,0 +1,22 @@
+"""Tables on a terminal or in a log."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+LOG_WIDTH = 240  # columns where there is no terminal: a log has no edge, and no line of a table should break
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """Prints rows of text under `columns`: the first `left` columns aligned to the left, the others to the right."""
+    from rich import box  # slow to import, and most commands print no table
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(Text(name), justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # as text: brackets of an interval are no markup
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+    console.print(table)
