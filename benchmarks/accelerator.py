@@ -18,23 +18,33 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import add_report_flags, median_of, report
+from benchmarks.common import add_report_flags, report
+from benchmarks.figures import (
+    BLOCK,
+    GENERATED,
+    PASSES,
+    PROMPT,
+    SETTINGS,
+    batch_sizes,
+    configuration,
+    generation_figures,
+    timed,
+    training_figures,
+)
 from benchmarks.kernels import time_of_kernels
 from difflm_jax.checkpoint.hf import abstract_params
 from difflm_jax.checkpoint.source import read_model_config
-from difflm_jax.config.files import load_config, lora_config, quantization
+from difflm_jax.config.files import lora_config, quantization
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.flops import peak_flops, train_flops_per_token
 from difflm_jax.models.lora import init_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.planning.jobs import training_job
@@ -46,20 +56,10 @@ from difflm_jax.training.optimizer import make_optimizer
 from difflm_jax.training.step import TrainState
 from difflm_jax.utils.dtypes import DTYPES
 
-GENERATED, PROMPT, BLOCK, PASSES = 128, 128, 32, 32  # tokens, tokens, tokens, forward passes of an answer
 WAYS = (
     "lora; lora remat=save_attention; lora remat=full; lora attention_kernel=xla; nf4; nf4 remat=full; "
     "torch; torch_best; torch_nf4; torch_nf4_best; generate batch=1,8,128; torch_generate batch=1,8,128"
 )
-# Of our training ways; a way's own keys come after them.
-SETTINGS = {
-    "remat": "save_dots",
-    "attention_kernel": "cudnn",
-    "gradient_accumulation_steps": 1,
-    "loss_chunk": 2048,
-    "lora_config.lora_dropout": 0.0,
-    "wandb_config.project": "",
-}
 
 
 def main() -> None:
@@ -169,16 +169,6 @@ def answer(decoder: Decoder, plan: Any, sampling: Any, prompts: list[np.ndarray]
         fill_answers(decoder, prompts, GENERATED, plan, options)
 
 
-def batch_sizes(keys: dict[str, str]) -> list[int]:
-    """Those of a generation, taken out of its keys."""
-    return [int(size) for size in keys.pop("batch", "8").split(",")]
-
-
-def configuration(options: argparse.Namespace, keys: dict[str, Any]) -> Any:
-    overrides = {"model": options.model, "max_length": options.length, **keys}
-    return load_config("", [f"--config.{key}={value}" for key, value in overrides.items()])
-
-
 def random_params(model_config: ModelConfig, dtype: Any, held: QuantConfig | None) -> dict[str, Any]:
     """Weights of the model's shape, N(0, 0.02), quantised a layer at a time; norms are ones."""
 
@@ -203,43 +193,6 @@ def full_rows(options: argparse.Namespace, vocab_size: int) -> CleanBatch:
     lengths, ids = np.full(options.rows, options.length, np.int32), np.arange(options.rows, dtype=np.int32)
     batch = CleanBatch.of_rows(tokens, lengths, np.ones(shape, bool), 0 * lengths, ids, ids / options.rows)
     return jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
-
-
-def timed(run: Callable[[int], Any], options: argparse.Namespace, of_a_round: int = 0) -> list[float]:
-    """Seconds of one step (or answer) in each round; `run` takes their number and waits for the last."""
-    count = of_a_round or options.steps
-    run(2)
-    seconds = []
-    for _ in range(options.rounds):
-        begun = time.perf_counter()
-        run(count)
-        seconds.append((time.perf_counter() - begun) / count)
-    return seconds
-
-
-def training_figures(
-    config: Any, model_config: ModelConfig, seconds: list[float], options: argparse.Namespace
-) -> dict[str, Any]:
-    speed = options.rows * options.length / median_of(seconds)
-    flops = train_flops_per_token(model_config, options.length, lora_config(config)) * speed
-    peak = peak_flops(jax.devices()[0].device_kind)
-    return {
-        "seconds_per_step": median_of(seconds),
-        "tokens_per_second": speed,
-        "tflops": flops / 1e12,
-        "mfu": flops / peak if peak else "",
-        "seconds": seconds,
-    }
-
-
-def generation_figures(batch: int, answers: Callable[[int], Any], options: argparse.Namespace) -> dict[str, Any]:
-    begun = time.perf_counter()
-    answers(1)
-    first = time.perf_counter() - begun
-    seconds = timed(answers, options, of_a_round=1)
-    median = median_of(seconds)
-    speed = {"tokens_per_second": batch * GENERATED / median, "ms_per_pass": 1e3 * median / PASSES}
-    return {"batch": batch, "answer_seconds": median, **speed, "first_seconds": round(first, 1), "seconds": seconds}
 
 
 def memory(kind: str = "bytes_in_use") -> float | str:

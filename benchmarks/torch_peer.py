@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import accelerator
+from benchmarks import figures
 from difflm_jax.checkpoint.source import read_model_config
 from difflm_jax.models.lora import ADAPTABLE
 
@@ -64,26 +64,26 @@ def training(name: str, keys: dict[str, str], options: argparse.Namespace) -> li
     first = time.perf_counter() - begun
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = accelerator.timed(steps, options)
-    config = accelerator.configuration(options, accelerator.SETTINGS)
-    figures = accelerator.training_figures(config, read_model_config(options.model), seconds, options)
+    seconds = figures.timed(steps, options)
+    config = figures.configuration(options, figures.SETTINGS)
+    found = figures.training_figures(config, read_model_config(options.model), seconds, options)
     peak = memory(torch.cuda.max_memory_allocated) if DEVICE == "cuda" else ""
     memories = {"peak_gib": peak, "weights_gib": weights}
-    return [{**figures, **memories, "first_seconds": round(first, 1), "micro_batch": micro}]
+    return [{**found, **memories, "first_seconds": round(first, 1), "micro_batch": micro}]
 
 
 def generation(name: str, keys: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The whole canvas through the model in every pass, as one writes it with transformers; logits of the answer."""
     model = random_model(options.model).eval()
-    sizes = accelerator.batch_sizes(keys)
-    return [accelerator.generation_figures(size, answering(model, size), options) for size in sizes]
+    sizes = figures.batch_sizes(keys)
+    return [figures.generation_figures(size, answering(model, size), options) for size in sizes]
 
 
 def answering(model: Any, batch: int) -> Callable[[int], None]:
     """Makes the answers to `batch` prompts, as often as it is told."""
-    generated, passes = accelerator.GENERATED, accelerator.PASSES
+    generated, passes = figures.GENERATED, figures.PASSES
     mask_id = model.config.vocab_size - 1
-    prompt = torch.randint(10, mask_id, (batch, accelerator.PROMPT), device=DEVICE)
+    prompt = torch.randint(10, mask_id, (batch, figures.PROMPT), device=DEVICE)
     canvas = torch.cat([prompt, prompt.new_full((batch, generated), mask_id)], dim=1)
     seen = torch.ones((batch, 1, canvas.shape[1], canvas.shape[1]), dtype=torch.bool, device=DEVICE)
     first, quota = prompt.shape[1], generated // passes

@@ -36,7 +36,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.evaluation.fluency import print_fluency
 from difflm_jax.evaluation.lossless import print_lossless
 from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
-from difflm_jax.evaluation.report import print_report
+from difflm_jax.evaluation.report import Decodings, print_report
 from difflm_jax.evaluation.results import write_results
 from difflm_jax.evaluation.scores import print_scores, read_windows, score_answers, score_text
 from difflm_jax.evaluation.tasks import TASKS, Question, read_questions
@@ -46,6 +46,7 @@ from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.training.step import StepOptions
 from difflm_jax.utils.files import check_writable
+from difflm_jax.view.tables import print_table
 
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)
@@ -76,6 +77,10 @@ flags.DEFINE_bool(
     "lossless", False, "Tokens per pass of every strategy of a drafting adapter, and whether its text is the base's.",
     flag_values=FLAGS,
 )  # fmt: skip
+flags.DEFINE_bool(
+    "causally", True, "Add a line for the same weights decoded as a causal model, left to right.", flag_values=FLAGS
+)
+flags.DEFINE_integer("show", 12, "About how many questions and answers are printed.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Seed of the masks and draws.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_string("out", "", "A JSON file for the figures and every answer.", flag_values=FLAGS)
 
@@ -109,6 +114,8 @@ def main(flag_values: flags.FlagValues) -> None:
         decoding["block_length"] = flag_values.block_length
     record = {
         "model": lm.source.name,
+        "run": flag_values.run or None,
+        "adapter": flag_values.adapter or None,
         "decoding": decoding,
         "diffusion_config": lm.diffusion_config(),
         "seed": flag_values.seed,
@@ -190,26 +197,24 @@ def _answer_scores(
             flag_values.seed,
         )
         print(f"\nMasked answers ({flag_values.data}), attention {lm.attention}, shift {lm.logit_shift}")
-        print(f"  {'mask rate':<12}{'nll':>10}{'accuracy':>12}{'perplexity':>14}")
-        for rate, values in {**scores["by_mask_rate"], "all": scores}.items():
-            print(
-                f"  {rate:<12}{values['masked_nll']:>10.4f}{values['masked_accuracy']:>12.4f}"
-                f"{values['perplexity']:>14.2f}"
-            )
+        rows = [
+            [rate, f"{found['masked_nll']:.4f}", f"{found['masked_accuracy']:.4f}", f"{found['perplexity']:.2f}"]
+            for rate, found in {**scores["by_mask_rate"], "all": scores}.items()
+        ]
+        print_table(["mask rate", "nll", "accuracy", "perplexity"], rows)
     if samples := flag_values.likelihood:
         scored = score_answers(lm, questions, samples, flag_values.seed, flag_values.batch_size)
         title = f"Likelihood of the answers ({len(questions)}, {flag_values.data}), {samples} samples a row"
         record["likelihood"] = {"samples": samples, **print_scores(title, scored)}
-    columns = print_report(
-        lm,
-        flag_values.data,
-        questions,
+    decodings = Decodings(
         tokens_per_pass,
         flag_values.max_new_tokens,
-        task=flag_values.task,
-        batch_size=flag_values.decode_batch_size,
-        decoding=decoding,
+        flag_values.task,
+        flag_values.decode_batch_size,
+        decoding,
+        flag_values.causally,
     )
+    columns = print_report(lm, flag_values.data, questions, decodings, flag_values.show)
     if flag_values.fluency:
         record["fluency"] = print_fluency(lm, questions, columns, flag_values.batch_size)
     record["questions"] = [dataclasses.asdict(question) for question in questions]

@@ -11,12 +11,13 @@ is exact; v5e, v6e, a100, h100 and h200 need not be there if jax[tpu] or jax's C
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,6 @@ class _Described:
     name: str  # a phase, or "sampling"
     flag_values: flags.FlagValues
     steps: Steps | None
-    cache: dict[str, Step] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -153,16 +153,26 @@ class _Described:
         if self.name == _SAMPLING:
             job = self.job(abstract_mesh(*self.sizes), rows, platform == "cpu")
             return sampling_estimate(self.config, self.model_config, self.sizes, platform, job)
-        if platform not in self.cache:
-            self.cache[platform] = Step.of(self.config, self.name, self.model_config, self.sizes, platform)
-        return self.cache[platform].estimate(rows, width)
+        return self.step.estimate(platform, rows, width)
+
+    @functools.cached_property
+    def step(self) -> Step:
+        return Step.of(self.config, self.name, self.model_config, self.sizes)
+
+    def total(self, platform: str) -> Callable[[int], int]:
+        """The bytes as a function of the rows."""
+        if self.name != _SAMPLING:
+            return lambda rows: self.estimate(rows, platform).total
+        unit = row_shards(abstract_mesh(*self.sizes))
+        one, two = (self.estimate(rows, platform).total for rows in (unit, 2 * unit))
+        return lambda rows: one + (two - one) * (rows // unit - 1)
 
 
 def _estimated(described: _Described, chip: Chip) -> dict[str, Any]:
     capacity = chip.memory * chip.usable
     found = described.estimate(described.rows, chip.platform)
     unit = row_shards(abstract_mesh(*described.sizes))
-    most = largest_batch(lambda rows: described.estimate(rows, chip.platform).total, capacity, unit)
+    most = largest_batch(described.total(chip.platform), capacity, unit)
     return {**_record(described, chip, found.parts, found), "largest_batch_size": most}
 
 
@@ -209,10 +219,14 @@ def _record(described: _Described, chip: Chip, parts: dict[str, int], found: Est
         "fits": total <= capacity,
         "teraflop": round(step.flops / 1e12, 3),
         "link_gib": round(step.link_bytes / GIB, 3),
-        "seconds": round(seconds, 4) if bound else None,
+        "seconds": _rounded(seconds) if bound else None,
         "bound_by": bound,
-        "run_seconds": round(_run_seconds(described, chip), 1) if bound and steps else None,
+        "run_seconds": _rounded(_run_seconds(described, chip)) if bound and steps else None,
     }
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
 
 
 def _run_seconds(described: _Described, chip: Chip) -> float:

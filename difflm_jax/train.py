@@ -19,7 +19,7 @@ from difflm_jax.config.files import load_config, take_overrides
 from difflm_jax.config.schema import KEYS
 from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError, exit_with_errors
-from difflm_jax.evaluation.report import print_report
+from difflm_jax.evaluation.report import Decodings, print_report
 from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.loading import ModelSpec, load_model, spec_of_names, with_origin
 from difflm_jax.training.preview import preview
@@ -54,7 +54,7 @@ def command(argv: Sequence[str]) -> int:
                 lm = load_model(spec_of_names(model=config.model, run=config.output_dir), with_base=True)
             elif config.trained == "all":
                 lm = with_origin(lm, ModelSpec(config.model, revision=config.revision or None))
-            print_report(lm, report.data, questions, report.tokens_per_pass, report.max_new_tokens)
+            print_report(lm, report.data, questions, Decodings(report.tokens_per_pass, report.max_new_tokens))
         if is_writer():
             run = f"--run={config.output_dir}"
             suggest_next(f'difflm generate {run} --prompt="..."; difflm export {run} --to=peft --out=DIR')

@@ -10,16 +10,17 @@ from difflm_jax.evaluation.intervals import mean_interval, ratio_interval
 from difflm_jax.evaluation.report import Column
 from difflm_jax.evaluation.tasks import Question
 from difflm_jax.lm import LanguageModel
+from difflm_jax.view.tables import print_table
 
 NGRAM = 4  # tokens whose recurrence within an answer counts as repetition
 
 
 def fluency(lm: LanguageModel, questions: Sequence[Question], column: Column, batch_size: int) -> dict[str, Any]:
-    """Figures of the answers of one way of decoding, means over the questions with 95 % bootstrap intervals.
+    """Figures of the answers of one way of decoding: means over the questions with 95 % bootstrap intervals.
 
     tokens: length, end of sequence included. ended: share with an end of sequence within the canvas. empty: share that
-    begins with one (a flood of them). repetition: share of an answer's 4-grams of tokens that it had before. base_nll:
-    nats a token under the causal base, exactly; None where no answer holds more than its end.
+    begins with one. repetition: share of an answer's 4-grams of tokens that occur earlier in it. base_nll: nats per
+    token under the causal base, exactly; None if no answer holds more than its end.
     """
     ends = [bool(np.isin(tokens[-1:], lm.eos_token_ids).any()) for tokens in column.tokens]
     rows = {
@@ -41,7 +42,7 @@ def fluency(lm: LanguageModel, questions: Sequence[Question], column: Column, ba
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """The share of the 4-grams of `tokens` that occur earlier in them; 0 of fewer than two."""
+    """The share of the 4-grams of `tokens` that occur earlier in them; 0 if there are fewer than two."""
     ngrams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(Counter(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -49,17 +50,20 @@ def repetition(tokens: Sequence[int]) -> float:
 def print_fluency(
     lm: LanguageModel, questions: Sequence[Question], columns: Sequence[Column], batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """A table of all ways of decoding; returns their figures by name."""
+    """Prints a table of all ways of decoding; returns their figures by name."""
     found = {column.name: fluency(lm, questions, column, batch_size) for column in columns}
-    print(f"\n  {'decoding':<18}{'tokens':>8}{'ended':>8}{'empty':>8}{'repeats':>9}{'NLL under the base':>26}")
-    for name, figures in found.items():
-        nll = "-"
-        if figures["base_nll"]:
-            low, high = figures["base_nll"]["interval"]
-            nll = f"{figures['base_nll']['mean']:.3f} [{low:.2f}, {high:.2f}]"
-        means = {key: figures[key]["mean"] for key in ("tokens", "ended", "empty", "repetition")}
-        print(
-            f"  {name:<18}{means['tokens']:>8.1f}{means['ended']:>8.2f}{means['empty']:>8.2f}"
-            f"{means['repetition']:>9.3f}{nll:>26}"
-        )
+    print("\nHow the answers read")
+    print_table(
+        ["decoding", "tokens", "ended", "empty", "repeats", "NLL under the base"],
+        [_row(name, figures) for name, figures in found.items()],
+    )
     return found
+
+
+def _row(name: str, figures: dict[str, Any]) -> list[str]:
+    nll = "-"
+    if figures["base_nll"]:
+        low, high = figures["base_nll"]["interval"]
+        nll = f"{figures['base_nll']['mean']:.3f} [{low:.2f}, {high:.2f}]"
+    formats = {"tokens": ".1f", "ended": ".2f", "empty": ".2f", "repetition": ".3f"}
+    return [name, *(format(figures[key]["mean"], style) for key, style in formats.items()), nll]

@@ -1,4 +1,4 @@
-"""Questions with known answers: how often a model is right, beside its own causal base, with error bars."""
+"""Questions with known answers: how often a model and its own causal base are right, with error bars."""
 
 import dataclasses
 import time
@@ -9,6 +9,7 @@ from difflm_jax.evaluation.intervals import difference_interval, mean_interval
 from difflm_jax.evaluation.tasks import TASKS, Question
 from difflm_jax.lm import LanguageModel
 from difflm_jax.view.pieces import printable
+from difflm_jax.view.tables import print_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,76 +36,88 @@ class Column:
         }
 
 
-def compare(
-    lm: LanguageModel,
-    questions: Sequence[Question],
-    tokens_per_pass: Sequence[int],
-    max_new_tokens: int,
-    task: str = "exact",
-    batch_size: int = 64,
-    decoding: Mapping[str, Any] | None = None,
-) -> list[Column]:
-    """The causal base's greedy answers, then those of `lm` at each number of tokens committed in a forward pass.
+@dataclasses.dataclass(frozen=True)
+class Decodings:
+    """How questions are answered: at each of `tokens_per_pass` tokens committed per forward pass, on a canvas of
+    `max_new_tokens`, `batch_size` questions together.
 
-    `decoding`: options of `LanguageModel.generate` for `lm`.
+    `options` are those of `LanguageModel.generate` for the converted model. `task` says what counts as right.
+    `causally` adds the same weights, adapter included, decoded as a causal model.
     """
+
+    tokens_per_pass: Sequence[int]
+    max_new_tokens: int
+    task: str = "exact"
+    batch_size: int = 64
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    causally: bool = False
+
+
+def compare(lm: LanguageModel, questions: Sequence[Question], decodings: Decodings) -> list[Column]:
+    """The causal base's greedy answers, those of `lm` at each number of tokens per pass, and its own read causally."""
     ways = [(lm.base(), "causal base", 1, {})]
     ways += [
-        (lm, f"{tokens} token{'s' if tokens > 1 else ''} a pass", tokens, decoding or {}) for tokens in tokens_per_pass
+        (lm, f"{tokens} token{'s' if tokens > 1 else ''} a pass", tokens, decodings.options)
+        for tokens in decodings.tokens_per_pass
     ]
-    columns = []
-    for model, name, tokens, options in ways:
-        start = time.perf_counter()
-        prompts = [question.prompt for question in questions]
-        fewest = model.diffusion.fewest_passes(max_new_tokens, options.get("block_length"))
-        steps = max(-(-max_new_tokens // tokens), fewest)
-        out = model.generate(prompts, max_new_tokens, steps, batch_size=batch_size, **options)
-        is_correct = TASKS[task].is_correct
-        correct = [is_correct(question, text) for question, text in zip(questions, out.texts, strict=True)]
-        seconds = time.perf_counter() - start
-        tokens = [row.tolist() for row in out.tokens]
-        columns.append(Column(name, out.texts, sum(correct), seconds, correct, out.steps.tolist(), tokens))
-    return columns
+    if decodings.causally and not lm.diffusion.gated:  # a gated adapter read causally is its base
+        same = dataclasses.replace(lm, diffusion=lm.diffusion.causal())
+        ways.append((same, "causally", 1, {}))
+    return [_answers(*way, questions, decodings) for way in ways]
+
+
+def _answers(
+    lm: LanguageModel,
+    name: str,
+    tokens: int,
+    options: Mapping[str, Any],
+    questions: Sequence[Question],
+    decodings: Decodings,
+) -> Column:
+    start = time.perf_counter()
+    prompts, length = [question.prompt for question in questions], decodings.max_new_tokens
+    steps = max(-(-length // tokens), lm.diffusion.fewest_passes(length, options.get("block_length")))
+    out = lm.generate(prompts, length, steps, batch_size=decodings.batch_size, **options)
+    is_correct = TASKS[decodings.task].is_correct
+    correct = [is_correct(question, text) for question, text in zip(questions, out.texts, strict=True)]
+    seconds = time.perf_counter() - start
+    return Column(
+        name, out.texts, sum(correct), seconds, correct, out.steps.tolist(), [row.tolist() for row in out.tokens]
+    )
 
 
 def print_report(
-    lm: LanguageModel,
-    dataset: str,
-    questions: Sequence[Question],
-    tokens_per_pass: Sequence[int],
-    max_new_tokens: int,
-    shown: int = 12,
-    task: str = "exact",
-    batch_size: int = 64,
-    decoding: Mapping[str, Any] | None = None,
+    lm: LanguageModel, dataset: str, questions: Sequence[Question], decodings: Decodings, shown: int = 12
 ) -> list[Column]:
-    """Answers `questions` (of `dataset`), prints some of them and a table of right answers; returns the columns."""
-    columns = compare(lm, questions, tokens_per_pass, max_new_tokens, task, batch_size, decoding)
-    print(f"\nHeld-out questions ({len(questions)}, {dataset}), answers of at most {max_new_tokens} tokens")
-    for i in range(0, len(questions), max(1, len(questions) // shown)):
+    """Answers `questions` (of `dataset`), prints about `shown` of them and a table of all ways; returns the columns."""
+    columns = compare(lm, questions, decodings)
+    print(f"\nQuestions ({len(questions)}, {dataset}), answers of at most {decodings.max_new_tokens} tokens")
+    for i in range(0, len(questions), max(1, len(questions) // shown)) if shown else []:
         print(f"\n  Q: {_line(questions[i].messages[-1]['content'])}")
         print(f"     reference        {_line(questions[i].reference)}")
         for column in columns:
             print(f"   {'=' if column.correct[i] else ' '} {column.name:<16} {_line(column.answers[i])}")
-    base = columns[0]
-    score = "exact match" if task == "exact" else "correct"
-    print(
-        f"\n  {'decoding':<18}{score:>14}{'95 %':>14}{'of the base':>14}{'minus base, 95 %':>24}{'passes':>8}"
-        f"{'seconds':>10}"
-    )
-    for column in columns:
-        share = f"{column.matches}/{len(questions)} = {column.matches / len(questions):.2f}"
-        low, high = mean_interval(column.correct)
-        relative = f"{column.matches / base.matches:.2f}" if base.matches else "-"
-        difference = "-"
-        if column is not base:
-            least, most = difference_interval(column.correct, base.correct)
-            difference = f"{(column.matches - base.matches) / len(questions):+.2f} [{least:+.2f}, {most:+.2f}]"
-        print(
-            f"  {column.name:<18}{share:>14}{f'[{low:.2f}, {high:.2f}]':>14}{relative:>14}{difference:>24}"
-            f"{sum(column.passes) / len(questions):>8.1f}{column.seconds:>10.1f}"
-        )
+    score = "exact match" if decodings.task == "exact" else "correct"
+    head = ["decoding", score, "95 %", "of the base", "minus base, 95 %", "passes", "seconds"]
+    print_table(head, [_row(column, columns[0], len(questions)) for column in columns])
     return columns
+
+
+def _row(column: Column, base: Column, count: int) -> list[str]:
+    low, high = mean_interval(column.correct)
+    difference = "-"
+    if column is not base:
+        least, most = difference_interval(column.correct, base.correct)
+        difference = f"{(column.matches - base.matches) / count:+.2f} [{least:+.2f}, {most:+.2f}]"
+    return [
+        column.name,
+        f"{column.matches}/{count} = {column.matches / count:.2f}",
+        f"[{low:.2f}, {high:.2f}]",
+        f"{column.matches / base.matches:.2f}" if base.matches else "-",
+        difference,
+        f"{sum(column.passes) / count:.1f}",
+        f"{column.seconds:.1f}",
+    ]
 
 
 def _line(text: str) -> str:

@@ -14,6 +14,7 @@ from difflm_jax.evaluation.intervals import difference_interval, ratio_interval
 from difflm_jax.evaluation.tasks import Question
 from difflm_jax.lm import LanguageModel
 from difflm_jax.sampling.likelihood import LogLikelihood
+from difflm_jax.view.tables import print_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,19 +104,26 @@ def read_windows(dataset: str, tokenizer: Any, max_length: int, rows: int = 0) -
 
 
 def print_scores(title: str, scored: Scored) -> dict[str, Any]:
-    """A table of both models; returns `scored.record()`."""
-    record = scored.record()
+    """Prints a table of both models; returns `scored.record()`."""
+    record, rows = scored.record(), []
     print(f"\n{title}")
-    print(f"  {'model':<18}{'nats a token':>14}{'95 %':>18}{'perplexity':>12}{'bits a byte':>13}{'sampling error':>16}")
     for name, key, sign in (("causal base", "causal_base", ""), ("diffusion, bound", "diffusion", "<=")):
         found = record[key]
         low, high = found["nats_per_token_interval"]
         error = found["monte_carlo_error"]
-        print(
-            f"  {name:<18}{found['nats_per_token']:>14.4f}{f'[{low:.3f}, {high:.3f}]':>18}"
-            f"{sign + format(found['perplexity'], '.2f'):>12}{sign + format(found['bits_per_byte'], '.4f'):>13}"
-            f"{'-' if error is None else format(error, '.4f'):>16}"
+        rows.append(
+            [
+                name,
+                f"{found['nats_per_token']:.4f}",
+                f"[{low:.3f}, {high:.3f}]",
+                f"{sign}{found['perplexity']:.2f}",
+                f"{sign}{found['bits_per_byte']:.4f}",
+                "-" if error is None else f"{error:.4f}",
+            ]
         )
     low, high = record["difference"]["interval"]
-    print(f"  {'difference':<18}{record['difference']['nats_per_token']:>+14.4f}{f'[{low:+.3f}, {high:+.3f}]':>18}")
+    rows.append(
+        ["difference", f"{record['difference']['nats_per_token']:+.4f}", f"[{low:+.3f}, {high:+.3f}]", "", "", ""]
+    )
+    print_table(["model", "nats a token", "95 %", "perplexity", "bits a byte", "sampling error"], rows)
     return record

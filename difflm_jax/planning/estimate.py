@@ -37,10 +37,11 @@ class _Backend:
     trained: float  # what is trained, in float32: gradients of a micro-batch, their sum, the updates
     logits: float  # a chunk of float32 logits in training
     canvas: float  # float32 logits of the active blocks in a generation
+    takes_turns: bool = False  # whether a layer and a chunk of logits have the same place
 
 
 _BACKENDS = {
-    "cpu": _Backend(1.3, 2.4, 1.2, 2.0),
+    "cpu": _Backend(1.4, 2.4, 2.0, 2.0, takes_turns=True),
     "cuda": _Backend(0.46, 2.1, 0.85, 1.0),
     "tpu": _Backend(1.2, 3.0, 0.87, 3.1),
 }
@@ -62,19 +63,18 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step of a phase on a mesh, on devices of a platform; the residuals of a row are traced once."""
+    """A training step of a phase on a mesh; the residuals of a row are traced once."""
 
     config: ConfigDict
     phase: str
     model_config: ModelConfig
     sizes: Sizes
-    platform: str
     arguments: dict[str, int]  # bytes by part, `batch` with a row per device
     trained: int  # bytes
     kept: tuple[float, float]  # bytes per row of `max_length`: kept, and what one layer could read
 
     @classmethod
-    def of(cls, config: ConfigDict, phase: str, model_config: ModelConfig, sizes: Sizes, platform: str) -> "Step":
+    def of(cls, config: ConfigDict, phase: str, model_config: ModelConfig, sizes: Sizes) -> "Step":
         settings, mesh = phase_config(config, phase), abstract_mesh(*sizes)
         job = training_job(config, phase, model_config, mesh, row_shards(mesh))
         part = _part(model_config, sizes[2])
@@ -82,23 +82,24 @@ class Step:
         layer = (kept["none"] - kept["full"]) / model_config.num_layers
         trained = device_bytes(job.arguments["state"].trained)
         traced = (argument_parts(job), trained, (kept[settings.remat], layer))
-        return cls(config, phase, model_config, sizes, platform, *traced)
+        return cls(config, phase, model_config, sizes, *traced)
 
-    def estimate(self, batch_size: int, length: int = 0) -> Estimate:
-        """Of `batch_size` rows per micro-batch of `length` tokens (0: `max_length`)."""
+    def estimate(self, platform: str, batch_size: int, length: int = 0) -> Estimate:
+        """Of `batch_size` rows per micro-batch of `length` tokens (0: `max_length`), on devices of a platform."""
         settings = phase_config(self.config, self.phase)
         length = length or settings.max_length
         rows = batch_size // (self.sizes[0] * self.sizes[1])
         scale = rows * length / settings.max_length
-        backend = _BACKENDS[self.platform]
+        backend = _BACKENDS[platform]
         arguments = {**self.arguments, "batch": int(scale * self.arguments["batch"])}
         chunk = 4 * min(rows * length, settings.loss_chunk) * self.sizes[1] * self._vocabulary
+        working = (backend.layer * scale * self.kept[1], backend.logits * chunk)
         parts = {
             **arguments,
             "activations": int(scale * self.kept[0]),
             "gradients": int(backend.trained * self.trained),
-            "working": int(backend.layer * scale * self.kept[1] + backend.logits * chunk)
-            + _copies(settings, self.model_config, self.sizes, self.platform),
+            "working": int(max(working) if backend.takes_turns else sum(working))
+            + _copies(settings, self.model_config, self.sizes, platform),
         }
         accumulation = settings.gradient_accumulation_steps
         flops = accumulation * train_flops(
@@ -139,7 +140,7 @@ def sampling_estimate(config: ConfigDict, model_config: ModelConfig, sizes: Size
     plan, canvas = job.static["plan"], job.arguments["canvas"]
     rows = canvas.tokens.shape[0] // (sizes[0] * sizes[1])
     columns, block = canvas.tokens.shape[1], plan.block_length
-    is_cached = job.static["diffusion"].exact_cache != "none"
+    is_cached = job.arguments["decoder"].diffusion.exact_cache != "none"
     lora = None if config.trained == "all" else lora_config(config)
     arguments = argument_parts(job)
     head = model_config.num_kv_heads * model_config.head_dim

@@ -19,4 +19,6 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # as text: brackets of an interval are no markup
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip().removeprefix(" ") for line in captured.get().splitlines()), flush=True)

@@ -32,18 +32,20 @@ ONE = (1, 1, 1)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("case", CASES)
 def test_memory_of_a_step_is_what_xla_assigns(case):
     """Arguments to the byte, but for what is not read; all of it to 15 %, of compiled steps on one CPU device."""
     config, model_config = load_config("", [*SHAPE, *CASES[case]]), ModelConfig.from_hf(SMALL)
     measured, _ = compiled_parts(training_job(config, "pretrain", model_config, make_mesh(1), on_cpu=True))
-    found = Step.of(config, "pretrain", model_config, ONE, "cpu").estimate(config.batch_size)
+    found = Step.of(config, "pretrain", model_config, ONE).estimate("cpu", config.batch_size)
     arguments = sum(found.parts[name] for name in ("weights", "adapters", "moments", "batch"))
     assert 0 <= arguments - measured["arguments"] < found.parts["batch"]  # fields that the objective does not ask for
     assert found.total == pytest.approx(measured["arguments"] + measured["temporaries"], rel=TOLERANCE), found.parts
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("keys", [(), ("quantization=nf4",), ("dtype=bfloat16", "attention=prefix")])
 def test_memory_of_a_generation_is_what_xla_assigns(keys):
     """All of it to 15 %, on one CPU device."""
@@ -67,7 +69,7 @@ def test_a_mesh_divides_what_it_says():
     config, shape = load_config("", [*SHAPE, "quantization=nf4"]), ModelConfig.from_hf(SMALL)
     deeper = ModelConfig.from_hf({**SMALL, "num_hidden_layers": 16})
     whole, part, deep = (
-        Step.of(config, "pretrain", each, sizes, "cuda").estimate(8)
+        Step.of(config, "pretrain", each, sizes).estimate("cuda", 8)
         for each, sizes in ((shape, ONE), (shape, (1, 4, 1)), (deeper, (1, 4, 1)))
     )
     assert whole.link_bytes == 0
@@ -86,7 +88,7 @@ def test_a_mesh_divides_what_it_says():
 
 def test_heads_and_mlp_are_divided_over_tensor():
     config, model_config = load_config("", [*SHAPE, "remat=save_dots"]), ModelConfig.from_hf(SMALL)
-    one, two = (Step.of(config, "pretrain", model_config, sizes, "tpu").estimate(8).parts for sizes in (ONE, (1, 1, 2)))
+    one, two = (Step.of(config, "pretrain", model_config, sizes).estimate("tpu", 8).parts for sizes in (ONE, (1, 1, 2)))
     assert two["weights"] == pytest.approx(one["weights"] / 2, rel=0.01)
     assert one["activations"] / 2 < two["activations"] < one["activations"]  # hidden states are whole on each
 
@@ -94,7 +96,7 @@ def test_heads_and_mlp_are_divided_over_tensor():
 def test_a_step_counts_what_its_objective_computes():
     """Blocks compute a noisy and a clean copy of each row; complementary masks use each row twice."""
     config, model_config = load_config("", SHAPE), ModelConfig.from_hf(SMALL)
-    found = Step.of(config, "pretrain", model_config, ONE, "cuda").estimate(8, 100)
+    found = Step.of(config, "pretrain", model_config, ONE).estimate("cuda", 8, 100)
     once = train_flops(model_config, lora_config(config), Work(8 * 100, 8 * 100**2, 8 * 100), "full")
     assert found.flops == pytest.approx(2 * once)  # two micro-batches
     blocks = load_config("", [*SHAPE, "attention=block", "block_length=16"])
