@@ -48,7 +48,7 @@ class LanguageModel:
     diffusion: DiffusionConfig
     lora: dict[str, Any] | None = None
     quantization: QuantConfig | None = None
-    provenance: str = ""  # where the weights come from, if not from the source as it is
+    provenance: str = ""  # where the weights come from, if not from the source unchanged
     mesh: Mesh | None = None  # over which the arrays are divided; None: they are on one device
     adapter_knows_masks: bool = False  # the adapter was trained on masks, with a row of its own for them or the table's
     origin: "LanguageModel | None" = None  # the causal base, if it has other weights (read when asked for); else None
@@ -186,10 +186,11 @@ class LanguageModel:
         """Answers prompts: a string or a list of strings (the chat template is applied), message lists, messages with
         tools as {"messages": ..., "tools": ...}, or token lists.
 
-        An answer starts as `max_new_tokens` masks; at most `steps` forward passes, over all blocks together, commit
-        them, the surest ones first. `block_length` fills the answer in blocks from left to right (None: one block, or
-        those that `block` attention was trained with). `algorithm` ranks the masks; None: what the other options need,
-        else what the adapter's `diffusion_config.json` names. `options` are the fields of
+        An answer starts as `max_new_tokens` masks. At most `steps` forward passes, over all blocks together, commit
+        them, the most confident first. Each block takes at least one, and no more are scheduled than there are masks
+        (except for `remask`); passes of `edit_threshold` come on top. `block_length` fills the answer in blocks from
+        left to right (None: one block, or the blocks of the attention rule). `algorithm` ranks the masks; None: what
+        the other options need, else what the adapter's `diffusion_config.json` names. `options` are the fields of
         `difflm_jax.sampling.options.Sampling`.
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
         string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is

@@ -14,7 +14,7 @@ from flax import struct
 from difflm_jax.data.fields import FIELDS
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.diffusion.extras.settings import Extras
-from difflm_jax.diffusion.weights import LossRule, behind_eos, loss_weights
+from difflm_jax.diffusion.weights import LossRule, after_eos, loss_weights
 from difflm_jax.ops.random import token_seeds, uniform
 from difflm_jax.utils.settings import RATE, setting
 
@@ -68,7 +68,7 @@ class CleanBatch(_Fields):
 
     @classmethod
     def of_rows(cls, tokens, lengths, answer_mask, prompt_lengths, example_ids, strata) -> "CleanBatch":
-        """A batch with one example a row, of arrays [..., L] (tokens, answer mask) and [...] (the others)."""
+        """A batch with one example per row, of arrays [..., L] (tokens, answer mask) and [...] (the others)."""
         position = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
         valid = position < lengths[..., None]
 
@@ -155,7 +155,7 @@ def hide(noisy: NoisyBatch, masked_BL: jax.Array, rates_BL: jax.Array, corruptio
     """The same rows with another choice of hidden tokens, drawn at `rates_BL`."""
     weights_BL = loss_weights(noisy.replace(masked=masked_BL, rates=rates_BL), corruption.loss)
     # The base never saw an answer filled up with end-of-sequence tokens: after the first it has nothing to teach.
-    taught_BL = masked_BL & ~behind_eos(noisy.clean, noisy.candidates, noisy.segments, corruption.loss.eos_token_id)
+    taught_BL = masked_BL & ~after_eos(noisy.clean, noisy.candidates, noisy.segments, corruption.loss.eos_token_id)
     return noisy.replace(
         tokens=jnp.where(masked_BL, corruption.diffusion.mask_token_id, noisy.clean),
         masked=masked_BL,

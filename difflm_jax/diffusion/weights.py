@@ -58,7 +58,7 @@ def loss_weights(noisy: "NoisyBatch", rule: LossRule) -> jax.Array:
     """
     scored_BL = noisy.candidates if rule.tokens == "all" else noisy.masked
     if rule.eos == "first":
-        scored_BL = scored_BL & ~behind_eos(noisy.clean, noisy.candidates, noisy.segments, rule.eos_token_id)
+        scored_BL = scored_BL & ~after_eos(noisy.clean, noisy.candidates, noisy.segments, rule.eos_token_id)
     weights_BL = jnp.ones_like(noisy.rates)
     if rule.weight == "inverse_rate":
         weights_BL = 1.0 / jnp.maximum(noisy.rates, _LOWEST_RATE)
@@ -77,7 +77,7 @@ def context_weights(visible_BL: jax.Array, segments_BL: jax.Array, positions_BL:
     return 0.5 * jnp.where(counted_BLL, worth_BLL, 0.0).sum(axis=2)
 
 
-def behind_eos(clean_BL: jax.Array, candidates_BL: jax.Array, segments_BL: jax.Array, eos_token_id: int) -> jax.Array:
+def after_eos(clean_BL: jax.Array, candidates_BL: jax.Array, segments_BL: jax.Array, eos_token_id: int) -> jax.Array:
     """[B, L] bool: end-of-sequence tokens that follow another one of their answer."""
     is_eos_BL = candidates_BL & (clean_BL == eos_token_id)
     follows_BL = is_eos_BL[:, :-1] & (segments_BL[:, :-1] == segments_BL[:, 1:])

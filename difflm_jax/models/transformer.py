@@ -23,12 +23,12 @@ _policies = jax.checkpoint_policies
 
 
 def _keeping(*names: str) -> Callable[..., bool]:
-    """Keeps values of these names, and what a fused kernel gives."""
+    """A policy that saves values of these names and the results of fused kernels."""
     of_name = _policies.save_only_these_names(*names)
     return lambda primitive, *args, **params: primitive.name in FUSED_FORWARD or of_name(primitive, *args, **params)
 
 
-# What a layer keeps for its backward pass beside its input; the rest is computed again there.
+# What a layer saves for its backward pass besides its input; the rest is recomputed there.
 REMAT = {
     "none": _policies.everything_saveable,
     "save_dots": _keeping(PROJECTION, LOW_RANK, ATTENTION_OUTPUT),  # the results of products
@@ -147,7 +147,7 @@ def head_logits(
 ) -> jax.Array:
     """float32 logits [..., V] of `hidden` [..., D], which the model's `logit_scale` is in; capped if it has a cap.
 
-    A trained mask row is an output row too where embeddings are tied, as it is for `peft` and in a merged export.
+    With tied embeddings a trained mask row is an output row too, as in `peft` and in a merged export.
     """
     head_VD = head_weight(config, params)
     logits = matmul(rows_together(hidden, head_VD), head_VD, jnp.float32)

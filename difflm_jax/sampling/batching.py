@@ -28,7 +28,7 @@ SMALLEST_WIDTH = 16
 
 @dataclasses.dataclass(frozen=True)
 class FillOptions:
-    """How rows are filled: by which options, in at most `steps` passes per row; `watch` is called after every pass."""
+    """How rows are filled: options, at most `steps` passes per row, and `watch`, which is called after every pass."""
 
     sampling: Sampling
     steps: int = 128
@@ -90,8 +90,8 @@ def fill_answers(
 ) -> Filled:
     """Answers of `max_new_tokens` to `prompts`, which hold at least one token each.
 
-    The last block is whole. But under `block_causal` attention, where the prompt may end within a block, which the
-    answer then completes, it is as long as what is left.
+    The last block is whole. Under `block_causal` attention a prompt may end within a block, which the answer completes;
+    the last block is then as long as what is left.
     """
     diffusion = decoder.diffusion
     whole = max_new_tokens if diffusion.blocks_include_prompt else plan.num_blocks * plan.block_length

@@ -1,7 +1,7 @@
 """Models as the sampler sees them, and what a pass may leave out because its keys and values are known.
 
-A cache holds keys and values of every column of the canvas. A pass runs over a window of columns, whose keys take the
-place of the cached ones; the other columns are only read:
+A cache stores the keys and values of every column of the canvas. A pass runs over a window of columns, whose keys
+replace the cached ones; the other columns are only read:
 
   prompt  exact under `prefix` and `causal` attention: the prompt runs once, a pass is the whole answer
   blocks  exact under `block` and `causal` attention: the prompt runs once, a pass is the active block; the first pass
@@ -10,8 +10,8 @@ place of the cached ones; the other columns are only read:
           follows it, against the keys that came before it
   dual    Fast-dLLM: the same, and other passes are the active block alone
 
-`prefix` and `dual` are approximations, for attention under which a finished token's keys would go on changing;
-`refresh_interval` makes them anew every so many passes of a block.
+`prefix` and `dual` are approximations, for attention under which the keys of a finished token still change.
+`refresh_interval` recomputes them every so many passes of a block.
 """
 
 import functools
@@ -157,7 +157,7 @@ class _Runner:
     def prefilled(self, columns: int) -> Any:
         """A cache for the whole canvas with the first `columns` columns run through the model.
 
-        Of 0 columns one is run all the same: the first pass replaces it, and it tells shapes and division over devices.
+        With 0 columns one is run all the same, for the shapes and shardings; the first pass replaces it.
         """
         columns = max(columns, 1)
         rest = self._rows.valid.shape[1] - columns

@@ -1,8 +1,7 @@
 """Which masks of the active block are committed at a step: functions (score, open, quota, ...) -> [B, T] bool.
 
-`score_BT` ranks the positions (`difflm_jax.sampling.confidence`) and `open_BT` marks those that may be committed. But
-for `by_rate`, at least the `quota_B` best of them are. Of equals the leftmost comes first. Rows never look at each
-other.
+`score_BT` ranks the positions (`difflm_jax.sampling.confidence`) and `open_BT` marks those that may be committed. At
+least the `quota_B` best of them are, except by `by_rate`. Ties go to the leftmost. Rows do not depend on each other.
 """
 
 import jax
@@ -21,7 +20,7 @@ def ranks(score_BT: jax.Array, open_BT: jax.Array) -> jax.Array:
 def deadline_quota(open_BT: jax.Array, passes_left_B: jax.Array) -> jax.Array:
     """[B] how many to commit now so that an even pace from here on is done in `passes_left_B`, at least 1.
 
-    What a rule has committed beyond its share, or an end of sequence has closed, makes the passes that follow slower.
+    Masks that a rule committed beyond its share, or that an end of sequence closed, leave fewer for later passes.
     """
     return -(-open_BT.sum(axis=1) // passes_left_B)
 
@@ -29,7 +28,7 @@ def deadline_quota(open_BT: jax.Array, passes_left_B: jax.Array) -> jax.Array:
 def leftmost_first(score_BT: jax.Array, open_BT: jax.Array) -> jax.Array:
     """The score with that of each row's leftmost open position raised above all: every rule commits it.
 
-    Nothing before it is open: it is the one mask whose context is all there, as in the causal model.
+    Nothing before it is open: it is the one mask whose left context is complete, as in the causal model.
     """
     is_first_BT = open_BT & (jnp.cumsum(open_BT, axis=1) == 1)
     return jnp.where(is_first_BT, jnp.inf, score_BT)

@@ -67,8 +67,8 @@ def log_likelihoods(
 ) -> LogLikelihood:
     """log p(answer | prompt) of each row of tokens under a model.
 
-    `samples` is the number of masked copies of a row (one is drawn of an answer of a single token: there is only one).
-    They depend on `seed` and the row alone. With causal attention the result is exact, and takes one pass a row.
+    `samples` is the number of masked copies per row (an answer of a single token has only one).
+    They depend on `seed` and the row alone. With causal attention the result is exact, and takes one pass per row.
     Raises `UserError` for an empty answer, and with the logit shift for an empty prompt.
     """
     check_positive("samples", samples)
@@ -174,7 +174,9 @@ def _block_weights(rng: np.random.Generator, length: int, samples: int) -> np.nd
 
 
 def _variance_of_mean(nll_S: np.ndarray, weights_S: np.ndarray) -> float:
-    """Of the mean of a systematic sample over mask counts (the larger the weight, the lower the count); NaN of one.
+    """Variance of the mean of a systematic sample over mask counts (the larger the weight, the lower the count).
+
+    NaN for a single sample.
 
     Neighbours in order of their count are compared, which leaves out what the counts explain (successive differences:
     Wolter, Introduction to Variance Estimation, 2007, section 8.2, v2).

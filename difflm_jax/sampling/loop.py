@@ -1,9 +1,9 @@
-"""The sampler: one jitted loop over a typed carry that starts from masks and commits what the model is sure of.
+"""The sampler: one jitted loop over a typed carry that starts from masks and commits what the model is confident about.
 
 A pass is: logits of the active block -> a proposal (`proposal`) -> which masks it commits (`commit`, ranked by
-`confidence`, as many as `schedule` says) -> which committed tokens it takes back (`revise`). The loop knows a model
-only as a function `predict`, so that it can be tested with any rigged one. Rows of a batch never look at each other:
-they enter a block together, and a row that is done with it waits, untouched, for the others.
+`confidence`, as many as `schedule` says) -> which committed tokens it remasks or replaces (`revise`). The loop knows a
+model only as a function `predict`, so it can be tested with any rigged one. Rows of a batch do not depend on each
+other. They enter a block together, and a row that is done with it waits, unchanged, for the others.
 """
 
 import dataclasses

@@ -44,7 +44,7 @@ class Sampling:
     top_p: float | None = _number("Draws from the likeliest tokens whose probabilities add up to this.")
     top_k: int | None = _static(None, int, "Draws from this many of the likeliest tokens.")
     alg_temp: float | None = _number("Above 0 draws which masks are committed from softmax(confidence / alg_temp).")
-    schedule: str | None = _static(None, str, f"Masks committed a pass: {', '.join(SCHEDULES)}.")
+    schedule: str | None = _static(None, str, f"Masks committed per pass: {', '.join(SCHEDULES)}.")
     leftmost: bool = _static(False, bool, "Every pass commits the leftmost mask too, as the causal base would.")
     threshold: float | None = _number("Commits every mask of at least this probability (Fast-dLLM).")
     factor: float | None = _number("Commits ranks r of probability at least 1 - factor / (r + 1) (Fast-dLLM).")
@@ -57,7 +57,7 @@ class Sampling:
     repetition_penalty: float | None = _number("Divides the logits of tokens that occur already; 1: off.")
     eos_penalty: float | None = _number("Taken off the logits of end-of-sequence tokens; inf: never one.")
     eos_last: bool = _static(False, bool, "End-of-sequence tokens are committed only where nothing else is left.")
-    stop_at_eos: bool = _static(True, bool, "Masks behind a committed end-of-sequence token are left.")
+    stop_at_eos: bool = _static(True, bool, "Masks after a committed end-of-sequence token are left.")
     cache: str = _static("auto", str, f"Keys and values kept between passes: {', '.join(CACHES)}; auto is exact.")
     refresh_interval: int | None = _static(None, int, "Passes after which prefix and dual caches are made anew.")
     strategy: str | None = _static(None, str, f"How speculative decoding drafts: {', '.join(STRATEGIES)}.")
@@ -75,7 +75,7 @@ class Sampling:
         return self.schedule != DEADLINE and self.remask is None
 
 
-# Names for several options at once; an option that is given beside one takes the place of its own.
+# Names for several options at once; an explicit option replaces that of the preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "steady": {"algorithm": "probability", "threshold": 0.9, "leftmost": True, "schedule": DEADLINE},
 }
@@ -83,7 +83,7 @@ SPECULATIVE = "speculative"
 ALGORITHMS = (*CONFIDENCES, *PRESETS, SPECULATIVE)
 _OF_DRAFTING = ("strategy", "draft_length", "lookup")
 _WITH_DRAFTING = (*_OF_DRAFTING, "algorithm", "temperature", "top_p", "top_k", "eos_penalty", "stop_at_eos", "schedule")
-# Options that say themselves what is committed: beside them the preset of an adapter is only its algorithm.
+# Options that override an adapter's preset; only the preset's algorithm is kept.
 _INSTEAD_OF_PRESETS = {"algorithm", "schedule", "factor", "entropy_bound", "remask", "alg_temp", "eos_last"}
 
 # The algorithms whose score a rule understands; the first is taken where none is named.

@@ -7,7 +7,7 @@ from flax import struct
 from difflm_jax.sampling.confidence import CONFIDENCES, log_odds
 from difflm_jax.sampling.options import Sampling
 
-# Streams folded into the key of a row, a block and a step.
+# Streams folded into the key of (row, block, step).
 TOKEN_STREAM, SCORE_STREAM, RANK_STREAM, REMASK_STREAM = range(4)
 
 

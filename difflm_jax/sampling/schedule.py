@@ -1,4 +1,4 @@
-"""How many masks of a block are committed at each step: functions (masks, steps) -> a quota for each step.
+"""How many masks of a block are committed at each step: functions (masks, steps) -> a quota per step.
 
 They run on the host in float64, once for each number of masks, and reach the sampler as data (`time_of` is the
 sampler's own).

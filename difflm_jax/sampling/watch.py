@@ -1,4 +1,4 @@
-"""Sampling with someone who watches: the passes of the sampler's own loop, made one by one, and what each of them did.
+"""Observed sampling: the passes of the sampler's own loop, run one by one, and what each of them did.
 
 The host steps the body of the loop that `caches.fill` runs on the device, so the answers are the same. On a GPU they
 are the same up to rounding, since other kernels compute the matmuls then. What is not watched costs nothing.
@@ -21,9 +21,9 @@ ALTERNATIVES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What a forward pass has done to the rows of a batch. T: columns behind the prompts; K: likeliest tokens kept.
+    """What a forward pass did to the rows of a batch. T: columns after the prompts; k: most likely tokens kept.
 
-    Of a canvas that was infilled the columns begin at its first mask.
+    The columns of an infilled canvas begin at its first mask.
     """
 
     rows: Sequence[int]  # places of the rows among all that were given
@@ -34,8 +34,8 @@ class Pass:
     confidence: np.ndarray  # [rows, T] float32, probability of each token when it was committed, 0 elsewhere
     written: np.ndarray  # [rows, T] bool, committed or replaced in this pass
     block: slice  # the columns that were active
-    candidates: np.ndarray  # [rows, block, K] int32, the likeliest tokens in the active block, before the pass
-    probabilities: np.ndarray  # [rows, block, K] float32
+    candidates: np.ndarray  # [rows, block, k] int32, the likeliest tokens in the active block, before the pass
+    probabilities: np.ndarray  # [rows, block, k] float32
 
 
 Watcher = Callable[[Pass], None]

@@ -1,9 +1,13 @@
 """Options of decoding: what they become, and one clear line for what makes no sense."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
 from difflm_jax import UserError
+from difflm_jax.diffusion.config import DiffusionConfig
+from difflm_jax.evaluate import _check_decoding
 from difflm_jax.sampling.options import Sampling, sampling_options
 
 
@@ -147,3 +151,12 @@ def test_left_to_right_is_not_left_to_chance():
     assert sampling_options("causal", "origin", {}).algorithm == "probability"
     with pytest.raises(UserError, match="one token a pass"):
         sampling_options("causal", "confidence", {"algorithm": "origin"})
+
+
+def test_too_many_tokens_per_pass_for_the_blocks_are_told_by_the_flags_that_were_given():
+    """It named a number of `steps` that nobody had given."""
+    lm = SimpleNamespace(diffusion=DiffusionConfig("prefix"), attention="prefix", algorithm="confidence")
+    given = SimpleNamespace(data="rows.jsonl", max_new_tokens=16, block_length=4)
+    _check_decoding(lm, given, [1, 3, 4], {})  # 3 tokens per pass are 6 passes for 4 blocks
+    with pytest.raises(UserError, match="--tokens_per_pass=8: an answer of --max_new_tokens=16 is filled in 4 blocks"):
+        _check_decoding(lm, given, [8], {})

@@ -80,7 +80,7 @@ def least_confident(
 def _led_away(state: NoisyBatch, strays_BL: jax.Array, own_BL: jax.Array, corruption: Corruption) -> NoisyBatch:
     """`state` with the examples `strays_BL` replaced by the model's own text `own_BL`, judged by the teacher alone.
 
-    Nothing is judged behind the first end-of-sequence token that the model itself has put.
+    Nothing is judged after the first end-of-sequence token that the model itself wrote.
     """
     clean_BL = jnp.where(strays_BL & state.candidates, own_BL, state.clean)
     moved = hide(state.replace(clean=clean_BL), state.masked, state.rates, corruption)

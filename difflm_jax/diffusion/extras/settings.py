@@ -7,7 +7,7 @@ from difflm_jax.utils.settings import NOT_NEGATIVE, POSITIVE, SHARE, setting
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """Settings of the modules beside this one.
+    """Settings of the modules next to this one.
 
     complementary: each row is used twice, with its mask and with the complement (`complementary`).
     on_policy, on_policy_passes, on_policy_tokens: share of examples that are trained on states of the model's own
