@@ -185,7 +185,7 @@ def test_unused_tokens_at_the_end_are_free_rows(written, trained):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
+        ({"model": "bert"}, "tokenizer.ggml.model 'bert' is not supported"),
         (
             {"pre": "falcon"},
             "tokenizer.ggml.pre 'falcon' is not supported",
@@ -259,6 +259,43 @@ def test_the_real_qwen_tokenizer_id_for_id(shared_data):
     assert len(lines) > 1000
     for line in lines:
         assert ours(line).input_ids == theirs(line).input_ids, line
+
+
+class SentencePieceMetadata:
+    """A SentencePiece tokenizer's tokenizer.json as llama.cpp's converter would have written it: pieces and scores."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        tokens = sorted(vocabulary, key=vocabulary.get)
+        scores = dict.fromkeys(tokens, -1e6)
+        for rank, merge in reversed([*enumerate(content["model"]["merges"])]):
+            scores["".join(merge if isinstance(merge, list) else merge.split(" "))] = -float(rank)
+        kinds = {"<unk>": TokenType.UNKNOWN, "<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL}
+        types = [TokenType.BYTE if t.startswith("<0x") else kinds.get(t, TokenType.NORMAL) for t in tokens]
+        self._values = {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [int(kind) for kind in types],
+            "tokenizer.ggml.scores": [scores[token] for token in tokens],
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+
+    def get(self, key: str):
+        return self._values.get(key)
+
+
+def test_a_real_sentencepiece_tokenizer_id_for_id(shared_data):
+    """Llama 2's kind: a space before the text, bytes for what has no piece, bos unasked."""
+    path = shared_data / "stories260K" / "tokenizer.json"
+    theirs, ours = Tokenizer.from_file(str(path)), build_tokenizer(SentencePieceMetadata(path))
+    for line in [*real_lines(shared_data, 300), *TEXTS[:7], "Once upon a time, there was a 火."]:
+        ids = ours(line).input_ids
+        assert ids[1:] == theirs.encode(line, add_special_tokens=False).ids, line
+        assert ids[0] == 1 and ours.decode(ids[1:]) == theirs.decode(ids[1:], skip_special_tokens=False)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""SentencePiece BPE of a .gguf file (Gemma's), rebuilt with the `tokenizers` library: pieces with scores, no merges."""
+"""SentencePiece BPE of a .gguf file (Llama 2's, Gemma's): pieces with scores, rebuilt with the `tokenizers` library."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,10 @@ _SPACE = "▁"
 _WITHOUT_PARTS = (TokenType.CONTROL, TokenType.UNUSED, TokenType.BYTE, TokenType.UNKNOWN)
 
 
-def sentencepiece_tokenizer(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> Tokenizer:
-    """Byte-fallback BPE over text whose spaces are "▁", without one put before it.
+def sentencepiece_tokenizer(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], space_prefix: bool
+) -> Tokenizer:
+    """Byte-fallback BPE over text whose spaces are "▁"; `space_prefix` puts one before the text.
 
     SentencePiece joins the pair that makes the piece of the highest score; as merges that is their order.
     """
@@ -20,8 +22,13 @@ def sentencepiece_tokenizer(tokens: Sequence[str], types: Sequence[int], scores:
         models.BPE(vocabulary, _merges(vocabulary, types, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    decoded = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if space_prefix:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), tokenizer.normalizer])
+        decoded.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(decoded)
     return tokenizer
 
 

@@ -44,31 +44,32 @@ class Metadata(Protocol):
 
 
 def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
-    """The tokenizer of a file, with chat template and special ids: Gemma's SentencePiece, or byte-level BPE.
+    """The tokenizer of a file, with chat template and special ids: SentencePiece, or byte-level BPE.
 
     Raises `UserError` for another kind of tokenizer, and by name for another `pre`.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     tokens, types = _tokens(metadata)
-    if kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix") is False:
+    if kind == "llama":
         scores = metadata.get("tokenizer.ggml.scores") or ()
         if len(scores) < len(tokens):
             raise UserError(f"{metadata.path}: tokenizer.ggml.tokens and tokenizer.ggml.scores do not match")
-        tokenizer = sentencepiece_tokenizer(tokens, types, scores[: len(tokens)])
+        space_prefix = metadata.get("tokenizer.ggml.add_space_prefix") is not False
+        tokenizer = sentencepiece_tokenizer(tokens, types, scores[: len(tokens)], space_prefix)
     else:
         tokenizer = _byte_level(metadata, kind, pre, tokens)
-    added = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    special_kinds = (TokenType.CONTROL, TokenType.UNKNOWN)
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
+            AddedToken(token, special=kind in special_kinds, normalized=False)
             for token, kind in zip(tokens, types, strict=True)
-            if kind in added
+            if kind in (*special_kinds, TokenType.USER_DEFINED)
         ]
     )
 
     special = {name: _named_token(metadata, key, tokens) for name, key in _SPECIAL_TOKENS.items()}
     special = {name: token for name, token in special.items() if token is not None}
-    _add_bos_and_eos(metadata, tokenizer, special, add_bos_by_default=pre in _WHOLE_WORDS)
+    _add_bos_and_eos(metadata, tokenizer, special, add_bos_by_default=kind == "llama" or pre in _WHOLE_WORDS)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -81,9 +82,7 @@ def _byte_level(metadata: Metadata, kind: str | None, pre: str | None, tokens: l
     """Byte-level BPE from tokens and merges, split as `tokenizer.ggml.pre` says."""
     path = metadata.path
     if kind != "gpt2":
-        raise UserError(
-            f"{path}: tokenizer.ggml.model {kind!r} is not supported (known: gpt2, byte-level BPE, and Gemma's llama)"
-        )
+        raise UserError(f"{path}: tokenizer.ggml.model {kind!r} is not supported (known: gpt2, llama)")
     if pre not in _SPLITTERS:
         raise UserError(f"{path}: tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(_SPLITTERS)})")
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -154,7 +153,7 @@ def _named_token(metadata: Metadata, key: str, tokens: list[str]) -> str | None:
 def _add_bos_and_eos(
     metadata: Metadata, tokenizer: Tokenizer, special: dict[str, str], add_bos_by_default: bool
 ) -> None:
-    """Puts bos before and eos after a text where the file says so; llama.cpp adds bos to llama-bpe unasked."""
+    """Puts bos before and eos after a text where the file says so; llama.cpp adds bos to some kinds unasked."""
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
     wanted = {
         "bos_token": add_bos_by_default if add_bos is None else add_bos,
