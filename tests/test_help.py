@@ -77,7 +77,8 @@ def test_a_run_opened_as_a_model_in_python_names_its_model(tmp_path):
 
 
 def test_rows_without_an_answer_are_named_before_anything_is_previewed(tmp_path, model_dir, capsys):
-    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' * 4)
+    rows = [f'{{"messages": [{{"role": "user", "content": "Hi {n}"}}]}}\n' for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
     keys = [f"--config.model={model_dir}", f"--config.dataset={tmp_path / 'rows.jsonl'}", "--config.test_size=0.3"]
     assert difflm(["difflm", "train", *keys, "--preview"]) == 1
     shown = capsys.readouterr()
