@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import REMAT
 from difflm_jax.ops import attention
+from difflm_jax.ops.attention import attend_beside
+from difflm_jax.ops.attention_kernels import attend_with
 
 
 def of_jax(q, k, v, mask):
@@ -53,3 +56,28 @@ def test_a_backward_pass_that_keeps_the_result_does_not_attend_again(remat, time
 
     loss = jax.checkpoint(loss, policy=REMAT[remat], prevent_cse=False)
     assert str(jax.make_jaxpr(jax.grad(loss))(q)).count(" reduce_max[") == times
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(None, True), (2.0, False)])
+def test_rows_beside_columns_see_the_same_caps_and_sinks(softcap, has_sinks):
+    """Against a softmax written out, with the sinks as one more score of each head."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for length, heads in ((5, 4), (9, 2), (9, 2)))
+    sinks = rng.normal(size=4).astype(np.float32) if has_sinks else None
+    mask = rng.random((2, 5, 9)) < 0.7
+    scores = np.einsum("bthe,bshe->bhts", q, np.repeat(k, 2, axis=2)) * 8**-0.5
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    powers = np.exp(scores) * mask[:, None]
+    total = powers.sum(axis=-1) + (0 if sinks is None else np.exp(sinks)[:, None])
+    expected = np.einsum("bhts,bshe->bthe", powers / np.maximum(total, 1e-30)[..., None], np.repeat(v, 2, axis=2))
+    whole = attend_with("xla", (q, k, v), mask, None, softcap, sinks)
+    np.testing.assert_allclose(whole, expected, atol=1e-5)
+    columns = tuple(np.swapaxes(x[:, :4], 1, 2) for x in (k, v))
+    beside = attend_beside(q, columns, (k[:, 4:], v[:, 4:]), mask, softcap, sinks)
+    np.testing.assert_allclose(beside, expected, atol=1e-5)
+
+
+def test_a_kernel_that_cannot_cap_scores_is_refused():
+    q, k = jnp.ones((1, 2, 2, 8)), jnp.ones((1, 2, 1, 8))
+    with pytest.raises(UserError, match="attention_kernel='cudnn' cannot cap scores"):
+        attend_with("cudnn", (q, k, k), jnp.ones((1, 2, 2), bool), None, 5.0)
