@@ -1,11 +1,14 @@
-"""What the model does where its weights are divided over devices. Without a mesh, and on one device, nothing.
+"""What devices exchange where weights are divided over them. Without a mesh, and on one device, nothing.
 
-The axes are those of `difflm_jax.distributed.mesh`: rows of a batch are divided over `data` and `fsdp`; matrices over
-`fsdp` along their output rows, as they are stored, and gathered where a layer uses them; heads and MLP over `tensor`
-(q, k, v, gate and up along their output, o and down along their input, and summed behind them); embedding and output
-head along the vocabulary over both, where hidden states and tokens travel and the table does not.
+The axes are those of `difflm_jax.distributed.mesh`.
+  - Rows of a batch are divided over `data` and `fsdp`.
+  - Matrices are divided over `fsdp` along their output rows, as stored, and gathered where a layer uses them.
+  - Heads and MLP are divided over `tensor`: q, k, v, gate and up along their output; o and down along their input,
+    whose results are summed.
+  - Embedding and output head are divided along the vocabulary over `fsdp` and `tensor`. Hidden states and tokens
+    travel; the table does not.
 
-How an array is divided is read off its type: inside `jax.shard_map` it names the axes along which devices hold
+How an array is divided is read from its type: inside `jax.shard_map` it names the axes along which devices hold
 different values. So the model has one path for every mesh, and knows of none.
 """
 
@@ -51,7 +54,7 @@ def gathered(weight: Any) -> Any:
 
 
 def varying_with(x: jax.Array, weight: Any) -> jax.Array:
-    """`x` with a type that differs wherever `weight` does: a product of its own gradient (`custom_vjp`) needs it.
+    """Casts `x` to vary over every mesh axis that `weight` varies over, as `custom_vjp` requires.
 
     The gradient of this cast is the sum over those axes.
     """
@@ -79,7 +82,7 @@ def mean_of_heads(x: jax.Array, is_divided: bool) -> jax.Array:
 
 
 def everywhere(flag: jax.Array) -> jax.Array:
-    """bool []: whether `flag` is true on all devices, for loops that contain communication: they must agree on it."""
+    """bool []: whether `flag` is true on all devices, which must agree on it in loops that contain communication."""
     axes = axes_of(flag, (DATA, FSDP, TENSOR))
     return jax.lax.pmin(flag.astype(jnp.int32), axes) > 0 if axes else flag
 
@@ -115,14 +118,14 @@ def rows_together(x: jax.Array, table_VD: jax.Array) -> jax.Array:
 
 
 def rows_apart(x: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """The way back from `rows_together`: partial results are summed over the parts of the table, each to its device."""
+    """The inverse of `rows_together`: sums partial results over the parts of the table; each device gets its rows."""
     if divided(table_VD, TENSOR):
         x = jax.lax.psum(x, TENSOR)
     return jax.lax.psum_scatter(x, FSDP, scatter_dimension=0, tiled=True) if divided(table_VD, FSDP) else x
 
 
 def own_rows(x: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """This device's part along axis 0 of what all that share a table have computed alike."""
+    """This device's part along axis 0 of an array that all devices sharing a table have computed alike."""
     if not divided(table_VD, FSDP):
         return x
     count = x.shape[0] // jax.lax.axis_size(FSDP)
@@ -136,7 +139,7 @@ def over_vocabulary(reduce: Any, x: jax.Array, table_VD: jax.Array) -> jax.Array
 
 
 def whole_vocabulary(logits_BTV: jax.Array, table_VD: jax.Array, vocab_size: int) -> jax.Array:
-    """[B, T, V] logits of this device's rows, from those of the rows of all against its part of the vocabulary."""
+    """[B, T, V] logits of this device's rows, from the logits of all rows for its part of the vocabulary."""
     parts = logits_BTV
     if divided(table_VD, TENSOR):  # not an all-gather: its result would count as differing over `tensor`
         size, width = jax.lax.axis_size(TENSOR), parts.shape[-1]

@@ -20,9 +20,9 @@ def attend(
 
     A score x becomes c tanh(x / c) if there is a `softcap` c.
 
-    The backward pass is FlashAttention-2's (arXiv:2307.08691, algorithm 2): it keeps the result and one number for each
-    query and head, and makes the scores again. No more than `QUERY_CHUNK` queries have scores at once; those of all
-    were the largest arrays of a training step (float32 [B, H, T, S], several times over).
+    The backward pass is FlashAttention-2's (arXiv:2307.08691, algorithm 2): it keeps the result and one number per
+    query and head, and recomputes the scores. At most `QUERY_CHUNK` queries have scores at once. The scores of all
+    queries would be the largest arrays of a training step (float32 [B, H, T, S], several times).
     """
     return _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS, softcap)[0]
 

@@ -1,4 +1,4 @@
-"""The programs that compute the attention product: one is chosen by name, and none stands in for another."""
+"""The programs that compute the attention product. One is chosen by name; none is a fallback for another."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,7 @@ from difflm_jax.errors import UserError, one_line
 from difflm_jax.ops.attention import attend
 
 CUDNN, PALLAS = "cudnn", "pallas"
-# jax's primitives of fused kernels, which it computes again whether their results are kept by name or not, unless a
-# remat policy asks for them; and `training.costs` counts them.
+# Remat recomputes these primitives even if their outputs are named; a policy must save the primitives themselves.
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
 PALLAS_CALL = "pallas_call"
 FUSED_FORWARD = (CUDNN_FORWARD, PALLAS_CALL)  # what a layer's forward pass may have of them

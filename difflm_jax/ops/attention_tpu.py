@@ -241,7 +241,7 @@ def _parallel(parallel: int, sequential: int) -> pltpu.CompilerParams:
 
 
 def _cost(products: int, q_BKGTE, k_BKSE, mask_BST) -> pl.CostEstimate:
-    """What XLA's scheduler and `training.costs` are told: every tile counts, seen or not."""
+    """What XLA's scheduler is told: every tile counts, seen or not."""
     scores = math.prod(q_BKGTE.shape[:-1]) * k_BKSE.shape[2]
     moved = sum(x.size * x.dtype.itemsize for x in (q_BKGTE, q_BKGTE, k_BKSE, k_BKSE, mask_BST))
     flops = 2 * products * scores * q_BKGTE.shape[-1]

@@ -182,9 +182,8 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
         return scores, gradients
 
     zeros_M = jnp.zeros_like(weights_M)
-    # Those who score together must stop together. To agree on it they wait for the hidden states: XLA's CPU backend
-    # starts what devices exchange as soon as its operands are there, so that between processes the order must follow
-    # from data. (Of states that are not numbers all are scored.)
+    # Devices sharing the head must run equally many chunks. The trip count depends on the hidden states, which fixes
+    # the order of collectives on CPU: XLA starts each as soon as its operands are there. With NaN states all are scored.
     count = jnp.where(jnp.isnan(hidden_MD[0, 0]), positions, scored_M.sum())
     chunks = largest((count + chunk - 1) // chunk)
     start_of_all = (Scores(*[zeros_M] * 4, jnp.zeros_like(targets_M)), zeros)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.utils.files import write_whole
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
@@ -80,12 +81,7 @@ class MetricsLog:
         lines = [line for line, record in _parse(self.path, text) if kept(record)]
         shortened = "".join(line + "\n" for line in lines)
         if shortened != text:
-            temporary = self.path.with_suffix(".tmp")
-            try:
-                temporary.write_text(shortened, encoding="utf-8")
-                temporary.replace(self.path)
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written ({one_line(error)})") from error
+            write_whole(self.path, shortened)
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
