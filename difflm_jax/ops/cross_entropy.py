@@ -183,7 +183,7 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
 
     zeros_M = jnp.zeros_like(weights_M)
     # Devices sharing the head must run equally many chunks. The trip count depends on the hidden states, which fixes
-    # the order of collectives on CPU: XLA starts each as soon as its operands are there. With NaN states all are scored.
+    # the order of collectives on CPU: XLA starts each as soon as its operands are there. NaN states are all scored.
     count = jnp.where(jnp.isnan(hidden_MD[0, 0]), positions, scored_M.sum())
     chunks = largest((count + chunk - 1) // chunk)
     start_of_all = (Scores(*[zeros_M] * 4, jnp.zeros_like(targets_M)), zeros)
