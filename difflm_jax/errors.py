@@ -44,7 +44,8 @@ def exit_with_errors(main: Callable[[], int | None], debug_traceback: bool = Fal
     except UserError as error:
         if debug_traceback:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        stopped = isinstance(error, RunInterruptedError)  # in order, with everything saved: no error
+        print(error if stopped else f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -45,7 +45,7 @@ def kill_and_compare(directory: Path, kills: int, seed: int) -> dict[str, int]:
 
     def life(name: str) -> int:
         arguments = train_arguments(model, rows, directory / name, f"--config.cache_dir={directory / 'cache'}",
-                                    "--config.log_frequency_per_epoch=3", *NF4_PACKED)  # fmt: skip
+                                    *NF4_PACKED, "--config.eval_interval=1")  # fmt: skip
         return _fork(lambda: train.command(arguments), directory / f"{name}.log", compiled)
 
     assert _wait(life("undisturbed")) == 0, (directory / "undisturbed.log").read_text()

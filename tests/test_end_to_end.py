@@ -41,7 +41,7 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def arguments(model_dir, rows, tmp_path):
-    return train_arguments(model_dir, rows, tmp_path, "--config.log_interval=1", "--config.log_frequency_per_epoch=3")
+    return train_arguments(model_dir, rows, tmp_path, "--config.log_interval=1", "--config.eval_interval=1")
 
 
 @pytest.fixture(scope="module")

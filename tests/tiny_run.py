@@ -49,7 +49,7 @@ def train_arguments(model: Path, rows: Path, directory: Path, *more: str) -> lis
         "--config.lora_config.r=4",
         "--config.lora_config.lora_dropout=0.1",
         "--config.log_interval=2",
-        "--config.log_frequency_per_epoch=1",
+        "--config.eval_interval=3",  # an epoch
         "--config.test_size=0.2",
         "--config.sample_tokens=8",
         "--config.sample_prompts=2",
@@ -66,6 +66,7 @@ NF4_PACKED = (
     "--config.quantization_block_size=16",
     "--config.batching=packed",
     "--config.epochs=3",
+    "--config.eval_interval=2",  # an epoch
 )
 
 

@@ -125,7 +125,9 @@ class Optimisation:
     """Steps, AdamW and the learning rate."""
 
     epochs: int = setting(1, "Passes over the training rows.", within=POSITIVE)
-    max_steps: int = setting(0, "An upper bound on optimiser steps; 0: none.", within=NOT_NEGATIVE)
+    max_steps: int = setting(
+        0, "An upper bound on optimiser steps: it ends epochs early, and never adds any; 0: none.", within=NOT_NEGATIVE
+    )
     batch_size: int = setting(16, "Rows of a micro-batch, over all devices.", within=POSITIVE)
     gradient_accumulation_steps: int = setting(4, "Micro-batches per optimiser step.", within=POSITIVE)
     learning_rate: float = setting(2e-4, "Peak learning rate.", within=POSITIVE)
@@ -155,6 +157,9 @@ class Monitoring:
 
     log_interval: int = setting(1000, "Optimiser steps between lines of metrics.jsonl.", within=POSITIVE)
     log_frequency_per_epoch: int = setting(4, "Evaluations and checkpoints per epoch.", within=POSITIVE)
+    eval_interval: int = setting(
+        0, "Optimiser steps between evaluations; 0: by epoch, but at most a tenth of the work.", within=NOT_NEGATIVE
+    )
     eval_rows: int = setting(0, "Rows of the test split that are evaluated; 0: all.", within=NOT_NEGATIVE)
     keep_checkpoints: int = setting(2, "Latest checkpoints that are kept, in addition to the best.", within=POSITIVE)
     heartbeat_seconds: float = setting(

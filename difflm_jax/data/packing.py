@@ -95,14 +95,16 @@ class BatchPlan:
 
     @functools.cached_property
     def real_share(self) -> float:
-        """Share of real tokens in the rows of an epoch, before widths are rounded up. Filler rows do not count."""
+        """Share of real tokens in the rows of an epoch as they are padded. Filler rows do not count."""
         plan = self.epoch(0)
         if self.options.is_packed:
             tokens = (self.lengths - self.shared).sum() + plan.num_rows * self.shared
             return float(tokens / (plan.num_rows * self.options.row_length))
         rows_per_step = self.options.rows_per_step
         steps = np.split(self.lengths[plan.ids], np.arange(rows_per_step, plan.num_rows, rows_per_step))
-        return float(self.lengths.sum() / sum(step.max(initial=0) * len(step) for step in steps))
+        multiple = self.options.length_multiple
+        widths = [-(-step.max(initial=0) // multiple) * multiple for step in steps]
+        return float(self.lengths.sum() / np.dot(widths, [len(step) for step in steps]))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a run has few plans, and they live as long as it does
     def epoch(self, epoch: int) -> EpochPlan:

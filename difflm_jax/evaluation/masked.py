@@ -1,7 +1,7 @@
 """Evaluation on a test split with fixed masks: the same rows, rates and masks at every call, in batches of any size."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -66,9 +66,14 @@ class Evaluator:
         self._sharding = batch_sharding(mesh)
         self._key = key
 
-    def __call__(self, variables: Any) -> LossSums:
-        """Sums over all batches, on the host in float64, of the model applied to `variables`."""
+    def __call__(self, variables: Any, stop: Callable[[], Any] = lambda: False) -> LossSums | None:
+        """Sums over all batches, on the host in float64, of the model applied to `variables`.
+
+        `stop` is asked before each batch, in every process. None if it says so.
+        """
         total = None
         for batch in self._batches:
+            if stop():
+                return None
             total = add_sums(total, self._step(variables, place_rows(batch, self._sharding), self._key))
         return total

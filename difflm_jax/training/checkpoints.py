@@ -25,8 +25,10 @@ from orbax.checkpoint import checkpoint_managers
 
 from difflm_jax.distributed.processes import agreed, is_writer, wait_for_all
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.utils.files import write_whole
 
 Tree = Any
+_LATE_FILE = "late_metrics.json"
 _METADATA_BYTES = 1 << 20  # what orbax writes besides the arrays is a few kilobytes
 
 
@@ -65,6 +67,7 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._writing: int | None = None  # the step that is on its way to the disk
+        self._late = _read_late(self._directory / _LATE_FILE)  # metrics by step
         _silence_orbax()
         if is_writer():
             self._rename_unreadable()
@@ -76,7 +79,7 @@ class Checkpoints:
             return ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_LatestAndBest(self._keep),
+                    preservation_policy=_LatestAndBest(self._keep, self._late),
                     best_fn=_eval_loss,  # without one orbax stores no metrics
                     best_mode="min",
                     cleanup_tmp_directories=True,
@@ -161,7 +164,10 @@ class Checkpoints:
         return _best({step: self._metrics_or_none(step) for step in self.steps()})
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """The metrics that were saved with `step`. Raises `DamagedCheckpointError` if they are not what was written."""
+        """The metrics that were saved with `step`, and those that `amend` added.
+
+        Raises `DamagedCheckpointError` if they are not what was written.
+        """
         self.settle()
         try:
             metrics = dict(self._manager.metrics(step) or {})
@@ -169,7 +175,14 @@ class Checkpoints:
                 raise ValueError("its metrics are not those that were written")
         except Exception as error:  # orbax raises anything for files that it cannot read
             raise self._damaged(step, one_line(error)) from error
-        return metrics
+        return metrics | self._late.get(step, {})
+
+    def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds metrics to those of checkpoint `step`: an evaluation that was made after the save."""
+        self._late[step] = dict(metrics)
+        if is_writer():
+            records = {str(step): values for step, values in self._late.items()}
+            write_whole(self._directory / _LATE_FILE, json.dumps(records) + "\n")
 
     def restore(self, step: int, abstract_state: Tree) -> Tree:
         """The state of `step` in the structure and shardings of `abstract_state`; it may be donated.
@@ -305,9 +318,10 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the `keep` latest checkpoints and the best one."""
+    """Keeps the `keep` latest checkpoints and the best one. `late` are metrics by step that were added to a save."""
 
     keep: int
+    late: Mapping[int, Mapping[str, Any]]
 
     def should_preserve(
         self,
@@ -316,8 +330,16 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
         context: checkpoint_managers.PreservationContext,
     ) -> list[bool]:
         kept = {info.step for info in checkpoints[-self.keep :]}
-        kept.add(_best({info.step: info.metrics or {} for info in checkpoints}))
+        metrics = {info.step: {**(info.metrics or {}), **self.late.get(info.step, {})} for info in checkpoints}
+        kept.add(_best(metrics))
         return [info.step in kept for info in checkpoints]
+
+
+def _read_late(path: Path) -> dict[int, dict[str, Any]]:
+    try:
+        return {int(step): dict(values) for step, values in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError):  # none was added; it is written whole or not at all
+        return {}
 
 
 def _best(metrics: Mapping[int, Mapping[str, Any]]) -> int | None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C become a request that the loop sees between two steps, at the same step in every process."""
+"""SIGTERM and Ctrl-C become a request that the loop sees between steps, in every process at the same place."""
 
 import contextlib
 import signal
@@ -14,18 +14,21 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
+        self._reached = ""
         self._asked = 0
 
     def reached(self) -> str:
-        """The name of the signal after which the run shall end with this step, or "". Call it once after every step.
+        """The name of the signal after which nothing new may begin, or "". All processes ask at the same places.
 
-        With several processes, jax's coordination service agrees on a step that all of them have yet to reach,
-        whichever of them was signalled; its steps are counted over all phases.
+        With several processes, jax's coordination service agrees on a call that all of them have yet to make,
+        whichever of them was signalled. Calls are counted over all phases.
         """
         self._asked += 1
-        if jax.process_count() > 1:
-            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(self._asked) else ""
-        return self.received
+        if jax.process_count() == 1:
+            self._reached = self.received
+        elif not self._reached and multihost_utils.reached_preemption_sync_point(self._asked):
+            self._reached = "SIGTERM"
+        return self._reached
 
     @property
     def received(self) -> str:
@@ -37,7 +40,7 @@ class StopRequest:
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second time it is meant at once
         self._received = signal.Signals(number)
-        print(f"{self._received.name}: saving after this step", flush=True)
+        print(f"{self._received.name}: saving, then stopping", flush=True)
 
 
 @contextlib.contextmanager

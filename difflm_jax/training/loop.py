@@ -34,6 +34,8 @@ from difflm_jax.training.phase import PHASE_SCOPE, PhaseData
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from difflm_jax.training.tracking import Tracker
 
+UNEVALUATED = {"evaluation_due": True}  # in the metrics of a checkpoint whose evaluation a signal prevented
+
 # Each phase draws its noise from its own stream of the run's seed; evaluation has one of its own.
 _PHASE_STREAM = {"pretrain": 0, "sft": 1}
 _EVALUATION_STREAM = 2
@@ -77,14 +79,17 @@ def run_phase(
         options, make_optimizer(data.config), learning_rate_schedule(data.config, total), phase.mesh
     )
     evaluate = make_evaluator(phase, options)
-    print(f"{data.name}: {data.describe()}", flush=True)
+    shapes, cadence = shapes_of(initial), Cadence.of(data)
+    print(f"{data.name}: {data.describe()}, an evaluation every {cadence.evaluation_interval}", flush=True)
+    print("\n".join([*data.advice(), f"{data.name}: compiling the training step"]), flush=True)
     done, state = (resumed.step, resumed.state) if resumed else (0, initial)
     if done > total:
         raise UserError(
             f"{out.directory}: the checkpoint of {data.name} is of step {done}, but the phase has only {total} steps "
             "now: set max_steps back, or begin in another output_dir"
         )
-    shapes, cadence = shapes_of(state), Cadence.of(data)
+    if resumed and resumed.metrics.get("evaluation_due"):
+        _evaluate_late(evaluate, phase, resumed, out, stop)
     meter = make_meter(phase, cadence, out, resumed)
     heartbeat = Heartbeat(out.directory, data.config.heartbeat_seconds, data.name, total)
     duties = Duties(heartbeat, _profile(data, out), meter)
@@ -96,14 +101,17 @@ def run_phase(
             batch, waited = next_batch()
             state, metrics = train_step(phase.frozen, state, batch, key, step - 1)
             duties.after(step, StepResult(metrics, waited))
-            due, signal = cadence.evaluates(step), stop.reached()
-            if not (due or signal or meter.gave_up):
+            due = cadence.evaluates(step)
+            if not (stop.reached() or due or meter.gave_up):
                 continue
             meter.settle()
             heartbeat.beat(step, "evaluating and saving")
-            record = _evaluate(evaluate, phase, state, step, out) if due else {}
-            _save(step, state, {"meter": meter.state(), **record}, out)
-            _stop_if(phase, meter, signal if step < total else "", step, out)
+            record = _evaluate(evaluate, phase, state, step, out, stop) if due else {}
+            _save(step, state, {"meter": meter.state(), **(UNEVALUATED if record is None else record)}, out)
+            if meter.gave_up:
+                _stop_at_nonfinite(phase, meter, out)
+            if stop.reached() and (step < total or record is None):
+                _stop_at_signal(phase, stop.reached(), step, out)
             meter.restart_clock()
     release(state)  # it is on disk, and does not have to lie in memory next to the best one
     return _best_state(data.name, total, shapes, out)
@@ -147,14 +155,32 @@ def release(state: TrainState) -> None:
     jax.tree.map(lambda leaf: leaf.delete(), state)
 
 
-def _evaluate(evaluate: Evaluator | None, phase: Phase, state: TrainState, step: int, out: Outputs) -> dict[str, Any]:
-    """The `eval_*` fields of a metrics line, written and shown together with sample generations."""
-    record = evaluation_record(evaluate, phase, state.trained)
+def _evaluate(
+    evaluate: Evaluator | None, phase: Phase, state: TrainState, step: int, out: Outputs, stop: StopRequest
+) -> dict[str, Any] | None:
+    """The `eval_*` fields of a metrics line, written and shown together with sample generations.
+
+    None if a signal came before the samples: then nothing is written, and the resumed run evaluates.
+    """
+    record = evaluation_record(evaluate, phase, state.trained, stop.reached)
+    if record is None or stop.reached():
+        return None
+    out.on_evaluation(state.trained, step)
     if record:
         out.log.append({"phase": phase.data.name, "step": step, **record})
         out.tracker.log(phase.data.name, record, step)
-    out.on_evaluation(state.trained, step)
     return record
+
+
+def _evaluate_late(
+    evaluate: Evaluator | None, phase: Phase, resumed: Restored, out: Outputs, stop: StopRequest
+) -> None:
+    """Makes the evaluation that a signal kept from being made when `resumed` was saved."""
+    record = _evaluate(evaluate, phase, resumed.state, resumed.step, out, stop)
+    if record is None:
+        _stop_at_signal(phase, stop.reached(), resumed.step, out)
+    if out.log.flush() and out.samples.flush():
+        out.checkpoints.amend(resumed.step, {**record, **dict.fromkeys(UNEVALUATED, False)})
 
 
 def _save(step: int, state: TrainState, metrics: dict[str, Any], out: Outputs) -> None:
@@ -171,21 +197,22 @@ def _best_state(name: str, total: int, shapes: TrainState, out: Outputs) -> Trai
     return best.state
 
 
-def _stop_if(phase: Phase, meter: Meter, signal: str, step: int, out: Outputs) -> None:
-    """Ends the run after too many steps that were not finite, or after a signal; both have a checkpoint by now."""
-    if not (meter.gave_up or signal):
-        return
-    name, total = phase.data.name, phase.data.steps
-    out.checkpoints.settle()
-    resumes = f"the same command resumes from checkpoint {out.checkpoints.latest()}"
-    if meter.gave_up:
-        kept = _keep_batch(phase, meter.last_nonfinite, out.directory / "nonfinite")
-        raise UserError(
-            f"{name}: {meter.gave_up} consecutive steps, up to step {meter.last_nonfinite}, had a loss or gradient "
-            f"that is not finite; none of them changed anything; {kept}, the rows of each are in {out.log.path}; "
-            f"{resumes}, after them"
-        )
-    raise RunInterruptedError(f"stopped by {signal} after step {step} of {total} of {name}; {resumes}")
+def _stop_at_nonfinite(phase: Phase, meter: Meter, out: Outputs) -> None:
+    """Ends the run after too many steps that were not finite. A checkpoint is written by now."""
+    kept = _keep_batch(phase, meter.last_nonfinite, out.directory / "nonfinite")
+    raise UserError(
+        f"{phase.data.name}: {meter.gave_up} consecutive steps, up to step {meter.last_nonfinite}, had a loss or "
+        f"gradient that is not finite; none of them changed anything; {kept}, the rows of each are in {out.log.path}; "
+        f"the same command resumes from checkpoint {out.checkpoints.latest()}, after them"
+    )
+
+
+def _stop_at_signal(phase: Phase, signal: str, step: int, out: Outputs) -> None:
+    """Ends the run after a signal. A checkpoint is written by now."""
+    raise RunInterruptedError(
+        f"stopped by {signal} after step {step} of {phase.data.steps} of {phase.data.name}; the same command resumes "
+        f"from checkpoint {out.checkpoints.latest()}"
+    )
 
 
 def _keep_batch(phase: Phase, step: int, directory: Path) -> str:
@@ -226,11 +253,15 @@ def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
     return Evaluator(options, phase.mesh, (data[i] for i in range(len(data))), key)
 
 
-def evaluation_record(evaluate: Evaluator | None, phase: Phase, trained: dict[str, Any]) -> dict[str, Any]:
-    """The `eval_*` fields of a metrics line; empty without a test split."""
+def evaluation_record(
+    evaluate: Evaluator | None, phase: Phase, trained: dict[str, Any], stop: Callable[[], Any] = lambda: False
+) -> dict[str, Any] | None:
+    """The `eval_*` fields of a metrics line: empty without a test split, None if `stop` said so in between."""
     if evaluate is None:
         return {}
-    sums = evaluate({**phase.frozen, **trained})
+    sums = evaluate({**phase.frozen, **trained}, stop)
+    if sums is None:
+        return None
     found = {f"eval_{name}": value for name, value in summarise(sums).items()}
     if phase.data.config.objective == "draft":
         drafted = accepted_drafts(sums.masked_correct, sums.masked_count)

@@ -14,8 +14,9 @@ from difflm_jax.errors import UserError
 from difflm_jax.evaluation.masked import add_sums, summarise
 from difflm_jax.models.flops import mfu, train_flops_per_token
 from difflm_jax.training.cadence import Cadence
-from difflm_jax.training.metrics import MetricsLog, progress_line
+from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.monitoring import StepResult, memory_peaks
+from difflm_jax.training.progress import Progress
 from difflm_jax.training.tracking import Tracker
 
 OUTLIER = 2.0  # a step that takes this many times the median of its line counts as slow
@@ -62,6 +63,7 @@ class Meter:
         self._sums = _sums_from(saved["sums"])
         self._last = dict(saved["last"])
         self._measured, self._log, self._tracker = measured, log, tracker
+        self._progress = Progress(measured.phase, measured.cadence)
         self._pending: tuple[int, StepResult] | None = None
         self._seconds: list[float] = []
         self._waited = 0.0
@@ -102,6 +104,8 @@ class Meter:
         self.add(step, result.metrics, result.waited)
         if self._measured.cadence.logs(step):
             self.write(step)
+        else:
+            self._progress.show_if_due(step)
 
     def add(self, step: int, metrics: Mapping[str, Any], waited: float) -> None:
         """Reads the metrics of step number `step` (from 1), which waited `waited` seconds for its data."""
@@ -109,6 +113,7 @@ class Meter:
         now = time.perf_counter()
         self._seconds.append(now - self._clock)
         self._clock = now
+        self._progress.add(sums if finite else None, self._seconds[-1], float(sums.tokens))
         self._waited += waited
         self._tokens_timed += float(sums.tokens)
         self.tokens += int(sums.tokens)
@@ -140,12 +145,14 @@ class Meter:
         }
         self._log.append(record)
         self._tracker.log(record["phase"], {name: record[name] for name in record if name != "phase"}, step)
-        print(progress_line(record, self._measured.cadence.total), flush=True)
+        self._progress.show(record)
         self._sums, self._seconds, self._waited, self._tokens_timed = None, [], 0.0, 0.0
 
     def restart_clock(self) -> None:
-        """Leaves out of the step times what has happened since the last step: an evaluation, a save."""
-        self._clock = time.perf_counter()
+        """Leaves out of the step times what followed the last step: an evaluation and a save."""
+        now = time.perf_counter()
+        self._progress.evaluated(now - self._clock)
+        self._clock = now
 
     def _timing(self) -> dict[str, Any]:
         """Throughput, and where the time went: the median step, steps far above it, and waiting for data."""

@@ -1,4 +1,4 @@
-"""The metrics of a run: `metrics.jsonl`, one record a line, and the line that a terminal shows."""
+"""The metrics of a run: `metrics.jsonl`, one record per line."""
 
 import errno
 import json
@@ -62,8 +62,8 @@ class MetricsLog:
         self._waiting = []
         return True
 
-    def cut_back(self, phase_order: Sequence[str], phase: str, step: int) -> None:
-        """Drops what a run that resumes at `step` of `phase` will write again.
+    def cut_back(self, phase_order: Sequence[str], phase: str, step: int, evaluated: bool = True) -> None:
+        """Drops what a run that resumes at `step` of `phase` will write again; without `evaluated`, its evaluation too.
 
         Kept are the records of earlier phases and those of `phase` up to `step`; a record without a phase of
         `phase_order` (a report at the end) is dropped, and so is a line that a kill has torn. A file in which
@@ -75,7 +75,10 @@ class MetricsLog:
         end = (place[phase], step)
 
         def kept(record: Mapping[str, Any]) -> bool:
-            return record.get("phase") in place and (place[record["phase"]], record.get("step", math.inf)) <= end
+            if record.get("phase") not in place:
+                return False
+            at = (place[record["phase"]], record.get("step", math.inf))
+            return at < end or (at == end and (evaluated or "loss" in record or "nonfinite" in record))
 
         text = self.path.read_text(encoding="utf-8")
         lines = [line for line, record in _parse(self.path, text) if kept(record)]
@@ -95,22 +98,6 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     return [_restored(record) for _, record in _parse(path, text)]
-
-
-def progress_line(record: Mapping[str, Any], total_steps: int) -> str:
-    """Phase, step of total, loss, masked NLL, tokens a second and time to go.
-
-    The time comes from the record alone: the steps left, at the mean tokens a step so far and the present speed.
-    """
-    step, speed = record["step"], record.get("tokens_per_second")
-    seconds = (total_steps - step) * record["tokens"] / step / speed if speed and step else None
-    return (
-        f"{record['phase']} {step}/{total_steps}"
-        f"  loss {_number(record.get('loss'), '.4f')}"
-        f"  masked_nll {_number(record.get('masked_nll'), '.4f')}"
-        f"  {_number(speed, ',.0f')} tokens/s"
-        f"  ETA {_duration(seconds)}"
-    )
 
 
 def _parse(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -147,15 +134,3 @@ def _restored(value: Any) -> Any:
     if isinstance(value, list):
         return [_restored(inner) for inner in value]
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import datasets
     import grain
 
+FEW_STEPS = 20  # a phase of fewer optimiser steps is warned about
 PHASE_SCOPE = {"pretrain": "all", "sft": "answer"}
 
 
@@ -75,6 +76,17 @@ class PhaseData:
         ids = example_ids.reshape(-1)
         ids = list(dict.fromkeys(ids[ids >= 0].tolist()))
         return {"example_ids": ids, "rows": self.train_rows.select(ids)["origin"][:]}
+
+    def advice(self) -> list[str]:
+        """Notes about a phase that trains almost nothing."""
+        config, rows = self.config, self.plan.options.rows_per_step
+        if self.steps >= FEW_STEPS or self.steps == config.max_steps:
+            return []
+        return [
+            f"note: {self.name} makes only {self.steps} optimiser steps of {rows} rows (batch_size="
+            f"{config.batch_size} x gradient_accumulation_steps={config.gradient_accumulation_steps}), which changes "
+            f"little: lower these, or raise epochs={config.epochs}, for {FEW_STEPS} or more"
+        ]
 
     def describe(self) -> str:
         """One line: how rows are arranged, and the share of real tokens in what is computed."""

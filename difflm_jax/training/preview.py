@@ -36,7 +36,7 @@ def preview(config: ConfigDict) -> None:
         batches = data.train_batches()
         first, noisy = _first_step(lm, data, batches[0])
         _print_rows(lm, train_rows, first, noisy, colours)
-        _print_figures(batches, noisy)
+        _print_figures(data, batches, noisy)
 
 
 def _first_step(lm: LanguageModel, data: PhaseData, batch: dict[str, np.ndarray]) -> tuple[CleanBatch, NoisyBatch]:
@@ -81,17 +81,14 @@ def _coloured(shown: list[str], masked: np.ndarray, prompt: int, colours: bool) 
     return text
 
 
-def _print_figures(batches: Any, noisy: NoisyBatch) -> None:
-    steps = min(len(batches), _COUNTED_STEPS)
-    shapes, real, places = set(), 0, 0
-    for step in range(steps):
-        batch = batches[step]
-        shapes.add(batch["tokens"].shape)
-        real, places = real + int((batch["segments"] != 0).sum()), places + batch["tokens"].size
-    micro, rows, width = max(shapes)
+def _print_figures(data: PhaseData, batches: Any, noisy: NoisyBatch) -> None:
+    """The same figures as training prints: steps with `max_steps`, real tokens of all rows."""
+    micro, rows, width = max(batches[step]["tokens"].shape for step in range(min(data.steps, _COUNTED_STEPS)))
     masked, valid = np.asarray(noisy.masked), np.asarray(noisy.segments) != 0
     print(
-        f"\n  a step: {micro} x {rows} rows of up to {width} columns; {len(batches)} steps in all\n"
-        f"  real tokens: {real / places:.1%} of the columns of {'the first ' if steps < len(batches) else ''}{steps} "
-        f"steps; masked in the first: {masked.sum() / max(valid.sum(), 1):.1%} of its tokens"
+        f"\n  a step: {micro} x {rows} rows of up to {width} columns; {data.steps:,} steps in all\n"
+        f"  real tokens: {data.plan.real_share:.1%} of the columns; masked in the first step: "
+        f"{masked.sum() / max(valid.sum(), 1):.1%} of its tokens"
     )
+    for note in data.advice():
+        print(f"  {note}")

@@ -83,9 +83,9 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
         with stop_request() as stop:
             for phase in phases:
                 state = _run(phase, config, lm, state, log, tracker, stop)
-                if stop.received and phase is not phases[-1]:
+                if stop.received and (phase is not phases[-1] or config.report.data):
                     raise RunInterruptedError(
-                        f"stopped by {stop.received} after {phase.data.name}; the same command goes on behind it"
+                        f"stopped by {stop.received} after {phase.data.name}; the same command does what follows it"
                     )
     finally:
         tracker.finish()
@@ -140,7 +140,7 @@ def _run(
             release(state)
         samples = MetricsLog(directory, SAMPLES_FILE, enabled=is_writer())
         for records in (log, samples):
-            records.cut_back(config.phases, name, step)
+            records.cut_back(config.phases, name, step, not (resumed and resumed.metrics.get("evaluation_due")))
         print(f"{name}: {'from step ' + str(step) if step else 'from the start'}; {describe(phase.data.train_rows)}")
         logger = SampleLogger(lm, phase.data, samples, tracker)
         out = Outputs(directory, checkpoints, log, samples, tracker, logger)

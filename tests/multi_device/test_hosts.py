@@ -22,7 +22,7 @@ from tests.tiny_run import make_model, make_rows, train_arguments
 
 PROJECT = Path(__file__).parents[2]
 LAUNCH = PROJECT / "scripts" / "launch"
-ONE_PHASE = ("--config.phases=sft", "--config.epochs=6", "--config.log_frequency_per_epoch=1")
+ONE_PHASE = ("--config.phases=sft", "--config.epochs=6")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: strict lines, exact cutting back, and the line on the terminal."""
+"""`metrics.jsonl`: strict lines and exact cutting back."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from difflm_jax.errors import UserError
-from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog, progress_line, read_metrics
+from difflm_jax.training.metrics import SAMPLES_FILE, MetricsLog, read_metrics
 
 PHASES = ("pretrain", "sft")
 
@@ -138,14 +138,3 @@ def test_a_foreign_line_is_named(tmp_path, line):
     assert log.path.read_bytes() == before
     with pytest.raises(UserError, match="cannot be read"):
         read_metrics(tmp_path / "nowhere")
-
-
-def test_the_progress_line():
-    record = {"phase": "pretrain", "step": 100, "loss": 2.5, "masked_nll": 3.25, "tokens": 50_000}
-    # 500 tokens a step and 1,000 tokens a second leave 300 steps of half a second.
-    line = progress_line({**record, "tokens_per_second": 1000.0}, 400)
-    assert line == "pretrain 100/400  loss 2.5000  masked_nll 3.2500  1,000 tokens/s  ETA 2m30s"
-    assert progress_line({**record, "tokens_per_second": 10.0}, 400).endswith("ETA 4h10m")
-    assert progress_line({**record, "tokens_per_second": 1000.0}, 100).endswith("ETA 0s")
-    empty = {**record, "loss": float("nan"), "masked_nll": None, "tokens_per_second": None}
-    assert progress_line(empty, 400) == "pretrain 100/400  loss nan  masked_nll -  - tokens/s  ETA -"

@@ -54,7 +54,7 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_bits(model, rows, whole,
     signal_at(monkeypatch, {2, 7})  # the second life of the process begins behind step 3
     assert command(arguments) == 75
     error = capfd.readouterr().err
-    assert error.startswith("error: stopped by SIGTERM after step 3 of 6 of pretrain")
+    assert error.startswith("stopped by SIGTERM after step 3 of 6 of pretrain")
     assert "checkpoint 3" in error and "\n" not in error.strip()
     assert command(arguments) == 75
     assert "of sft" in capfd.readouterr().err

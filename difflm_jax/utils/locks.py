@@ -1,0 +1,77 @@
+"""Locks between processes of one host, or of hosts whose shared file system carries locks. A crash releases them."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from difflm_jax.errors import UserError, one_line
+
+
+class FileLock:
+    """An exclusive lock on the file `path`, which holds who has it and is removed when it is released.
+
+    The kernel releases the lock of a process that ended in any way, so that none is ever stale. A file system without
+    locks (some network ones) lets everybody in.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        self._file: int | None = None
+
+    def acquire(self, wait: bool) -> bool:
+        """Takes the lock; False if another process has it and `wait` is false. Raises `UserError` without the folder."""
+        while self._file is None:
+            try:
+                file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise UserError(f"{self._path}: cannot be written ({one_line(error)})") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                return False
+            except OSError:  # no locks here
+                pass
+            if self._is_current(file):
+                self._file = file
+            else:  # whoever had it has removed it in the meantime
+                os.close(file)
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return True
+
+    def holder(self) -> str:
+        """Who has the lock, as far as the file tells."""
+        with contextlib.suppress(OSError):
+            return self._path.read_text(errors="replace").strip() or "another process"
+        return "another process"
+
+    def release(self) -> None:
+        """Gives the lock back, if it was taken."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            os.close(self._file)
+            self._file = None
+
+    def _is_current(self, file: int) -> bool:
+        """Whether the opened file is still the one at the path."""
+        try:
+            return os.path.samestat(os.fstat(file), self._path.stat())
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Holds the lock on `path`, waiting for it, within the block."""
+    lock = FileLock(path)
+    lock.acquire(wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
