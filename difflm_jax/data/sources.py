@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from difflm_jax.data.fingerprint import file_hash
 from difflm_jax.data.readers import READERS, ending, endings, read_file
 from difflm_jax.data.rows import Row, RowError, Source
 from difflm_jax.data.splits import METADATA_FILES, Files, Part, files_by_split, parse_splits
@@ -117,8 +118,7 @@ def _files_source(name: str, files: dict[str, list[tuple[str, Path]]], parts: li
         for file_name, path in files[split]:
             digest.update(file_name.encode("utf-8", "surrogateescape") + b"\0")
             try:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+                digest.update(file_hash(path).encode())
             except OSError as error:
                 raise UserError(f"{file_name}: cannot be read ({one_line(error)})") from error
     return Source(name, digest.hexdigest(), rows)

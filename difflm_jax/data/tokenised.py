@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from difflm_jax.data.examples import Example, Options, Report, examples
 from difflm_jax.data.sources import Source, open_source
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.utils.files import synced, write_whole
+from difflm_jax.utils.locks import locked
 
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT_VERSION = 4  # of what is stored and of how rows become tokens: a change of either requires a new number
-_ROWS_FILE, _SUMMARY_FILE = "rows.arrow", "summary.txt"
+_FORMAT_VERSION = 5  # of what is stored and of how rows become tokens: a change of either requires a new number
+_ROWS_FILE, _SUMMARY_FILE = "rows.arrow", "summary.json"
 _SCHEMA = pa.schema(
     {
         "tokens": pa.list_(pa.int32()),
@@ -68,7 +72,6 @@ def tokenize(
     Raises `UserError` for a source that is not there, too many bad rows, no usable row, and a row that holds the token
     `mask_token_id`.
     """
-    import datasets  # here and below, not at the top: `--help` should not wait for it
 
     # Without debug the seed decides nothing, and must not make a second copy.
     seed = seed if debug else 0
@@ -76,11 +79,34 @@ def tokenize(
     source = open_source(dataset)
     folder = _cache_folder(cache_dir)
     stored = folder / _fingerprint(source, tokenizer, options)
-    if stored.is_dir():
-        print(f"{(stored / _SUMMARY_FILE).read_text()}; reused from {stored}", flush=True)
-    else:
-        print(f"{_make(source, tokenizer, options, stored)}; kept in {stored}", flush=True)
-    return datasets.Dataset.from_file(str(stored / _ROWS_FILE))
+    if (rows := _read(stored)) is None:
+        with locked(stored.with_suffix(".lock")):  # of several processes one tokenises, the others wait
+            if (rows := _read(stored)) is None:
+                print(f"{_make(source, tokenizer, options, stored)}; kept in {stored}", flush=True)
+                return _read(stored)
+    print(f"{json.loads((stored / _SUMMARY_FILE).read_text())['summary']}; reused from {stored}", flush=True)
+    return rows
+
+
+def _read(stored: Path) -> datasets.Dataset | None:
+    """The rows in the folder `stored`; None if it is not there, or damaged, which is announced."""
+    if not stored.is_dir():
+        return None
+    import datasets
+
+    try:
+        about = json.loads((stored / _SUMMARY_FILE).read_text())
+        size = (stored / _ROWS_FILE).stat().st_size
+        if size != about["bytes"]:
+            raise ValueError(f"{_ROWS_FILE} has {size} bytes of {about['bytes']}")
+        rows = datasets.Dataset.from_file(str(stored / _ROWS_FILE))
+        if len(rows) != about["rows"]:
+            raise ValueError(f"{_ROWS_FILE} has {len(rows)} rows of {about['rows']}")
+    except Exception as error:  # pyarrow raises anything for a file that it cannot read
+        print(f"data: {stored}: is damaged ({one_line(error)[:200]}) and made again", flush=True)
+        shutil.rmtree(stored, ignore_errors=True)
+        return None
+    return rows
 
 
 def _cache_folder(cache_dir: str | Path | None) -> Path:
@@ -116,21 +142,34 @@ def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerBase, options: Op
 def _make(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, stored: Path) -> str:
     """Makes the folder `stored`, whole or not at all, and returns the summary of what is in it."""
     report = Report(source.name)
-    with tempfile.TemporaryDirectory(dir=stored.parent, prefix=f"{stored.name}.") as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
-        with pa.OSFile(str(made / _ROWS_FILE), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-            for chunk in examples(source, tokenizer, options, report):
-                if chunk:
-                    writer.write_batch(record_batch(chunk))
-        report.check(options.bad_row_budget)
-        (made / _SUMMARY_FILE).write_text(report.summary())
-        try:
-            made.rename(stored)
-        except OSError:
-            if not stored.is_dir():  # else another process has made the same in the meantime
-                raise
+    try:
+        with tempfile.TemporaryDirectory(dir=stored.parent, prefix=f"{stored.name}.") as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            rows = _write_rows(made / _ROWS_FILE, examples(source, tokenizer, options, report))
+            report.check(options.bad_row_budget)
+            about = {"summary": report.summary(), "rows": rows, "bytes": (made / _ROWS_FILE).stat().st_size}
+            write_whole(made / _SUMMARY_FILE, json.dumps(about))
+            synced(made / _ROWS_FILE)
+            try:
+                made.rename(stored)
+            except OSError:
+                if not stored.is_dir():  # else another process has made the same in the meantime
+                    raise
+            synced(stored.parent)
+    except OSError as error:
+        raise UserError(f"{stored.parent}: tokenised rows cannot be written there ({one_line(error)[:200]})") from error
     return report.summary()
+
+
+def _write_rows(path: Path, chunks: Iterable[list[Example]]) -> int:
+    """Writes examples to an Arrow file and returns how many there are."""
+    rows = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        for chunk in filter(None, chunks):
+            writer.write_batch(record_batch(chunk))
+            rows += len(chunk)
+    return rows
 
 
 def stored_rows(made: list[Example]) -> datasets.Dataset:

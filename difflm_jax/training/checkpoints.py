@@ -104,6 +104,8 @@ class Checkpoints:
             "metrics_checksum": _json_checksum(metrics),
         }
         self._writing = step
+        if self._late.pop(step, None):  # of a damaged checkpoint that is written again
+            self._write_late()
         if jax.process_count() > 1 and not agreed(self._has_room(step, state)):
             # In the middle of a save the others would wait for the one that cannot go on.
             self._announce_failure(OSError("the disk of one of the processes has no room for its part"))
@@ -180,6 +182,9 @@ class Checkpoints:
     def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds metrics to those of checkpoint `step`: an evaluation that was made after the save."""
         self._late[step] = dict(metrics)
+        self._write_late()
+
+    def _write_late(self) -> None:
         if is_writer():
             records = {str(step): values for step, values in self._late.items()}
             write_whole(self._directory / _LATE_FILE, json.dumps(records) + "\n")

@@ -179,7 +179,7 @@ def _evaluate_late(
     record = _evaluate(evaluate, phase, resumed.state, resumed.step, out, stop)
     if record is None:
         _stop_at_signal(phase, stop.reached(), resumed.step, out)
-    if out.log.flush() and out.samples.flush():
+    if agreed(out.log.flush() and out.samples.flush()):
         out.checkpoints.amend(resumed.step, {**record, **dict.fromkeys(UNEVALUATED, False)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,23 +14,65 @@ from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.safetensors import read_json
 from difflm_jax.config.files import difference, load_run_config, to_json
-from difflm_jax.errors import UserError
+from difflm_jax.data.examples import PHASES
+from difflm_jax.distributed.processes import by_one_process
+from difflm_jax.errors import UserError, one_line
 from difflm_jax.utils.dtypes import AUTO, fastest_dtype
 from difflm_jax.utils.files import write_whole
+from difflm_jax.utils.locks import FileLock
 
 if TYPE_CHECKING:
     import datasets
 
-CONFIG_FILE, DATA_FILE = "config.json", "checkpoints/data.json"
+CONFIG_FILE, DATA_FILE, LOCK_FILE = "config.json", "checkpoints/data.json", "run.lock"
+SETTINGS_FILE = "training_config.json"  # in what a phase trained: the last that is written of it
 FORCE = "--force"
 
 # Keys that change where and how fast a run goes, and what is seen of it, but no number that it trains with.
 _FREE = (
-    "mesh.", "cache_dir", "dataloader_num_workers", "pin_memory", "keep_checkpoints", "heartbeat_seconds", "profile.",
+    "output_dir", "mesh.", "cache_dir", "dataloader_num_workers", "pin_memory", "keep_checkpoints", "profile.",
+    "heartbeat_seconds",
     "wandb_config.", "log_interval", "report.", "remat", "attention_kernel", "loss_chunk", "max_nonfinite_steps",
     "unroll_layers",
 )  # fmt: skip
 _READ_ROWS = 10_000
+
+
+class RunLock:
+    """At most one process trains into a run directory: process 0 holds a lock there, for all of its run."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._lock = FileLock(directory / LOCK_FILE)
+        self._made_directory = False
+
+    def take(self) -> None:
+        """Makes the directory and takes its lock. Raises `UserError` that names who has it."""
+        by_one_process(self._take, str(self._directory))
+
+    def _take(self) -> None:
+        try:
+            self._made_directory |= not self._directory.is_dir()
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir={self._directory}: cannot be made ({one_line(error)})") from error
+        if not self._lock.acquire(wait=False):
+            raise UserError(
+                f"{self._directory}: {self._lock.holder()} trains into it right now; wait for its end, or choose "
+                "another output_dir"
+            )
+
+    def release(self) -> None:
+        """Gives the lock back, and removes the directory if nothing was written into it."""
+        self._lock.release()
+        if self._made_directory:
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()
+
+
+def is_finished(target: Path) -> bool:
+    """Whether all of what a phase trained is in the directory `target`."""
+    return (target / SETTINGS_FILE).is_file()
 
 
 def settle_dtype(config: ConfigDict) -> ConfigDict:
@@ -51,8 +94,8 @@ def check_config(directory: Path, config: ConfigDict, force: bool) -> None:
     """
     path = directory / CONFIG_FILE
     if path.is_file():
-        before = load_run_config(path)
-        changed = difference(_comparable(before), _comparable(config))
+        before, data_is_known = load_run_config(path), (directory / DATA_FILE).is_file()
+        changed = difference(_comparable(before, data_is_known), _comparable(config, data_is_known))
         _refuse_or_announce(directory, "another configuration", changed, force)
     elif directory.exists() and not directory.is_dir():
         raise UserError(f"output_dir={directory} is not a directory")
@@ -94,10 +137,20 @@ def describe_data(train_rows: datasets.Dataset, test_rows: datasets.Dataset) -> 
     return {"train_rows": len(train_rows), "test_rows": len(test_rows), "digest": digest.hexdigest()}
 
 
-def _comparable(config: ConfigDict) -> ConfigDict:
-    """`config` without what may change: free keys, and how the rows of a step divide into micro-batches."""
+def _comparable(config: ConfigDict, data_is_known: bool) -> ConfigDict:
+    """`config` without what may change: free keys, how rows divide into micro-batches, and the spelling of paths.
+
+    The names of data sets do not count if their contents are compared (`check_data`).
+    """
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
+        for key in ("model", "adapter"):
+            if plain[key] and (path := Path(plain[key]).expanduser()).exists():
+                plain[key] = str(path.resolve())
+        if data_is_known:
+            del plain["dataset"]
+            for phase in PHASES:
+                del plain[phase]["dataset"]
         rows = {phase: plain[phase].batch_size or plain.batch_size for phase in plain.phases}
         plain.rows_of_a_step = {phase: size * plain.gradient_accumulation_steps for phase, size in rows.items()}
         for key in ("batch_size", "gradient_accumulation_steps", *(f"{phase}.batch_size" for phase in rows)):

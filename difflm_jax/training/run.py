@@ -30,7 +30,16 @@ from difflm_jax.training.optimizer import learning_rate_schedule
 from difflm_jax.training.parameters import collections, save, start, with_trained
 from difflm_jax.training.phase import PhaseData
 from difflm_jax.training.regeneration import regenerate
-from difflm_jax.training.resume import check_config, check_data, describe_data, settle_dtype, write_identity
+from difflm_jax.training.resume import (
+    SETTINGS_FILE,
+    RunLock,
+    check_config,
+    check_data,
+    describe_data,
+    is_finished,
+    settle_dtype,
+    write_identity,
+)
 from difflm_jax.training.samples import SampleLogger
 from difflm_jax.training.step import TrainState
 from difflm_jax.training.tracking import Tracker
@@ -46,12 +55,22 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     directory = Path(config.output_dir)
     config = settle_dtype(config)
     check_config(directory, config, force)
-    if all((directory / f"{phase}_model").is_dir() for phase in config.phases):
+    if all(is_finished(directory / f"{phase}_model") for phase in config.phases):
         print(f"{directory}: this run is finished (remove the directory, or change output_dir, to train again)")
         return None
+    lock = RunLock(directory)
+    try:
+        if directory.is_dir():  # else it is made, and locked, when the data were found good
+            lock.take()
+        return _train(config, lock, force)
+    finally:
+        lock.release()
+
+
+def _train(config: ConfigDict, lock: RunLock, force: bool) -> LanguageModel:
+    directory = Path(config.output_dir)
     for note in notes(config):
         print(note)
-
     lm = open_configured(config)
     rows = {phase: read_rows(config, phase, lm) for phase in config.phases}
     data = {phase: describe_data(*rows[phase]) for phase in config.phases}
@@ -60,6 +79,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     check_sizes(config, lm.config, lm.quantization, mesh)
     check_kernel(config.attention_kernel, config.dtype, mesh.devices.flat[0].platform)
     print(f"attention: {config.attention}, computed by {config.attention_kernel}")
+    lock.take()
     converted = directory / CONVERTED if config.convert_cache else None
     lm = lm.with_weights(converted, mesh if mesh.size > 1 else None)
     if config.objective == "draft" and config.draft.answers == "regenerate":
@@ -127,10 +147,13 @@ def _run(
     """One phase, from wherever it stands, to the directory of what it trained; returns its best state."""
     name, directory, shapes = phase.data.name, Path(config.output_dir), shapes_of(state)
     target = directory / f"{name}_model"
+    settings = target / SETTINGS_FILE
     checkpoints = Checkpoints(directory / "checkpoints" / name, keep=config.keep_checkpoints)
     try:
         if target.is_dir():
             print(f"{name}: finished already")
+            if not settings.is_file():  # the end of the process came in between
+                by_one_process(lambda: write_whole(settings, to_json(config)), str(settings))
             if (best := checkpoints.restore_best(shapes)) is None:
                 raise UserError(f"{directory / 'checkpoints' / name}: no checkpoint can be read; remove {target}")
             return best.state
@@ -146,7 +169,6 @@ def _run(
         out = Outputs(directory, checkpoints, log, samples, tracker, logger)
         best = run_phase(phase, state, resumed, out, stop)
         save(with_trained(lm, best.trained), target, name)
-        settings = target / "training_config.json"
         by_one_process(lambda: write_whole(settings, to_json(config)), str(settings))
         print(f"{name}: wrote {target}")
         return best

@@ -89,6 +89,15 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
         raise UserError(f"{path}: cannot be written ({one_line(error)})") from error
 
 
+def synced(path: Path) -> None:
+    """Returns when a file, or the entries of a directory, are on disk and survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

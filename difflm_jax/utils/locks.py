@@ -22,7 +22,10 @@ class FileLock:
         self._file: int | None = None
 
     def acquire(self, wait: bool) -> bool:
-        """Takes the lock; False if another process has it and `wait` is false. Raises `UserError` without the folder."""
+        """Takes the lock; False if another process has it and `wait` is false.
+
+        Raises `UserError` if the file cannot be made.
+        """
         while self._file is None:
             try:
                 file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -1,6 +1,10 @@
 """Rows on disk become tokens on disk once; bad ones are named, counted, and too many of them are an error."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from tokenizers import normalizers
 
-from difflm_jax.data import tokenised
+from difflm_jax.data import fingerprint, tokenised
 from difflm_jax.data.chat import encode_chat
 from difflm_jax.data.examples import examples
 from difflm_jax.data.tokenised import tokenize
@@ -243,6 +247,7 @@ def test_another_process_may_make_the_same_meanwhile(
     def slow_examples(*args: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(tokenised, "examples", examples)
+            patch.setattr(tokenised, "locked", contextlib.nullcontext)  # a file system without locks
             others.append(make(name))
         return examples(*args)
 
@@ -250,6 +255,76 @@ def test_another_process_may_make_the_same_meanwhile(
     monkeypatch.setattr(tokenised, "examples", slow_examples)
     assert make(name)[:] == others[0][:]
     assert len(cached(tmp_path)) == 1
+
+
+def test_a_damaged_cache_is_made_again_and_said_once(
+    make: Callable[..., Any], jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that a loss of power has cut off made every later start end in a traceback."""
+    name = jsonl([GOOD, GOOD])
+    whole = make(name)[:]
+    (stored,) = (tmp_path / "cache" / "difflm_jax").iterdir()
+    data = (stored / "rows.arrow").read_bytes()
+    for damage in (data[: len(data) // 2], b""):
+        (stored / "rows.arrow").write_bytes(damage)
+        capsys.readouterr()
+        assert make(name)[:] == whole
+        assert capsys.readouterr().out.count("is damaged (rows.arrow has") == 1
+    (stored / "summary.json").write_text("{")
+    assert make(name)[:] == whole
+    assert make(name)[:] == whole and "damaged" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_full_disk_while_tokenising_is_one_line(
+    make: Callable[..., Any], jsonl: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenised, "_write_rows", full)
+    with pytest.raises(UserError, match="tokenised rows cannot be written there .*No space left on device"):
+        make(jsonl([GOOD]))
+    assert cached(tmp_path) == []
+
+
+def _tokenise_slowly(name: str, folder: Path, made: Any) -> None:
+    def slow(*arguments: Any) -> Any:
+        made.append(1)
+        time.sleep(0.5)
+        return examples(*arguments)
+
+    tokenised.examples = slow
+    tokenize(name, byte_tokenizer(), phase="sft", max_length=128, cache_dir=folder)
+
+
+def test_of_two_processes_one_tokenises(jsonl: Callable[..., str], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    with context.Manager() as manager:
+        made = manager.list()
+        both = [context.Process(target=_tokenise_slowly, args=(jsonl([GOOD]), tmp_path, made)) for _ in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(60)
+        assert [process.exitcode for process in both] == [0, 0] and list(made) == [1]
+
+
+def test_a_large_file_is_read_whole_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "_SMALL", 100)
+    monkeypatch.setattr(fingerprint, "_SETTLED", -1.0)
+    path, read = tmp_path / "rows.txt", []
+    plain = fingerprint.hashlib.file_digest
+    monkeypatch.setattr(fingerprint.hashlib, "file_digest", lambda *a: read.append(1) or plain(*a))
+    path.write_bytes(b"a" * 1_000_000)
+    first = fingerprint.file_hash(path)
+    assert fingerprint.file_hash(path) == first and len(read) == 1
+    times = path.stat()
+    with path.open("r+b") as file:  # between the samples, of equal size, with the times set back
+        file.seek(123_456)
+        file.write(b"b")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint.file_hash(path) != first and len(read) == 2
 
 
 @pytest.mark.parametrize(

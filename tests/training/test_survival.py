@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from difflm_jax.train import command
 from difflm_jax.training import loop, meter, run
 from difflm_jax.training.interruption import stop_request
 from difflm_jax.training.metrics import MetricsLog, read_metrics
+from difflm_jax.utils.locks import FileLock
 from tests.tiny import tiny_config, tiny_params
 from tests.tiny_run import NF4_PACKED, results, train_arguments
 
@@ -85,6 +87,55 @@ def test_a_signal_between_two_phases_is_not_lost_and_a_late_report_is_made(model
     assert command([*arguments, *report]) == 0
     printed = capfd.readouterr().out
     assert "this run is finished" in printed and "Questions (2," in printed
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_an_evaluation_begins_nothing_new_and_costs_no_number(
+    model, rows, whole, tmp_path, monkeypatch, capfd
+):
+    """It made the rest of the evaluation, one more step and another evaluation. Now the resumed run evaluates."""
+    plain, seen = loop.evaluation_record, []
+
+    def interrupted(*arguments):
+        seen.append(1)
+        if len(seen) in (1, 3):
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*arguments)
+
+    monkeypatch.setattr(loop, "evaluation_record", interrupted)
+    arguments = train_arguments(model, rows, tmp_path, *NF4_PACKED)
+    assert command(arguments) == 75
+    said = capfd.readouterr()
+    assert said.err.splitlines()[-1].startswith("stopped by SIGINT after step 2 of 6 of pretrain")
+    assert "sample" not in said.out and not any("eval_loss" in r for r in read_metrics(tmp_path / "run"))
+    assert command(arguments) == 75  # the late evaluation is made, the next one interrupted
+    assert "after step 4 of 6" in capfd.readouterr().err
+    assert command(arguments) == 0
+    assert results(tmp_path / "run") == results(whole)
+
+
+def test_a_second_start_of_a_run_says_who_trains_into_it(model, rows, tmp_path, capfd):
+    arguments = train_arguments(model, rows, tmp_path, "--config.max_steps=1", "--config.sample_prompts=0")
+    lock = FileLock(tmp_path / "run" / "run.lock")
+    (tmp_path / "run").mkdir()
+    lock.acquire(wait=False)
+    assert command(arguments) == 1
+    assert re.search(r"run: process \d+ on \S+ trains into it right now", capfd.readouterr().err)
+    lock.release()
+    (tmp_path / "run" / "run.lock").write_text("process 1 on a host that crashed")  # the lock is gone with its process
+    assert command([*arguments, "--config.phases=sft"]) == 0
+    assert not (tmp_path / "run" / "run.lock").exists()
+    capfd.readouterr()
+
+    # A kill between what a phase trained and its settings; a moved run, under another spelling.
+    (tmp_path / "run" / "sft_model" / "training_config.json").unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkey = [a for a in arguments if "output_dir" not in a]
+    moved = f"--config.output_dir={tmp_path}/./moved"
+    spelt = f"--config.model={model.parent}/./{model.name}"
+    assert command([*monkey, moved, spelt, "--config.phases=sft"]) == 0
+    assert (tmp_path / "moved" / "sft_model" / "training_config.json").is_file()
+    assert "sft: finished already" in capfd.readouterr().out
 
 
 def test_adapters_start_alike_whatever_the_order_in_which_weights_were_read():
