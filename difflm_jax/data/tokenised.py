@@ -81,15 +81,15 @@ def tokenize(
     stored = folder / _fingerprint(source, tokenizer, options)
     if (rows := _read(stored)) is None:
         with locked(stored.with_suffix(".lock")):  # of several processes one tokenises, the others wait
-            if (rows := _read(stored)) is None:
+            if (rows := _read(stored, remove_damaged=True)) is None:
                 print(f"{_make(source, tokenizer, options, stored)}; kept in {stored}", flush=True)
                 return _read(stored)
     print(f"{json.loads((stored / _SUMMARY_FILE).read_text())['summary']}; reused from {stored}", flush=True)
     return rows
 
 
-def _read(stored: Path) -> datasets.Dataset | None:
-    """The rows in the folder `stored`; None if it is not there, or damaged, which is announced."""
+def _read(stored: Path, remove_damaged: bool = False) -> datasets.Dataset | None:
+    """The rows in the folder `stored`; None if it is not there or damaged. Removing it is for who has the lock."""
     if not stored.is_dir():
         return None
     import datasets
@@ -103,8 +103,9 @@ def _read(stored: Path) -> datasets.Dataset | None:
         if len(rows) != about["rows"]:
             raise ValueError(f"{_ROWS_FILE} has {len(rows)} rows of {about['rows']}")
     except Exception as error:  # pyarrow raises anything for a file that it cannot read
-        print(f"data: {stored}: is damaged ({one_line(error)[:200]}) and made again", flush=True)
-        shutil.rmtree(stored, ignore_errors=True)
+        if remove_damaged:
+            print(f"data: {stored}: is damaged ({one_line(error)[:200]}) and made again", flush=True)
+            shutil.rmtree(stored, ignore_errors=True)
         return None
     return rows
 
