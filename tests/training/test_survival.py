@@ -53,11 +53,11 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_bits(model, rows, whole,
     """SIGTERM between two metric lines, and inside the second phase: N steps are k steps and the rest, bit by bit, over
     a base in NF4, with packed rows, dropout and accumulation."""
     arguments = train_arguments(model, rows, tmp_path, *NF4_PACKED)
-    signal_at(monkeypatch, {2, 7})  # the second life of the process begins behind step 3
+    signal_at(monkeypatch, {2, 7})  # the second life begins after step 2, with its evaluation
     assert command(arguments) == 75
     error = capfd.readouterr().err
-    assert error.startswith("stopped by SIGTERM after step 3 of 6 of pretrain")
-    assert "checkpoint 3" in error and "\n" not in error.strip()
+    assert error.startswith("stopped by SIGTERM after step 2 of 6 of pretrain")
+    assert "checkpoint 2" in error and "\n" not in error.strip()
     assert command(arguments) == 75
     assert "of sft" in capfd.readouterr().err
     assert command(arguments) == 0
