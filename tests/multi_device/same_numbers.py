@@ -33,7 +33,7 @@ ROWS, LENGTH, MASK = 16, 20, 96
 FAMILIES = {
     "qwen3": {},
     "olmo2": {"model_type": "olmo2"},
-    "granite_swa": {"model_type": "granite_swa", "sliding_window": 6, "layer_rope_theta": [0, 1e4, 1e4]},
+    "granite_swa": {"model_type": "granite_swa", "sliding_window": 6, "attention_multiplier": 0.06},
     "gemma2": {"model_type": "gemma2", "sliding_window": 6, "final_logit_softcapping": 3.0},
     "cohere": {"model_type": "cohere", "use_qk_norm": True},
 }
