@@ -1,7 +1,8 @@
 """Turns a causal language model into a masked-diffusion language model on JAX.
 
 Shape letters used as suffixes everywhere: B batch, L sequence (T query, S key), D model, H heads, K key-value heads,
-E head dimension, F MLP, V vocabulary, N layers, R LoRA rank, M scored positions, G quantisation group, C chunk.
+E head dimension, F MLP, V vocabulary, N layers, R LoRA rank, M scored positions, G quantisation group, C chunk,
+J block of an answer, P pass of a block.
 """
 
 import importlib

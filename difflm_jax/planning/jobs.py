@@ -118,8 +118,8 @@ def sampling_job(
     valid, row = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_), jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
     quotas = jax.ShapeDtypeStruct((batch_size, plan.num_blocks, plan.steps_per_block), jnp.int32)
-    steps_BN = jax.ShapeDtypeStruct(quotas.shape[:2], jnp.int32)
-    canvas = Canvas(tokens, valid, valid, row, steps_BN, quotas, keys)
+    steps_BJ = jax.ShapeDtypeStruct(quotas.shape[:2], jnp.int32)
+    canvas = Canvas(tokens, valid, valid, row, steps_BJ, quotas, keys)
     variables = {"params": params, **({"lora": abstract(_adapters(params, model), mesh)} if model.lora else {})}
     arguments = {
         "decoder": Decoder(variables, model, diffusion, eos_token_ids=(0,), mesh=mesh),

@@ -79,8 +79,8 @@ def answer_plan(
             f"steps={steps}: max_new_tokens={max_new_tokens} are {blocks} blocks of {block_length}, and each takes at "
             f"least one pass: raise steps to {blocks} or more"
         )
-    masks_BN = np.full((1, blocks), block_length)
-    most = int(shares(steps, masks_BN, sampling.at_most_one_pass_per_mask).max())
+    masks_BJ = np.full((1, blocks), block_length)
+    most = int(shares(steps, masks_BJ, sampling.at_most_one_pass_per_mask).max())
     given = block_length - 1 if diffusion.blocks_include_prompt else 0  # of a prompt that ends within a block
     return Plan(0, -(-(max_new_tokens + given) // block_length), block_length, most)
 
@@ -154,12 +154,12 @@ def _fill(
         raise UserError("watching: this model is divided over devices: load it on one for that")
     if not prompts:
         return Filled([], np.zeros(0, np.int32), np.zeros(0, np.int32))
-    masks_BN = np.stack([_masks_of_blocks(rest == decoder.diffusion.mask_token_id, plan) for rest in rests])
-    steps_BN = _steps_of_blocks(masks_BN, plan, options)
+    masks_BJ = np.stack([_masks_of_blocks(rest == decoder.diffusion.mask_token_id, plan) for rest in rests])
+    steps_BJ = _steps_of_blocks(masks_BJ, plan, options)
     # The first window of block decoding reaches one block and one token back.
     shortest = plan.block_length + 1 if decoder.diffusion.decoding_block else 1
     first_column = width_bucket(max(shortest, *map(len, prompts)))
-    plan = dataclasses.replace(plan, first_column=first_column, steps_per_block=steps_bucket(steps_BN.max(), plan))
+    plan = dataclasses.replace(plan, first_column=first_column, steps_per_block=steps_bucket(steps_BJ.max(), plan))
     rows = [np.concatenate(parts) for parts in zip(prompts, rests, strict=True)]
     keys = row_keys(options.seed, rows)
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -172,8 +172,8 @@ def _fill(
         tokens, valid = _padded([prompts[i] for i in index], [rests[i] for i in index], plan, decoder.pad_token_id)
         fillable = valid & (tokens == decoder.diffusion.mask_token_id)
         steps, schedule = (
-            steps_BN[index],
-            quotas(sampling.schedule, masks_BN[index], steps_BN[index], plan.steps_per_block),
+            steps_BJ[index],
+            quotas(sampling.schedule, masks_BJ[index], steps_BJ[index], plan.steps_per_block),
         )
         canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], steps, schedule, keys[index])
         if watch is None:
@@ -212,20 +212,20 @@ def _keys_of(key: jax.Array, words: jax.Array) -> jax.Array:
 
 
 def _masks_of_blocks(is_mask_L: np.ndarray, plan: Plan) -> np.ndarray:
-    """[N] masks of each block of a row; `is_mask_L` begins with the first block."""
+    """[J] masks of each block of a row; `is_mask_L` begins with the first block."""
     return np.bincount(np.flatnonzero(is_mask_L) // plan.block_length, minlength=plan.num_blocks)
 
 
-def _steps_of_blocks(masks_BN: np.ndarray, plan: Plan, options: FillOptions) -> np.ndarray:
-    """[B, N] passes of each block. Raises `UserError` where they are fewer than the blocks with masks."""
-    blocks_B = (masks_BN > 0).sum(axis=1)
+def _steps_of_blocks(masks_BJ: np.ndarray, plan: Plan, options: FillOptions) -> np.ndarray:
+    """[B, J] passes of each block. Raises `UserError` where they are fewer than the blocks with masks."""
+    blocks_B = (masks_BJ > 0).sum(axis=1)
     row = int(blocks_B.argmax())
     if blocks_B[row] > options.steps:
         raise UserError(
             f"steps={options.steps}: row {row + 1} has masks in {blocks_B[row]} blocks of {plan.block_length}, and "
             f"each takes at least one pass: raise steps to {blocks_B[row]} or more"
         )
-    return shares(options.steps, masks_BN, options.sampling.at_most_one_pass_per_mask)
+    return shares(options.steps, masks_BJ, options.sampling.at_most_one_pass_per_mask)
 
 
 def _padded(

@@ -47,8 +47,8 @@ class Canvas:
     valid: jax.Array  # [B, L] bool, False at padding
     fillable: jax.Array  # [B, L] bool, the masks to fill
     prompt_lengths: jax.Array  # [B] int32, real tokens
-    steps: jax.Array  # [B, N] int32, scheduled passes of each block; 0 where it has no mask
-    quotas: jax.Array  # [B, N, S] int32, masks to commit at each step, at least (`schedule.quotas`)
+    steps: jax.Array  # [B, J] int32, scheduled passes of each block; 0 where it has no mask
+    quotas: jax.Array  # [B, J, P] int32, masks to commit at each step, at least (`schedule.quotas`)
     keys: jax.Array  # [B] one key per row
 
 
@@ -199,8 +199,8 @@ class Loop:
             return commit.deadline_quota(open_BT, self._passes_left(carry))
         steps_B = self._steps(carry.block)
         scheduled_B = jnp.minimum(carry.step, steps_B - 1)
-        quotas_BS = jax.lax.dynamic_index_in_dim(self.canvas.quotas, carry.block, axis=1, keepdims=False)
-        quota_B = jnp.take_along_axis(quotas_BS, scheduled_B[:, None], axis=1)[:, 0]
+        quotas_BP = jax.lax.dynamic_index_in_dim(self.canvas.quotas, carry.block, axis=1, keepdims=False)
+        quota_B = jnp.take_along_axis(quotas_BP, scheduled_B[:, None], axis=1)[:, 0]
         return jnp.where(scheduled_B == steps_B - 1, self.plan.block_length, quota_B)
 
     def _passes_left(self, carry: Carry) -> jax.Array:

@@ -78,27 +78,27 @@ def reveal_rates(steps: int) -> np.ndarray:
     return 1 - times[1:] / times[:-1]
 
 
-def shares(steps: int, masks_BN: np.ndarray, capped: bool) -> np.ndarray:
-    """[B, N] int32: `steps` passes of each row divided over its blocks that hold masks, from their numbers of masks.
+def shares(steps: int, masks_BJ: np.ndarray, capped: bool) -> np.ndarray:
+    """[B, J] int32: `steps` passes of each row divided over its blocks that hold masks, from their numbers of masks.
 
     The first blocks get the remainder. `capped`: a block gets at most one pass per mask, since further ones would have
     nothing to commit. A row with more such blocks than `steps` is left with blocks that have masks and no pass.
     """
-    has_masks_BN = masks_BN > 0
-    blocks_B1 = np.maximum(has_masks_BN.sum(axis=1, keepdims=True), 1)
-    number_BN = np.cumsum(has_masks_BN, axis=1) - 1
-    shares_BN = steps // blocks_B1 + (number_BN < steps % blocks_B1)
-    shares_BN = np.where(has_masks_BN, shares_BN, 0)
-    return (np.minimum(shares_BN, masks_BN) if capped else shares_BN).astype(np.int32)
+    has_masks_BJ = masks_BJ > 0
+    blocks_B1 = np.maximum(has_masks_BJ.sum(axis=1, keepdims=True), 1)
+    number_BJ = np.cumsum(has_masks_BJ, axis=1) - 1
+    shares_BJ = steps // blocks_B1 + (number_BJ < steps % blocks_B1)
+    shares_BJ = np.where(has_masks_BJ, shares_BJ, 0)
+    return (np.minimum(shares_BJ, masks_BJ) if capped else shares_BJ).astype(np.int32)
 
 
-def quotas(schedule: str, masks_BN: np.ndarray, steps_BN: np.ndarray, most: int) -> np.ndarray:
-    """[B, N, S] int32 quotas of every row and block from their numbers of masks and of passes; S is `most`."""
-    found_BNS = np.zeros((*masks_BN.shape, most), np.int32)
+def quotas(schedule: str, masks_BJ: np.ndarray, steps_BJ: np.ndarray, most: int) -> np.ndarray:
+    """[B, J, P] int32 quotas of every row and block from their numbers of masks and of passes; P is `most`."""
+    found_BJP = np.zeros((*masks_BJ.shape, most), np.int32)
     known: dict[tuple[int, int], list[int]] = {}
-    for place in np.ndindex(masks_BN.shape):
-        case = int(masks_BN[place]), int(steps_BN[place])
+    for place in np.ndindex(masks_BJ.shape):
+        case = int(masks_BJ[place]), int(steps_BJ[place])
         if case not in known:
             known[case] = SCHEDULES[schedule](*case)
-        found_BNS[place][: case[1]] = known[case]
-    return found_BNS
+        found_BJP[place][: case[1]] = known[case]
+    return found_BJP

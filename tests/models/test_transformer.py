@@ -1,12 +1,15 @@
 """Properties of the model that hold for any weights: who sees whom, remat, the cache, the mask row, LoRA."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difflm_jax import models
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.lora import LoraConfig, init_lora, merge_lora
@@ -206,3 +209,12 @@ def test_on_a_cpu_a_bfloat16_base_is_neither_copied_to_float32_nor_changed():
     np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(plain, np.float32), atol=3e-2)
     stacks = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
     assert found_bytes < plain_bytes - stacks / 2
+
+
+def test_the_models_know_nothing_of_diffusion():
+    """Masks, prompts and blocks are those of `diffusion.config`; the transformer takes a view."""
+    folder = Path(models.__file__).parent
+    words = re.compile("diffusion|prompt|noisy|denois|corrupt|block_length", re.IGNORECASE)
+    told = [f"{path.name}: {line}" for path in folder.glob("*.py") for line in path.read_text().splitlines()
+            if words.search(line) and path.name != "__init__.py"]  # fmt: skip
+    assert not told

@@ -178,7 +178,7 @@ def test_a_row_with_gaps_is_filled_as_it_is_alone_and_in_no_more_passes_than_wer
     )
     assert both.tokens[1].tolist() == alone.tokens[0].tolist()
     assert both.steps.tolist() == [4, alone.steps[0]]
-    assert seen == [[0, 1]] * 4  # rows with other numbers of passes share a batch
+    assert seen == [[0, 1]] * 7  # one batch: four passes of the second row in its only block, then three blocks more
     apart = [70, 71, 72, *[MASK] * 4, *[80] * 16, *[MASK] * 4]
     for steps in (2, 4, 8):
         assert lm.infill([apart], steps=steps, algorithm="steady").steps[0] <= steps
