@@ -13,7 +13,7 @@ from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import TrainState, make_train_step
 from tests.multi_device.same_numbers import micro_batched, setting
 
-params, options, lora = setting("nf4")
+params, options, lora = setting("nf4", "qwen3")
 mesh = make_mesh(1, 4, 2)
 optimizer = optax.chain(clip_by_global_norm(1.0), optax.scale_by_adam())
 step = make_train_step(options, optimizer, lambda index: 1e-2, mesh)
