@@ -14,6 +14,7 @@ import time
 import difflm_jax
 from benchmarks.common import add_report_flags, alternating, median_of, report
 from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.examples import Options
 from difflm_jax.data.formats import parse_row
 from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.sources import open_source
@@ -34,7 +35,7 @@ def main() -> None:
     def ours(_: int) -> None:
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
-            rows = tokenize(options.data, tokenizer, phase="sft", max_length=options.max_length, cache_dir=directory)
+            rows = tokenize(options.data, tokenizer, Options("sft", options.max_length), directory)
             parts["tokenise and store"].append(time.perf_counter() - start)
             start = time.perf_counter()
             plan = plan_batches(rows, BatchOptions(options.batch_size, options.max_length, batching="packed"))

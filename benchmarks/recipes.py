@@ -24,6 +24,7 @@ import numpy as np
 
 from difflm_jax.config.files import load_config
 from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.examples import Options
 from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.diffusion.corruption import Corruption
@@ -162,10 +163,7 @@ def masked_scores(
     rows = tokenize(
         data,
         lm.tokenizer,
-        phase="sft",
-        max_length=max_length,
-        overlong="drop",
-        mask_token_id=lm.mask_token_id,
+        Options("sft", max_length, overlong="drop", mask_token_id=lm.mask_token_id),
     )
     rows = rows.select(range(min(count or len(rows), len(rows))))
     corruption = Corruption(lm.diffusion, scope="answer", min_rate=low, max_rate=high, loss=LossRule("masked"))

@@ -25,6 +25,7 @@ import difflm_jax
 from benchmarks.common import add_report_flags, alternating, gemm_flops, median_of, report
 from difflm_jax.config import default_config
 from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.examples import Options
 from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.shared_prefix import shared_prefix
 from difflm_jax.data.tokenised import tokenize
@@ -56,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
 
     lm = difflm_jax.load(options.model, dtype=options.dtype)
-    rows = tokenize(options.data, lm.tokenizer, phase="sft", max_length=options.max_length, overlong="drop")
+    rows = tokenize(options.data, lm.tokenizer, Options("sft", options.max_length, overlong="drop"))
     rows = rows.filter(lambda row: len(row["tokens"]) <= options.row_length)
     padded = {"batch_size": options.examples, "length_multiple": 1, "max_length": options.row_length}
     plain = batches_of(rows, **padded, pad_id=lm.pad_token_id)

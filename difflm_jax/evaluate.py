@@ -25,6 +25,7 @@ from difflm_jax.cli import (
     suggest_next,
 )
 from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.examples import Options
 from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.diffusion.corruption import Corruption
@@ -238,7 +239,7 @@ def masked_scores(
 
     Of the first `rows` (0: all) of `dataset`; those above `max_length` tokens are cut.
     """
-    examples = tokenize(dataset, lm.tokenizer, phase="sft", max_length=max_length, mask_token_id=lm.mask_token_id)
+    examples = tokenize(dataset, lm.tokenizer, Options("sft", max_length, mask_token_id=lm.mask_token_id))
     if rows:
         examples = examples.select(range(min(rows, len(examples))))
     mesh = lm.mesh or make_mesh(1)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from difflm_jax.checkpoint.converted import load_converted
 from difflm_jax.checkpoint.diffusion_config import model_card
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
-from difflm_jax.checkpoint.peft import save_adapter
+from difflm_jax.checkpoint.peft import Base, save_adapter
 from difflm_jax.checkpoint.source import Source
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.distributed.mesh import row_shards
@@ -169,7 +169,7 @@ class LanguageModel:
         rows = [jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in rows]
         return _logits(self.decoder, *rows)[: len(tokens_BL)]
 
-    def generate(
+    def generate(  # noqa: PLR0913 - the public face, kept stable
         self,
         prompts: Prompt | Sequence[Prompt],
         max_new_tokens: int = 128,
@@ -293,13 +293,10 @@ class LanguageModel:
             directory,
             jax.tree.map(to_host, self.lora),
             self.model.lora,
-            model_config=self.config,
-            base_model_name=self.source.name,
-            revision=self.source.revision,
-            mask_token_id=self.mask_token_id,
-            diffusion_config=self.diffusion_config(),
-            tokenizer=self.tokenizer,
-            notes=notes,
+            Base(self.source.name, self.source.revision, self.config),
+            self.diffusion_config(),
+            self.tokenizer,
+            notes,
         )
 
     def merge(self) -> "LanguageModel":

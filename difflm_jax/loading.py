@@ -57,7 +57,7 @@ class ModelSpec:
         return dataclasses.replace(self, attention="causal", block_length=None, logit_shift=True)
 
 
-def load(
+def load(  # noqa: PLR0913 - the public face, kept stable
     source: str | Path,
     causal: bool = False,
     attention: str | None = None,

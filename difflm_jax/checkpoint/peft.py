@@ -72,44 +72,47 @@ class Adapter:
     base_model_name: str | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model that an adapter is for: its name or path, the revision of a hub id, and its shape."""
+
+    name: str
+    revision: str | None
+    config: ModelConfig
+
+
 def save_adapter(
     directory: str | Path,
     lora: Mapping[str, Any],
     lora_config: LoraConfig,
-    *,
-    model_config: ModelConfig,
-    base_model_name: str,
-    revision: str | None,
-    mask_token_id: int | None,
+    base: Base,
     diffusion_config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: str = "",
 ) -> None:
-    """Writes `lora` (see `lora.init_lora`) for a base of shape `model_config` as an adapter directory, all or nothing.
+    """Writes `lora` (see `lora.init_lora`) for `base` as an adapter directory, all or nothing.
 
     An existing adapter directory is replaced; any other non-empty directory is a `UserError`. `notes` goes into the
     model card.
     """
     tensors = {}
-    modules = adapted_modules(model_config, lora_config)
+    modules = adapted_modules(base.config, lora_config)
     for module in modules:
-        for layer in range(model_config.num_layers):
+        for layer in range(base.config.num_layers):
             for factor, tensor in to_peft(module, lora["layers"], lora_config.r, layer).items():
                 tensors[module.key(factor, layer)] = tensor
     trained_tokens = None
     if "mask_row" in lora:
-        if mask_token_id is None:
-            raise ValueError("a trained mask row needs its mask_token_id")
-        tensors[peft_mask_row(model_config.decoder)] = np.asarray(lora["mask_row"], np.float32)[None]
-        trained_tokens = {"embed_tokens": [mask_token_id]}
-    config = _adapter_config(lora_config, base_model_name, revision, trained_tokens)
-    ranks, alphas = patterns(model_config, lora_config)
+        tensors[peft_mask_row(base.config.decoder)] = np.asarray(lora["mask_row"], np.float32)[None]
+        trained_tokens = {"embed_tokens": [diffusion_config["mask_token_id"]]}
+    config = _adapter_config(lora_config, base.name, base.revision, trained_tokens)
+    ranks, alphas = patterns(base.config, lora_config)
     config |= {"rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": sorted({m.name for m in modules})}
     with new_directory(directory, may_replace=_is_adapter_directory) as fresh:
         write_file(fresh / WEIGHTS_FILE, tensors)
         _write_json(fresh / CONFIG_FILE, config)
         write_diffusion_config(fresh, diffusion_config)
-        (fresh / "README.md").write_text(_model_card(base_model_name, diffusion_config, notes), encoding="utf-8")
+        (fresh / "README.md").write_text(_model_card(base.name, diffusion_config, notes), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
 

@@ -28,16 +28,26 @@ _PROGRESS_ROWS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the examples next to the rows and the tokenizer; `difflm_jax.data.tokenised.tokenize` explains."""
+    """What decides the examples next to the rows and the tokenizer.
+
+    phase: "sft" requires conversations with an answer; "pretrain" also takes conversations without one, and plain text,
+      which it cuts into windows of `max_length`.
+    answers: which assistant turns are marked, the "last" or "all".
+    overlong: "cut" (see `difflm_jax.data.chat.cut`) or "drop".
+    bad_row_budget: share of bad rows that is left out and announced; more is an error.
+    mask_token_id: a token that no row may hold.
+    debug: 100 examples, chosen by `seed`.
+    columns, roles: the data set's own names (`difflm_jax.data.columns`).
+    """
 
     phase: str
     max_length: int
-    answers: str
-    overlong: str
-    bad_row_budget: float
-    mask_token_id: int | None
-    debug: bool
-    seed: int
+    answers: str = "last"
+    overlong: str = "cut"
+    bad_row_budget: float = 0.01
+    mask_token_id: int | None = None
+    debug: bool = False
+    seed: int = 42
     columns: str = ""
     roles: str = ""
 

@@ -41,41 +41,21 @@ _SCHEMA = pa.schema(
 
 
 def tokenize(
-    dataset: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    phase: str,
-    max_length: int,
-    answers: str = "last",
-    overlong: str = "cut",
-    bad_row_budget: float = 0.01,
-    mask_token_id: int | None = None,
-    debug: bool = False,
-    seed: int = 42,
-    columns: str = "",
-    roles: str = "",
-    cache_dir: str | Path | None = None,
+    dataset: str, tokenizer: PreTrainedTokenizerBase, options: Options, cache_dir: str | Path | None = None
 ) -> datasets.Dataset:
     """The rows of `dataset` as tokens, memory-mapped from the cache, where the first call puts them.
 
-    dataset: see `difflm_jax.data.sources.open_source`. phase: "sft" wants conversations with an answer; "pretrain"
-    also takes conversations without one, and plain text, which it cuts into windows of `max_length`. answers: which
-    assistant turns are marked, the "last" or "all". overlong: "cut" (see `difflm_jax.data.chat.cut`) or "drop".
-    bad_row_budget: the share of bad rows that is left out and announced; more is an error. debug: 100 examples, chosen
-    by `seed`. columns, roles: the data set's own names (`difflm_jax.data.columns`). cache_dir: the default is the cache
-    of `datasets`.
+    dataset: see `difflm_jax.data.sources.open_source`. cache_dir: the default is the cache of `datasets`.
 
     Columns: tokens (list of int32, at most `max_length`), answer_mask (list of bool), length, prompt_length and
     final_answer_length (int32, see `record_batch`), content_hash (int64, of the messages or text before tokenisation),
     origin (str, 'file:line', 'file[index]' or 'hubid[index]').
 
     Raises `UserError` for a source that is not there, too many bad rows, no usable row, and a row that holds the token
-    `mask_token_id`.
+    `options.mask_token_id`.
     """
-
-    # Without debug the seed decides nothing, and must not make a second copy.
-    seed = seed if debug else 0
-    options = Options(phase, max_length, answers, overlong, bad_row_budget, mask_token_id, debug, seed, columns, roles)
+    if not options.debug:  # then the seed decides nothing, and must not make a second copy
+        options = dataclasses.replace(options, seed=0)
     source = open_source(dataset)
     folder = _cache_folder(cache_dir)
     stored = folder / _fingerprint(source, tokenizer, options)

@@ -17,7 +17,7 @@ from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.models.attention import View
 from difflm_jax.models.transformer import Transformer, head_logits, head_weight
-from difflm_jax.ops.cross_entropy import Teacher, scored_cross_entropy
+from difflm_jax.ops.cross_entropy import Outputs, Teacher, scored_cross_entropy
 from difflm_jax.ops.random import fold_seeds, token_seeds, uniform
 from difflm_jax.utils.settings import NOT_NEGATIVE, POSITIVE, setting
 
@@ -141,11 +141,9 @@ def draft_sums(
         head_weight(model.config, variables["params"]),
         _flat(targets_BM),
         _flat(ce_weights_BM),
-        diffusion.mask_token_id,
+        Outputs(diffusion.mask_token_id, model.config.vocab_size, model.config.logit_softcap),
         chunk,
-        model.config.vocab_size,
         teacher,
-        model.config.logit_softcap,
     )
     if draft.loss == "tv":
         p, q = (jax.nn.softmax(_outputs(model, diffusion, variables, x)) for x in (teacher_BMD, hidden_BMD))

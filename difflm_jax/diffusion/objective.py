@@ -16,7 +16,7 @@ from difflm_jax.diffusion.extras.on_policy import on_policy
 from difflm_jax.diffusion.extras.step import Step
 from difflm_jax.diffusion.lossless import draft_sums
 from difflm_jax.models.transformer import Transformer, head_weight
-from difflm_jax.ops.cross_entropy import Scores, Teacher, scored_cross_entropy
+from difflm_jax.ops.cross_entropy import Outputs, Scores, Teacher, scored_cross_entropy
 from difflm_jax.ops.random import fold_seeds, token_seeds
 
 RATE_BUCKETS = 5  # mask rates are reported in [0, 0.2), [0.2, 0.4), ... [0.8, 1]
@@ -102,11 +102,9 @@ def _score(
         head_weight(model.config, variables["params"]),
         _flat(noisy.clean),
         _flat(weights_BL),
-        corruption.diffusion.mask_token_id,
+        Outputs(corruption.diffusion.mask_token_id, model.config.vocab_size, model.config.logit_softcap),
         chunk,
-        model.config.vocab_size,
         jax.tree.map(_flat, teacher),
-        model.config.logit_softcap,
     )
     return loss, Scores(*(x_M.reshape(noisy.tokens.shape) for x_M in scores))
 

@@ -1,5 +1,6 @@
 """Cross-entropy at scored positions only, in chunks: logits of all positions never exist at once."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -30,26 +31,36 @@ class Scores(NamedTuple):
     choice: jax.Array  # int32, the likeliest token
 
 
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Which rows of the head are outputs, and how logits are capped.
+
+    forbidden_id: never an output (the mask token); it has no share in the softmax, nor in a teacher's.
+    vocab_size: V, where `head_VD` is one device's part of the head, padded at the end. None: all rows of the head.
+    softcap: see `capped`; None: logits are not capped.
+    """
+
+    forbidden_id: int
+    vocab_size: int | None = None
+    softcap: float | None = None
+
+
 def scored_cross_entropy(
     hidden_MD: jax.Array,
     head_VD: jax.Array,
     targets_M: jax.Array,
     weights_M: jax.Array,
-    forbidden_id: int,
+    outputs: Outputs,
     chunk: int,
-    vocab_size: int | None = None,
     teacher: Teacher | None = None,
-    softcap: float | None = None,
 ) -> tuple[jax.Array, Scores]:
     """(sum of weight * nll + teacher's weight * KL(teacher || model), `Scores`).
 
-    `forbidden_id` (the mask token) is never an output: it has no share in the softmax, nor in the teacher's. Only the
-    sum is differentiable, with respect to `hidden_MD` and, where it is trained, `head_VD`: both gradients are made
-    together with the loss, so that the backward pass costs no product with the head, and that of a frozen head is not
-    made at all. The number of chunks follows the number of scored positions, not M. `vocab_size` is V where `head_VD`
-    is one device's part of the head, with padding behind it. `softcap`: that of the logits (`capped`).
+    Only the sum is differentiable, with respect to `hidden_MD` and, where it is trained, `head_VD`. Both gradients are
+    computed together with the loss: the backward pass costs no product with the head, and a frozen head has no
+    gradient. The number of chunks follows the number of scored positions, not M.
     """
-    static = (chunk, (forbidden_id, vocab_size or head_VD.shape[0], softcap))
+    static = (chunk, (outputs.forbidden_id, outputs.vocab_size or head_VD.shape[0], outputs.softcap))
     return _cross_entropy(*static, hidden_MD, head_VD, targets_M, weights_M, teacher)
 
 

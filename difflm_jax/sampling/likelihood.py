@@ -24,7 +24,7 @@ from difflm_jax.distributed.sharding import over_rows, to_host
 from difflm_jax.errors import UserError
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.transformer import head_weight
-from difflm_jax.ops.cross_entropy import scored_cross_entropy
+from difflm_jax.ops.cross_entropy import Outputs, scored_cross_entropy
 from difflm_jax.sampling.batching import check_positive, check_seed, width_bucket
 from difflm_jax.sampling.caches import Decoder
 
@@ -260,10 +260,8 @@ def _token_nll(decoder: Decoder, *rows: Any) -> jax.Array:
             head_weight(model.config, variables["params"]),
             tokens_BL.reshape(-1),
             noisy.weights.reshape(-1),
-            diffusion.mask_token_id,
+            Outputs(diffusion.mask_token_id, model.config.vocab_size, model.config.logit_softcap),
             CHUNK,
-            model.config.vocab_size,
-            softcap=model.config.logit_softcap,
         )
         return scores.nll.reshape(tokens_BL.shape)
 

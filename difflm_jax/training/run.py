@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.config.files import CONVERTED, notes, phase_config, to_json
 from difflm_jax.data.batches import describe, split
+from difflm_jax.data.examples import Options
 from difflm_jax.data.template_forms import read_template
 from difflm_jax.data.tokenised import check_ids, tokenize
 from difflm_jax.distributed.collectives import FSDP
@@ -189,17 +190,19 @@ def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, An
     rows = tokenize(
         settings.dataset,
         lm.tokenizer,
-        phase=name,
-        max_length=settings.max_length,
-        answers=settings.answers,
-        overlong=settings.overlong,
-        bad_row_budget=settings.bad_row_budget,
-        mask_token_id=lm.mask_token_id,
-        debug=settings.debug,
-        seed=settings.seed,
-        columns=settings.data.columns,
-        roles=settings.data.roles,
-        cache_dir=settings.cache_dir or None,
+        Options(
+            phase=name,
+            max_length=settings.max_length,
+            answers=settings.answers,
+            overlong=settings.overlong,
+            bad_row_budget=settings.bad_row_budget,
+            mask_token_id=lm.mask_token_id,
+            debug=settings.debug,
+            seed=settings.seed,
+            columns=settings.data.columns,
+            roles=settings.data.roles,
+        ),
+        settings.cache_dir or None,
     )
     check_ids(rows, lm.tokenizer, lm.config.vocab_size)
     return split(rows, settings.test_size, settings.seed)

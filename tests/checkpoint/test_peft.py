@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import load_params
 from difflm_jax.checkpoint.names import PEFT_MASK_ROW
-from difflm_jax.checkpoint.peft import load_adapter, save_adapter
+from difflm_jax.checkpoint.peft import Base, load_adapter, save_adapter
 from difflm_jax.checkpoint.source import open_source
 from difflm_jax.errors import UserError
 from difflm_jax.models.lora import LoraConfig
@@ -46,11 +46,8 @@ def save_ours(tmp_path, tiny_model, random_lora):
             tmp_path / target,
             lora,
             config,
-            model_config=source.config,
-            base_model_name=str(tmp_path / "base"),
-            revision=None,
-            mask_token_id=MASK if mask else None,
-            diffusion_config=DIFFUSION,
+            Base(str(tmp_path / "base"), None, source.config),
+            DIFFUSION,
             tokenizer=tokenizer,
             notes="Trained on rhymes.",
         )
@@ -145,8 +142,7 @@ def test_the_lines_of_the_readme_open_the_adapter_in_peft(kind, tmp_path, tiny_m
     base = tmp_path / "base"
     if kind == "gguf":
         base = write_gguf(tmp_path / "base.gguf", tiny_model("llama"))
-    diffusion = {"model_config": config, "revision": None, "mask_token_id": MASK, "diffusion_config": DIFFUSION}
-    save_adapter(tmp_path / "out", lora, lora_config, base_model_name=str(base), **diffusion)
+    save_adapter(tmp_path / "out", lora, lora_config, Base(str(base), None, config), DIFFUSION)
     lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[2].split("```")[0]
     names: dict[str, Any] = {}
     exec(lines.replace("this directory", str(tmp_path / "out")), names)

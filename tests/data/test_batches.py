@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from difflm_jax.data import batches as pipeline
 from difflm_jax.data.batches import describe, plan_batches, prefetch, split
 from difflm_jax.data.chat import Encoded
-from difflm_jax.data.examples import Example
+from difflm_jax.data.examples import Example, Options
 from difflm_jax.data.packing import BatchOptions, BatchPlan
 from difflm_jax.data.tokenised import stored_rows, tokenize
 from difflm_jax.errors import UserError
@@ -294,7 +294,7 @@ def test_describe() -> None:
 def test_from_file_to_batch(jsonl: Callable[..., str], tokenizer: Any, tmp_path: Any) -> None:
     """What was written, split and shuffled comes out of the batches as it went in."""
     rows = [{"question": f"{i}?", "answer": f"Number {i}."} for i in range(40)]
-    dataset = tokenize(jsonl(rows), tokenizer, phase="sft", max_length=64, cache_dir=tmp_path / "cache")
+    dataset = tokenize(jsonl(rows), tokenizer, Options("sft", 64), tmp_path / "cache")
     train, test = split(dataset, 0.25, seed=0)
     seen = set()
     for part in (train, test):
@@ -318,7 +318,7 @@ def test_from_file_to_batch(jsonl: Callable[..., str], tokenizer: Any, tmp_path:
 def test_the_rows_of_a_process_are_those_of_the_whole_batch(tokenizer, jsonl, tmp_path, answer_padding, batching):
     """Of several processes each reads its own rows; they are padded to the longest of all, which it has not read."""
     rows = [{"question": "q" * (3 * i + 1), "answer": "a" * (i % 5 + 1)} for i in range(11)]
-    table = tokenize(jsonl(rows), tokenizer, phase="sft", max_length=64, cache_dir=tmp_path)
+    table = tokenize(jsonl(rows), tokenizer, Options("sft", 64), tmp_path)
     options = {"batch_size": 4, "accumulation": 2, "length_multiple": 1, "max_length": 64, "batching": batching}
     options |= {"answer_padding": answer_padding, "eos_id": tokenizer.eos_token_id}
     whole = batches(table, **options)

@@ -44,9 +44,7 @@ def test_a_row_means_what_its_library_makes_of_it(case: Any) -> None:
 @pytest.mark.parametrize("case", ROWS, ids=case_ids(ROWS))
 def test_tokens_and_answer_mask_are_those_of_transformers(case: Any, jsonl: Callable[..., str], tmp_path: Path) -> None:
     """Oracle: `apply_chat_template` with `{% generation %}`, as TRL's assistant_only_loss uses it."""
-    dataset = tokenize(
-        jsonl([case.given]), byte_tokenizer(), phase="sft", max_length=4096, answers="all", cache_dir=tmp_path / "cache"
-    )
+    dataset = tokenize(jsonl([case.given]), byte_tokenizer(), Options("sft", 4096, answers="all"), tmp_path / "cache")
     oracle = byte_tokenizer(template=MARKED)
     tools = case.options.get("tools")
     right = oracle.apply_chat_template(
@@ -130,7 +128,7 @@ def test_unused_keys_are_said_once_with_a_count(
 ) -> None:
     rows = [{"messages": [QA[0], QA[1] | {"reasoning_content": "T"}], "id": i} for i in range(3)]
     name = jsonl([*rows, {"question": "Q", "answer": "A", "label": True}])
-    tokenize(name, byte_tokenizer(), phase="sft", max_length=64, cache_dir=tmp_path / "cache")
+    tokenize(name, byte_tokenizer(), Options("sft", 64), tmp_path / "cache")
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert (
@@ -147,8 +145,8 @@ def test_an_answer_of_weight_0_is_context(key: str, jsonl: Callable[..., str], t
 
     def answers(row: list[Any], which: str) -> str:
         name = jsonl([{"messages": row}], f"{key}.jsonl")
-        options = {"phase": "sft", "max_length": 256, "answers": which, "cache_dir": tmp_path / "cache"}
-        found = tokenize(name, tokenizer, **options).with_format("numpy")[0]
+        options = Options("sft", 256, answers=which)
+        found = tokenize(name, tokenizer, options, tmp_path / "cache").with_format("numpy")[0]
         return tokenizer.decode(found["tokens"][found["answer_mask"]])
 
     assert answers(first, "all") == "B<|im_end|>"
@@ -164,10 +162,10 @@ def test_own_names_of_columns_and_roles(jsonl: Callable[..., str], tmp_path: Pat
     turns = {"messages": [{"from": "Kunde", "value": "Q"}, {"from": "Berater", "value": "A"}]}
     assert parse_row(turns, naming)[1].messages == QA
     name = jsonl([{"frage": "Q", "antwort": "A"}])
-    options = {"phase": "sft", "max_length": 64, "cache_dir": tmp_path / "cache"}
-    assert len(tokenize(name, byte_tokenizer(), columns="prompt=frage,response=antwort", **options)) == 1
+    named, plain = Options("sft", 64, columns="prompt=frage,response=antwort"), Options("sft", 64)
+    assert len(tokenize(name, byte_tokenizer(), named, tmp_path / "cache")) == 1
     with pytest.raises(UserError, match=r"other names are mapped by data\.columns"):
-        tokenize(name, byte_tokenizer(), **options)
+        tokenize(name, byte_tokenizer(), plain, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tokenizers import normalizers
 
 from difflm_jax.data import fingerprint, tokenised
 from difflm_jax.data.chat import encode_chat
-from difflm_jax.data.examples import examples
+from difflm_jax.data.examples import Options, examples
 from difflm_jax.data.tokenised import tokenize
 from difflm_jax.errors import UserError
 from tests.byte_tokenizer import CHATML, byte_tokenizer
@@ -30,8 +30,8 @@ def make(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
     """`tokenize` with a cache of the test's own and usual options."""
 
     def call(dataset: str, **options: Any) -> Any:
-        options = {"tokenizer": tokenizer, "phase": "sft", "max_length": 128, "cache_dir": tmp_path / "cache"} | options
-        return tokenize(dataset, options.pop("tokenizer"), **options)
+        own, folder = options.pop("tokenizer", tokenizer), options.pop("cache_dir", tmp_path / "cache")
+        return tokenize(dataset, own, Options(**{"phase": "sft", "max_length": 128} | options), folder)
 
     return call
 

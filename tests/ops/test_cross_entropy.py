@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difflm_jax.ops.cross_entropy import Teacher, scored_cross_entropy
+from difflm_jax.ops.cross_entropy import Outputs, Teacher, scored_cross_entropy
 
 POSITIONS, WIDTH, VOCABULARY, FORBIDDEN = 23, 8, 37, 5
 
@@ -33,13 +33,13 @@ def whole(hidden, head, targets, weights):
 @pytest.mark.parametrize("scored", [0.0, 0.3, 1.0])
 def test_value_and_gradient_equal_the_whole_softmax(chunk, scored):
     hidden, head, targets, weights = inputs(scored)
-    loss, scores = scored_cross_entropy(hidden, head, targets, weights, FORBIDDEN, chunk)
+    loss, scores = scored_cross_entropy(hidden, head, targets, weights, Outputs(FORBIDDEN), chunk)
     assert not scores.divergence.any()
     for a, b in zip((loss, *scores[:3]), whole(hidden, head, targets, weights), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
     def loss_of(hidden, head):
-        return 2.5 * scored_cross_entropy(hidden, head, targets, weights, FORBIDDEN, chunk)[0]
+        return 2.5 * scored_cross_entropy(hidden, head, targets, weights, Outputs(FORBIDDEN), chunk)[0]
 
     expected = jax.grad(lambda *of: 2.5 * whole(*of, targets, weights)[0], argnums=(0, 1))(hidden, head)
     with_a_trained_head = jax.grad(loss_of, argnums=(0, 1))(hidden, head)
@@ -63,7 +63,7 @@ def test_distillation_adds_the_divergence_from_the_teacher_and_its_gradient(chun
         return whole(hidden, head, targets, weights)[0] + (teacher.weights * divergence).sum(), divergence
 
     def got(hidden):
-        return scored_cross_entropy(hidden, head, targets, weights, FORBIDDEN, chunk, teacher=teacher)
+        return scored_cross_entropy(hidden, head, targets, weights, Outputs(FORBIDDEN), chunk, teacher=teacher)
 
     (loss, divergence), (own, scores) = expected(hidden), got(hidden)
     np.testing.assert_allclose(own, loss, rtol=2e-5)
@@ -77,7 +77,7 @@ def test_logits_of_all_positions_never_exist():
     hidden, head = jnp.zeros((4096, WIDTH)), jnp.zeros((5003, WIDTH))
     targets, weights = jnp.zeros(4096, jnp.int32), jnp.ones(4096)
     compiled = (
-        jax.jit(jax.grad(lambda h: scored_cross_entropy(h, head, targets, weights, FORBIDDEN, 64)[0]))
+        jax.jit(jax.grad(lambda h: scored_cross_entropy(h, head, targets, weights, Outputs(FORBIDDEN), 64)[0]))
         .lower(hidden)
         .compile()
     )
