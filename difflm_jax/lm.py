@@ -34,7 +34,8 @@ from difflm_jax.sampling.drafts import Drafting
 from difflm_jax.sampling.likelihood import LogLikelihood, log_likelihoods
 from difflm_jax.sampling.options import SPECULATIVE, Sampling, sampling_options
 from difflm_jax.sampling.text import Generation, Prompt, Prompts, as_list, cut_answer, stop_strings
-from difflm_jax.sampling.watch import Watcher
+from difflm_jax.sampling.watch import Watcher, both
+from difflm_jax.view.stream import StreamerFeed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,7 @@ class LanguageModel:
         batch_size: int = 16,
         stop: str | Sequence[str] = (),
         on_pass: Watcher | None = None,
+        streamer: Any = None,
         **options: Any,
     ) -> Generation:
         """Answers prompts: a string or a list of strings (the chat template is applied), message lists, messages with
@@ -195,11 +197,23 @@ class LanguageModel:
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
         string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
         called after every forward pass with a `difflm_jax.sampling.watch.Pass`.
+        `streamer`, for a single prompt, is one of transformers' (`put`, `end`, and `put_draft` if it has one); see
+        `difflm_jax.view.stream`. It gets each token once it is final. Passes of speculative decoding, of causal draws
+        and of a model divided over devices are not observed: it then gets the whole answer at the end.
         An adapter that drafts (`objective=draft`) decodes speculatively: at temperature 0 the tokens are those of
         `base().generate`, above it they are distributed as its draws; `steps` has no effect.
         """
         rows = self.prompts.all(as_list(prompts))
         sampling = self._sampling(temperature, algorithm, options)
+        if streamer is not None:
+            feed = self._feed(streamer, rows, max_new_tokens, sampling, stop)
+            draws = is_plain(self.decoder, sampling) and sampling.temperature is not None
+            observed = not (draws or sampling.algorithm == SPECULATIVE or self.mesh)
+            watch = both(on_pass, feed) if observed else on_pass
+            given = (max_new_tokens, steps, block_length, temperature, algorithm, seed, batch_size, stop, watch)
+            answer = self.generate(rows, *given, **options)
+            feed.finish(answer.tokens[0])
+            return answer
         if sampling.algorithm == SPECULATIVE:
             drafting = drafting_of(self.diffusion, sampling, block_length, on_pass)
             return self._continued(rows, max_new_tokens, sampling, drafting, seed, batch_size, stop)
@@ -212,6 +226,15 @@ class LanguageModel:
         filled = fill_answers(self.decoder, rows, max_new_tokens, plan, options)
         texts, tokens = self._cut(filled.rows, *stops)
         return Generation(texts, tokens, filled.passes, filled.committed)
+
+    def _feed(
+        self, streamer: Any, rows: list[np.ndarray], max_new_tokens: int, sampling: Sampling, stop: str | Sequence[str]
+    ) -> StreamerFeed:
+        if len(rows) != 1:
+            raise UserError(f"streamer: it takes the answer to one prompt, and {len(rows)} were given")
+        stops = stop_strings(stop, self.tokenizer)
+        canvas = (rows[0], max_new_tokens, self.mask_token_id)
+        return StreamerFeed(streamer, *canvas, sampling.revises, lambda row: self._cut([row], *stops)[1][0])
 
     def _continued(
         self,

@@ -70,6 +70,11 @@ class Sampling:
         return self.algorithm == "origin"
 
     @property
+    def revises(self) -> bool:
+        """Committed tokens may change while their block is active."""
+        return self.remask is not None or self.edit_threshold is not None
+
+    @property
     def at_most_one_pass_per_mask(self) -> bool:
         """Further passes would have nothing to commit. (Under a deadline one block's are another's; ReMDM remasks.)"""
         return self.schedule != DEADLINE and self.remask is None

@@ -37,8 +37,27 @@ class Pass:
     candidates: np.ndarray  # [rows, block, k] int32, the likeliest tokens in the active block, before the pass
     probabilities: np.ndarray  # [rows, block, k] float32
 
+    def guess(self, mask_token_id: int) -> np.ndarray:
+        """[rows, T] int32: `tokens`, with the likeliest token at each mask of the active block."""
+        tokens = self.tokens.copy()
+        active = tokens[:, self.block]
+        tokens[:, self.block] = np.where(active == mask_token_id, self.candidates[..., 0], active)
+        return tokens
+
 
 Watcher = Callable[[Pass], None]
+
+
+def both(first: Watcher | None, second: Watcher) -> Watcher:
+    """A watcher that tells `first`, if there is one, and `second`."""
+    if first is None:
+        return second
+
+    def tell(seen: Pass) -> None:
+        first(seen)
+        second(seen)
+
+    return tell
 
 
 def fill_watched(
