@@ -89,7 +89,14 @@ def shares(steps: int, masks_BJ: np.ndarray, capped: bool) -> np.ndarray:
     number_BJ = np.cumsum(has_masks_BJ, axis=1) - 1
     shares_BJ = steps // blocks_B1 + (number_BJ < steps % blocks_B1)
     shares_BJ = np.where(has_masks_BJ, shares_BJ, 0)
-    return (np.minimum(shares_BJ, masks_BJ) if capped else shares_BJ).astype(np.int32)
+    if not capped:
+        return shares_BJ.astype(np.int32)
+    shares_BJ = np.minimum(shares_BJ, masks_BJ)
+    goal_B = np.minimum(masks_BJ.sum(axis=1), steps)
+    while len(rows := np.flatnonzero(shares_BJ.sum(axis=1) < goal_B)):  # what small blocks leave goes to the others
+        fewest = np.where(shares_BJ < masks_BJ, shares_BJ, steps + 1).argmin(axis=1)
+        shares_BJ[rows, fewest[rows]] += 1
+    return shares_BJ.astype(np.int32)
 
 
 def quotas(schedule: str, masks_BJ: np.ndarray, steps_BJ: np.ndarray, most: int) -> np.ndarray:
