@@ -24,6 +24,8 @@ addEventListener("load", () => {
   document.body.dataset.tip = document.getElementById("tip").innerText;
   document.body.dataset.pass = document.getElementById("where").innerText;
   document.body.dataset.masks = document.querySelectorAll("#canvas .mask").length;
+  const guesses = [...document.querySelectorAll("#canvas .guess")];
+  document.body.dataset.guesses = guesses.filter(guess => guess.textContent !== "░").length;
   document.body.dataset.tokens = document.querySelectorAll("#canvas .token").length;
   document.getElementById("next").click();
   document.body.dataset.next = document.getElementById("where").innerText;
@@ -88,6 +90,7 @@ def test_the_page_works_in_a_browser(chromium, page, tmp_path):
     for at, shown in seen.items():
         assert (shown["data-pass"], shown["data-next"]) == (f"pass {at} of 6", f"pass {at + 1} of 6")
         assert (shown["data-tokens"], shown["data-masks"]) == ("24", str(24 - 4 * at))
+        assert shown["data-guesses"] == shown["data-masks"]
         assert shown["data-fetched"] == "0"
     assert "mask" in seen[0]["data-tip"] and "likeliest in pass 1" in seen[0]["data-tip"]
     assert "probability 0." in seen[3]["data-tip"] and "likeliest in pass" in seen[3]["data-tip"]

@@ -13,7 +13,8 @@ from difflm_jax.view.pieces import Pieces, ansi, confidence_code, printable, wid
 class TerminalView:
     """A watcher (`on_pass=`) that draws into `stream`: in place on a terminal, else a line a pass without colours.
 
-    Tokens that the last pass committed are underlined; `NO_COLOR` turns colours off.
+    Tokens that the last pass committed are underlined. In the active block a mask shows, dimmed, the likeliest token,
+    unless that is an end of sequence. `NO_COLOR` turns colours off, and guesses with them.
     """
 
     def __init__(self, tokenizer: Any, mask_token_id: int, eos_token_ids: tuple[int, ...], stream: IO[str]):
@@ -44,11 +45,14 @@ class TerminalView:
         self._stream.flush()
 
     def _row(self, seen: Pass, at: int) -> list[str]:
-        """The printable piece of each token, up to the first end of sequence."""
+        """The printable piece of each token, or of the guess at it, up to the first end of sequence."""
         tokens = seen.tokens[at][seen.real[at]]
         ends = np.flatnonzero(np.isin(tokens, self._eos))
-        shown = tokens[: ends[0]] if len(ends) else tokens
-        return [printable(self._pieces(int(token))) for token in shown]
+        end = ends[0] if len(ends) else len(tokens)
+        if self._colours:  # what tells a guess from a committed token
+            guesses = seen.guess(self._mask)[at][seen.real[at]]
+            tokens = np.where(np.isin(guesses, self._eos), tokens, guesses)
+        return [printable(self._pieces(int(token))) for token in tokens[:end]]
 
     def _text(self, seen: Pass, at: int, columns: int) -> list[str]:
         """The row in lines of at most `columns`, coloured."""

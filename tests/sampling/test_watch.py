@@ -77,9 +77,10 @@ def test_a_watched_infilling_keeps_what_was_given(model_dir):
     assert seen[0].real[0].sum() == 6
 
 
-def a_pass(tokens, confidence, written, number=1, candidates=None, real=None) -> Pass:
+def a_pass(tokens, confidence, written, number=1, candidates=None, real=None, block=None) -> Pass:
     tokens, confidence = np.array([tokens], np.int32), np.array([confidence], np.float32)
-    k = np.zeros((1, tokens.shape[1], 1), np.int32) if candidates is None else np.array([candidates], np.int32)
+    block = slice(0, tokens.shape[1]) if block is None else block
+    k = np.zeros((1, block.stop - block.start, 1)) if candidates is None else np.array([candidates])
     return Pass(
         rows=[0],
         number=number,
@@ -88,8 +89,8 @@ def a_pass(tokens, confidence, written, number=1, candidates=None, real=None) ->
         real=np.ones_like(tokens, bool) if real is None else np.array([real]),
         confidence=confidence,
         written=np.array([written]),
-        block=slice(0, tokens.shape[1]),
-        candidates=k,
+        block=block,
+        candidates=k.astype(np.int32),
         probabilities=np.full(k.shape, 0.5, np.float32),
     )
 
@@ -107,10 +108,11 @@ def test_the_terminal_shows_tokens_in_the_colour_of_their_confidence_and_redraws
     a, escape, newline = (tokenizer(c)["input_ids"][0] for c in ("a", "\x1b", "\n"))
     stream = Terminal()
     view = TerminalView(tokenizer, mask, (eos,), stream)
-    view(a_pass([a, mask, mask, mask], [0.99, 0, 0, 0], [True, False, False, False]))
+    likeliest = {"candidates": [[a], [eos], [newline]], "block": slice(0, 3)}
+    view(a_pass([a, mask, mask, mask], [0.99, 0, 0, 0], [True, False, False, False], **likeliest))
     first = stream.getvalue()
     assert "\x1b[38;5;46;1;4ma\x1b[0m" in first  # sure: green, just committed: bold and underlined
-    assert first.count("\x1b[2m░\x1b[0m") == 3
+    assert first.endswith("\x1b[2m░\x1b[0m\x1b[2m↵\x1b[0m\x1b[2m░\x1b[0m\n")  # an end, a guess, no active block
     assert "pass 1: 1 committed,\n" in first  # cut at the width, as a wrapped line could not be drawn over
     view(a_pass([a, escape, newline, eos], [0.99, 0.02, 0.5, 0.5], [False, True, True, True], number=2))
     second = stream.getvalue()[len(first) :]
@@ -123,6 +125,8 @@ def test_the_terminal_shows_tokens_in_the_colour_of_their_confidence_and_redraws
     TerminalView(tokenizer, mask, (eos,), stream)(a_pass([a] * 30, [1.0] * 30, [True] * 30))
     assert [width(line) for line in stream.getvalue().splitlines()[-2:]] == [20, 10]
     assert "[38" not in stream.getvalue()
+    TerminalView(tokenizer, mask, (eos,), stream)(a_pass([mask], [0], [False], candidates=[[a]]))
+    assert stream.getvalue().endswith("\n░\n")  # undimmed, a guess would look committed
     plain = io.StringIO()
     TerminalView(tokenizer, mask, (eos,), plain)(a_pass([a, mask], [1.0, 0], [True, False]))
     assert plain.getvalue() == "pass 1: 1 committed, 1 masks left  a░\n"
