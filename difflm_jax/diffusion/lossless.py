@@ -15,7 +15,9 @@ from flax import struct
 from difflm_jax.data.fields import SHARED_SEGMENT
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.diffusion.segments import work_of_examples
 from difflm_jax.models.attention import View
+from difflm_jax.models.flops import Work
 from difflm_jax.models.transformer import Transformer, head_logits, head_weight
 from difflm_jax.ops.cross_entropy import Outputs, Teacher, scored_cross_entropy
 from difflm_jax.ops.random import fold_seeds, token_seeds, uniform
@@ -163,7 +165,16 @@ def draft_sums(
         "masked_correct": by_depth(reached_BM.astype(jnp.float32)),
         "masked_count": by_depth(jnp.ones(rows.valid.shape)),
         "tokens": (batch.segments != 0).sum().astype(jnp.float32),
+        "work": _work(rows, batch),
+        "frozen_work": work_of_examples(batch.segments, batch.lengths),
     }
+
+
+def _work(rows: NoiseRows, batch: CleanBatch) -> Work:
+    """What passes with a gradient: noise rows, each after the clean text up to its anchor."""
+    valid_BM = rows.valid.astype(jnp.float32)
+    seen_BM = rows.at(batch.positions) + 1 + rows.depths
+    return Work(valid_BM.sum(), (valid_BM * seen_BM).sum(), valid_BM.sum())
 
 
 def draft_logits(

@@ -15,6 +15,8 @@ from difflm_jax.diffusion.extras.distillation import teacher_of
 from difflm_jax.diffusion.extras.on_policy import on_policy
 from difflm_jax.diffusion.extras.step import Step
 from difflm_jax.diffusion.lossless import draft_sums
+from difflm_jax.diffusion.segments import work_of_examples
+from difflm_jax.models.flops import Work
 from difflm_jax.models.transformer import Transformer, head_weight
 from difflm_jax.ops.cross_entropy import Outputs, Scores, Teacher, scored_cross_entropy
 from difflm_jax.ops.random import fold_seeds, token_seeds
@@ -32,6 +34,8 @@ class LossSums:
     masked_correct: jax.Array  # [RATE_BUCKETS]
     masked_count: jax.Array  # [RATE_BUCKETS]
     tokens: jax.Array  # [] real tokens
+    work: Work | None = None  # of the pass with a gradient, without padding
+    frozen_work: Work | None = None  # of the pass of the frozen base without a gradient: a teacher, a clean copy
 
 
 def loss_sums(
@@ -83,7 +87,23 @@ def loss_sums(
         masked_correct=by_rate(scores.correct),
         masked_count=by_rate(jnp.ones(noisy.tokens.shape)),
         tokens=(batch.segments != 0).sum().astype(jnp.float32),
+        work=_work(batch, noisy, corruption.diffusion),
+        frozen_work=jax.tree.map(lambda x: bool(distilled) * x, _teacher_work(batch, noisy)),
     )
+
+
+def _work(batch: CleanBatch, noisy: NoisyBatch, diffusion: DiffusionConfig) -> Work:
+    """What `predicting_states` and the head compute for `noisy`, made from `batch`."""
+    once = _teacher_work(batch, noisy)
+    copies = 2 if diffusion.has_blocks else 1  # a noisy and a clean one in the same row
+    scored = ((noisy.weights != 0) | (noisy.teacher_weights != 0)).sum().astype(jnp.float32)
+    return Work(copies * once.tokens, copies**2 * once.pairs, scored)
+
+
+def _teacher_work(batch: CleanBatch, noisy: NoisyBatch) -> Work:
+    """One pass over the rows of `noisy`: those of `batch`, or twice as many under complementary masks."""
+    repeats = noisy.tokens.shape[0] // batch.tokens.shape[0]
+    return jax.tree.map(lambda x: repeats * x, work_of_examples(batch.segments, batch.lengths))
 
 
 def _score(

@@ -1,6 +1,7 @@
 """Floating-point operations of a training step, and what share of the hardware's peak they are."""
 
-import dataclasses
+import jax
+from flax import struct
 
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig
@@ -35,14 +36,14 @@ _PEAK = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Work:
     """What passes through a model: `tokens` through its layers, `pairs` of a query and a key in each layer's attention,
-    and `scored` tokens whose logits are made."""
+    and `scored` tokens whose logits are made. Numbers, or float32 scalars of a step."""
 
-    tokens: float
-    pairs: float
-    scored: float
+    tokens: float | jax.Array
+    pairs: float | jax.Array
+    scored: float | jax.Array
 
 
 def forward_flops(config: ModelConfig, lora: LoraConfig | None, work: Work) -> float:

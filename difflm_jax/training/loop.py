@@ -26,7 +26,7 @@ from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.cadence import Cadence
 from difflm_jax.training.checkpoints import Checkpoints, Restored, shapes_of
 from difflm_jax.training.interruption import StopRequest
-from difflm_jax.training.meter import Measured, Meter, throughput
+from difflm_jax.training.meter import Measured, Meter, Throughput
 from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.monitoring import Duties, Heartbeat, Profile, StepResult
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -123,7 +123,7 @@ def make_meter(phase: Phase, cadence: Cadence, out: Outputs, resumed: Restored |
     measured = Measured(
         phase.data.name,
         cadence,
-        throughput(phase.model, config.max_length, phase.mesh.size),
+        Throughput(phase.model, phase.mesh.size),
         lambda step: phase.data.origins(everything[step]["example_ids"]),
         config.max_nonfinite_steps,
     )

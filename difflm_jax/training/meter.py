@@ -12,7 +12,7 @@ import numpy as np
 from difflm_jax.diffusion.objective import LossSums
 from difflm_jax.errors import UserError
 from difflm_jax.evaluation.masked import add_sums, summarise
-from difflm_jax.models.flops import mfu, train_flops_per_token
+from difflm_jax.models.flops import forward_flops, mfu, train_flops
 from difflm_jax.training.cadence import Cadence
 from difflm_jax.training.metrics import MetricsLog
 from difflm_jax.training.monitoring import StepResult, memory_peaks
@@ -35,13 +35,13 @@ _FRESH = {
 class Measured:
     """What is measured: a phase, when its lines are due, and how to tell throughput and the rows of a step.
 
-    `speed` maps tokens per second to the fields of a line; `rows_of(index)` names the rows of a step (from 0). After
+    `speed` counts FLOPs and makes the fields of a line; `rows_of(index)` names the rows of a step (from 0). After
     `max_nonfinite` consecutive steps that were not finite the meter gives up.
     """
 
     phase: str
     cadence: Cadence
-    speed: Callable[[float], Mapping[str, Any]]
+    speed: "Throughput"
     rows_of: Callable[[int], Mapping[str, Any]]
     max_nonfinite: int
 
@@ -67,7 +67,7 @@ class Meter:
         self._pending: tuple[int, StepResult] | None = None
         self._seconds: list[float] = []
         self._waited = 0.0
-        self._tokens_timed = 0.0
+        self._tokens_timed = self._flops_timed = 0.0
         self._clock = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Meter:
             # Having given up ends this run, and not the one that resumes from its checkpoint.
             "nonfinite_in_a_row": 0 if self.gave_up else self.nonfinite_in_a_row,
             "last_nonfinite": self.last_nonfinite,
-            "sums": None if self._sums is None else {k: np.asarray(v).tolist() for k, v in vars(self._sums).items()},
+            "sums": None if self._sums is None else _saved(self._sums),
             "last": self._last,
         }
 
@@ -116,6 +116,8 @@ class Meter:
         self._progress.add(sums if finite else None, self._seconds[-1], float(sums.tokens))
         self._waited += waited
         self._tokens_timed += float(sums.tokens)
+        self._flops_timed += self._measured.speed.flops(sums)
+        sums = sums.replace(work=None, frozen_work=None)
         self.tokens += int(sums.tokens)
         if finite:
             self._last = {name: float(metrics[name]) for name in ("learning_rate", "grad_norm")}
@@ -146,7 +148,8 @@ class Meter:
         self._log.append(record)
         self._tracker.log(record["phase"], {name: record[name] for name in record if name != "phase"}, step)
         self._progress.show(record)
-        self._sums, self._seconds, self._waited, self._tokens_timed = None, [], 0.0, 0.0
+        self._sums, self._seconds, self._waited = None, [], 0.0
+        self._tokens_timed = self._flops_timed = 0.0
 
     def restart_clock(self) -> None:
         """Leaves out of the step times what followed the last step: an evaluation and a save."""
@@ -160,7 +163,7 @@ class Meter:
         median = statistics.median(self._seconds) if self._seconds else None
         slow = [each for each in self._seconds if each > OUTLIER * median]
         return {
-            **self._measured.speed(self._tokens_timed / seconds),
+            **self._measured.speed.fields(self._tokens_timed / seconds, self._flops_timed / seconds),
             "step_seconds": median,
             "slow_steps": len(slow),
             "slowest_step_seconds": max(self._seconds, default=None),
@@ -180,15 +183,29 @@ class Meter:
         )
 
 
-def throughput(model: Any, max_length: int, num_devices: int) -> Callable[[float], dict[str, Any]]:
-    """Returns a function from tokens per second to the fields `tokens_per_second` and `mfu` of a line."""
-    flops = train_flops_per_token(model.config, max_length, model.lora)
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Tokens and useful FLOPs per second, of `model` on `num_devices` devices.
 
-    def speed(tokens_per_second: float) -> dict[str, Any]:
-        share = mfu(tokens_per_second * flops, jax.devices()[0].device_kind, num_devices)
+    Useful are the matrix products that the objective requires, each once. docs/training.md lists what else is computed.
+    """
+
+    model: Any
+    num_devices: int
+
+    def flops(self, sums: LossSums) -> float:
+        """Useful FLOPs of a step."""
+        config, lora = self.model.config, self.model.lora
+        return float(train_flops(config, lora, sums.work) + forward_flops(config, None, sums.frozen_work))
+
+    def fields(self, tokens_per_second: float, flops_per_second: float) -> dict[str, Any]:
+        """The fields `tokens_per_second` and `mfu` of a line; `mfu` is None if the peak of the device is unknown."""
+        share = mfu(flops_per_second, jax.devices()[0].device_kind, self.num_devices)
         return {"tokens_per_second": tokens_per_second, "mfu": share}
 
-    return speed
+
+def _saved(sums: LossSums) -> dict[str, Any]:
+    return {name: np.asarray(value).tolist() for name, value in vars(sums).items() if value is not None}
 
 
 def _sums_from(saved: Mapping[str, Any] | None) -> LossSums | None:

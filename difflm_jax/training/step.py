@@ -15,6 +15,7 @@ from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums, loss_sums
 from difflm_jax.distributed.collectives import DATA, FSDP, ROW_AXES, varies
 from difflm_jax.distributed.sharding import rows_spec, specs
+from difflm_jax.models.flops import Work
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.optimizer import global_norm
 
@@ -151,4 +152,5 @@ def _zero_sums() -> LossSums:
     """Zeros of the types that `loss_sums` returns: they vary over the axes of rows."""
     zero = jax.lax.pcast(jnp.float32(0), ROW_AXES, to="varying")
     bucket = jnp.broadcast_to(zero, (RATE_BUCKETS,))
-    return LossSums(zero, zero, bucket, bucket, bucket, zero)
+    work = Work(zero, zero, zero)
+    return LossSums(zero, zero, bucket, bucket, bucket, zero, work, work)

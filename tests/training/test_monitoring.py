@@ -14,6 +14,14 @@ from difflm_jax.training.metrics import MetricsLog, read_metrics
 from difflm_jax.training.monitoring import Heartbeat, Profile, StepResult, memory_peaks
 
 
+class _Speed:
+    def flops(self, sums):
+        return 0.0
+
+    def fields(self, tokens_per_second, flops_per_second):
+        return {"tokens_per_second": tokens_per_second}
+
+
 class _NoTracker:
     def log(self, *_):
         pass
@@ -33,10 +41,7 @@ def clock(monkeypatch):
 
 
 def meter(directory, saved=None) -> Meter:
-    def speed(tokens_per_second):
-        return {"tokens_per_second": tokens_per_second}
-
-    measured = Measured("sft", Cadence(10, 100, 100), speed, lambda step: {"rows": [f"a:{step}"]}, max_nonfinite=10)
+    measured = Measured("sft", Cadence(10, 100, 100), _Speed(), lambda step: {"rows": [f"a:{step}"]}, max_nonfinite=10)
     return Meter(measured, MetricsLog(directory), _NoTracker(), saved)
 
 
