@@ -15,6 +15,7 @@ import optax
 
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.diffusion.extras.settings import Extras
 from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows
@@ -91,11 +92,17 @@ def micro_batched(count: int) -> CleanBatch:
     return CleanBatch(**{k: field.reshape(count, ROWS // count, *field.shape[1:]) for k, field in rows.items()})
 
 
-# Beside the plain rule: everything that runs the model more than once, or each row twice.
+# Besides the plain rule: everything that runs the model more than once, or each row twice.
 OBJECTIVES = {
     "plain": {},
-    "distillation": {"distillation": 0.7, "on_policy": 0.6, "on_policy_tokens": "own", "eos_token_id": 5},
-    "complementary": {"complementary": True, "anneal_steps": 6, "loss_average": "answers"},
+    "distillation": {
+        "extras": Extras(distillation=0.7, on_policy=0.6, on_policy_tokens="own"),
+        "loss": LossRule("masked", "inverse_rate", eos_token_id=5),
+    },
+    "complementary": {
+        "extras": Extras(complementary=True, anneal_steps=6),
+        "loss": LossRule("masked", "inverse_rate", average="answers"),
+    },
 }
 
 
