@@ -54,9 +54,11 @@ def run_command(
         if rest[1:]:
             raise UserError(f"unexpected argument {rest[1]!r} (flags are written --name=value)")
         from difflm_jax.utils.compilation import keep_compiled
+        from difflm_jax.utils.progress import announce_compilation
 
         _expand_paths(flag_values)
         keep_compiled()
+        announce_compilation()
         return main(flag_values)
 
     for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks must not end the work

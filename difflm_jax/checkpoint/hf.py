@@ -23,6 +23,7 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.weights import Row, joined_rows, table
 from difflm_jax.quant import QTensor, QuantConfig, dequantize, quantize
 from difflm_jax.utils.files import new_directory
+from difflm_jax.utils.progress import Progress
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -46,9 +47,13 @@ def load_params(
     if source.stored:
         quantization = None  # as it is; what the checkpoint leaves unquantised stays so
     params: dict[str, Any] = {}
-    for row in table(source.config):
-        held = quantization if row.quantisable else None
-        set_path(params, row.path, _load_leaf(source, row, jnp.dtype(dtype), held, mesh))
+    rows = table(source.config)
+    what = f"loading {source.name}" if quantization is None else f"loading and quantising {source.name}"
+    with Progress(what, "tensors", sum(len(row.hf_names(source.config.num_layers)) for row in rows)) as progress:
+        for row in rows:
+            held = quantization if row.quantisable else None
+            leaf = _load_leaf(source, row, jnp.dtype(dtype), held, mesh, progress)
+            set_path(params, row.path, leaf)
     return params
 
 
@@ -78,7 +83,7 @@ def check_quantization(source: Source, quantization: QuantConfig | None) -> None
 
 
 def _load_leaf(
-    source: Source, row: Row, dtype: Any, quantization: QuantConfig | None, mesh: Mesh | None
+    source: Source, row: Row, dtype: Any, quantization: QuantConfig | None, mesh: Mesh | None, progress: Progress
 ) -> jax.Array | QTensor:
     names = row.hf_names(source.config.num_layers)
     stored = {source.stored.get(name) for name in names}
@@ -89,6 +94,7 @@ def _load_leaf(
     leaf = None
     for index, name in enumerate(names):
         tensor = source.read(name)
+        progress.advance()
         if isinstance(tensor, QTensor) and len(stored) > 1:
             tensor = dequantize(tensor, dtype)
         tensor = jax.device_put(tensor)
@@ -248,13 +254,20 @@ def save_pretrained(
 
 def _write_tensors(directory: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
     shards = _shards(params, config)
+    with Progress("writing the checkpoint", "tensors", sum(map(len, shards))) as progress:
+        _write_shards(directory, params, config, shards, progress)
+
+
+def _write_shards(
+    directory: Path, params: Mapping[str, Any], config: ModelConfig, shards: list[list[str]], progress: Progress
+) -> None:
     if len(shards) == 1:
-        write_file(directory / SINGLE_FILE, _tensors(params, config, shards[0]))
+        write_file(directory / SINGLE_FILE, _tensors(params, config, shards[0], progress))
         return
     weight_map, total = {}, 0
     for index, names in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        tensors = _tensors(params, config, names)
+        tensors = _tensors(params, config, names, progress)
         write_file(directory / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -278,7 +291,9 @@ def _shards(params: Mapping[str, Any], config: ModelConfig) -> list[list[str]]:
     return shards
 
 
-def _tensors(params: Mapping[str, Any], config: ModelConfig, wanted: Iterable[str]) -> dict[str, np.ndarray]:
+def _tensors(
+    params: Mapping[str, Any], config: ModelConfig, wanted: Iterable[str], progress: Progress
+) -> dict[str, np.ndarray]:
     """The tensors that stand for the weights named by `wanted`, each leaf brought to the host once."""
     wanted, tensors = set(wanted), {}
     for rows in joined_rows(config):
@@ -297,6 +312,7 @@ def _tensors(params: Mapping[str, Any], config: ModelConfig, wanted: Iterable[st
                 tensors |= bitsandbytes_tensors(name, parts[0], _dtype_name(params))
             else:
                 tensors[name] = np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0], order="C")
+            progress.advance()
     return tensors
 
 

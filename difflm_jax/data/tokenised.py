@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from difflm_jax.data.sources import Source, open_source
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.utils.files import synced, write_whole
 from difflm_jax.utils.locks import locked
+from difflm_jax.utils.progress import Progress
 
 if TYPE_CHECKING:
     import datasets
@@ -127,7 +128,8 @@ def _make(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, 
         with tempfile.TemporaryDirectory(dir=stored.parent, prefix=f"{stored.name}.") as temporary:
             made = Path(temporary) / "made"
             made.mkdir()
-            rows = _write_rows(made / _ROWS_FILE, examples(source, tokenizer, options, report))
+            chunks = _shown(examples(source, tokenizer, options, report), source.name)
+            rows = _write_rows(made / _ROWS_FILE, chunks)
             report.check(options.bad_row_budget)
             about = {"summary": report.summary(), "rows": rows, "bytes": (made / _ROWS_FILE).stat().st_size}
             write_whole(made / _SUMMARY_FILE, json.dumps(about))
@@ -151,6 +153,14 @@ def _write_rows(path: Path, chunks: Iterable[list[Example]]) -> int:
             writer.write_batch(record_batch(chunk))
             rows += len(chunk)
     return rows
+
+
+def _shown(chunks: Iterable[list[Example]], name: str) -> Iterator[list[Example]]:
+    """`chunks`, with progress while they are made."""
+    with Progress(f"tokenising {name}", "examples") as progress:
+        for chunk in chunks:
+            yield chunk
+            progress.advance(len(chunk))
 
 
 def stored_rows(made: list[Example]) -> datasets.Dataset:

@@ -12,6 +12,7 @@ from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums
 from difflm_jax.distributed.sharding import batch_sharding, place_rows
 from difflm_jax.training.step import StepOptions, make_eval_step
+from difflm_jax.utils.progress import Progress
 
 
 def add_sums(a: LossSums | None, b: LossSums) -> LossSums:
@@ -72,8 +73,10 @@ class Evaluator:
         `stop` is asked before each batch, in every process. None if it says so.
         """
         total = None
-        for batch in self._batches:
-            if stop():
-                return None
-            total = add_sums(total, self._step(variables, place_rows(batch, self._sharding), self._key))
+        with Progress("evaluating", "batches", len(self._batches)) as progress:
+            for batch in self._batches:
+                if stop():
+                    return None
+                total = add_sums(total, self._step(variables, place_rows(batch, self._sharding), self._key))
+                progress.advance()
         return total

@@ -22,6 +22,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.ops.matmul import matmul
 from difflm_jax.ops.random import element_bits
 from difflm_jax.quant import QTensor, dequantize
+from difflm_jax.utils.progress import Progress
 from difflm_jax.utils.settings import POSITIVE, PROPER_SHARE, setting
 
 ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -137,13 +138,16 @@ def merge_lora(
 
     dtype = params["embed_tokens"]["weight"].dtype
     merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries around the same arrays
-    for block, projections in params["layers"].items():
-        for name, leaves in projections.items():
+    found = [(block, name, leaves) for block, each in params["layers"].items() for name, leaves in each.items()]
+    with Progress("merging", "weights", len(found)) as progress:
+        for block, name, leaves in found:
             factors = lora.get("layers", {}).get(block, {}).get(name)
             weight = leaves.get("weight") if isinstance(leaves, dict) else leaves
             if factors is not None or isinstance(weight, QTensor):
                 dense = _merged_stack(weight, factors, config.scaling, dtype)
                 merged["layers"][block][name]["weight"] = laid(("layers", block, name, "weight"), dense)
+                jax.block_until_ready(dense)
+            progress.advance()
     if "mask_row" in lora and mask_token_id is not None:
         table = params["embed_tokens"]["weight"]
         table = table.at[mask_token_id].set(lora["mask_row"].astype(table.dtype))

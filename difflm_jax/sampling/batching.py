@@ -22,6 +22,7 @@ from difflm_jax.sampling.loop import Canvas, Plan
 from difflm_jax.sampling.options import Sampling
 from difflm_jax.sampling.schedule import quotas, shares
 from difflm_jax.sampling.watch import Watcher, fill_watched
+from difflm_jax.utils.progress import Progress
 
 SMALLEST_WIDTH = 16
 
@@ -166,25 +167,32 @@ def _fill(
     if decoder.mesh is not None:  # rows are divided over the devices
         batch_size += -batch_size % row_shards(decoder.mesh)
     filled, committed, passes = [], [], []
-    for first in range(0, len(rows), batch_size):
-        count = min(batch_size, len(rows) - first)
-        index = np.concatenate([np.arange(first, first + count), np.full(batch_size - count, first)])
-        tokens, valid = _padded([prompts[i] for i in index], [rests[i] for i in index], plan, decoder.pad_token_id)
-        fillable = valid & (tokens == decoder.diffusion.mask_token_id)
-        steps, schedule = (
-            steps_BJ[index],
-            quotas(sampling.schedule, masks_BJ[index], steps_BJ[index], plan.steps_per_block),
-        )
-        canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], steps, schedule, keys[index])
-        if watch is None:
-            carry = fill_on(jax.default_backend())(decoder, plan, canvas, sampling)
-        else:
-            carry = fill_watched(decoder, plan, canvas, sampling, range(first, first + count), watch)
-        tokens, used = to_host(carry.tokens), to_host(carry.passes)
-        filled += [tokens[i, plan.first_column :][: len(rests[index[i]])] for i in range(count)]
-        committed += (fillable & (tokens != decoder.diffusion.mask_token_id)).sum(axis=1)[:count].tolist()
-        passes += used[:count].tolist()
+    with batches_shown(len(rows), batch_size if watch is None else len(rows)) as progress:
+        for first in range(0, len(rows), batch_size):
+            count = min(batch_size, len(rows) - first)
+            index = np.concatenate([np.arange(first, first + count), np.full(batch_size - count, first)])
+            tokens, valid = _padded([prompts[i] for i in index], [rests[i] for i in index], plan, decoder.pad_token_id)
+            fillable = valid & (tokens == decoder.diffusion.mask_token_id)
+            steps, schedule = (
+                steps_BJ[index],
+                quotas(sampling.schedule, masks_BJ[index], steps_BJ[index], plan.steps_per_block),
+            )
+            canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], steps, schedule, keys[index])
+            if watch is None:
+                carry = fill_on(jax.default_backend())(decoder, plan, canvas, sampling)
+            else:
+                carry = fill_watched(decoder, plan, canvas, sampling, range(first, first + count), watch)
+            tokens, used = to_host(carry.tokens), to_host(carry.passes)
+            filled += [tokens[i, plan.first_column :][: len(rests[index[i]])] for i in range(count)]
+            committed += (fillable & (tokens != decoder.diffusion.mask_token_id)).sum(axis=1)[:count].tolist()
+            passes += used[:count].tolist()
+            progress.advance(count)
     return Filled(filled, np.asarray(committed, np.int32), np.asarray(passes, np.int32))
+
+
+def batches_shown(rows: int, batch_size: int) -> Progress:
+    """Progress over rows that are answered batch by batch; one batch shows none."""
+    return Progress("answering", "rows", rows if rows > batch_size else 0)
 
 
 def steps_bucket(most: int, plan: Plan) -> int:

@@ -13,7 +13,7 @@ from flax import struct
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.errors import UserError
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.sampling.batching import check_positive, check_seed, row_keys, width_bucket
+from difflm_jax.sampling.batching import batches_shown, check_positive, check_seed, row_keys, width_bucket
 from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.columns import PREFILL_CHUNK, ColumnModel
 from difflm_jax.sampling.drafts import Drafting
@@ -81,23 +81,25 @@ def continue_rows(
     keys = row_keys(seed, prompts)
     batch_size = min(batch_size, 1 << (max(len(prompts), 1) - 1).bit_length())
     rows, counts = [], []
-    for first in range(0, len(prompts), batch_size):
-        count = min(batch_size, len(prompts) - first)
-        index = np.concatenate([np.arange(first, first + count), np.full(batch_size - count, first)])
-        lengths = np.array([len(prompts[i]) for i in index], np.int32)
-        limits = lengths + max_new_tokens * (np.arange(batch_size) < count)  # copies end at once
-        width = prompt_width(int(lengths.max()))
-        tokens = np.full((batch_size, width), decoder.pad_token_id, np.int32)
-        for place, i in enumerate(index):
-            tokens[place, : lengths[place]] = prompts[i]
-        room = width + width_bucket(max_new_tokens) + drafting.deepest + 1
-        program = _Program(decoder.model, decoder.diffusion, decoder.eos_token_ids, drafting, room)
-        batch = _Prompts(tokens, lengths, limits.astype(np.int32), keys[index])
-        carry = _continue(program, decoder.variables, batch, sampling)
-        carry = jax.device_get(carry)
-        found = [carry.tokens[i, lengths[i] : carry.lengths[i]] for i in range(count)]
-        rows += found
-        counts.append((carry.passes[:count], carry.verified[:count], carry.accepted[:count]))
+    with batches_shown(len(prompts), batch_size) as progress:
+        for first in range(0, len(prompts), batch_size):
+            count = min(batch_size, len(prompts) - first)
+            index = np.concatenate([np.arange(first, first + count), np.full(batch_size - count, first)])
+            lengths = np.array([len(prompts[i]) for i in index], np.int32)
+            limits = lengths + max_new_tokens * (np.arange(batch_size) < count)  # copies end at once
+            width = prompt_width(int(lengths.max()))
+            tokens = np.full((batch_size, width), decoder.pad_token_id, np.int32)
+            for place, i in enumerate(index):
+                tokens[place, : lengths[place]] = prompts[i]
+            room = width + width_bucket(max_new_tokens) + drafting.deepest + 1
+            program = _Program(decoder.model, decoder.diffusion, decoder.eos_token_ids, drafting, room)
+            batch = _Prompts(tokens, lengths, limits.astype(np.int32), keys[index])
+            carry = _continue(program, decoder.variables, batch, sampling)
+            carry = jax.device_get(carry)
+            found = [carry.tokens[i, lengths[i] : carry.lengths[i]] for i in range(count)]
+            rows += found
+            counts.append((carry.passes[:count], carry.verified[:count], carry.accepted[:count]))
+            progress.advance(count)
     if not rows:
         none = np.zeros(0, np.int32)
         return Continued([], none, none, np.zeros((0, drafting.deepest), np.int32))

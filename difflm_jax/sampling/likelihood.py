@@ -27,6 +27,7 @@ from difflm_jax.models.transformer import head_weight
 from difflm_jax.ops.cross_entropy import Outputs, scored_cross_entropy
 from difflm_jax.sampling.batching import check_positive, check_seed, width_bucket
 from difflm_jax.sampling.caches import Decoder
+from difflm_jax.utils.progress import Progress
 
 CHUNK = 256  # positions whose logits exist at once
 
@@ -116,12 +117,14 @@ def bound(
             yield from _samples_of(row, prompt, answer, blocks[row], samples, seed)
 
     values, errors = np.zeros(len(answers)), np.zeros(len(answers))
-    for row, (nll_SA, weights_SA) in _by_row(_weighted_nll(score, drawn(), batch_size)):
-        for block in blocks[row]:
-            nll_S = nll_SA[:, block].sum(axis=1)
-            values[row] -= nll_S.mean()
-            if weights_SA[:, block].shape[1] > 1:  # else its one token can be masked in one way
-                errors[row] += _variance_of_mean(nll_S, weights_SA[:, block].max(axis=1))
+    with Progress("scoring", "answers", len(answers)) as progress:
+        for row, (nll_SA, weights_SA) in _by_row(_weighted_nll(score, drawn(), batch_size)):
+            for block in blocks[row]:
+                nll_S = nll_SA[:, block].sum(axis=1)
+                values[row] -= nll_S.mean()
+                if weights_SA[:, block].shape[1] > 1:  # else its one token can be masked in one way
+                    errors[row] += _variance_of_mean(nll_S, weights_SA[:, block].max(axis=1))
+            progress.advance()
     return LogLikelihood(values, np.sqrt(errors), np.array([len(answer) for answer in answers]))
 
 
