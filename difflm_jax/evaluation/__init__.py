@@ -1,1 +1,1 @@
-"""Scores: masked likelihood, tasks beside the causal base, fluency, intervals and results files."""
+"""Scores: masked likelihood, tasks compared with the causal base, fluency, intervals and results files."""

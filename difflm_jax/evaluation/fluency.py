@@ -16,11 +16,11 @@ NGRAM = 4  # tokens whose recurrence within an answer counts as repetition
 
 
 def fluency(lm: LanguageModel, questions: Sequence[Question], column: Column, batch_size: int) -> dict[str, Any]:
-    """Figures of the answers of one way of decoding: means over the questions with 95 % bootstrap intervals.
+    """Returns figures of one decoding's answers: means over the questions with 95 % bootstrap intervals.
 
-    tokens: length, end of sequence included. ended: share with an end of sequence within the canvas. empty: share that
-    begins with one. repetition: share of an answer's 4-grams of tokens that occur earlier in it. base_nll: nats per
-    token under the causal base, exactly; None if no answer holds more than its end.
+    tokens: length, with the end of sequence. ended: share of answers with an end of sequence within the canvas. empty:
+    share of answers that begin with one. repetition: share of an answer's 4-grams of tokens that occur earlier in it.
+    base_nll: exact nats per token under the causal base; None if no answer has more than its end.
     """
     ends = [bool(np.isin(tokens[-1:], lm.eos_token_ids).any()) for tokens in column.tokens]
     rows = {
@@ -50,7 +50,7 @@ def repetition(tokens: Sequence[int]) -> float:
 def print_fluency(
     lm: LanguageModel, questions: Sequence[Question], columns: Sequence[Column], batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Prints a table of all ways of decoding; returns their figures by name."""
+    """Prints a table of all decodings and returns their figures by name."""
     found = {column.name: fluency(lm, questions, column, batch_size) for column in columns}
     print("\nHow the answers read")
     print_table(

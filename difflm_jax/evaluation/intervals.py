@@ -14,12 +14,12 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
 
 
 def difference_interval(values: Sequence[float], others: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The interval of the mean of `values` minus that of `others` on the same rows, which are drawn together."""
+    """The interval of the mean of `values` minus the mean of `others`. Both belong to the same rows, drawn together."""
     return mean_interval(np.asarray(values, np.float64) - np.asarray(others, np.float64), seed)
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The interval of a ratio of sums over rows (nats per token, bits per byte), drawn together."""
+    """The interval of a ratio of sums over rows (nats per token, bits per byte). Both sums use the same drawn rows."""
     return _interval(lambda x, y, axis: x.sum(axis=axis) / y.sum(axis=axis), seed, numerators, denominators)
 
 
@@ -27,14 +27,14 @@ def _interval(statistic: Callable[..., np.ndarray], seed: int, *samples: Sequenc
     from scipy import stats  # slow to import
 
     arrays = [np.asarray(sample, np.float64) for sample in samples]
-    if len(arrays[0]) < 2:  # scipy refuses: nothing can be drawn another way
+    if len(arrays[0]) < 2:  # scipy refuses a single row: every resample is the same
         only = float(statistic(*arrays, axis=0))
         return only, only
     found = stats.bootstrap(
         arrays,
         statistic,
         n_resamples=RESAMPLES,
-        batch=100,  # not all draws at once: those of a million rows would be 80 GB
+        batch=100,  # not all resamples at once: for a million rows they would take 80 GB
         paired=True,
         confidence_level=LEVEL,
         method="percentile",

@@ -1,7 +1,7 @@
-"""What a drafting adapter saves: tokens per pass of every strategy, read from one table of drafts, and real loops.
+"""What a drafting adapter saves: tokens per pass of every strategy, from one table of drafts, and timed real loops.
 
-The table holds the drafts after every position of the base's own answers. Since the text does not depend on drafts, a
-strategy's passes follow from it exactly (for one draw of the noise), without running its loop.
+The table has the drafts after every position of the base's own answers. The text does not depend on drafts. The table
+therefore gives a strategy's passes exactly (for one draw of the noise), without running its loop.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _NOTHING = np.zeros(0, np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer and its drafts: those after position p (of prompt and answer) stand at p - start."""
+    """One answer and its drafts. Index p - start has those after position p of prompt and answer together."""
 
     text: np.ndarray  # prompt and answer
     start: int  # the last position of the prompt
@@ -35,19 +35,19 @@ class Row:
     log_p: np.ndarray  # [positions, m, C] float32
 
     def after(self, position: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(drafts of the tokens `position` + 2, ..., their confidence)."""
+        """(drafts of the tokens from `position` + 2 on, their confidence)."""
         index = position - self.start
         return self.drafts[index, :length, 0], np.exp(self.log_p[index, :length, 0])
 
     def accepted(self, position: int, proposal: np.ndarray) -> int:
-        """How many of the tokens proposed after `position` are the base's own."""
+        """The number of leading tokens of `proposal` that the base itself chooses after `position`."""
         own = self.text[position + 1 :][: len(proposal)]
         wrong = np.flatnonzero(own != proposal[: len(own)])
         return int(wrong[0]) if len(wrong) else len(own)
 
 
 def draft_table(lm: LanguageModel, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], length: int):
-    """[rows] of `Row` with `length` drafts after every position from the last of the prompt on."""
+    """A `Row` per answer, with `length` drafts after every position from the last one of the prompt."""
     rows = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         text = np.concatenate([prompt, answer]).astype(np.int32)
@@ -61,7 +61,7 @@ def draft_table(lm: LanguageModel, prompts: Sequence[np.ndarray], answers: Seque
 
 
 def passes(row: Row, drafting: Drafting) -> int:
-    """Forward passes that a strategy needs for the answer of a row."""
+    """The number of forward passes that a strategy needs for the answer of `row`."""
     position, end, count, ready = row.start, len(row.text) - 1, 0, (_NOTHING, _NOTHING)
     while position < end:
         found = _looked_up(row.text[: position + 1], drafting.num_nodes) if drafting.lookup else None
@@ -97,7 +97,7 @@ def strategies(length: int) -> dict[str, Drafting]:
 
 
 def print_lossless(lm: LanguageModel, prompts: Sequence[Any], max_new_tokens: int, batch_size: int) -> dict[str, Any]:
-    """Prints and returns tokens per pass of every strategy, time of real loops, and whether their tokens are equal."""
+    """Prints and returns tokens per pass of every strategy, the time of real loops, and which rows differ."""
     if not lm.diffusion.gated:
         raise UserError("--lossless: this model has no adapter that drafts (train one with objective=draft)")
     rows = lm.prompts.all(prompts)
@@ -129,7 +129,7 @@ def print_lossless(lm: LanguageModel, prompts: Sequence[Any], max_new_tokens: in
 
 
 def _timed(generate: Callable[..., Any], rows: list[np.ndarray], arguments: dict[str, Any]) -> tuple[Any, float]:
-    """(what `generate` returns, seconds of the second of two runs, which compiles nothing)."""
+    """(the result of `generate`, seconds). Times the second of two runs, which compiles nothing."""
     generate(rows, **arguments)
     began = time.perf_counter()
     return generate(rows, **arguments), time.perf_counter() - began
@@ -140,7 +140,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _one_row(text: np.ndarray, prompt: int, number: int, pad: int) -> CleanBatch:
-    """A batch of one example, in a width of which there are few."""
+    """A batch of one example, padded to one of a few widths to limit compilation."""
     width = width_bucket(len(text))
     padded = np.pad(text, (0, width - len(text)), constant_values=pad)
     place = np.arange(width)
@@ -156,7 +156,7 @@ def _one_row(text: np.ndarray, prompt: int, number: int, pad: int) -> CleanBatch
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _drafts(model, diffusion, length: int, variables, batch: CleanBatch, first: jax.Array):
-    """(tokens, log-probabilities) [ANCHORS, length, C] of the drafts after `ANCHORS` positions from `first` on."""
+    """(tokens, log-probabilities) [ANCHORS, length, C] of the drafts after `ANCHORS` positions, starting at `first`."""
     number = jnp.arange(ANCHORS * length, dtype=jnp.int32)
     anchors, depths = number // length, number % length + 1
     rows = NoiseRows(first + anchors[None], anchors, depths, jnp.ones((1, len(number)), bool))
@@ -191,7 +191,7 @@ def _anchors(confidence: np.ndarray, drafting: Drafting) -> set[int]:
 
 
 def _walked(row: Row, position: int, drafting: Drafting) -> int:
-    """How deep the base's text goes in the tree of drafts made one position before."""
+    """The depth to which the tree of drafts, made one position earlier, contains the base's text."""
     index = position - 1 - row.start
     tokens, log_p = row.drafts[index, : drafting.length], row.log_p[index, : drafting.length]
     paths = [(0.0, ())]

@@ -22,7 +22,7 @@ def add_sums(a: LossSums | None, b: LossSums) -> LossSums:
 
 
 def summarise(sums: LossSums) -> dict[str, Any]:
-    """loss (weighted, as trained on), masked_nll (nats a hidden token), masked_accuracy and perplexity (its exp)."""
+    """loss (weighted, as trained on), masked_nll (nats per hidden token), masked_accuracy, perplexity (its exp)."""
     count = float(np.sum(sums.masked_count))
     nll = float(np.sum(sums.masked_nll)) / count if count else None
     return {
@@ -34,7 +34,7 @@ def summarise(sums: LossSums) -> dict[str, Any]:
 
 
 def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
-    """masked_nll, masked_accuracy and perplexity for every bucket of mask rates that holds a hidden token."""
+    """masked_nll, masked_accuracy and perplexity for every bucket of mask rates that has a hidden token."""
     buckets = {}
     for i in range(RATE_BUCKETS):
         if sums.masked_count[i]:
@@ -50,8 +50,8 @@ def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
 class Evaluator:
     """Runs the evaluation step over a fixed list of batches.
 
-    Batches made with `strata="rows"` stratify rates over the whole split: they do not depend on which rows share a
-    batch, or which examples share a row.
+    Batches made with `strata="rows"` stratify rates over the whole split. Rates then do not depend on which rows share
+    a batch or which examples share a row.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class Evaluator:
         self._key = key
 
     def __call__(self, variables: Any, stop: Callable[[], Any] = lambda: False) -> LossSums | None:
-        """Sums over all batches, on the host in float64, of the model applied to `variables`.
+        """Returns the sums of `variables` over all batches, on the host in float64; None if `stop` returns true.
 
-        `stop` is asked before each batch, in every process. None if it says so.
+        `stop` is called before each batch, in every process.
         """
         total = None
         with Progress("evaluating", "batches", len(self._batches)) as progress:

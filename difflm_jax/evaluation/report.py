@@ -14,8 +14,7 @@ from difflm_jax.view.tables import print_table
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The answers of one way of decoding: for each question its text and tokens, whether it is right,
-    and its forward passes."""
+    """The answers of one decoding: for each question the text, the tokens, whether it is right, and forward passes."""
 
     name: str
     answers: list[str]
@@ -26,7 +25,7 @@ class Column:
     tokens: list[list[int]]
 
     def record(self, base: "Column") -> dict[str, Any]:
-        """The column with its share of right answers, and its difference from the base's; 95 % bootstrap intervals."""
+        """The column, its accuracy and the difference from the base's accuracy, with 95 % bootstrap intervals."""
         return {
             **dataclasses.asdict(self),
             "accuracy": self.matches / len(self.correct),
@@ -38,11 +37,12 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Decodings:
-    """How questions are answered: at each of `tokens_per_pass` tokens committed per forward pass, on a canvas of
-    `max_new_tokens`, `batch_size` questions together.
+    """How questions are answered.
 
-    `options` are those of `LanguageModel.generate` for the converted model. `task` says what counts as right.
-    `causally` adds the same weights, adapter included, decoded as a causal model.
+    tokens_per_pass: tokens committed per forward pass; each value is a decoding of its own.
+    max_new_tokens: length of the canvas. batch_size: questions per batch.
+    task: decides which answers count as right. options: of `LanguageModel.generate`, for the converted model.
+    causally: adds the same weights, adapter included, decoded as a causal model.
     """
 
     tokens_per_pass: Sequence[int]
@@ -54,13 +54,13 @@ class Decodings:
 
 
 def compare(lm: LanguageModel, questions: Sequence[Question], decodings: Decodings) -> list[Column]:
-    """The causal base's greedy answers, those of `lm` at each number of tokens per pass, and its own read causally."""
+    """Greedy answers of the causal base, of `lm` at each number of tokens per pass, and of `lm` decoded causally."""
     ways = [(lm.base(), "causal base", 1, {})]
     ways += [
         (lm, f"{tokens} token{'s' if tokens > 1 else ''} a pass", tokens, decodings.options)
         for tokens in decodings.tokens_per_pass
     ]
-    if decodings.causally and not lm.diffusion.gated:  # a gated adapter read causally is its base
+    if decodings.causally and not lm.diffusion.gated:  # a gated adapter decoded causally is its base
         same = dataclasses.replace(lm, diffusion=lm.diffusion.causal())
         ways.append((same, "causally", 1, {}))
     return [_answers(*way, questions, decodings) for way in ways]
@@ -89,7 +89,7 @@ def _answers(
 def print_report(
     lm: LanguageModel, dataset: str, questions: Sequence[Question], decodings: Decodings, shown: int = 12
 ) -> list[Column]:
-    """Answers `questions` (of `dataset`), prints about `shown` of them and a table of all ways; returns the columns."""
+    """Answers `questions` of `dataset`, prints about `shown` of them and a table; returns the columns."""
     columns = compare(lm, questions, decodings)
     print(f"\nQuestions ({len(questions)}, {dataset}), answers of at most {decodings.max_new_tokens} tokens")
     for i in range(0, len(questions), max(1, len(questions) // shown)) if shown else []:

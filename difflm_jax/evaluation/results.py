@@ -1,4 +1,4 @@
-"""A results file: what was run, on what, and everything that came out of it."""
+"""Results files: the command, the environment and all results."""
 
 import datetime
 import importlib.metadata
@@ -17,7 +17,7 @@ _PACKAGES = ("difflm_jax", "jax", "jaxlib", "flax", "numpy", "transformers", "to
 
 
 def environment() -> dict[str, Any]:
-    """The command, the time, and the versions and device that the figures are of."""
+    """The command, the time, the package versions and the device of this process."""
     devices = jax.devices()
     return {
         "command": sys.argv,
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_results(path: str | Path, record: Mapping[str, Any]) -> None:
-    """`record` behind its `environment()`, as JSON."""
+    """Writes `environment()`, followed by `record`, as JSON."""
     write_whole(
         path,
         json.dumps({**environment(), **record}, indent=2, ensure_ascii=False, default=_plain) + "\n",

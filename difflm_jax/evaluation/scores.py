@@ -19,14 +19,14 @@ from difflm_jax.view.tables import print_table
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Rows scored by both models, and the bytes (UTF-8) that each row's tokens stand for."""
+    """Scores of the same rows by both models, and the UTF-8 bytes of each row's scored text."""
 
     base: LogLikelihood
     diffusion: LogLikelihood
     bytes: np.ndarray
 
     def record(self) -> dict[str, Any]:
-        """Figures of both models, with their values row by row."""
+        """Figures of both models, with their values per row."""
         nats_base, nats = -self.base.values, -self.diffusion.values
         low, high = difference_interval(nats, nats_base)
         tokens = self.base.tokens.mean()
@@ -51,7 +51,7 @@ class Scored:
             "perplexity": float(np.exp(per_token)),
             "bits_per_byte": float(per_byte),
             "bits_per_byte_interval": bits,
-            "monte_carlo_error": error / tokens if math.isfinite(error) else None,  # standard error, nats a token
+            "monte_carlo_error": error / tokens if math.isfinite(error) else None,  # standard error, nats per token
             "log_likelihoods": found.values,
             "standard_errors": [x if math.isfinite(x) else None for x in found.standard_errors.tolist()],
             "tokens": found.tokens,
@@ -59,7 +59,7 @@ class Scored:
 
 
 def score_answers(lm: LanguageModel, questions: Sequence[Question], samples: int, seed: int, batch_size: int) -> Scored:
-    """The reference answers of `questions`, each behind its question."""
+    """Scores the reference answers of `questions`, each after its question."""
     rows = [question.prompt for question in questions], [question.reference for question in questions]
     return Scored(
         lm.base().log_likelihood(*rows, batch_size=batch_size),
@@ -69,7 +69,7 @@ def score_answers(lm: LanguageModel, questions: Sequence[Question], samples: int
 
 
 def score_text(lm: LanguageModel, windows: Sequence[tuple[list[int], int]], samples, seed, batch_size) -> Scored:
-    """Windows of `read_windows`, each on its own behind the token that begins a text."""
+    """Scores windows of `read_windows`, each by itself after the token that begins a text."""
     tokenizer = lm.tokenizer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows = [[start]] * len(windows), [tokens for tokens, _ in windows]
@@ -104,7 +104,7 @@ def read_windows(dataset: str, tokenizer: Any, max_length: int, rows: int = 0) -
 
 
 def print_scores(title: str, scored: Scored) -> dict[str, Any]:
-    """Prints a table of both models; returns `scored.record()`."""
+    """Prints a table of both models and returns `scored.record()`."""
     record, rows = scored.record(), []
     print(f"\n{title}")
     for name, key, sign in (("causal base", "causal_base", ""), ("diffusion, bound", "diffusion", "<=")):

@@ -1,7 +1,7 @@
-"""FlashAttention-2 (arXiv:2307.08691) for TPUs, in Pallas: scores stay on the chip, tiles that nobody sees are skipped.
+"""FlashAttention-2 (arXiv:2307.08691) for TPUs, in Pallas: scores stay on the chip, fully masked tiles are skipped.
 
-A tile of scores is [keys, queries]: what there is one of for each query (the largest score, the sum, a row of `lse`)
-then lies along the lanes, as it does in memory.
+A tile of scores is [keys, queries]. Values per query (the largest score, the sum, a row of `lse`) then lie along the
+lanes, as they do in memory.
 """
 
 import functools
@@ -18,23 +18,23 @@ from difflm_jax.ops.cpu import named
 
 _LANES = 128
 _LARGEST_TILE = 512  # of queries, and of keys
-_VMEM = 100 * 2**20  # what the compiler may take of the 128 MiB of a v5e or v6e
-_VMEM_OF_ROW = 72 * 2**20  # of that, for what the backward pass holds of a whole row
+_VMEM = 100 * 2**20  # the compiler may use this much of the 128 MiB of a v5e or v6e
+_VMEM_OF_ROW = 72 * 2**20  # the part of it for the whole row that the backward pass stores
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def flash_attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS, interpret: bool = False) -> jax.Array:
-    """[B, T, H, E]: what `attention.attend` gives, to the rounding of its dtype; a query that sees nothing gives zero.
+    """[B, T, H, E]: the result of `attention.attend`, up to rounding in its dtype. A query that sees no key gives zero.
 
-    The mask is read tile by tile, once for all heads of queries that share keys. `interpret`: the kernels as XLA's
-    operations, for other devices. Raises `UserError` for rows too long for the backward pass, which holds the gradient
-    of such a group of heads on the chip.
+    The mask is read tile by tile, once for all query heads that share keys. `interpret` runs the kernels as XLA
+    operations, for other devices. Raises `UserError` if rows are too long for the backward pass, which stores the
+    gradient of such a group of heads on the chip.
     """
     return _forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS, interpret)[0]
 
 
 def _forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS, interpret):
-    """(the result, log of the sum of exp(scores) of each query [B, K, G, T + padding])."""
+    """(the result, log of the sum of exp(scores) per query [B, K, G, T + padding])."""
     q_BKGTE, k_BKSE, v_BKSE, mask_BST = _tiled(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
     batch, kv_heads, group, queries, width = q_BKGTE.shape
     tile_T, tile_S = _tile(queries), _tile(k_BKSE.shape[2])
@@ -65,7 +65,7 @@ def _forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS, interpret):
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, mask_ref, y_ref, lse_ref, sum_ref, total_ref, largest_ref):
-    """One tile: `sum_ref` [G, E, T] and `total_ref` [G, T] are sums over keys so far, relative to `largest_ref`."""
+    """One tile. `sum_ref` [G, E, T] and `total_ref` [G, T] sum over keys so far, relative to `largest_ref`."""
     group, tile_of_keys = q_ref.shape[2], pl.program_id(3)
 
     @pl.when(tile_of_keys == 0)
@@ -145,7 +145,7 @@ def _attend_backward(interpret, saved, dy_BTHE):
 def _backward_kernel(
     q_ref, k_ref, v_ref, mask_ref, dy_ref, lse_ref, inner_ref, dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum
 ):
-    """One tile: it adds to the gradients of its keys, and to those of its queries, which stay on the chip for a row."""
+    """One tile: adds to the gradients of its keys and queries. Those of queries stay on the chip for a row."""
     tile_of_keys, tile_of_queries = pl.program_id(2), pl.program_id(3)
     is_last_of_queries = tile_of_queries == pl.num_programs(3) - 1
     tile_T, dtype = q_ref.shape[3], q_ref.dtype
@@ -187,7 +187,7 @@ flash_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(q_TE, k_SE, seen_ST):
-    """[S, T] float32; by arithmetic where a query does not see a key, as in `attention`."""
+    """[S, T] float32 scores, masked by arithmetic as in `attention`."""
     return _dot(k_SE, q_TE, 1, 1) * _scale(q_TE) + (seen_ST - 1.0) * -UNSEEN
 
 
@@ -196,12 +196,12 @@ def _scale(q) -> float:
 
 
 def _dot(a, b, axis_of_a: int, axis_of_b: int):
-    """Their product over these axes, in float32."""
+    """The matrix product of `a` and `b` over these axes, in float32."""
     return jax.lax.dot_general(a, b, (((axis_of_a,), (axis_of_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _tiled(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
-    """What both kernels read, padded to whole tiles with queries that see and keys that are seen by nothing."""
+    """The inputs of both kernels, padded to whole tiles. Padded queries see no key, and no query sees a padded key."""
     keys = k_BSKE.shape[1]
     k_BKSE, v_BKSE = (_padded(jnp.swapaxes(x, 1, 2), 2, keys) for x in (k_BSKE, v_BSKE))
     mask_BST = _padded(jnp.swapaxes(mask_BTS, 1, 2).astype(jnp.int8), 1, keys)
@@ -216,7 +216,7 @@ def _grouped(x_BTHE, kv_heads: int):
 
 
 def _ungrouped(x_BKGTE, like_BTHE):
-    """Without the padding, in the shape of the queries."""
+    """`x_BKGTE` without its padding, in the shape of the queries."""
     return jnp.einsum("bkgte->btkge", x_BKGTE)[:, : like_BTHE.shape[1]].reshape(like_BTHE.shape)
 
 
@@ -230,7 +230,7 @@ def _tile(length: int) -> int:
 
 
 def _like(x, shape, dtype) -> jax.ShapeDtypeStruct:
-    """An array that differs along the axes of the mesh along which `x` does."""
+    """An abstract array that varies over the same mesh axes as `x`."""
     return jax.eval_shape(lambda x: jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), shape), x)
 
 
@@ -241,7 +241,7 @@ def _parallel(parallel: int, sequential: int) -> pltpu.CompilerParams:
 
 
 def _cost(products: int, q_BKGTE, k_BKSE, mask_BST) -> pl.CostEstimate:
-    """What XLA's scheduler is told: every tile counts, seen or not."""
+    """The cost that XLA's scheduler is told. Every tile counts, skipped or not."""
     scores = math.prod(q_BKGTE.shape[:-1]) * k_BKSE.shape[2]
     moved = sum(x.size * x.dtype.itemsize for x in (q_BKGTE, q_BKGTE, k_BKSE, k_BKSE, mask_BST))
     flops = 2 * products * scores * q_BKGTE.shape[-1]

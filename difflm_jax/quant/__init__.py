@@ -1,7 +1,7 @@
-"""How a weight is stored and multiplied. Layers call `matmul` and never ask how a weight is held.
+"""Quantised weights: formats, packing and dequantisation. Layers call `ops.matmul`, whatever the format of a weight.
 
-`QTensor` is the one quantised weight; `nf4` and `integers` say what its codes mean, `nested` how its scales may be
-quantised in turn. Nothing here knows files or models.
+`QTensor` is the only quantised weight. `nf4` and `integers` define its codes; `nested` quantises its scales. Nothing
+here knows files or models.
 """
 
 from difflm_jax.quant.nested import NestedScales

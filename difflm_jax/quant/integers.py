@@ -1,4 +1,4 @@
-"""Symmetric integers: x is about scale * q, with q in -8..7 (int4) or -127..127 (int8) and one scale a group."""
+"""Symmetric integers: x is about scale * q, with q in -8..7 (int4) or -127..127 (int8) and one scale per group."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 def encode_int4(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(codes uint8 [..., G] holding q + 8, scales bfloat16 [...]) of float32 groups [..., G].
 
-    The value of largest magnitude becomes -8, so the scale has the opposite sign and all sixteen codes are used (the
-    rule of llama.cpp's Q4_0, ggml-quants.c). Dividing by 7 instead would leave one unused and cost 12 % more error.
-    Codes are computed from the rounded scale, so its rounding adds no error of its own.
+    The value of largest magnitude becomes -8. The scale then has the opposite sign, and all sixteen codes are used (the
+    rule of llama.cpp's Q4_0, ggml-quants.c). Dividing by 7 would leave one code unused and cost 12 % more error. Codes
+    are computed from the rounded scale, so its rounding adds no error of its own.
     """
     largest = jnp.take_along_axis(groups, jnp.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
     scales = (largest / -8.0).astype(jnp.bfloat16)
@@ -23,7 +23,7 @@ def encode_int8(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def decode_int4(codes: jax.Array) -> jax.Array:
-    """float32 q of codes that hold q + 8."""
+    """float32 q from codes that store q + 8."""
     return codes.astype(jnp.float32) - 8.0
 
 

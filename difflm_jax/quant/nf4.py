@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The levels of bitsandbytes (functional.py), which every NF4 checkpoint is made with; code i stands for LEVELS[i].
+# The levels of bitsandbytes (functional.py), which all NF4 checkpoints use. Code i stands for LEVELS[i].
 LEVELS = np.array(
     [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -34,8 +34,8 @@ def encode(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 def decode(codes: jax.Array) -> jax.Array:
     """float32 levels of `codes` in 0..15.
 
-    A tree of selects over the bits of a code, not a table look-up: on a CPU with vector units it is as fast as a plain
-    conversion (twice as fast as a gather), and a TPU has no fast gather at all.
+    Uses a tree of selects over the bits of a code, not a table look-up. On a CPU with vector units the tree is as fast
+    as a plain conversion (twice as fast as a gather). A TPU has no fast gather.
     """
     # Add a zero that depends on the codes. Otherwise jax hoists the 16 levels out of the layer loop as 16 weight-sized
     # arrays (5 times slower).

@@ -18,8 +18,11 @@ from difflm_jax.utils.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What codes mean. `encode` takes float32 groups [..., G] to (codes [..., G], scales [...]); `decode` takes codes
-    to float32 values at scale 1. 4-bit codes are uint8 in 0..15, and two of them share a byte of a `QTensor`."""
+    """What codes mean.
+
+    encode: from float32 groups [..., G] to (codes [..., G], scales [...]). decode: from codes to float32 values at
+    scale 1. 4-bit codes are uint8 in 0..15; two of them share a byte of a `QTensor`.
+    """
 
     bits: int
     encode: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -37,8 +40,9 @@ FORMATS = {
 class QuantConfig:
     """How weights are quantised.
 
-    `block_size`: weights along the input that share a scale (G). `double_quant`: NF4's scales are stored in 8 bits
-    (4.127 bits per weight at G = 64) rather than float32 (4.5). Those of the integer formats are bfloat16 (4.25, 8.25).
+    block_size: weights along the input that share a scale (G).
+    double_quant: NF4's scales are stored in 8 bits (4.127 bits per weight at G = 64) rather than float32 (4.5). Scales
+      of the integer formats are bfloat16 (4.25 and 8.25 bits per weight).
     """
 
     format: str = setting(
@@ -59,9 +63,10 @@ class QuantConfig:
 class QTensor:
     """A weight [out, in], or a stack of them with leading axes on every leaf.
 
-    `codes`: int8 [..., out, in] for int8, else uint8 [..., out, in / 2], where a byte holds elements i (low nibble) and
-    i + G/2 of its group: both halves of a group come out of whole vectors of bytes, without interleaving. `scales`:
-    [..., out, in / G]. The shape is derived from the leaves, never stored: slices by `scan` and shards keep it right.
+    codes: int8 [..., out, in] for int8, else uint8 [..., out, in / 2]. A byte has elements i (low nibble) and i + G/2
+      of its group, so both halves of a group unpack from whole vectors of bytes, without interleaving.
+    scales: [..., out, in / G].
+    The shape is derived from the leaves, so it is right in slices by `scan` and in shards too.
     """
 
     codes: jax.Array
@@ -84,9 +89,9 @@ class QTensor:
 
 
 def quantize(weight: jax.Array, config: QuantConfig) -> QTensor:
-    """`weight` [out, in] of any float dtype in the format of `config`; jittable, all in float32.
+    """Quantises `weight` [out, in] of any float dtype to the format of `config`. Computes in float32; jittable.
 
-    Raises `UserError` if `in` is not a multiple of the block size: a block never spans two rows.
+    Raises `UserError` if `in` is not a multiple of the block size, because a block never spans two rows.
     """
     if weight.shape[-1] % config.block_size:
         raise UserError(
@@ -107,22 +112,22 @@ def dequantize(w: QTensor, dtype: Any) -> jax.Array:
     scales = unnest(w.scales) if isinstance(w.scales, NestedScales) else w.scales.astype(jnp.float32)
     form = FORMATS[w.format]
     parts = _halves(w.codes, w.block_size) if form.bits == 4 else (w.codes.reshape(*scales.shape, -1),)
-    # Each half is finished before they are joined: joined codes would take 2 GiB more of an H100 in a training step of
+    # Dequantise each half before joining them. Joined codes would take 2 GiB more of an H100 in a training step of
     # Qwen3-4B (compiled ahead of time), and a sixth more time on a CPU.
     values = [(form.decode(part) * scales[..., None]).astype(dtype) for part in parts]
     return jnp.concatenate(values, axis=-1).reshape(w.shape)
 
 
 def own_scales(w: QTensor) -> QTensor:
-    """`w` with the scales of those of its codes that this device has, where codes are divided over `tensor`.
+    """`w` with the scales of this device's codes, if codes are sharded over `tensor`.
 
-    Nested scales cannot be divided with them (`NestedScales`): every device of the axis holds all, and takes its part
-    of them here.
+    Nested scales cannot be sharded like codes (`NestedScales`). Every device of the axis stores all of them and takes
+    its part here.
     """
     if not isinstance(w.scales, NestedScales) or not varies(w.codes, TENSOR):
         return w
     scales, part = unnest(w.scales), jax.lax.axis_index(TENSOR)
-    axis = 1 if scales.shape[0] == w.codes.shape[0] else 0  # divided along the input, or along the output
+    axis = 1 if scales.shape[0] == w.codes.shape[0] else 0  # sharded along the input, or along the output
     size = scales.shape[axis] // jax.lax.axis_size(TENSOR)
     return w.replace(scales=jax.lax.dynamic_slice_in_dim(scales, part * size, size, axis=axis))
 

@@ -1,1 +1,1 @@
-"""What every room may use: files written whole, compiled programs kept between runs, names of dtypes."""
+"""What every package may use: atomic file writes, locks, the compilation cache, settings, flag help, dtypes."""

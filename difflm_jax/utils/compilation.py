@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk: the second run of a command does not compile again what the first has compiled."""
+"""Compiled programs on disk: the second run of a command reuses what the first compiled."""
 
 import hashlib
 import os
@@ -8,15 +8,16 @@ from pathlib import Path
 import jax
 
 MAX_BYTES = 4 << 30  # the least recently used programs are removed beyond this
-MIN_SECONDS = 0.2  # what compiles faster is not kept
+MIN_SECONDS = 0.2  # what compiles faster is not stored
 
 
 def keep_compiled() -> None:
-    """Turns jax's persistent compilation cache on, in the user's own cache directory.
+    """Turns JAX's persistent compilation cache on, in the user's own cache directory.
 
-    `JAX_COMPILATION_CACHE_DIR` names another directory, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. What is kept
-    there is code that will be run, so others must not be able to write to it; and it is kept by processor, because
-    programs for a CPU use all that the one they were compiled on can do. A directory that cannot be made is announced.
+    `JAX_COMPILATION_CACHE_DIR` names another directory, `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. The
+    cache contains code that will be run, so other users must not be able to write to it. Each kind of processor has its
+    own directory, because CPU programs use every feature of the processor that they were compiled on. If the directory
+    cannot be used, a line says so.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
@@ -36,7 +37,7 @@ def keep_compiled() -> None:
 
 
 def _processor() -> str:
-    """A short name for the kind of this machine's processor: its features, where the system tells them."""
+    """A short hash of the kind of processor, with its features if the system lists them."""
     described = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""The numbers that a model computes in."""
+"""The dtypes that a model computes in."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ _CPU_INFO = Path("/proc/cpuinfo")
 def fastest_dtype() -> str:
     """bfloat16 on an accelerator and on a CPU with a matrix unit for it (AMX), else float32.
 
-    XLA computes bfloat16 in float32 where a processor does not multiply it, and pays for the way there and back: 40
-    steps of SmolLM2-135M on an EPYC with AVX2 took 420 s of CPU time in bfloat16 and 296 s in float32.
+    If a processor cannot multiply bfloat16, XLA computes in float32 and converts both ways. That is slower: 40 steps of
+    SmolLM2-135M on an EPYC with AVX2 took 420 s of CPU time in bfloat16 and 296 s in float32.
     """
     if jax.default_backend() != "cpu":
         return "bfloat16"

@@ -11,7 +11,7 @@ from difflm_jax.errors import UserError, one_line
 
 
 def expanded(path: str, name: str = "") -> str:
-    """`path` with a leading `~` or `~user` replaced by that home directory; an unknown one is a `UserError`."""
+    """`path` with a leading `~` or `~user` expanded. Raises `UserError` if there is no such home directory."""
     if not path.startswith("~"):
         return path
     try:
@@ -22,10 +22,10 @@ def expanded(path: str, name: str = "") -> str:
 
 @contextlib.contextmanager
 def new_directory(target: str | Path, may_replace: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
-    """Yields an empty sibling of `target` to fill, which takes its place when the block ends without an error.
+    """Yields an empty directory to fill. It becomes `target` when the block ends without an error.
 
-    A target that exists and is not an empty directory is replaced only if `may_replace(target)`. Raises `UserError`
-    otherwise, before anything is written, and when the disk refuses.
+    A target that exists and is not empty is replaced only if `may_replace(target)`. Otherwise raises `UserError` before
+    anything is written. A failed write raises `UserError` too.
     """
     target = Path(target).expanduser().absolute()
     occupied = check_new_directory(target, may_replace)
@@ -50,7 +50,7 @@ def new_directory(target: str | Path, may_replace: Callable[[Path], bool] = lamb
 
 
 def check_new_directory(target: Path, may_replace: Callable[[Path], bool] = lambda _: False) -> bool:
-    """Whether there is something in `target`; raises `UserError` if that must not be replaced."""
+    """Whether `target` has contents; raises `UserError` if they must not be replaced, or if it is a file."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: is a file, not a directory to write to")
     occupied = target.is_dir() and any(target.iterdir())
@@ -60,7 +60,7 @@ def check_new_directory(target: Path, may_replace: Callable[[Path], bool] = lamb
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises `UserError` if no file could be written there: before the work, not after it."""
+    """Raises `UserError` if no file can be written at `path`. Call it before the work, not after."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is {'a directory' if path.is_dir() else 'a device or a pipe'}, not a file to write")
@@ -70,10 +70,10 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_whole(path: str | Path, data: str | bytes) -> None:
-    """Replaces the file `path` by `data`, so that a reader sees the old or the new one. Raises `UserError`."""
-    path = Path(path).resolve()  # what a link points to is replaced, and not the link
+    """Replaces the file `path` by `data` atomically: a reader sees the old or the new file. Raises `UserError`."""
+    path = Path(path).resolve()  # replaces what a link points to, not the link
     if isinstance(data, str):
-        data = data.encode("utf-8", "backslashreplace")  # half a surrogate pair of some row: JSON's escape of it
+        data = data.encode("utf-8", "backslashreplace")  # writes half a surrogate pair as JSON escapes it
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
@@ -90,7 +90,7 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
 
 
 def synced(path: Path) -> None:
-    """Returns when a file, or the entries of a directory, are on disk and survive a loss of power."""
+    """Flushes a file, or the entries of a directory, to disk, where they survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

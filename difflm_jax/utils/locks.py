@@ -1,4 +1,4 @@
-"""Locks between processes of one host, or of hosts whose shared file system carries locks. A crash releases them."""
+"""Locks between processes of one host, or of hosts whose shared file system has locks. A crash releases them."""
 
 import contextlib
 import fcntl
@@ -11,10 +11,10 @@ from difflm_jax.errors import UserError, one_line
 
 
 class FileLock:
-    """An exclusive lock on the file `path`, which holds who has it and is removed when it is released.
+    """An exclusive lock on the file `path`. The file names the holder and is removed on release.
 
-    The kernel releases the lock of a process that ended in any way, so that none is ever stale. A file system without
-    locks (some network ones) lets everybody in.
+    The kernel releases the lock when its process ends, so no lock is ever stale. On a file system without locks (some
+    network ones) every process acquires it.
     """
 
     def __init__(self, path: str | Path):
@@ -40,7 +40,7 @@ class FileLock:
                 pass
             if self._is_current(file):
                 self._file = file
-            else:  # whoever had it has removed it in the meantime
+            else:  # the previous holder removed it in the meantime
                 os.close(file)
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
@@ -48,13 +48,13 @@ class FileLock:
         return True
 
     def holder(self) -> str:
-        """Who has the lock, as far as the file tells."""
+        """The process that has the lock, as the file names it."""
         with contextlib.suppress(OSError):
             return self._path.read_text(errors="replace").strip() or "another process"
         return "another process"
 
     def release(self) -> None:
-        """Gives the lock back, if it was taken."""
+        """Releases the lock if it was acquired."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._path.unlink()
@@ -71,7 +71,7 @@ class FileLock:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Holds the lock on `path`, waiting for it, within the block."""
+    """Waits for the lock on `path` and keeps it within the block."""
     lock = FileLock(path)
     lock.acquire(wait=True)
     try:

@@ -1,4 +1,4 @@
-"""Settings as fields of dataclasses: a component says once what a setting is, and everything else is made from that.
+"""Settings as fields of dataclasses: a component defines each setting once.
 
 A field declared with `setting` becomes a key of the config, with its default, type, check, line of `--help` and row of
 docs/configuration.md (`difflm_jax.config.schema`).
@@ -32,11 +32,11 @@ DEVICES = Range("-1 (all devices) or greater than 0", lambda x: x == -1 or x > 0
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is known of a setting besides its name and type.
+    """What describes a setting besides its name and type.
 
-    choices: the allowed values; those of a list, each of them. within: the allowed range. required: not empty.
-    path: `~` is expanded. key: its name in the config where that is not the field's, and `config_default` its default
-    there where that is not the component's own.
+    choices: the allowed values, or those of each element of a list. within: the allowed range. required: not empty.
+    path: `~` is expanded. key: the name in the config, if it differs from the field's. config_default: the default in
+    the config, if it differs from the component's own.
     """
 
     help: str
@@ -48,7 +48,7 @@ class Setting:
     config_default: Any = None
 
     def check(self, name: str, value: Any) -> None:
-        """Raises `UserError` that begins with `name` for a value that is not allowed."""
+        """Raises a `UserError` that begins with `name` if `value` is not allowed."""
         if self.required and not value:
             known = f" (known: {', '.join(self.choices)})" if self.choices else ""
             raise UserError(f"{name} must not be empty{known}")
@@ -70,6 +70,6 @@ class Setting:
 
 def setting(
     default: Any = dataclasses.MISSING, help: str = "", *, choices: Collection[Any] = (), **details: Any
-) -> Any:  # a dataclass field; `Any`, so that a type checker takes it for a value of the field's type
+) -> Any:  # a dataclass field; `Any`: a type checker accepts it as a value of the field's type
     """A dataclass field that is a setting; `details` are the other fields of `Setting`."""
     return dataclasses.field(default=default, metadata={"setting": Setting(help, tuple(choices), **details)})
