@@ -107,7 +107,7 @@ def test_two_processes_answer_and_score_as_one(parts, whole, capfd):
         [*launcher, sys.executable, "-m", "difflm_jax.evaluate", *score],
         cwd=PROJECT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    one, two = (re.findall(r"^ +(?:\d\.\d-\d\.\d|all) .*$", out, re.M) for out in (capfd.readouterr().out, done.stdout))
+    one, two = (re.findall(r"^ *(?:\d\.\d-\d\.\d|all) .*$", out, re.M) for out in (capfd.readouterr().out, done.stdout))
     assert one and one == two, done.stderr[-3000:]
 
 
