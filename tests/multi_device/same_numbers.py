@@ -40,7 +40,7 @@ FAMILIES = {
 }
 
 
-def setting(quantization: str | None, family: str) -> tuple[dict, StepOptions, dict]:
+def setting(quantization: str | None, family: str = "qwen3") -> tuple[dict, StepOptions, dict]:
     """(parameters, options of the step, fresh adapters)."""
     config = tiny_config(intermediate_size=64, **FAMILIES[family])
     params = tiny_params(config)
