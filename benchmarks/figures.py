@@ -13,7 +13,7 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.flops import peak_flops, train_flops_per_token
 
 GENERATED, PROMPT, BLOCK, PASSES = 128, 128, 32, 32  # tokens, tokens, tokens, forward passes of an answer
-# Of our training ways; a way's own keys come after them.
+# Config keys that all of our ways of training share; a way's own keys come after them.
 SETTINGS = {
     "remat": "save_dots",
     "attention_kernel": "cudnn",

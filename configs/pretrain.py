@@ -5,7 +5,7 @@ Hardware:  an accelerator, or several: the frozen weights alone take 8 GB in bfl
            --config.batch_size and raise --config.gradient_accumulation_steps by as much: the result is the same.
            Without an accelerator use configs/quickstart.py. Weights and data come from the Hugging Face hub.
 Expect:    a line every 10 steps, four evaluations, and the adapter of the best one in /tmp/output/pretrain_model, from
-           which configs/sft.py goes on. Memory, speed, wall time and the loss that these weights reach have not been
+           which configs/sft.py continues. Memory, speed, wall time and the loss that these weights reach have not been
            measured.
 
 The hyper-parameters are the original system's; any key can be changed with --config.key=value.

@@ -3,7 +3,7 @@
 Command:   python -m difflm_jax.train --config=configs/two_phase.py
            Shorter: --config.pretrain.max_steps=1000 --config.sft.max_steps=1000
 Hardware:  as configs/pretrain.py.
-Expect:    the second phase goes on with the adapters and Adam moments of the first and starts the schedule again;
+Expect:    the second phase continues with the adapters and Adam moments of the first and starts the schedule again;
            pretrain_model and sft_model are left in /tmp/output/two_phase. Memory, speed, wall time and the loss that
            these weights reach have not been measured.
 

@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class RunInterruptedError(UserError):
-    """The run was asked to stop, and has saved what it had: the same command goes on from there.
+    """The run was asked to stop, and has saved what it had: the same command resumes from there.
 
     Its exit status is EX_TEMPFAIL of sysexits.h ("try again"), so that a scheduler can tell it from a failure.
     """

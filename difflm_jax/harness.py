@@ -220,7 +220,7 @@ class DiffusionHarness(TemplateLM):
         ).values
 
     def _greedy(self, rows: list[tuple[list[int], list[int]]]) -> list[bool]:
-        """Whether filling as many masks as a continuation has tokens, the surest first, gives that continuation."""
+        """Whether filling one mask per token of a continuation, most confident first, gives that continuation."""
         mask = self._lm.mask_token_id
         canvases = [[*before, *[mask] * len(after)] for before, after in rows]
         steps = max((len(after) for _, after in rows), default=1)

@@ -149,7 +149,7 @@ class _Described:
         return sampling_job(self.config, self.model_config, mesh, generation, on_cpu)
 
     def estimate(self, rows: int, platform: str, width: int = 0) -> Estimate:
-        """Of a step of rows of `width` columns (0: `max_length`), or of a generation."""
+        """The estimate for a step of rows of `width` columns (0: `max_length`), or of a generation."""
         if self.name == _SAMPLING:
             job = self.job(abstract_mesh(*self.sizes), rows, platform == "cpu")
             return sampling_estimate(self.config, self.model_config, self.sizes, platform, job)

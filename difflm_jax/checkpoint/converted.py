@@ -1,4 +1,4 @@
-"""A quantised base kept on disk as it lies in memory, so that the next start reads it in seconds.
+"""A quantised base kept on disk as it is in memory, so that the next start reads it in seconds.
 
 One safetensors file holds the stacked leaves; its metadata holds what it was made from and a checksum of every leaf.
 Any other source, format or dtype has another file name, and a file that is damaged is announced and made again.

@@ -1,4 +1,4 @@
-"""Diffusion checkpoints of others: their `config.json` in our families' terms, and what they were trained for.
+"""Third-party diffusion checkpoints: their `config.json` in our families' terms, and what they were trained for.
 
 They are decoders that this package has, under other keys and names, with attention that is not causal. Nothing of
 their code is run: what a key means is written down here, from their papers and published configurations, and a key

@@ -8,7 +8,7 @@ from typing import Any
 REDUNDANT_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
-# Names of others' tensors: pattern -> Hugging Face's name for the same.
+# Names in third-party checkpoints: pattern -> Hugging Face's name for the same.
 FOREIGN = {
     "llada": {
         "model.transformer.wte.weight": "model.embed_tokens.weight",

@@ -76,7 +76,7 @@ def _parse_json(line: bytes, is_first: bool) -> Any:
 def _read_json(name: str, path: Path) -> Iterator[Row]:
     """The elements of a JSON list, or one object per line, as `datasets` reads both.
 
-    The text of a list is held in memory, its parsed elements are not.
+    The text of a list is kept in memory; its parsed elements are not.
     """
     with _open(path) as file:
         content = file.read()

@@ -149,7 +149,7 @@ def _scores(q_BKTGE, k_BKSE, softcap):
     return scores_BKTGS if softcap is None else softcap * jnp.tanh(scores_BKTGS / softcap)
 
 
-# By arithmetic, as in `_seen`: the other value of a `jnp.where` is an array of the size of the scores, which jax keeps.
+# Arithmetic, as in `_seen`: the other value of a `jnp.where` is an array of the size of the scores, which jax keeps.
 def _masked(scores_BKTGS, mask_BTS):
     return scores_BKTGS + (mask_BTS[:, None, :, None].astype(jnp.float32) - 1.0) * -UNSEEN
 

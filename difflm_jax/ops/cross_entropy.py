@@ -89,7 +89,7 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 class Gradients(NamedTuple):
-    """Of the sum, with respect to the hidden states and the head; None for one that is not made."""
+    """Gradients of the sum with respect to the hidden states and the head; None: not computed."""
 
     hidden: jax.Array | None  # [M, D]
     head: jax.Array | None  # [V, D]

@@ -85,7 +85,7 @@ class Step:
         return cls(config, phase, model_config, sizes, *traced)
 
     def estimate(self, platform: str, batch_size: int, length: int = 0) -> Estimate:
-        """Of `batch_size` rows per micro-batch of `length` tokens (0: `max_length`), on devices of a platform."""
+        """The estimate for micro-batches of `batch_size` rows of `length` tokens (0: `max_length`) on a platform."""
         settings = phase_config(self.config, self.phase)
         length = length or settings.max_length
         rows = batch_size // (self.sizes[0] * self.sizes[1])
@@ -136,7 +136,7 @@ class Step:
 
 
 def sampling_estimate(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platform: str, job: Job) -> Estimate:
-    """Of a generation (`sampling_job`), all of its passes."""
+    """The estimate for a generation (`sampling_job`) with all of its passes."""
     plan, canvas = job.static["plan"], job.arguments["canvas"]
     rows = canvas.tokens.shape[0] // (sizes[0] * sizes[1])
     columns, block = canvas.tokens.shape[1], plan.block_length

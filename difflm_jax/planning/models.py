@@ -18,7 +18,7 @@ def _shape(family: dict[str, Any], sizes: tuple[int, ...], tied: bool, longest: 
     return {**family, **named, "tie_word_embeddings": tied, "max_position_embeddings": longest, **more}
 
 
-# Of several names that a model's name begins with the longest counts.
+# If a model's name begins with several of these names, the longest counts.
 _SHAPES = {
     "qwen3-0.6b": _shape(_QWEN3, (1024, 3072, 28, 16, 8), True, 40960),
     "qwen3-1.7b": _shape(_QWEN3, (2048, 6144, 28, 16, 8), True, 40960),

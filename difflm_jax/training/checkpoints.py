@@ -1,7 +1,6 @@
 """Checkpoints of training state through orbax: asynchronous, atomic, the last ones and the best one kept.
 
-Losing one is no reason to lose a run: a save that fails is announced and training goes on, and a checkpoint that turns
-out to be damaged is put aside and the one before it used.
+A failed save is announced and training continues. A damaged checkpoint is moved away and the one before it is used.
 """
 
 import contextlib
@@ -149,7 +148,7 @@ class Checkpoints:
         if step not in self.steps():
             raise UserError(
                 f"{self._directory}: the last checkpoint ({step}) could not be written; make room and give the same "
-                f"command again: it goes on from {_of(self.latest())}"
+                f"command again: it resumes from {_of(self.latest())}"
             )
 
     def steps(self) -> list[int]:
@@ -243,7 +242,7 @@ class Checkpoints:
                 restored = Restored(step, self.restore(step, abstract_state), self.metrics(step))
             except DamagedCheckpointError as found:
                 error = found
-            if not agreed(error is None):  # what one process cannot read no process goes on from
+            if not agreed(error is None):  # what one process cannot read no process resumes from
                 self._put_aside(step, error or self._damaged(step, "another process cannot read it"))
                 continue
             return restored
@@ -280,7 +279,7 @@ class Checkpoints:
         step, self._writing = self._writing, None
         self._reopen()
         print(
-            f"{self._directory}: checkpoint {step} could not be written ({one_line(error)[:200]}); training goes on, "
+            f"{self._directory}: checkpoint {step} could not be written ({one_line(error)[:200]}); training continues, "
             f"the last one on disk is {_of(self.latest())}",
             flush=True,
         )

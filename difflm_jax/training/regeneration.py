@@ -54,7 +54,7 @@ def regenerate(
     names = [_name(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     known = _read(file)
     wanted = {name: i for i, name in enumerate(names) if name not in known and limits[i] >= SHORTEST}
-    # Of equal limits and nearly equal lengths: little padding, and few programs to compile.
+    # Batches of equal limits and similar lengths: little padding, and few programs to compile.
     order = sorted(wanted.values(), key=lambda i: (limits[i], len(prompts[i])))
     _answer(order, prompts, limits, names, known, decoder, file, batch_size)
     return _with_answers(rows, prompts, [known.get(name, []) for name in names])

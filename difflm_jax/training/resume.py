@@ -171,7 +171,7 @@ def _refuse_or_announce(directory: Path, what: str, changed: list[str], force: b
             f"{directory} holds a run with {what} ({'; '.join(changed)}): choose another output_dir, or the same to "
             f"resume it, or {FORCE} to go on from its checkpoint all the same"
         )
-    print(f"{FORCE}: {directory} goes on with {what} ({'; '.join(changed)})", flush=True)
+    print(f"{FORCE}: {directory} resumes with {what} ({'; '.join(changed)})", flush=True)
 
 
 def _rows(data: Mapping[str, Any]) -> str:

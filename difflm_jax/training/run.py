@@ -51,7 +51,7 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     """Runs every phase of `config` that is not finished; returns the trained model, None if nothing was left to do.
 
     Nothing is written to `output_dir` before the model, the adapter and all data have been read and found good.
-    `force` goes on with a run whose configuration or data have changed.
+    `force` resumes a run whose configuration or data have changed.
     """
     directory = Path(config.output_dir)
     config = settle_dtype(config)
@@ -132,7 +132,7 @@ def open_configured(config: ConfigDict) -> LanguageModel:
     trained_for = {**lm.source.diffusion, **(read_diffusion_config(config.adapter or lm.source.path) or {})}
     for key in ("attention", "logit_shift"):
         if trained_for.get(key, config[key]) != config[key]:
-            print(f"note: {begun} was trained with {key}={trained_for[key]!r}, and goes on with {config[key]!r}")
+            print(f"note: {begun} was trained with {key}={trained_for[key]!r}, and continues with {config[key]!r}")
     return lm
 
 

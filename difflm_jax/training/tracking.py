@@ -57,7 +57,7 @@ class Tracker:
         try:
             action(self._run)
         except Exception as error:
-            _say("off from here on, metrics.jsonl goes on", error)
+            _say("off from here on, metrics.jsonl continues", error)
             self._run = None
 
 

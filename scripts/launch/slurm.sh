@@ -14,7 +14,7 @@
 #   sbatch [--nodes=4 ...] scripts/launch/slurm.sh configs/two_phase.py [--config.key=value ...]
 #
 # output_dir and the project must lie on a file system that every node sees. Two minutes before the time is up SLURM
-# sends SIGTERM: the run saves and exits with status 75, and this job puts itself into the queue again, where it goes on
+# sends SIGTERM: the run saves and exits with status 75, and this job puts itself into the queue again, where it resumes
 # from that checkpoint. The same happens when a node is lost (from the last checkpoint).
 set -euo pipefail
 

@@ -6,7 +6,7 @@
 # NAME is a TPU VM that exists (gcloud compute tpus tpu-vm create NAME --zone=ZONE --accelerator-type=v5litepod-16
 # --version=v2-alpha-tpuv5-lite). The project must lie in ~/difflm on every host, and output_dir on storage that all
 # hosts share (Filestore, or a bucket mounted with Cloud Storage FUSE). For a preempted slice make it again and give the
-# same command: the run goes on from its last checkpoint. This file is tpu_pod.sh.
+# same command: the run resumes from its last checkpoint. This file is tpu_pod.sh.
 set -euo pipefail
 
 case "${1:---help}" in -h | --help)

@@ -65,7 +65,7 @@ def life(
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one_to_two_processes(parts, whole, tmp_path, capfd):
     """Elastic resume 8 devices -> 1 -> 2 processes, which SIGTERM to one of them stops together -> 2 processes, of
-    which one has a full disk when a checkpoint is due: it is left out everywhere, and the run goes on."""
+    which one has a full disk when a checkpoint is due: it is left out everywhere, and the run continues."""
     assert life(parts, tmp_path, 2, devices=8, mesh=(2, 2, 2))[0] == 75
     assert life(parts, tmp_path, 3, devices=1)[0] == 75
     assert life(parts, tmp_path, 2, devices=2, processes=2, mesh=(1, 4, 1))[0] == 75

@@ -278,7 +278,7 @@ checkpoints.close()
     assert result.returncode == 0, result.stderr[-2000:]
     announced, refused = result.stdout.splitlines()
     assert announced.startswith(f"{tmp_path}/ck: checkpoint 3 could not be written")
-    assert announced.endswith("training goes on, the last one on disk is checkpoint 2")
+    assert announced.endswith("training continues, the last one on disk is checkpoint 2")
     assert "the last checkpoint (3) could not be written; make room" in refused
     assert sorted(path.name for path in (tmp_path / "ck").iterdir()) == ["2", "4"]
 

@@ -244,7 +244,7 @@ def test_another_data_set_is_refused_with_the_difference_or_forced(model, rows, 
     assert read_metrics(tmp_path / "run") == before
     assert command([*arguments, "--config.phases=pretrain", "--config.max_steps=1", "--force"]) == 1
     said = capfd.readouterr()
-    assert "goes on with other data" in said.out and "but the phase has only 1 steps now" in said.err
+    assert "resumes with other data" in said.out and "but the phase has only 1 steps now" in said.err
     assert command([*arguments, "--config.phases=pretrain", "--force"]) == 0
 
 
@@ -306,7 +306,7 @@ def test_only_an_enabled_log_writes(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_costs_a_save_and_no_run(model, rows, whole, tmp_path):
-    """On a small tmpfs that fills up in the middle: the save fails, the run goes on and ends in the same bits."""
+    """On a small tmpfs that fills up in the middle: the save fails, the run continues and ends in the same bits."""
     mount = tmp_path / "small"
     mount.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)], capture_output=True)
@@ -339,7 +339,7 @@ sys.exit(command(sys.argv[2:]))
         done = subprocess.run([sys.executable, "-c", code, str(mount), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "sft: checkpoint 2 could not be written" in done.stdout
-        assert "training goes on, the last one on disk is no checkpoint" in done.stdout
+        assert "training continues, the last one on disk is no checkpoint" in done.stdout
         assert results(mount / "run") == results(whole)
         assert not list((mount / "run").rglob("*tmp*"))
     finally:

@@ -175,7 +175,7 @@ def test_a_wandb_that_breaks_on_the_way_is_said_once(tmp_path, fake, capsys):
     tracker = Tracker(_config(tmp_path))
     capsys.readouterr()
     _use(tracker)
-    assert capsys.readouterr().out == "wandb: off from here on, metrics.jsonl goes on (disk full)\n"
+    assert capsys.readouterr().out == "wandb: off from here on, metrics.jsonl continues (disk full)\n"
     assert fake.run.finished == 0
 
 

@@ -1,4 +1,4 @@
-"""`auto` is what the machine computes fastest, and what a run began with where it goes on."""
+"""`auto` is what the machine computes fastest, and what a run began with when it resumes."""
 
 import jax
 import jax.numpy as jnp
