@@ -78,7 +78,9 @@ def continue_rows(
     check_positive("max_new_tokens", max_new_tokens)
     check_positive("batch_size", batch_size)
     check_seed(seed)
-    keys = row_keys(seed, prompts)
+    # As for the canvas of the diffusion loop, so that a watched generation draws the same tokens.
+    masks = np.full(max_new_tokens, decoder.diffusion.mask_token_id, np.int32)
+    keys = row_keys(seed, [np.concatenate([prompt, masks]) for prompt in prompts])
     batch_size = min(batch_size, 1 << (max(len(prompts), 1) - 1).bit_length())
     rows, counts = [], []
     with batches_shown(len(prompts), batch_size) as progress:

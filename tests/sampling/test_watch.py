@@ -28,6 +28,7 @@ def model_dir(tmp_path_factory):
     ("rule", "options"),
     [
         (("block", True, 4), {"steps": 6, "temperature": 0.8}),
+        (("causal", True, None), {"temperature": 0.8}),
         (("prefix", True, None), {"steps": 16, "remask": "conf"}),
         (("full", False, None), {"steps": 12, "threshold": 0.2, "edit_threshold": 0.3, "block_length": 4}),
     ],
