@@ -154,6 +154,9 @@ def test_frequency_factors_of_llama_3(tmp_path, tiny_model):
         (lambda w: w.add_sliding_window(16), "llama.attention.sliding_window"),
         (lambda w: w.add_expert_count(8), "llama.expert_count"),
         (lambda w: w.add_logit_scale(0.5), "llama.logit_scale"),
+        (lambda w: w.add_attention_scale(0.5), "llama.attention.scale"),
+        (lambda w: w.add_residual_scale(0.5), "llama.residual_scale"),
+        (lambda w: w.add_causal_attention(False), "llama.attention.causal"),
         (lambda w: w.add_rope_dimension_count(4), "llama.rope.dimension_count=4 differs from the head size 8"),
         (lambda w: w.add_value_length(16), "llama.attention.value_length=16 differs from the head size 8"),
         (lambda w: w.add_key_length(7) or w.add_value_length(7), "head_dim=7 must be even"),
@@ -166,6 +169,23 @@ def test_frequency_factors_of_llama_3(tmp_path, tiny_model):
 )
 def test_what_cannot_be_represented_is_named(refusal, add, message):
     assert message in refusal(metadata=add)
+
+
+def test_keys_at_the_value_that_changes_nothing_are_read(tmp_path, tiny_model):
+    """Converters write them for every architecture."""
+    model = tiny_model("llama")
+
+    def neutral(writer):
+        writer.add_causal_attention(True)
+        writer.add_attention_scale((model.config.hidden_size // model.config.num_attention_heads) ** -0.5)
+        writer.add_sliding_window(model.config.max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(1.0)
+        for add in (writer.add_logit_scale, writer.add_residual_scale, writer.add_embedding_scale):
+            add(1.0)
+        writer.add_expert_count(0)
+
+    plain = open_source(str(write_gguf(tmp_path / "plain.gguf", model)))
+    assert open_source(str(write_gguf(tmp_path / "neutral.gguf", model, metadata=neutral))).config == plain.config
 
 
 def test_a_type_that_numpy_cannot_dequantise_is_named(refusal):

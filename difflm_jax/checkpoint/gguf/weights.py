@@ -43,7 +43,15 @@ _ROPE_SCALING = {
     "yarn_beta_slow": "beta_slow",
 }
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-_NEUTRAL = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")  # and whatever is 0 or false
+# Keys that change no result, and those that change none at one value; what is 0 or false is taken as "off".
+_NEUTRAL = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
+_NEUTRAL_AT = {
+    "attention.output_scale": 1.0,
+    "embedding_scale": 1.0,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+}
 _ROPE_FREQS = "rope_freqs.weight"
 _PERMUTED = {"self_attn.q_proj": "num_heads", "self_attn.k_proj": "num_kv_heads"}
 
@@ -145,10 +153,23 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
     hf_config["rope_scaling"] = _rope_scaling(path, values, hf_config, tensors.get(_ROPE_FREQS))
     if model_type == "gemma3_text":
         hf_config |= _gemma3(values, hf_config)
-    if strange := [key for key, value in values.items() if key not in _NEUTRAL and value not in (0, False)]:
+    if strange := [key for key, value in values.items() if not _is_neutral(key, value, hf_config)]:
         named = ", ".join(f"{metadata.architecture}.{key}" for key in strange)
         raise UserError(f"{path}: metadata that cannot be represented: {named}")
     return hf_config
+
+
+def _is_neutral(key: str, value: Any, hf_config: dict[str, Any]) -> bool:
+    """Whether a key changes no result: its value is the one that the architecture has without it."""
+    if key == "attention.causal":
+        return value is True
+    if key in _NEUTRAL or value in (0, False):
+        return True
+    if key == "attention.scale":
+        return bool(np.isclose(value, hf_config["head_dim"] ** -0.5, rtol=1e-6))
+    if key == "attention.sliding_window":  # a window as wide as the longest row
+        return isinstance(value, int) and value >= hf_config["max_position_embeddings"]
+    return key in _NEUTRAL_AT and value == _NEUTRAL_AT[key]
 
 
 def _gemma3(values: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, Any]:
