@@ -206,6 +206,10 @@ def trained_model(run: Path, config: ConfigDict, model: str = "") -> tuple[str, 
 def read_run_config(run: Path) -> ConfigDict:
     """The configuration that a training run wrote next to its results."""
     path = run / "config.json"
+    if not run.is_dir():
+        raise UserError(f"{run}: no such directory; name a training run")
+    if (run / "adapter_config.json").is_file():
+        raise UserError(f"{run}: is an adapter, not a training run: name it with --adapter, or name its run")
     if not path.is_file():
         raise UserError(f"{run}: not a training run (no config.json)")
     return load_run_config(path)

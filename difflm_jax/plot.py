@@ -32,6 +32,8 @@ def main(flag_values: flags.FlagValues) -> None:
     """Writes one picture of all runs."""
     if not flag_values.run:
         raise UserError("name a training run with --run")
+    if not flag_values.out:
+        raise UserError("name the picture to write with --out=FILE.png")
     out = Path(flag_values.out)
     if out.suffix.removeprefix(".") not in FORMATS:
         raise UserError(f"--out={flag_values.out}: must end in {', '.join('.' + name for name in FORMATS)}")

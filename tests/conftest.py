@@ -15,6 +15,8 @@ _FLAGS = f"--{_EMITTERS}=false --xla_cpu_parallel_codegen_split_count=1"
 _AS_USERS = os.environ.get("XLA_FLAGS", "").replace(_FLAGS, "").strip()
 os.environ["XLA_FLAGS"] = f"{_AS_USERS} {_FLAGS}".strip()
 
+os.environ["DIFFLM_PROGRESS"] = "0"  # a slow machine would add its lines to what tests compare
+
 _PROJECT = Path(__file__).parents[1]
 _SHARED = _PROJECT.parent / "shared" / "data"
 

@@ -87,7 +87,7 @@ def open_source(source: str, revision: str | None = None) -> Source:
     if path.is_file():
         raise UserError(f"{source}: is neither a directory nor a .gguf file; give the directory that holds config.json")
     if is_local:
-        raise UserError(f"{source}: no such directory or file")
+        raise UserError(f"{source}: no such directory or file{_where_looked(path)}")
     return _open_directory(source, revision, _download(source, revision))
 
 
@@ -115,7 +115,7 @@ def read_model_config(source: str, revision: str | None = None) -> ModelConfig:
 def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
-            raise UserError(f"{directory}: is a PEFT adapter: give its base as the model, and this as the adapter")
+            raise UserError(f"{directory}: is a PEFT adapter: name its base with --model and this with --adapter")
         raise UserError(f"{directory}: has no config.json")
     hf_config = read_json(directory / "config.json")
     if "phases" in hf_config and "model_type" not in hf_config:
@@ -207,6 +207,11 @@ def _expanded(source: str) -> Path:
         return Path(source).expanduser()
     except RuntimeError as error:  # ~name of nobody
         raise UserError(f"{source}: no such directory or file") from error
+
+
+def _where_looked(path: Path) -> str:
+    """What to do about a relative path, which may be right in another directory."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}; name the model with --model (in training --config.model)"
 
 
 def _looks_like_path(source: str) -> bool:

@@ -54,7 +54,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         for name, value in given.items():
             alias = ALIASES[name]
             wanted = _meaning(name, alias, value) if flat.get(alias.when, True) else None
-            if wanted is not None:
+            unasked = alias.values is None and value == KEYS[name].default and resolved[alias.key] in _UNDECIDED
+            if wanted is not None and not unasked:
                 if resolved[alias.key] not in (*_UNDECIDED, wanted):
                     raise UserError(
                         f"{name}={value!r} contradicts {alias.key}={resolved[alias.key]!r}: set one of them"
@@ -84,12 +85,16 @@ def _said(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def current(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The keys of a `config.json` that this or an earlier version wrote, flat. Raises `UserError` for a later one."""
+def current(values: Mapping[str, Any], where: str, of_run: bool = False) -> dict[str, Any]:
+    """The flat keys of a file without its version. Raises `UserError` for a later version.
+
+    `of_run`: the file is the `config.json` that this or an earlier version wrote, which may hold keys of its time.
+    """
     version = values.get(VERSION_KEY, 1)
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise UserError(f"{where}{VERSION_KEY}={version!r}: written by a later version; update difflm_jax")
-    return {key: value for key, value in values.items() if key != VERSION_KEY and key not in RETIRED}
+    left_out = (VERSION_KEY, *(RETIRED if of_run else ()))
+    return {key: value for key, value in values.items() if key not in left_out}
 
 
 assert all(name in KEYS for name in ALIASES)

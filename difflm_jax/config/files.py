@@ -121,7 +121,7 @@ def from_json(text: str, where: str = "config.json: ") -> ConfigDict:
     Missing keys have their defaults. Raises `UserError` that begins with `where`.
     """
     config = default_config()
-    _update(config, _parse_json(text, where), where)
+    _update(config, _parse_json(text, where), where, of_run=True)
     return _settled(config)
 
 
@@ -144,8 +144,8 @@ def _settled(config: ConfigDict) -> ConfigDict:
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def _update(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
-    for key, value in current(flatten(values), where).items():
+def _update(config: ConfigDict, values: Mapping[str, Any], where: str, of_run: bool = False) -> None:
+    for key, value in current(flatten(values), where, of_run).items():
         _set(config, key, value, where)
 
 

@@ -63,14 +63,29 @@ def init(argv: Sequence[str]) -> Path | None:
         raise UserError("name a new directory and the rows: difflm init DIR --data=mine.jsonl")
     directory = Path(rest[0]).expanduser()
     check_new_directory(directory)
-    keys = {"model": values.model, "dataset": values.data, "output_dir": str(directory / "run")}
-    text = _with_keys(_find(values.recipe), {key: value for key, value in keys.items() if value})
+    recipe = _find(values.recipe)
+    text = _with_keys(
+        recipe,
+        {
+            "model": _anywhere(values.model or load_config(str(recipe)).model),
+            "dataset": _anywhere(values.data),
+            "output_dir": str(directory.absolute() / "run"),
+        },
+    )
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.py"
     write_whole(path, text)
     load_config(str(path))
     print(f"wrote {path}")
     return path
+
+
+def _anywhere(name: str) -> str:
+    """A path that is found from every directory, if `name` is a file here or in the repository; else `name`."""
+    for path in (Path(name).expanduser(), CONFIGS.parent / name):
+        if path.exists():
+            return str(path.absolute())
+    return name
 
 
 def _with_keys(path: Path, keys: dict[str, str]) -> str:
@@ -83,10 +98,12 @@ def _with_keys(path: Path, keys: dict[str, str]) -> str:
 
 
 def _copy(recipe: Path, target: Path) -> None:
-    if target.suffix != ".py" or target.exists():
-        raise UserError(f"{target}: name a new file that ends in .py")
+    if target.exists():
+        raise UserError(f"{target}: exists; name a new file")
+    if target.suffix != ".py":
+        raise UserError(f"{target}: name a file that ends in .py")
     write_whole(target, recipe.read_text(encoding="utf-8"))
-    print(f"wrote {target}\nnext: difflm train --config={target} --preview")
+    print(f"wrote {target}\nnext: difflm train --config={target} --config.dataset=FILE --preview")
 
 
 def _all() -> list[Path]:

@@ -80,6 +80,7 @@ def _pairs(key: str, text: str) -> tuple[tuple[str, str], ...]:
         if not (known and equals and own):
             raise UserError(f"{key}: {part.strip()!r} is not written known=own")
         pairs.append((own, known))
-    if len({own for own, _ in pairs}) != len(pairs):
+    names = ({own for own, _ in pairs}, {known for _, known in pairs} if key == "data.columns" else pairs)
+    if any(len(each) != len(pairs) for each in names):  # several speakers may have one role
         raise UserError(f"{key}: names something twice: {text}")
     return tuple(pairs)

@@ -124,6 +124,7 @@ def _choices(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     if isinstance(choices, Mapping) and set(choices) == {"text", "label"}:
         labels, texts = choices["label"], choices["text"]
     elif isinstance(choices, Mapping):
+        choices = {label: text for label, text in choices.items() if text is not None}  # a column of structs
         labels, texts = list(choices), list(choices.values())
     else:
         labels, texts = string.ascii_uppercase, choices

@@ -82,12 +82,21 @@ _CAPS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcap
 _GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 _QKV = ("qkv_proj", ("q_proj", "k_proj", "v_proj"))
 _GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
-_GLM = {"head_dim": 128, "rms_norm_eps": 1.5625e-7, "attention_bias": True, "partial_rotary_factor": 0.5}
+_GLM = {
+    "head_dim": 128,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
 _LAYER_NORM = {"norm": "layer", "norm_bias": True}
 
 FAMILIES = {
     "llama": Family(mlp_bias="mlp_bias"),  # SmolLM2 too
-    "mistral": Family(qkv_bias=False, o_bias=False, windows="every", defaults={"sliding_window": 4096}),
+    "mistral": Family(
+        qkv_bias=False, o_bias=False, windows="every",
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+    ),
     # Qwen2 has biases of q, k and v alone, whatever attention_bias says
     "qwen2": Family(qkv_bias=True, o_bias=False, windows="qwen"),
     "qwen3": Family(structure=Structure(qk_norm="head"), windows="qwen", defaults={"head_dim": 128}),
@@ -101,7 +110,8 @@ FAMILIES = {
         windows="typed", period=2,
         reads=("use_bidirectional_attention", *_CAPS),
         defaults={**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
-                  "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+                  "num_key_value_heads": 4, "sliding_window": 4096,
+                  "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     ),
     "gemma3_text": Family(
         structure=Structure(**_RMS_OFFSET, norms=SANDWICH, qk_norm="head"), scaled_embedding=True,
@@ -128,18 +138,19 @@ FAMILIES = {
     "granite_swa": Family(
         structure=Structure(sinks=True), mlp_bias="mlp_bias", windows="typed", period=4, first_is_global=True,
         rotated="layer_rope_theta", reads=(*_GRANITE, "layer_rope_theta"),
-        defaults={"attention_multiplier": 1.0, "sliding_window": 128, "rms_norm_eps": 1e-5,
+        defaults={"attention_multiplier": 1.0, "num_key_value_heads": 4, "sliding_window": 128, "rms_norm_eps": 1e-5,
                   "tie_word_embeddings": True},
     ),
     "smollm3": Family(
         mlp_bias="mlp_bias", windows="qwen", rotated="no_rope_layers",
         reads=("no_rope_layers", "no_rope_layer_interval"),
-        defaults={"rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4},
+        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True,
+                  "no_rope_layer_interval": 4},
     ),
     "starcoder2": Family(
         structure=Structure(**_LAYER_NORM, gated_mlp=False, names=(("up_proj", "c_fc"), ("down_proj", "c_proj"))),
         epsilon="norm_epsilon", qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", windows="every",
-        defaults={"norm_epsilon": 1e-5, "use_bias": True, "hidden_act": "gelu_pytorch_tanh",
+        defaults={"norm_epsilon": 1e-5, "num_key_value_heads": 2, "use_bias": True, "hidden_act": "gelu_pytorch_tanh",
                   "tie_word_embeddings": True},
     ),
     "cohere": Family(
@@ -169,7 +180,8 @@ FAMILIES = {
         rotated="unless_global", defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
     ),
     "seed_oss": Family(
-        o_bias="attention_out_bias", mlp_bias="mlp_bias", defaults={"head_dim": 128, "attention_bias": True}
+        o_bias="attention_out_bias", mlp_bias="mlp_bias",
+        defaults={"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True},
     ),
     "helium": Family(
         structure=Structure(rope_interleaved=True), o_bias=False, mlp_bias="mlp_bias",
@@ -177,7 +189,8 @@ FAMILIES = {
     ),
     "ernie4_5": Family(
         structure=Structure(rope_interleaved=True), qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
-        defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True},
+        defaults={"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+                  "tie_word_embeddings": True},
     ),
     "hunyuan_v1_dense": Family(
         structure=Structure(qk_norm="head", qk_norm_after_rope=True,
@@ -202,10 +215,17 @@ FAMILIES = {
         partial_rotary=True, defaults={"norm_eps": 1e-5, "hidden_act": "relu2", "partial_rotary_factor": 0.5},
     ),
     "ministral": Family(
-        qkv_bias=False, o_bias=False, windows="typed", period=0, defaults={"sliding_window": 4096}
+        qkv_bias=False, o_bias=False, windows="typed", period=0,
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
     ),
     "ministral3": Family(
-        qkv_bias=False, o_bias=False, windows="every", defaults={"head_dim": 128, "rms_norm_eps": 1e-5},
+        qkv_bias=False, o_bias=False, windows="every",
+        defaults={
+            "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0,
+                                "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+                                "original_max_position_embeddings": 16384},
+        },
     ),
     "jais2": Family(
         structure=Structure(**_LAYER_NORM, gated_mlp=False), epsilon="layer_norm_eps", mlp_bias="mlp_bias",

@@ -80,7 +80,11 @@ def _train(config: ConfigDict, lock: RunLock, force: bool) -> LanguageModel:
     check_sizes(config, lm.config, lm.quantization, mesh)
     check_kernel(config.attention_kernel, config.dtype, mesh.devices.flat[0].platform)
     print(f"attention: {config.attention}, computed by {config.attention_kernel}")
+    is_new = not directory.is_dir()
     lock.take()
+    if is_new or not force:  # another start may have made the directory, or trained into it, in between
+        check_config(directory, config, force)
+        check_data(directory, data, force)
     converted = directory / CONVERTED if config.convert_cache else None
     lm = lm.with_weights(converted, mesh if mesh.size > 1 else None)
     if config.objective == "draft" and config.draft.answers == "regenerate":

@@ -1,6 +1,7 @@
 """Progress of what takes long, on stderr: a bar on a terminal, lines in a log, nothing of what takes two seconds."""
 
 import functools
+import os
 import sys
 import threading
 import time
@@ -9,7 +10,9 @@ from typing import Any
 
 import jax
 
-QUIET_SECONDS = 2.0  # what is over by then shows nothing
+_NEVER = 1e6
+# What is over by then shows nothing. DIFFLM_PROGRESS=0: nothing is shown, for those who compare what is on stderr.
+QUIET_SECONDS = _NEVER if os.environ.get("DIFFLM_PROGRESS") == "0" else 2.0
 LINE_SECONDS = 30.0  # between two lines of a log
 _COMPILING = "/jax/compilation_cache/compile_requests_use_cache"
 _COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -452,3 +452,20 @@ def test_a_path_that_begins_with_a_tilde_is_the_home_directory(monkeypatch):
     assert (config.output_dir, config.dataset) == ("/home/somebody/run", "/home/somebody/a~b.jsonl")
     assert (config.sft.dataset, config.report.data) == ("/home/somebody/c", "x~")
     assert _refusal("model=~nobody_here/x") == "--config.model=~nobody_here/x: there is no such home directory"
+
+
+def test_an_original_key_at_its_default_decides_nothing():
+    """use_qlora with dtype=auto became bfloat16, by a default of qlora_config that nobody had set."""
+    assert load_config("", ["use_qlora=true", "dtype=auto"]).dtype == "auto"
+
+
+def test_a_retired_key_is_dropped_from_a_run_alone():
+    with pytest.raises(UserError, match="eval_batches: unknown key"):
+        load_config("", [], '{"eval_batches": 10}')
+    assert from_json('{"eval_batches": 10}') == from_json("{}")
+
+
+@pytest.mark.parametrize("version", [0, -1, True, 99])
+def test_a_version_that_is_none(version):
+    with pytest.raises(UserError, match="config_version="):
+        from_json(json.dumps({"config_version": version}))

@@ -280,3 +280,14 @@ def test_examples_of_a_thinking_template_are_one_for_each_answer(jsonl: Callable
     assert spelt == ["<t></t>A<|im_end|>"] * 2
     assert report.notes == {"the chat template changes earlier turns: one example per answer": 1}
     assert json.loads(json.dumps(report.formats)) == {"messages": 1}
+
+
+def test_options_of_a_column_of_structs_have_nulls() -> None:
+    """Rows with fewer options than others: arrow fills the struct up with nulls."""
+    row = {"question": "Q", "answer": "A", "options": {"A": "x", "B": "y", "C": None}}
+    assert parse_row(row, parse_naming("", ""))[1].messages[0]["content"] == "Q\nA. x\nB. y"
+
+
+def test_two_columns_for_one_name_are_refused() -> None:
+    with pytest.raises(UserError, match="names something twice"):
+        parse_naming("response=a,response=b", "")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from difflm_jax.errors import UserError
@@ -140,3 +141,17 @@ def test_what_cannot_be_represented_is_named(keys, message):
         ModelConfig.from_hf({**SIZES, "model_type": "llama", **keys})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma2", "smollm3", "starcoder2", "glm4", "seed_oss", "ernie4_5", "ministral3"]
+)
+def test_a_key_that_is_left_out_has_the_default_of_transformers(family):
+    """A trimmed config.json: key-value heads were taken for attention heads, and ministral3 lost its YaRN."""
+    whole = transformers.AutoConfig.for_model(family)
+    given = {
+        key: value for key, value in whole.to_dict().items() if key not in ("num_key_value_heads", "rope_parameters")
+    }
+    ours = ModelConfig.from_hf(given)
+    assert ours.num_kv_heads == whole.num_key_value_heads
+    assert ours.ropes == ModelConfig.from_hf(whole.to_dict()).ropes
