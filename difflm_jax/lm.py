@@ -27,13 +27,12 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, merge_lora
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
-from difflm_jax.sampling.batching import FillOptions, answer_plan, fill_answers, fill_masks
+from difflm_jax.sampling.answers import Answers, Request
+from difflm_jax.sampling.batching import FillOptions, fill_masks
 from difflm_jax.sampling.caches import Decoder
-from difflm_jax.sampling.causal import PLAIN, continue_rows, drafting_of, is_plain
-from difflm_jax.sampling.drafts import Drafting
 from difflm_jax.sampling.likelihood import LogLikelihood, log_likelihoods
-from difflm_jax.sampling.options import SPECULATIVE, Sampling, sampling_options
-from difflm_jax.sampling.text import Generation, Prompt, Prompts, as_list, cut_answer, stop_strings
+from difflm_jax.sampling.options import Sampling, sampling_options
+from difflm_jax.sampling.text import Generation, Prompt, Prompts, as_list
 from difflm_jax.sampling.watch import Watcher, both
 from difflm_jax.view.stream import StreamerFeed
 
@@ -205,55 +204,21 @@ class LanguageModel:
         """
         rows = self.prompts.all(as_list(prompts))
         sampling = self._sampling(temperature, algorithm, options)
-        if streamer is not None:
-            feed = self._feed(streamer, rows, max_new_tokens, sampling, stop)
-            draws = is_plain(self.decoder, sampling) and sampling.temperature is not None
-            observed = not (draws or sampling.algorithm == SPECULATIVE or self.mesh)
-            watch = both(on_pass, feed) if observed else on_pass
-            given = (max_new_tokens, steps, block_length, temperature, algorithm, seed, batch_size, stop, watch)
-            answer = self.generate(rows, *given, **options)
-            feed.finish(answer.tokens[0])
-            return answer
-        if sampling.algorithm == SPECULATIVE:
-            drafting = drafting_of(self.diffusion, sampling, block_length, on_pass)
-            return self._continued(rows, max_new_tokens, sampling, drafting, seed, batch_size, stop)
-        plan = answer_plan(self.diffusion, max_new_tokens, steps, block_length, sampling)
-        self._check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
-        if is_plain(self.decoder, sampling) and on_pass is None:
-            return self._continued(rows, max_new_tokens, sampling, PLAIN, seed, batch_size, stop)
-        stops = stop_strings(stop, self.tokenizer)
-        options = FillOptions(sampling, steps, seed, batch_size, on_pass)
-        filled = fill_answers(self.decoder, rows, max_new_tokens, plan, options)
-        texts, tokens = self._cut(filled.rows, *stops)
-        return Generation(texts, tokens, filled.passes, filled.committed)
+        request = Request(max_new_tokens, steps, block_length, seed, batch_size, stop, on_pass)
+        if streamer is None:
+            return self.answers.to(rows, sampling, request)
+        feed = self._feed(streamer, rows, sampling, request)
+        if self.answers.is_observed(sampling):
+            request = dataclasses.replace(request, on_pass=both(on_pass, feed))
+        answer = self.answers.to(rows, sampling, request)
+        feed.finish(answer.tokens[0])
+        return answer
 
-    def _feed(
-        self, streamer: Any, rows: list[np.ndarray], max_new_tokens: int, sampling: Sampling, stop: str | Sequence[str]
-    ) -> StreamerFeed:
+    def _feed(self, streamer: Any, rows: list[np.ndarray], sampling: Sampling, request: Request) -> StreamerFeed:
         if len(rows) != 1:
             raise UserError(f"streamer: it takes the answer to one prompt, and {len(rows)} were given")
-        stops = stop_strings(stop, self.tokenizer)
-        canvas = (rows[0], max_new_tokens, self.mask_token_id)
-        return StreamerFeed(streamer, *canvas, sampling.revises, lambda row: self._cut([row], *stops)[1][0])
-
-    def _continued(
-        self,
-        rows: list[np.ndarray],
-        max_new_tokens: int,
-        sampling: Sampling,
-        drafting: Drafting,
-        seed: int,
-        batch_size: int,
-        stop: str | Sequence[str],
-    ) -> Generation:
-        """Answers that are the causal base's own text, decoded from left to right."""
-        stops = stop_strings(stop, self.tokenizer)
-        self._check_length(max((len(row) for row in rows), default=0) + max_new_tokens)
-        found = continue_rows(self.decoder, rows, max_new_tokens, sampling, drafting, seed, batch_size)
-        committed = np.array([len(row) for row in found.rows], np.int32)
-        drafts = (found.verified, found.accepted) if drafting.num_nodes else ()
-        texts, tokens = self._cut(found.rows, *stops)
-        return Generation(texts, tokens, found.passes, committed, *drafts)
+        canvas = (rows[0], request.max_new_tokens, self.mask_token_id)
+        return StreamerFeed(streamer, *canvas, sampling.revises, lambda row: self.answers.cut(row, request))
 
     def infill(
         self,
@@ -277,9 +242,11 @@ class LanguageModel:
         if "stop_at_eos" in options:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)
-        self._check_length(max((len(row) for row in rows), default=0))
+        self.answers.check_length(max((len(row) for row in rows), default=0))
         filled = fill_masks(self.decoder, rows, FillOptions(sampling, steps, seed, batch_size, on_pass))
-        return Generation([self._decode(row) for row in filled.rows], filled.rows, filled.passes, filled.committed)
+        return Generation(
+            [self.answers.decode(row) for row in filled.rows], filled.rows, filled.passes, filled.committed
+        )
 
     def log_likelihood(
         self,
@@ -298,7 +265,7 @@ class LanguageModel:
         if isinstance(prompts, str) or isinstance(answers, str) or len(prompts) != len(answers):
             raise UserError("log_likelihood takes a list of prompts and a list of as many answers")
         rows = [self.prompts.scored(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        self._check_length(max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
+        self.answers.check_length(max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
         return log_likelihoods(
             self.base().decoder if self.diffusion.gated else self.decoder,
             [prompt for prompt, _ in rows],
@@ -375,13 +342,6 @@ class LanguageModel:
         """What a user of the weights must know to decode with them: `diffusion_config.json`."""
         return self.diffusion.to_json()
 
-    def _check_length(self, length: int) -> None:
-        if length > self.config.max_position_embeddings:
-            raise UserError(
-                f"{length} tokens are more than the model's max_position_embeddings="
-                f"{self.config.max_position_embeddings}"
-            )
-
     @property
     def prompts(self) -> Prompts:
         """What makes tokens of what a user gives."""
@@ -391,18 +351,14 @@ class LanguageModel:
     def decoder(self) -> Decoder:
         return Decoder(self.variables, self.model, self.diffusion, self.eos_token_ids, self.pad_token_id, self.mesh)
 
+    @property
+    def answers(self) -> Answers:
+        """What makes answers of rows of tokens."""
+        return Answers(self.decoder, self.tokenizer)
+
     def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:
         given = {"temperature": temperature, "algorithm": algorithm, **options}
         return sampling_options(self.attention, self.algorithm, given)
-
-    def _cut(self, rows: Sequence[np.ndarray], stops: list[str], stop_ids: list[int]) -> tuple[list[str], list]:
-        """(texts, tokens) of answers up to where they end."""
-        ends = (*self.eos_token_ids, *stop_ids)
-        answers = [cut_answer(row, ends, stops, self._decode) for row in rows]
-        return [text for text, _ in answers], [tokens for _, tokens in answers]
-
-    def _decode(self, tokens: np.ndarray) -> str:
-        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
 @jax.jit
