@@ -1,0 +1,72 @@
+"""A grammar as a user states it, checked; with the tokens of a model it gives matchers."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from difflm_jax.errors import UserError, one_line
+from difflm_jax.sampling.grammar.matcher import Matcher
+from difflm_jax.sampling.grammar.parser import ParserMatcher, parser_of
+from difflm_jax.sampling.grammar.vocabulary import Vocabulary
+
+KINDS = ("json_schema", "regex", "choice", "lark")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar:
+    """What the text of an answer must be, whole. Make one with `json_object`, `json_schema`, `regex`, `choice`, `lark`.
+
+    `source` is the schema as JSON, the regular expression, the choices as a JSON list, or the grammar itself.
+    """
+
+    kind: str
+    source: str
+
+    @classmethod
+    def json_object(cls) -> "Grammar":
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> "Grammar":
+        """JSON that a schema (a mapping, or its text) allows, as llguidance reads it: keys in the schema's order."""
+        try:
+            schema = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"json_schema: not JSON ({one_line(error)})") from error
+        if not isinstance(schema, (dict, bool)):
+            raise UserError(f"json_schema: a schema is an object, not {type(schema).__name__}")
+        return cls("json_schema", json.dumps(schema))
+
+    @classmethod
+    def regex(cls, pattern: str) -> "Grammar":
+        """Text that the whole of a regular expression matches."""
+        if not isinstance(pattern, str):
+            raise UserError(f"regex: must be a string, not {type(pattern).__name__}")
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> "Grammar":
+        """One of several texts."""
+        texts = [choices] if isinstance(choices, str) else list(choices)
+        if not texts or any(not isinstance(text, str) or not text for text in texts):
+            raise UserError("choice: must be one or several texts, none of them empty")
+        return cls("choice", json.dumps(texts))
+
+    @classmethod
+    def lark(cls, grammar: str) -> "Grammar":
+        """Text of a context-free grammar in llguidance's variant of Lark."""
+        if not isinstance(grammar, str):
+            raise UserError(f"lark: must be a string, not {type(grammar).__name__}")
+        return cls("lark", grammar)
+
+    def matcher(self, vocabulary: Vocabulary) -> Matcher:
+        """A matcher at the beginning of an answer, one for each row. Raises `UserError` for a grammar that is wrong."""
+        return _compiled(self, vocabulary).copy()
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(grammar: Grammar, vocabulary: Vocabulary) -> Matcher:
+    return ParserMatcher(parser_of(grammar.kind, grammar.source, vocabulary), vocabulary)
