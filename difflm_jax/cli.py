@@ -115,16 +115,21 @@ def connect_from_flags(flag_values: flags.FlagValues) -> None:
 
 def define_model_flags(flag_values: flags.FlagValues) -> None:
     """The flags that name a model (a checkpoint, the adapter or the run on top of it) and the devices for it."""
-    from difflm_jax.quant import FORMATS
-    from difflm_jax.utils.dtypes import AUTO, DTYPES
-
     define_host_flags(flag_values)
     flags.DEFINE_list(
         "mesh", [], "Devices along data, fsdp and tensor (-1: what is left), as 1,4,2; default: one device.",
         flag_values=flag_values,
     )  # fmt: skip
-    flags.DEFINE_string("model", "", "Hugging Face directory, hub id or .gguf file.", flag_values=flag_values)
     flags.DEFINE_string("adapter", "", "PEFT adapter directory.", flag_values=flag_values)
+    define_source_flags(flag_values)
+
+
+def define_source_flags(flag_values: flags.FlagValues) -> None:
+    """The flags that name a checkpoint or a run, and say how its weights are held."""
+    from difflm_jax.quant import FORMATS
+    from difflm_jax.utils.dtypes import AUTO, DTYPES
+
+    flags.DEFINE_string("model", "", "Hugging Face directory, hub id or .gguf file.", flag_values=flag_values)
     flags.DEFINE_string(
         "run", "", "Output directory of a training run: what it trained, on its model.", flag_values=flag_values
     )
@@ -169,14 +174,19 @@ def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> "
     """Loads what the flags of `define_model_flags` name; `with_base` as for `load_model`."""
     from difflm_jax.loading import load_model, spec_of_names
 
-    if not flag_values.model and not flag_values.run:
-        raise UserError("name a model with --model=... or a training run with --run=...")
-    if flag_values.model and is_run(flag_values.model):
-        raise UserError(f"--model={flag_values.model}: is a training run; write --run={flag_values.model}")
+    check_names_a_model(flag_values)
     connect_from_flags(flag_values)
     names = ("model", "adapter", "run", "dtype", "quantization", "revision", "mask_token")
     spec = spec_of_names(**{name: flag_values[name].value for name in names})
     return load_model(spec, flag_values.mesh, with_base)
+
+
+def check_names_a_model(flag_values: flags.FlagValues) -> None:
+    """Raises `UserError` if the flags of `define_source_flags` name no model, or a run in its place."""
+    if not flag_values.model and not flag_values.run:
+        raise UserError("name a model with --model=... or a training run with --run=...")
+    if flag_values.model and is_run(flag_values.model):
+        raise UserError(f"--model={flag_values.model}: is a training run; write --run={flag_values.model}")
 
 
 def is_run(directory: str) -> bool:
@@ -194,6 +204,7 @@ def suggest_next(line: str) -> None:
 COMMANDS = {
     "train": "train a masked-diffusion model out of a causal one",
     "generate": "answer prompts, fill masks, or chat",
+    "serve": "answer clients of OpenAI's API, and a browser",
     "evaluate": "score a model next to its causal base",
     "export": "write a PEFT adapter or a merged checkpoint",
     "plan": "say whether a run will fit, and how long a step takes",

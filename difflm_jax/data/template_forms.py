@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.data.messages import Message
@@ -33,6 +34,18 @@ def read_template(value: str) -> str:
     except jinja2.TemplateError as error:
         raise UserError(f"chat_template: is not a Jinja template ({one_line(error)})") from error
     return text
+
+
+# What transformers gives a template itself; an argument of these names would replace it.
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
+
+
+@functools.lru_cache(maxsize=64)
+def template_arguments(template: str) -> frozenset[str]:
+    """The variables that a chat template reads and that nobody gives it but the caller: `enable_thinking`, say."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    read = jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION_MARK.sub("", template)))
+    return frozenset(name for name in read - {*environment.globals, *_GIVEN} if not name.endswith("_token"))
 
 
 def adapted(tokenizer: PreTrainedTokenizerBase, template: str, message: Message) -> Message:

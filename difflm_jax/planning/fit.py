@@ -1,0 +1,127 @@
+"""Whether a model that is about to be loaded will fit into the memory that is free, with what to change if not.
+
+The arithmetic is that of `difflm plan`; here the model is one that was opened, and its weights have not been read.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from difflm_jax.config.files import load_config
+from difflm_jax.distributed.mesh import abstract_mesh
+from difflm_jax.errors import UserError
+from difflm_jax.lm import LanguageModel
+from difflm_jax.planning.chips import GIB
+from difflm_jax.planning.estimate import device_bytes, sampling_estimate
+from difflm_jax.planning.jobs import Generation, sampling_job
+from difflm_jax.quant import QuantConfig
+
+_TIGHT = 0.85  # of what is free
+_ONE_DEVICE = (1, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Bytes by part that a generation needs on one device, and the bytes that are free there (None: not known)."""
+
+    parts: dict[str, int]
+    free: int | None
+
+    @property
+    def needed(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def verdict(self) -> str:
+        """ "fits", "tight", or "will not fit"."""
+        if self.free is None or self.needed <= _TIGHT * self.free:
+            return "fits"
+        return "tight" if self.needed <= self.free else "will not fit"
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size >= 0.05 * GIB)
+        of = "" if self.free is None else f" of {self.free / GIB:.1f} free"
+        return f"{self.verdict}: needs {self.needed / GIB:.1f} GiB{of}" + (f" ({parts})" if parts else "")
+
+
+def generation_fit(lm: LanguageModel, rows: int, columns: int) -> Fit:
+    """The fit of `lm`, opened without weights, that decodes `rows` of `columns` tokens (half of them a prompt)."""
+    config = load_config()
+    with config.unlocked():
+        config.update(_described(lm))
+    platform = jax.default_backend()
+    answer = max(columns // 2, 1)
+    given = Generation(rows, columns - answer, answer, answer, lm.block_length or None)
+    job = sampling_job(config, lm.config, abstract_mesh(*_ONE_DEVICE), given, platform == "cpu")
+    kind = platform if platform in ("cpu", "tpu") else "cuda"
+    parts = sampling_estimate(config, lm.config, _ONE_DEVICE, kind, job).parts
+    return Fit({**parts, "adapters": device_bytes(lm.lora)}, free_bytes())
+
+
+def check_fit(lm: LanguageModel, rows: int, columns: int, override: str) -> str | None:
+    """A note where memory is tight, None where it is not. Raises `UserError` with what to change for what will not fit.
+
+    `override` names the flag that loads the model all the same.
+    """
+    fit = generation_fit(lm, rows, columns)
+    if fit.verdict != "will not fit":
+        return f"memory is {fit}" if fit.verdict == "tight" else None
+    ways = [flag for flag, other in _smaller(lm, rows, columns) if generation_fit(*other).verdict != "will not fit"]
+    advice = f"try {' or '.join(ways)}" if ways else "take a smaller model or a larger machine"
+    raise UserError(f"{lm.source.name}: {fit}; {advice}; {override} loads it all the same")
+
+
+def free_bytes() -> int | None:
+    """Bytes of the first device that are free: what jax may still take, or for a CPU what the host has."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+    try:
+        return _available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _available() -> int | None:
+    """Linux's own estimate, which counts the page cache as free; the free pages alone would be too few."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
+            found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    return int(found[0]) * 1024 if found else None
+
+
+def _described(lm: LanguageModel) -> dict[str, Any]:
+    """`lm` in the keys of a config."""
+    stored = lm.quantization
+    keys = {
+        "dtype": jnp.dtype(lm.model.dtype).name,
+        "attention": lm.attention,
+        "block_length": lm.block_length,
+        "algorithm": lm.algorithm,
+        "trained": "adapter",
+        "quantization": stored.format if stored else "",
+    }
+    if stored:
+        keys |= {"quantization_block_size": stored.block_size, "double_quantization": stored.double_quant}
+    return keys
+
+
+def _smaller(lm: LanguageModel, rows: int, columns: int) -> list[tuple[str, tuple[LanguageModel, int, int]]]:
+    """(flags, what they make of it) of ways to need less, the gentlest first."""
+    ways = []
+    if rows > 1:
+        ways.append((f"--rows={max(rows // 4, 1)}", (lm, max(rows // 4, 1), columns)))
+    if columns > 512:
+        ways.append((f"--max_length={columns // 4}", (lm, rows, columns // 4)))
+    if lm.quantization is None:
+        for name in ("int8", "nf4"):
+            ways.append(
+                (f"--quantization={name}", (dataclasses.replace(lm, quantization=QuantConfig(name)), rows, columns))
+            )
+    return ways

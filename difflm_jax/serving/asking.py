@@ -1,0 +1,203 @@
+"""From a parsed body to requests for the engine: tokens, checked options, and lengths within the server's limits."""
+
+import dataclasses
+import functools
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+
+from difflm_jax.errors import UserError
+from difflm_jax.lm import LanguageModel
+from difflm_jax.sampling.batching import answer_plan
+from difflm_jax.sampling.options import SPECULATIVE, Sampling, sampling_options
+from difflm_jax.serving.options import ServeOptions
+from difflm_jax.serving.prompts import canvas_tokens, chat_text, chat_tokens, prompt_tokens
+from difflm_jax.serving.requests import Request
+from difflm_jax.serving.schemas import BadRequestError, ChatRequest, CompletionRequest
+from difflm_jax.serving.tools import TOOL_CALL
+
+_SEEDS = 2**31
+_OF_ALL = ("temperature", "top_p", "top_k", "repetition_penalty", "eos_penalty")  # options of every way to decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What one body asks of the engine, choice by choice, and what its answer is made with."""
+
+    body: ChatRequest | CompletionRequest
+    lm: LanguageModel
+    requests: tuple[Request, ...]
+    gaps: tuple[slice | None, ...]  # where the answer stands in the canvas of an infilling
+    echoes: tuple[str, ...]  # what precedes each answer, if the prompt is echoed
+
+    @property
+    def finds_calls(self) -> bool:
+        return isinstance(self.body, ChatRequest) and bool(self.body.tools) and self.body.tool_choice != "none"
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Texts before which the content of an answer ends."""
+        return (*self.body.stops, TOOL_CALL) if self.finds_calls else self.body.stops
+
+
+def ask_chat(body: ChatRequest, name: str, lm: LanguageModel, options: ServeOptions) -> Asked:
+    """The requests for the choices of a chat. Raises `BadRequestError`."""
+    tools = None if body.tool_choice == "none" else body.tools
+    text = chat_text(lm, body.messages, tools, body.chat_template_kwargs, options.template_seconds)
+    candidates = (body.top_logprobs or 0) if body.logprobs else None
+    asking = _Asking(body, name, lm, options, candidates, body.length)
+    tokens = chat_tokens(lm, text)
+    return asking.asked([asking.request(tokens, copy) for copy in range(asking.count(1))])
+
+
+def ask_completion(body: CompletionRequest, name: str, lm: LanguageModel, options: ServeOptions) -> Asked:
+    """The requests for the choices of a completion, n for each prompt in turn. Raises `BadRequestError`."""
+    asking = _Asking(body, name, lm, options, body.logprobs, body.length)
+    prompts = body.prompts
+    if not prompts:
+        raise BadRequestError("prompt: is an empty list", "prompt")
+    n = asking.count(len(prompts)) // len(prompts)
+    requests, gaps, echoes = [], [], []
+    for prompt in prompts:
+        if body.suffix is None:
+            tokens, gap = prompt_tokens(lm, prompt), None
+        else:
+            length = asking.gap()
+            tokens, start = canvas_tokens(lm, prompt, length, body.suffix)
+            gap = slice(start, start + length)
+        requests += [asking.request(tokens, copy, gap) for copy in range(n)]
+        gaps += [gap] * n
+        echo = prompt if isinstance(prompt, str) else lm.tokenizer.decode(list(prompt))
+        echoes += [echo if body.echo else ""] * n
+    return asking.asked(requests, gaps, echoes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asking:
+    """What all choices of a body share."""
+
+    body: ChatRequest | CompletionRequest
+    name: str
+    lm: LanguageModel
+    options: ServeOptions
+    candidates: int | None
+    length: int | None
+
+    def count(self, prompts: int) -> int:
+        """How many answers are asked for."""
+        count = (self.body.n or 1) * prompts
+        if count > self.options.max_answers:
+            raise BadRequestError(f"n: {count} answers; this server gives at most {self.options.max_answers}", "n")
+        return count
+
+    def gap(self) -> int:
+        """Masks of an infilling, few enough that a canvas can be made of them."""
+        length = self.length or self.options.max_new_tokens
+        if length > self.options.max_length:
+            raise self._too_long(0, length)
+        return length
+
+    def request(self, tokens: np.ndarray, copy: int, gap: slice | None = None) -> Request:
+        sampling = self._sampling()
+        length = self._length(tokens, gap)
+        diffusion = self.body.diffusion
+        return Request(
+            model=self.name,
+            tokens=tokens,
+            sampling=sampling,
+            infill=gap is not None,
+            max_new_tokens=length,
+            steps=self._steps(sampling, length, gap),
+            block_length=None if gap is not None else diffusion.block_length or self.options.block_length,
+            seed=self.seed,
+            copy=copy,
+            stop=self.body.stops,
+            logit_bias=self._logit_bias(),
+            drafts=diffusion.drafts,
+            logprobs=self.candidates,
+            time_limit=self.options.time_limit,
+        )
+
+    def asked(
+        self, requests: Sequence[Request], gaps: Sequence[slice | None] = (), echoes: Sequence[str] = ()
+    ) -> Asked:
+        nothing = len(requests)
+        return Asked(
+            self.body, self.lm, tuple(requests), tuple(gaps) or (None,) * nothing, tuple(echoes) or ("",) * nothing
+        )
+
+    def _sampling(self) -> Sampling:
+        defaults = self.options.sampling
+        if self._is_causal:  # the flags of the server are meant for the model that fills masks
+            defaults = {name: value for name, value in defaults.items() if name in _OF_ALL}
+        given = {**defaults, **self.body.sampling()}
+        try:
+            return sampling_options(self.lm.attention, self.lm.algorithm, given)
+        except UserError as error:
+            raise BadRequestError(f"diffusion: {error}", "diffusion") from error
+
+    def _length(self, tokens: np.ndarray, gap: slice | None) -> int:
+        """Tokens of the answer. Raises `BadRequestError` if they do not fit next to the prompt."""
+        room = self._most - (0 if gap else len(tokens))
+        block = self.lm.diffusion.decoding_block or 1
+        if gap is not None:
+            length, needed = gap.stop - gap.start, len(tokens)
+        else:
+            length = self.length or max(min(self.options.max_new_tokens, room // block * block), 1)
+            needed = -(-length // block) * block
+        if needed > room:
+            raise self._too_long(len(tokens) - length if gap else len(tokens), length)
+        return length
+
+    @functools.cached_property
+    def seed(self) -> int:
+        """Of all choices, which draw different noise all the same."""
+        given = self.body.seed
+        return secrets.randbelow(_SEEDS) if given is None else given % _SEEDS
+
+    @property
+    def _is_causal(self) -> bool:
+        return self.lm.attention == "causal" and not self.lm.diffusion.gated
+
+    @property
+    def _most(self) -> int:
+        return min(self.options.max_length, self.lm.config.max_position_embeddings)
+
+    def _too_long(self, prompt: int, length: int) -> BadRequestError:
+        prompts = "messages" if isinstance(self.body, ChatRequest) else "prompt"
+        field = "max_tokens" if prompt < self._most else prompts
+        return BadRequestError(
+            f"{field}: {prompt} tokens of the prompt and {length} of the answer are more than the {self._most} that "
+            "this server takes together",
+            field,
+            "context_length_exceeded",
+        )
+
+    def _steps(self, sampling: Sampling, length: int, gap: slice | None) -> int:
+        """The budget of forward passes: as asked for, else one for each place. Raises `BadRequestError`."""
+        diffusion, defaults = self.body.diffusion, self.options
+        block_length = diffusion.block_length or defaults.block_length
+        block = block_length or self.lm.diffusion.decoding_block or 1
+        steps = diffusion.steps or (not self._is_causal and defaults.steps) or -(-length // block) * block
+        if gap is None and sampling.algorithm != SPECULATIVE:
+            try:
+                answer_plan(self.lm.diffusion, length, steps, block_length, sampling)
+            except UserError as error:
+                raise BadRequestError(f"diffusion: {error}", "diffusion") from error
+        if gap is not None and self.lm.diffusion.gated:
+            raise BadRequestError("suffix: this model drafts the next tokens of a text; it fills no gaps", "suffix")
+        if gap is not None and (block_length or self.body.stops):
+            what = "stop" if self.body.stops else "diffusion.block_length"
+            raise BadRequestError(f"{what}: has no meaning for an infilling, which fills every mask", what)
+        return steps
+
+    def _logit_bias(self) -> tuple[tuple[int, float], ...]:
+        biases = []
+        for token, bias in (self.body.logit_bias or {}).items():
+            if not token.isascii() or not token.isdigit() or int(token) >= self.lm.config.vocab_size:
+                raise BadRequestError(
+                    f"logit_bias: {token[:20]!r} is not a token below {self.lm.config.vocab_size}", "logit_bias"
+                )
+            biases.append((int(token), bias))
+        return tuple(sorted(biases))

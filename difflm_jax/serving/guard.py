@@ -1,0 +1,84 @@
+"""Who may ask, and how much: the key, the Host header, the size and the time of a body."""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Mapping
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from difflm_jax.serving.errors import RefusedError, error_response
+from difflm_jax.serving.options import ServeOptions
+
+# Without a key: what only says whether the process lives.
+OPEN_ROUTES = ("/health",)
+
+
+class Guard:
+    """ASGI middleware in front of every route: a wrong Host is 421, a missing or wrong key 401.
+
+    The Host is checked because a page of another site can make its own name point to this machine. The key comes as
+    `Authorization: Bearer KEY`, or as the password of Basic authentication, which a browser asks for.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServeOptions):
+        self._app, self._hosts = app, options.hosts
+        self._key = _digest(options.api_key) if options.api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers the request itself, or hands it on."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if "*" not in self._hosts and _host(headers.get(b"host", "")) not in self._hosts:
+            refusal = RefusedError(421, "this server does not answer to that Host", "invalid_host")
+        elif self._key is not None and scope["path"] not in OPEN_ROUTES and not self._is_known(headers):
+            refusal = RefusedError(401, "the API key is missing or wrong: Authorization: Bearer KEY", "invalid_api_key")
+        else:
+            return await self._app(scope, receive, send)
+        await error_response(refusal)(scope, receive, send)
+
+    def _is_known(self, headers: Mapping[bytes, str]) -> bool:
+        scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
+        given = credentials.strip()
+        if scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                given = ""
+        elif scheme.lower() != "bearer":
+            given = ""
+        return hmac.compare_digest(_digest(given), self._key)
+
+
+def _digest(key: str) -> bytes:
+    """Keys of any length compare in the same time."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _host(header: str) -> str:
+    """The name in a Host header, without its port."""
+    name, bracket, _ = header.partition("]")
+    return (name + bracket if bracket else header.rpartition(":")[0] or header).lower()
+
+
+async def read_body(request: HttpRequest, options: ServeOptions) -> bytes:
+    """The body of a request that says it is JSON. Raises `RefusedError` if it is too large or too slow."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a form, which a page of another site could send, is of another type
+        raise RefusedError(415, "the body must be JSON: Content-Type: application/json", "unsupported_media_type")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(options.body_seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > options.max_body_bytes:
+                    raise RefusedError(
+                        413, f"the body is larger than {options.max_body_bytes} bytes", "request_too_large"
+                    )
+    except TimeoutError:
+        raise RefusedError(408, f"the body took longer than {options.body_seconds:g} s", "timeout") from None
+    return bytes(body)

@@ -1,0 +1,173 @@
+"""Answers as server-sent events: chunks that clients of OpenAI read, and on request the canvas between them.
+
+Joined deltas are the answer. A draft is a valid chunk with an empty delta; what is not OpenAI's stands in its
+`diffusion` object. An error ends the stream as a chunk with `error`, which these clients raise.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from difflm_jax.serving.answers import (
+    Answer,
+    Head,
+    answer_of,
+    chat_logprobs,
+    message_calls,
+    passes,
+    text_logprobs,
+    usage,
+)
+from difflm_jax.serving.asking import Asked
+from difflm_jax.serving.deltas import Deltas
+from difflm_jax.serving.requests import Draft, Event, Finished, Ticket, TokenProbability, Update
+from difflm_jax.serving.schemas import ChatRequest
+from difflm_jax.view.pieces import Pieces
+
+DONE = "[DONE]"
+
+
+class Chunks:
+    """The chunks of one answer with all its choices, as dictionaries."""
+
+    def __init__(self, asked: Asked, head: Head):
+        self._asked, self._head = asked, head
+        self._is_chat = isinstance(asked.body, ChatRequest)
+        options = asked.body.stream_options
+        self._counts = bool(options and options.include_usage)
+        self._deltas = [Deltas(asked.lm.tokenizer, asked.ends if gap is None else ()) for gap in asked.gaps]
+        self._scored = [0] * len(asked.requests)  # tokens whose log-probabilities were sent
+        self._pieces = Pieces(asked.lm.tokenizer, asked.lm.mask_token_id)
+
+    def begin(self) -> list[dict[str, Any]]:
+        """What precedes the first token: the role, or the prompt that is echoed."""
+        if self._is_chat:
+            return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(len(self._deltas))]
+        return [self._text(index, echo, None) for index, echo in enumerate(self._asked.echoes) if echo]
+
+    def update(self, index: int, update: Update) -> list[dict[str, Any]]:
+        """What can be sent after `update`, then the canvas where drafts are asked for."""
+        gap = self._asked.gaps[index]
+        tokens = update.tokens if gap is None else update.tokens[: gap.stop - gap.start]
+        said = self._deltas[index].feed(tokens.tolist())
+        chunks = [self._content(index, said, update.logprobs)] if said else []
+        if update.draft is not None:
+            chunk = self._content(index, "", ())
+            chunks.append(chunk | {"diffusion": {"passes": update.passes, "draft": self._canvas(update.draft)}})
+        return chunks
+
+    def finish(self, index: int, finished: Finished) -> list[dict[str, Any]]:
+        """The rest of choice `index`, its tool calls, and why it ended."""
+        answer = answer_of(self._asked, index, finished)
+        said = self._deltas[index].finish(answer.text.removeprefix(self._asked.echoes[index]))
+        chunks = []
+        if said or self._unsent(index, finished.logprobs):
+            chunks.append(self._content(index, said, finished.logprobs))
+        if answer.calls:
+            calls = [{"index": place, **call} for place, call in enumerate(message_calls(answer.calls))]
+            chunks.append(self._delta(index, {"tool_calls": calls}))
+        return [*chunks, self._end(index, answer)]
+
+    def end(self, finished: Sequence[Finished]) -> list[dict[str, Any]]:
+        """What follows the last choice: the usage, where it is asked for."""
+        if not self._counts:
+            return []
+        return [self._chunk([]) | {"usage": usage(self._asked, finished)}]
+
+    def _end(self, index: int, answer: Answer) -> dict[str, Any]:
+        chunk = self._delta(index, {}) if self._is_chat else self._text(index, "", None)
+        chunk["choices"][0]["finish_reason"] = answer.reason
+        return chunk | {"diffusion": passes(self._asked, [answer.finished])}
+
+    def _content(self, index: int, text: str, logprobs: Sequence[TokenProbability]) -> dict[str, Any]:
+        new = self._unsent(index, logprobs) if self._asked.requests[index].logprobs is not None else []
+        offset = len(self._asked.echoes[index]) + len(self._deltas[index].sent) - len(text)
+        self._scored[index] += len(new)
+        if not self._is_chat:
+            return self._text(index, text, text_logprobs(self._asked, new, offset) if new else None)
+        chunk = self._delta(index, {"content": text} if text else {})
+        if new:
+            chunk["choices"][0]["logprobs"] = chat_logprobs(self._asked, new)
+        return chunk
+
+    def _unsent(self, index: int, logprobs: Sequence[TokenProbability]) -> Sequence[TokenProbability]:
+        return logprobs[self._scored[index] :]
+
+    def _canvas(self, draft: Draft) -> dict[str, Any]:
+        """Pieces of text, and of each whether it is committed (c), guessed (g) or open (o)."""
+        states = ["c" if c else "g" if g else "o" for c, g in zip(draft.committed, draft.guessed, strict=True)]
+        pieces = ["" if state == "o" else self._pieces(int(t)) for t, state in zip(draft.tokens, states, strict=True)]
+        return {"pieces": pieces, "states": "".join(states)}
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return self._chunk([{"index": index, "delta": delta, "finish_reason": None, "logprobs": None}])
+
+    def _text(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return self._chunk([{"index": index, "text": text, "finish_reason": None, "logprobs": logprobs}])
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = self._head.object("chat.completion.chunk" if self._is_chat else "text_completion", choices)
+        return chunk | ({"usage": None} if self._counts else {})
+
+
+async def events(
+    asked: Asked,
+    head: Head,
+    tickets: Sequence[Ticket],
+    failure: Callable[[Finished], dict[str, Any] | None],
+    seen: Callable[[Event], None],
+) -> AsyncIterator[str]:
+    """The data of each event, as text. `failure` gives the error of an answer that has none; `seen` sees everything.
+
+    Whoever stops reading has the tickets cancelled.
+    """
+    chunks, finished = Chunks(asked, head), [None] * len(tickets)
+    try:
+        for chunk in chunks.begin():
+            yield _json(chunk)
+        async for index, event in _merged(tickets):
+            seen(event)
+            if isinstance(event, Update):
+                said = chunks.update(index, event)
+            elif (error := failure(event)) is not None:
+                yield _json(error)
+                return
+            else:
+                finished[index] = event
+                said = chunks.finish(index, event)
+            for chunk in said:
+                yield _json(chunk)
+        for chunk in chunks.end(finished):
+            yield _json(chunk)
+        yield DONE
+    finally:
+        for ticket in tickets:
+            ticket.cancel("the client has gone")
+
+
+async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:
+    """(choice, event) of all tickets, as they come; a slow reader holds nothing up, since tickets keep the newest."""
+    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(maxsize=1)
+
+    async def read(index: int, ticket: Ticket) -> None:
+        async for event in ticket:
+            await queue.put((index, event))
+
+    readers = [asyncio.create_task(read(index, ticket)) for index, ticket in enumerate(tickets)]
+    try:
+        left = len(tickets)
+        while left:
+            index, event = await queue.get()
+            left -= isinstance(event, Finished)
+            yield index, event
+    finally:
+        for reader in readers:
+            reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*readers, return_exceptions=True)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
