@@ -63,7 +63,8 @@ def lora_down(
 
     It is one matmul: several of rank 16 each would read `x` as often, and run far below the speed of a wide one. So
     projections of one input share its dropout, whose mask follows from `seeds_BL` (see `dropout`; None: no dropout).
-    `gate_BL` bool is False where a token has no update and is exactly the base's (None: every token has one).
+    `gate_BL` bool is False where a token has no update and is exactly the base's (None: every token has one); as
+    [B, L or 1, R] it says so of each of the R inner values, as `joined_adapters` does.
     """
     if not factors_A:
         return []
@@ -71,7 +72,8 @@ def lora_down(
         x_BLD = dropout(x_BLD, config.lora_dropout, seeds_BL)
     low_BLR = matmul(x_BLD, jnp.concatenate(factors_A))
     if gate_BL is not None:
-        low_BLR = jnp.where(gate_BL[..., None], low_BLR, jnp.zeros((), low_BLR.dtype))
+        gate_BLR = gate_BL[..., None] if gate_BL.ndim == 2 else jnp.tile(gate_BL, len(factors_A))
+        low_BLR = jnp.where(gate_BLR, low_BLR, jnp.zeros((), low_BLR.dtype))
     ends = np.cumsum([len(factor) for factor in factors_A])[:-1]
     return jnp.split(low_BLR, ends, axis=-1)
 
@@ -79,6 +81,43 @@ def lora_down(
 def lora_up(low_BLR: jax.Array, lora_B: jax.Array, config: LoraConfig) -> jax.Array:
     """The update scaling * B (A dropout(x)), [B, L, out], of what `lora_down` gave."""
     return matmul(low_BLR * jnp.asarray(config.scaling, low_BLR.dtype), lora_B)
+
+
+def joined_adapters(
+    adapters: Sequence[tuple[dict[str, Any], LoraConfig] | None],
+) -> tuple[dict[str, Any], LoraConfig, np.ndarray]:
+    """Several adapters of one base as one whose inner values are theirs, in their order: (`lora`, config, owners).
+
+    `owners` [X, R] bool says which of the R inner values belong to adapter x; given as the gate of a row, they make it
+    a row of that adapter. Ranks, targets and scaling may differ; None is the base itself. Mask rows are left out.
+    """
+    present = [adapter for adapter in adapters if adapter is not None]
+    rank = sum(config.r for _, config in present)
+    owners, start = np.zeros((len(adapters), rank), bool), 0
+    for number, adapter in enumerate(adapters):
+        if adapter is not None:
+            owners[number, start : start + adapter[1].r] = True
+            start += adapter[1].r
+    of_name: dict[tuple[str, str], dict[str, jax.Array]] = {}
+    for lora, _ in present:
+        for block, modules in lora.get("layers", {}).items():
+            of_name |= {(block, name): module for name, module in modules.items()}
+    joined: dict[str, Any] = {}
+    for (block, name), like in of_name.items():
+        layers, _, width = like["lora_A"].shape
+        factors_A, factors_B = [], []
+        for lora, config in present:
+            module = lora.get("layers", {}).get(block, {}).get(name)
+            if module is None:
+                factors_A.append(jnp.zeros((layers, config.r, width)))
+                factors_B.append(jnp.zeros((layers, like["lora_B"].shape[1], config.r)))
+            else:
+                factors_A.append(module["lora_A"])
+                factors_B.append(module["lora_B"] * config.scaling)
+        module = {"lora_A": jnp.concatenate(factors_A, axis=1), "lora_B": jnp.concatenate(factors_B, axis=2)}
+        joined.setdefault("layers", {}).setdefault(block, {})[name] = module
+    targets = tuple(name for name in ADAPTABLE if any(name == found for _, found in of_name))
+    return joined, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), owners
 
 
 def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:

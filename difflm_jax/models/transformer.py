@@ -69,8 +69,8 @@ class Transformer(nn.Module):
 
         `positions_BT` [B, T] int32 are those of RoPE; `view` says which keys each token sees. `seeds_BT` are those of
         `difflm_jax.models.lora.dropout` (None: no dropout). `window` places the tokens among columns whose keys are in
-        the `cache` collection. `gate_BT` bool is False at tokens without the adapter (None: all have it). Collections
-        `columns` and `rows` are those of `layers.Attention`.
+        the `cache` collection. `gate_BT` bool is False at tokens without the adapter (None: all have it); see
+        `lora.lora_down` for other shapes. Collections `columns` and `rows` are those of `layers.Attention`.
         """
         rope = rotation(self.config.ropes, self.config.head_dim, positions_BT)
 

@@ -27,22 +27,26 @@ class Rows:
     positions: jax.Array  # [B, N] int32
     sees: jax.Array  # [B, N, N] bool
     lengths: jax.Array  # [B] int32, columns that are known
-    gate: jax.Array | None = None  # [B, N] bool, True: under the adapter; None: all are the base's
+    gate: jax.Array | None = None  # as of `Transformer`: [B, N] bool, True: under the adapter; None: all are the base's
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnModel:
-    """The base and, where the gate of a row is open, the base with its adapter."""
+    """The base and, where the gate of a row is open, the base with its adapter.
+
+    `is_adapted`: the adapter is on wherever no gate says otherwise, and its mask row is the mask token's embedding.
+    """
 
     model: Transformer
     variables: dict[str, Any]
+    is_adapted: bool = False
 
     def predict(self, columns: Columns, rows: Rows) -> tuple[jax.Array, Columns]:
         """(float32 logits [B, N, V] of the token after each row, keys and values of the rows)."""
         count = rows.tokens.shape[1]
         if self._prefers_two_rows and rows.tokens.size == 1:
             rows = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1) if x.ndim > 1 else x, rows)
-        hidden_BND, kept = self._apply(columns, rows)
+        hidden_BND, kept = self.states(columns, rows)
         logits = head_logits(self.model.config, self.variables["params"], None, None, hidden_BND[:, :count])
         return logits, kept
 
@@ -70,7 +74,7 @@ class ColumnModel:
             positions = jnp.broadcast_to(start + step, (batch, chunk))
             return Rows(tokens, positions, causal, jnp.broadcast_to(start, (batch,)))
 
-        first = self._apply(None, rows(0))[1]
+        first = self.states(None, rows(0))[1]
         room = [(0, 0)] * 3 + [(0, columns - chunk), (0, 0)]
         whole = jax.tree.map(lambda x: jnp.pad(x, room), first)
         if length <= chunk:
@@ -79,7 +83,7 @@ class ColumnModel:
         def one_chunk(number: jax.Array, whole: Columns) -> Columns:
             # The last chunk may reach back over columns that are there already: it writes the same into them.
             start = jnp.minimum(number * chunk, length - chunk)
-            kept = self._apply(whole, rows(start))[1]
+            kept = self.states(whole, rows(start))[1]
             return self.write(whole, kept, jnp.broadcast_to(start, (batch,)))
 
         return jax.lax.fori_loop(1, -(-length // chunk), one_chunk, whole)
@@ -89,7 +93,8 @@ class ColumnModel:
         # XLA's CPU backend multiplies one row of bfloat16 more slowly than two (SmolLM2-135M: 47 ms and 39 ms a pass).
         return self.model.on_cpu and self.model.dtype == jnp.bfloat16
 
-    def _apply(self, columns: Columns | None, rows: Rows) -> tuple[jax.Array, Columns]:
+    def states(self, columns: Columns | None, rows: Rows) -> tuple[jax.Array, Columns]:
+        """(hidden states [B, N, D], keys and values) of the rows; without columns they see each other alone."""
         variables = {"params": self.variables["params"]}
         view = View(rows.sees, rows.positions, rows.positions)
         if columns is not None:
@@ -99,7 +104,9 @@ class ColumnModel:
             of_columns = jnp.broadcast_to(jnp.arange(size), (len(rows.tokens), size))
             view = View(mask, rows.positions, jnp.concatenate([of_columns, rows.positions], axis=1))
             variables["columns"] = columns
-        if rows.gate is not None:
+        if self.is_adapted:
+            variables |= self.variables
+        elif rows.gate is not None:
             variables["lora"] = {name: leaf for name, leaf in self.variables["lora"].items() if name != "mask_row"}
         hidden, updated = self.model.apply(
             variables, rows.tokens, rows.positions, view, gate_BT=rows.gate, mutable=["rows"]

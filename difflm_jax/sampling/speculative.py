@@ -87,28 +87,43 @@ class Loop:
     def cycle(self, carry: Carry) -> Carry:
         """At most one pass that drafts and one that verifies."""
         if self.drafting.drafts_first:
-            needs_B = ~carry.done
-            if self.drafting.lookup:
-                needs_B &= ~drafts.looked_up(carry.tokens, carry.lengths, 1)[1]
+            needs_B = self.needs_drafts(carry)
             nobody = everywhere(~needs_B.any())
             carry = jax.lax.cond(nobody, lambda carry, _: carry, self._draft_pass, carry, needs_B)
-        return self._verify_pass(carry)
+        predicted = self.model.predict(carry.cache, self.rows_to_verify(carry))
+        return self.verified(carry, *predicted)
 
     def _draft_pass(self, carry: Carry, needs_B: jax.Array) -> Carry:
-        """The next token of the base and drafts after it, for the rows that need them."""
+        return self.drafted(carry, needs_B, *self.model.predict(carry.cache, self.rows_to_draft(carry)))
+
+    # A pass is a question to the model and what follows from its answer. A server asks for rows of several options at
+    # once, so that these are functions of their own.
+
+    def needs_drafts(self, carry: Carry) -> jax.Array:
+        """[B] bool: rows that a drafting pass drafts for."""
+        needs_B = ~carry.done
+        if self.drafting.lookup:
+            needs_B &= ~drafts.looked_up(carry.tokens, carry.lengths, 1)[1]
+        return needs_B
+
+    def rows_to_draft(self, carry: Carry) -> Rows:
+        """The rows of a drafting pass: the last token, and noise after it."""
         keys_B = self._keys(carry)
         length = self.drafting.length
         last_B1 = _last(carry)
         step = jnp.arange(length + 1)
         batch = len(last_B1)
-        rows = Rows(
+        return Rows(
             tokens=jnp.concatenate([last_B1, self._noise(keys_B, length)], axis=1),
             positions=carry.lengths[:, None] - 1 + step,
             sees=jnp.broadcast_to(step <= step[:, None], (batch, length + 1, length + 1)),
             lengths=carry.lengths - 1,
             gate=jnp.broadcast_to(step > 0, (batch, length + 1)),
         )
-        logits, kept = self.model.predict(carry.cache, rows)
+
+    def drafted(self, carry: Carry, needs_B: jax.Array, logits: jax.Array, kept: Any) -> Carry:
+        """The carry with the next token of the base and drafts after it, for the rows that need them."""
+        keys_B = self._keys(carry)
         logits = self._drawn_from(logits)
         own = draw(logits[:, :1], keys_B if self.sampling.temperature is not None else None)
         # A row that needs no drafts writes its last token's column, too; the pass that verifies writes it again.
@@ -117,13 +132,16 @@ class Loop:
         carry = carry.replace(cache=cache, drafts=new, passes=carry.passes + needs_B)
         return self._append(carry, own, needs_B.astype(jnp.int32))
 
-    def _verify_pass(self, carry: Carry) -> Carry:
+    def rows_to_verify(self, carry: Carry) -> Rows:
+        """The rows of a verifying pass: the last token, what is proposed, and noise where acceptance may end."""
+        nodes = self._nodes(carry)
+        return self._rows(carry, nodes, drafts.ancestors(nodes), self._anchors(nodes), self._keys(carry))
+
+    def verified(self, carry: Carry, logits: jax.Array, kept: Any) -> Carry:
         """Accepts proposals, adds the base's own token, and leaves drafts for the next pass where it makes some."""
         keys_B = self._keys(carry)
         nodes = self._nodes(carry)
-        ancestors = drafts.ancestors(nodes)
-        anchors = drafts.anchors(nodes.confidence, self.drafting.num_anchors) if self.drafting.num_anchors else None
-        logits, kept = self.model.predict(carry.cache, self._rows(carry, nodes, ancestors, anchors, keys_B))
+        ancestors, anchors = drafts.ancestors(nodes), self._anchors(nodes)
         count = 1 + nodes.tokens.shape[1]
         logits = self._drawn_from(logits)
         accepted = self._accept(carry, nodes, ancestors, logits[:, :count], keys_B)
@@ -160,6 +178,9 @@ class Loop:
             nodes = drafts.no_nodes(carry.done, self.drafting.num_nodes)
         is_looked_up = self.drafting.lookup and self.drafting.num_nodes
         return drafts.with_lookup(nodes, carry.tokens, carry.lengths) if is_looked_up else nodes
+
+    def _anchors(self, nodes: Nodes) -> jax.Array | None:
+        return drafts.anchors(nodes.confidence, self.drafting.num_anchors) if self.drafting.num_anchors else None
 
     def _rows(self, carry: Carry, nodes: Nodes, ancestors_BNN, anchors_BG, keys_B) -> Rows:
         """The rows of a verifying pass: the last token, what is proposed, and noise after each anchor."""
