@@ -155,8 +155,8 @@ def _fill(
         raise UserError("watching: this model is divided over devices: load it on one for that")
     if not prompts:
         return Filled([], np.zeros(0, np.int32), np.zeros(0, np.int32))
-    masks_BJ = np.stack([_masks_of_blocks(rest == decoder.diffusion.mask_token_id, plan) for rest in rests])
-    steps_BJ = _steps_of_blocks(masks_BJ, plan, options)
+    masks_BJ = np.stack([masks_of_blocks(rest == decoder.diffusion.mask_token_id, plan) for rest in rests])
+    steps_BJ = steps_of_blocks(masks_BJ, plan, options)
     # The first window of block decoding reaches one block and one token back.
     shortest = plan.block_length + 1 if decoder.diffusion.decoding_block else 1
     first_column = width_bucket(max(shortest, *map(len, prompts)))
@@ -219,12 +219,12 @@ def _keys_of(key: jax.Array, words: jax.Array) -> jax.Array:
     return functools.reduce(jax.random.fold_in, (words[0], words[1], words[2]), key)
 
 
-def _masks_of_blocks(is_mask_L: np.ndarray, plan: Plan) -> np.ndarray:
+def masks_of_blocks(is_mask_L: np.ndarray, plan: Plan) -> np.ndarray:
     """[J] masks of each block of a row; `is_mask_L` begins with the first block."""
     return np.bincount(np.flatnonzero(is_mask_L) // plan.block_length, minlength=plan.num_blocks)
 
 
-def _steps_of_blocks(masks_BJ: np.ndarray, plan: Plan, options: FillOptions) -> np.ndarray:
+def steps_of_blocks(masks_BJ: np.ndarray, plan: Plan, options: FillOptions) -> np.ndarray:
     """[B, J] passes of each block. Raises `UserError` where they are fewer than the blocks with masks."""
     blocks_B = (masks_BJ > 0).sum(axis=1)
     row = int(blocks_B.argmax())

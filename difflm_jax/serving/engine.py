@@ -1,14 +1,15 @@
-"""The engine: one thread owns the device and answers the requests of a queue.
+"""The engine: one thread owns the device and answers the requests of a queue, many at once.
 
-Callers `submit` a `Request` and read its `Ticket`; any number of threads and event loops may. A request that cannot be
-answered fails alone.
+Callers `submit` a `Request` and read its `Ticket`; any number of threads and event loops may. Requests that can share
+forward passes share a table (`continued`, `filled`), whatever their options; they join it and leave it between two
+passes. A row's tokens do not depend on the others. A request that cannot be answered fails alone.
 """
 
+import collections
 import dataclasses
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,55 +17,100 @@ import numpy as np
 
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
-from difflm_jax.sampling.options import SPECULATIVE, Sampling
-from difflm_jax.sampling.watch import Pass
-from difflm_jax.serving.requests import Busy, Finished, Request, Ticket, Update
+from difflm_jax.sampling.batching import check_positive, check_seed
+from difflm_jax.sampling.causal import is_plain
+from difflm_jax.sampling.options import SPECULATIVE, sampling_options
+from difflm_jax.serving.beginnings import Beginnings, Prefill
+from difflm_jax.serving.canvas import CanvasRow
+from difflm_jax.serving.compilations import Compilations
+from difflm_jax.serving.continued import Continued, ContinuedRow
+from difflm_jax.serving.family import Family, families
+from difflm_jax.serving.filled import Filled
+from difflm_jax.serving.requests import Busy, Finished, Request, Ticket
+from difflm_jax.serving.table import Table
+from difflm_jax.serving.work import Row, Work
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How much an engine takes on. `rows`: requests that run at once; `queue`: those that wait."""
+    """How much an engine takes on. `rows`: requests that run at once, of all models; `queue`: those that wait."""
 
     rows: int = 8
     queue: int = 64
-    cache_bytes: int = 512 << 20  # of kept beginnings; 0: none are kept
-    warmup: bool = False  # compiles at the start what requests will need
+    cache_bytes: int = 512 << 20  # of kept beginnings of prompts; 0: none are kept
+    chunk: int = 64  # tokens of a prompt that run at once, and that are kept or not
+    warmup: bool = False  # compiles, before the first request, what short requests need
 
 
 class Engine:
-    """Answers requests to `models`. Use as a context manager, or call `close`."""
+    """Answers requests to `models`, by name. Use it as a context manager, or call `close`."""
 
-    def __init__(self, models: Mapping[str, LanguageModel], options: EngineOptions = EngineOptions()):
-        self.models, self.options = dict(models), options
-        self._waiting: deque[tuple[Ticket, float]] = deque()
-        self._running: list[Ticket] = []
+    def __init__(self, models: Mapping[str, LanguageModel], options: EngineOptions | None = None):
+        self.models, self.options = dict(models), options or EngineOptions()
+        self._families = {name: family for family in families(self.models) for name in family.names}
+        self._beginnings = Beginnings(self.options.cache_bytes)
+        self._compilations = Compilations()
+        self._tables: dict[Any, Table] = {}
+        self._waiting: collections.deque[Work] = collections.deque()
+        self._running: list[Work] = []
         self._changed = threading.Condition()
         self._accepts, self._ends = True, False
-        self._counts = {"requests": 0, "finished": 0, "cancelled": 0, "failed": 0, "passes": 0, "tokens": 0}
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._counts = dict.fromkeys(("requests", "stop", "length", "cancelled", "failed", "passes", "tokens"), 0)
+        self._batches: collections.Counter[int] = collections.Counter()
+        self._thread = threading.Thread(target=self._work, name="difflm-engine", daemon=True)
         self._thread.start()
+        if self.options.warmup:
+            self.warm_up()
 
     def submit(self, request: Request) -> Ticket:
         """Queues a request. Raises `Busy` if the queue is full, `UserError` for what cannot be answered."""
-        if request.model not in self.models:
-            raise UserError(f"model={request.model!r}: there is none of this name; there are {', '.join(self.models)}")
-        ticket = Ticket(request)
+        work = self._prepared(request)
         with self._changed:
             if not self._accepts:
                 raise Busy("the server is shutting down", retry_after=30.0)
             if len(self._waiting) >= self.options.queue:
-                raise Busy(f"{len(self._waiting)} requests are waiting already")
+                raise Busy(f"{len(self._waiting)} requests are waiting already", retry_after=self._guess())
             self._counts["requests"] += 1
-            self._waiting.append((ticket, time.monotonic()))
+            self._waiting.append(work)
             self._changed.notify_all()
-        return ticket
+        return work.ticket
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start, and what is waiting and running now."""
+        """Counts since the start, and what is waiting and running now.
+
+        `batches`: passes by the number of rows that took part. `cache_asked`, `cache_found`: tokens of prompts that
+        could have been kept, and that were.
+        """
+        kept = self._beginnings
         with self._changed:
-            return {**self._counts, "waiting": len(self._waiting), "running": len(self._running)}
+            return {
+                **self._counts,
+                "waiting": len(self._waiting),
+                "running": len(self._running),
+                "batches": dict(self._batches),
+                "compilations": self._compilations.count,
+                "cache_asked": kept.asked,
+                "cache_found": kept.found,
+                "cache_bytes": kept.bytes,
+            }
+
+    def warm_up(self) -> None:
+        """Compiles for short requests to every model, of 1, 2, 4, ... rows."""
+        for name in {family.names[0] for family in self._families.values()}:
+            lm = self.models[name]
+            sampling = sampling_options(lm.attention, lm.algorithm, {})
+            request = Request(name, np.array([lm.pad_token_id], np.int32), sampling)
+            rows = 1
+            while rows <= self.options.rows:
+                tickets = [self.submit(dataclasses.replace(request, copy=copy)) for copy in range(rows)]
+                for ticket in tickets:
+                    next(iter(ticket))  # after a pass all is compiled
+                    ticket.cancel()
+                for ticket in tickets:
+                    ticket.result()
+                rows *= 2
 
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no further requests and waits for those that it has; False if the time was too short."""
@@ -76,10 +122,11 @@ class Engine:
         """Cancels what is left, and ends the thread."""
         with self._changed:
             self._accepts, self._ends = False, True
-            for ticket in (*[ticket for ticket, _ in self._waiting], *self._running):
-                ticket.cancel("the server is shutting down")
+            for work in (*self._waiting, *self._running):
+                work.ticket.cancel("the server is shutting down")
             self._changed.notify_all()
         self._thread.join()
+        self._compilations.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -87,74 +134,125 @@ class Engine:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    # The caller's thread
+
+    def _prepared(self, request: Request) -> Work:
+        if request.model not in self.models:
+            raise UserError(f"model={request.model!r}: there is none of this name; there are {', '.join(self.models)}")
+        lm, family = self.models[request.model], self._families[request.model]
+        check_seed(request.seed)
+        check_positive("max_new_tokens", request.max_new_tokens)
+        if not len(request.tokens):
+            raise UserError("a prompt must hold at least one token")
+        if request.infill:  # an end of sequence ends an answer, but not a text with gaps
+            request = dataclasses.replace(request, sampling=request.sampling.replace(stop_at_eos=False))
+        return Work(Ticket(request), lm, family, family.index(request.model), _row(lm, request))
+
+    def _guess(self) -> float:
+        """Seconds until the queue is shorter, from how long the running requests have taken so far."""
+        times = [time.monotonic() - work.submitted for work in self._running]
+        return max(1.0, sum(times) / max(len(times), 1))
+
+    # The engine's thread
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ends)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._ends)
+                if self._ends and not self._waiting and not self._running:
                     return
-                ticket, submitted = self._waiting.popleft()
-                self._running.append(ticket)
-            try:
-                finished = self._answer(ticket, submitted)
-            except Exception as error:  # whatever it is, others go on
-                log.exception("a request failed")
-                finished = self._ended(ticket, np.zeros(0, np.int32), "failed", 0, str(error))
-            with self._changed:
-                self._running.remove(ticket)
-                self._counts["finished"] += 1
-                self._counts["passes"] += finished.passes
-                self._counts["tokens"] += finished.completion_tokens
-                self._changed.notify_all()
-            ticket.finish(finished)
+                admitted = self._next()
+            for work in admitted:
+                self._alone(work, lambda work=work: self._admit(work))
+            for key, table in list(self._tables.items()):
+                if table.works:
+                    self._pass(key, table)
 
-    def _answer(self, ticket: Ticket, submitted: float) -> Finished:
-        request = ticket.request
-        lm = self.models[request.model]
-        ends, last = set(lm.eos_token_ids), [np.zeros(0, np.int32), 0]
+    def _next(self) -> list[Work]:
+        """Takes from the queue what there are rows for, and what is cancelled."""
+        admitted = []
+        for work in list(self._waiting):
+            if len(self._running) < self.options.rows or work.ticket.cancelled:
+                self._waiting.remove(work)
+                self._running.append(work)
+                admitted.append(work)
+        return admitted
 
-        def watch(seen: Pass) -> None:
-            if request.time_limit is not None and time.monotonic() - submitted > request.time_limit:
-                ticket.cancel(f"the time limit of {request.time_limit:g} s is over")
-            tokens = seen.tokens[0]
-            known = tokens != lm.mask_token_id
-            count = len(tokens) if known.all() else int(known.argmin())
-            last[:] = tokens[:count], seen.number
-            ticket.tell(Update(tokens[:count].copy(), seen.number))
-            if ticket.cancelled:
-                raise _CancelledError
+    def _admit(self, work: Work) -> None:
+        if work.row.done or work.ticket.cancelled:
+            finished = work.told()
+            if finished is not None:
+                self._finish(work, finished)
+                return
+        self._table(work).admit(work)
 
-        options = {
-            field.name: getattr(request.sampling, field.name)
-            for field in dataclasses.fields(Sampling)
-            if getattr(request.sampling, field.name) != field.default and field.name not in ("temperature", "schedule")
-        }
-        options["temperature"] = request.sampling.temperature or 0.0
-        observed = None if request.sampling.algorithm == SPECULATIVE else watch
-        given = {"steps": request.steps, "seed": request.seed, "on_pass": observed, **options}
+    def _pass(self, key: Any, table: Table) -> None:
+        works = table.works
         try:
-            if ticket.cancelled:
-                raise _CancelledError
-            if request.infill:
-                answer = lm.infill([request.tokens], **given)
+            table.step()
+        except Exception as error:  # nobody knows whose fault it is: all rows of this pass end, other tables go on
+            log.exception("a forward pass failed")
+            del self._tables[key]
+            for work in works:
+                self._finish(work, work.ended("failed", work.row.final(), f"a forward pass failed: {error}"))
+            return
+        with self._changed:
+            self._counts["passes"] += 1
+            self._batches[len(works)] += 1
+        for work in works:
+            self._alone(work, lambda work=work: self._told(work, table))
+
+    def _told(self, work: Work, table: Table) -> None:
+        finished = work.told()
+        if finished is not None:
+            table.release(work)
+            self._finish(work, finished)
+
+    def _alone(self, work: Work, action: Any) -> None:
+        """Does something for one request, which fails alone."""
+        try:
+            action()
+        except Exception as error:
+            if not isinstance(error, UserError):
+                log.exception("a request failed")
+            for table in self._tables.values():
+                if work in table.slots:
+                    table.slots[table.slots.index(work)] = None
+            self._finish(work, work.ended("failed", np.zeros(0, np.int32), str(error)))
+
+    def _finish(self, work: Work, finished: Finished) -> None:
+        with self._changed:
+            self._running.remove(work)
+            self._counts[finished.finish_reason] += 1
+            self._counts["tokens"] += finished.completion_tokens
+            self._changed.notify_all()
+        work.ticket.finish(finished)
+
+    def _table(self, work: Work) -> Table:
+        """The table whose passes a request can take part in."""
+        row, family = work.row, work.family
+        kind = row.drafting if isinstance(row, ContinuedRow) else (row.mode, row.width, row.is_guided)
+        key = (id(family), kind)
+        if key not in self._tables:
+            rows = self.options.rows
+            if isinstance(row, ContinuedRow):
+                self._tables[key] = Continued(self._prefill(family, is_adapted=False), row.drafting, rows)
             else:
-                given |= {"block_length": request.block_length, "stop": request.stop}
-                answer = lm.generate([request.tokens], request.max_new_tokens, **given)
-        except _CancelledError:
-            return self._ended(ticket, last[0], "cancelled", last[1], ticket.cancelled)
-        tokens, passes = answer.tokens[0], int(answer.steps[0])
-        stopped = len(tokens) and (int(tokens[-1]) in ends or len(tokens) < request.max_new_tokens)
-        return self._ended(ticket, tokens, "stop" if request.infill or stopped else "length", passes)
+                self._tables[key] = Filled(self._prefill(family, is_adapted=True), *kind, rows)
+        return self._tables[key]
 
-    def _ended(self, ticket: Ticket, tokens: np.ndarray, reason: str, passes: int, error: str | None = None):
-        request = ticket.request
-        count = len(tokens)
-        if request.infill:
-            count = int((request.tokens == self.models[request.model].mask_token_id).sum())
-        return Finished(
-            tokens, reason, len(request.tokens), count, 0, passes, request.sampling.algorithm or "", error=error
-        )
+    def _prefill(self, family: Family, is_adapted: bool) -> Prefill:
+        diffusion = family.weights.decoder.diffusion
+        block = diffusion.block_length if diffusion.blocks_include_prompt else 1
+        chunk = -(-self.options.chunk // block) * block
+        owner = repr((id(family.weights.decoder.variables["params"]), is_adapted, is_adapted and id(family))).encode()
+        return Prefill(family.weights, self._beginnings, chunk, is_adapted, owner)
 
 
-class _CancelledError(Exception):
-    pass
+def _row(lm: LanguageModel, request: Request) -> Row:
+    """The row of a request, by the loop that `lm.generate` would take."""
+    if request.infill:
+        return CanvasRow(lm, request)
+    if request.sampling.algorithm == SPECULATIVE or is_plain(lm.decoder, request.sampling):
+        return ContinuedRow(lm, request)
+    return CanvasRow(lm, request)

@@ -1,0 +1,160 @@
+"""A row of masks that diffusion fills: how `lm.generate` and `lm.infill` would lay it out, and where it stands."""
+
+import dataclasses
+
+import numpy as np
+
+from difflm_jax.errors import UserError
+from difflm_jax.lm import LanguageModel
+from difflm_jax.sampling.batching import (
+    FillOptions,
+    answer_plan,
+    check_positive,
+    check_seed,
+    masks_of_blocks,
+    steps_bucket,
+    steps_of_blocks,
+    width_bucket,
+)
+from difflm_jax.sampling.loop import Plan
+from difflm_jax.sampling.schedule import quotas
+from difflm_jax.serving.requests import Draft, Request
+from difflm_jax.serving.work import Row, key_of
+
+WHOLE, PROMPT, BLOCKS = "whole", "prompt", "blocks"  # the columns that a pass runs over; see `filled`
+
+
+class CanvasRow(Row):
+    """A prompt whose columns are settled, and the rest with its masks, in blocks. Raises `UserError`.
+
+    A table has blocks of one width. A row of shorter blocks leaves the last columns of each block empty.
+    """
+
+    def __init__(self, lm: LanguageModel, request: Request):
+        self.sampling, diffusion = request.sampling, lm.diffusion
+        check_seed(request.seed)
+        if self.sampling.cache in ("prefix", "dual"):
+            raise UserError(f"cache={self.sampling.cache!r}: the server keeps exact caches only: leave it at auto")
+        prefix, rest, plan = _infilled(lm, request) if request.infill else _answered(lm, request)
+        self._mask, self._given = lm.mask_token_id, len(request.tokens) - len(prefix)
+        self.prefix, self._rest, self._is_infill = prefix, rest, request.infill
+        self._most = len(rest) if request.infill else request.max_new_tokens
+        lm.answers.check_length(len(prefix) + len(rest))
+        self.key = key_of(request, np.concatenate([prefix, rest]))
+        masks_J = masks_of_blocks(rest == self._mask, plan)
+        self.steps = steps_of_blocks(masks_J[None], plan, FillOptions(self.sampling, request.steps))
+        self._plan = dataclasses.replace(plan, steps_per_block=steps_bucket(self.steps.max(), plan))
+        self.quotas = quotas(self.sampling.schedule, masks_J[None], self.steps, self._plan.steps_per_block)[0]
+        self.steps = self.steps[0]
+        self.width = self._width(diffusion)
+        self.mode = self._mode(diffusion)
+        self._lay_out()
+        self.done = not (rest == self._mask).any()
+
+    @property
+    def num_blocks(self) -> int:
+        return self._plan.num_blocks
+
+    @property
+    def is_guided(self) -> bool:
+        return self.sampling.cfg_scale is not None
+
+    @property
+    def needed(self) -> int:
+        """The columns of the prompt that passes are run beside."""
+        return 0 if self.mode == WHOLE else len(self.prefix) - self.shift
+
+    def final(self) -> np.ndarray:
+        tokens = self._own(self.tokens)
+        open_ = tokens == self._mask
+        if self.sampling.revises:
+            open_[self.block * self._plan.block_length :] = True
+        end = int(open_.argmax()) if open_.any() else len(open_)
+        return self._answer(tokens, end)
+
+    def answer(self) -> np.ndarray:
+        return self._answer(self._own(self.tokens), len(self._rest))
+
+    def draft(self) -> Draft:
+        tokens, guess = self._own(self.tokens), self._own(self.guess)
+        committed = tokens != self._mask
+        guessed = ~committed & (guess >= 0)
+        at = slice(None) if self._is_infill else slice(self._given, self._given + self._most)
+        drawn = np.where(committed, tokens, np.where(guessed, guess, self._mask))
+        parts = [drawn[at], committed[at], guessed[at]]
+        if self._is_infill:
+            given = np.ones(len(self.prefix), bool)
+            parts = [np.concatenate(pair) for pair in zip((self.prefix, given, ~given), parts, strict=True)]
+        return Draft(*parts)
+
+    def _answer(self, tokens: np.ndarray, end: int) -> np.ndarray:
+        """Of the rest's tokens those of the answer among the first `end`; of an infilled canvas all before them."""
+        if self._is_infill:
+            return np.concatenate([self.prefix, tokens[:end]])
+        return tokens[self._given : min(end, self._given + self._most)]
+
+    def _width(self, diffusion) -> int:
+        """The width of a block in a table: few different ones, but where draws depend on it."""
+        block = self._plan.block_length
+        draws = self.sampling.temperature is not None or self.sampling.alg_temp is not None
+        looks_back = diffusion.shift and self.num_blocks > 1  # at the column before a block, which must not be empty
+        return block if draws or looks_back or diffusion.decoding_block else width_bucket(block)
+
+    def _mode(self, diffusion) -> str:
+        self.shift = diffusion.shift
+        if self.sampling.cfg_scale is not None or self.sampling.cache == "none" or len(self.prefix) <= self.shift:
+            return WHOLE
+        return {"none": WHOLE, "prompt": PROMPT, "blocks": BLOCKS}[diffusion.exact_cache]
+
+    def _lay_out(self) -> None:
+        """The arrays of the row, over the columns of its blocks."""
+        block, columns = self._plan.block_length, self.num_blocks * self.width
+        place = np.arange(len(self._rest))
+        self._at = place // block * self.width + place % block
+        self.tokens = np.full(columns, self._mask, np.int32)  # what is not of the row is a mask that nobody fills
+        self.tokens[self._at] = self._rest
+        self.valid = np.zeros(columns, bool)
+        self.valid[self._at] = True
+        self.fillable = self.valid & (self.tokens == self._mask)
+        self.confidence = np.zeros(columns, np.float32)
+        self.guess = np.full(columns, -1, np.int32)
+        self.revisions = self.block = self.step = 0
+        self.block_done = False
+        self.written = self.needed
+        self.probabilities: dict[int, tuple] = {}  # of committed tokens, by column
+
+    def _own(self, columns: np.ndarray) -> np.ndarray:
+        """What belongs to the rest's tokens, of an array over columns."""
+        return columns[self._at]
+
+    def answer_columns(self) -> np.ndarray:
+        """The column of each token that `final` gives, in order."""
+        return self._at if self._is_infill else self._at[self._given : self._given + self._most]
+
+
+def _answered(lm: LanguageModel, request: Request) -> tuple[np.ndarray, np.ndarray, Plan]:
+    """(settled prompt, what follows it, plan) as `fill_answers` has them."""
+    diffusion, prompt = lm.diffusion, np.asarray(request.tokens, np.int32)
+    most = request.max_new_tokens
+    plan = answer_plan(diffusion, most, request.steps, request.block_length, request.sampling)
+    whole = most if diffusion.blocks_include_prompt else plan.num_blocks * plan.block_length
+    cut = diffusion.settled(len(prompt))
+    rest = np.concatenate([prompt[cut:], np.full(whole, diffusion.mask_token_id, np.int32)])
+    return prompt[:cut], rest, plan
+
+
+def _infilled(lm: LanguageModel, request: Request) -> tuple[np.ndarray, np.ndarray, Plan]:
+    """The same as `fill_masks` has them."""
+    check_positive("steps", request.steps)
+    diffusion, row = lm.diffusion, np.asarray(request.tokens, np.int32)
+    if diffusion.gated:
+        raise UserError("infill: this adapter drafts the next tokens of a text; it fills no gaps")
+    at = np.flatnonzero(row == diffusion.mask_token_id)
+    if diffusion.shift and len(at) and at[0] == 0:
+        raise UserError("infill: with the logit shift nothing predicts the first token: it must not be a mask")
+    if diffusion.attention == "causal" and request.steps < len(at):
+        raise UserError("infill: causal attention fills one mask a pass (steps >= number of masks)")
+    cut = diffusion.settled(int(at[0]) if len(at) else len(row))
+    width = width_bucket(max(len(row) - cut, 1))
+    block = diffusion.decoding_block or width
+    return row[:cut], row[cut:], Plan(0, -(-width // block), block, request.steps)

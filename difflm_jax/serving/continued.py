@@ -1,0 +1,269 @@
+"""Rows that are continued from left to right: causal decoding, and speculative decoding of any strategy.
+
+A pass is that of `sampling.speculative.Loop`, whose question to the model all rows ask together. What follows from the
+answer is computed for each group of options, and each row takes its own.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difflm_jax.errors import UserError
+from difflm_jax.lm import LanguageModel
+from difflm_jax.sampling.causal import PLAIN, drafting_of
+from difflm_jax.sampling.columns import ColumnModel, Columns
+from difflm_jax.sampling.drafts import Drafting, Drafts
+from difflm_jax.sampling.options import SPECULATIVE, Sampling
+from difflm_jax.sampling.speculative import Carry, Loop, Predictor
+from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, moved
+from difflm_jax.serving.family import Weights
+from difflm_jax.serving.requests import Draft, Request
+from difflm_jax.serving.table import Table, most_probable, room_bucket, rows_bucket, token_probability
+from difflm_jax.serving.work import Row, Work, key_of
+
+
+class ContinuedRow(Row):
+    """Known tokens, prompt first, and counts of passes. Raises `UserError` for what cannot be answered."""
+
+    def __init__(self, lm: LanguageModel, request: Request):
+        is_speculative = request.sampling.algorithm == SPECULATIVE
+        self.drafting = drafting_of(lm.diffusion, request.sampling, request.block_length) if is_speculative else PLAIN
+        if request.logprobs is not None and self.drafting.strategy == "tree":
+            raise UserError("logprobs: strategy='tree' keeps none: take another strategy")
+        self.prompt, self.limit = len(request.tokens), len(request.tokens) + request.max_new_tokens
+        lm.answers.check_length(self.limit)
+        self.tokens = np.asarray(request.tokens, np.int32)
+        masks = np.full(request.max_new_tokens, lm.mask_token_id, np.int32)
+        self.key = key_of(request, np.concatenate([self.tokens, masks]))
+        self.verified, self.accepted = 0, np.zeros(self.drafting.deepest, np.int32)
+        self._room = self.limit
+
+    @property
+    def acceptance(self) -> float | None:
+        return float(self.accepted.sum() / max(self.verified, 1)) if self.drafting.num_nodes else None
+
+    def final(self) -> np.ndarray:
+        return self.tokens[self.prompt :]
+
+    answer = final
+
+    def draft(self) -> Draft:
+        tokens = self.final()
+        everywhere = np.ones(len(tokens), bool)
+        return Draft(tokens, everywhere, ~everywhere)
+
+
+class Continued(Table):
+    """A table of `ContinuedRow`s."""
+
+    def __init__(self, prefill: Prefill, drafting: Drafting, most_rows: int):
+        super().__init__(most_rows)
+        self._prefill, self._weights = prefill, prefill.weights
+        self._spec = Spec(drafting, self._weights.decoder.model.config.vocab_size)
+        self._columns: Columns | None = None
+        self._drafts: Drafts | None = None
+
+    def admit(self, work: Work) -> None:
+        row = work.row
+        self._resize(work)
+        one, row.cached = self._prefill(row.tokens, row.prompt - 1, work.index, self._room)
+        slot = self.slots.index(None)
+        self._columns = insert_row(self._columns, one, jnp.int32(slot))
+        if self._drafts is not None:
+            self._drafts = self._drafts.replace(drafted=self._drafts.drafted.at[slot].set(False))
+        self.slots[slot] = work
+
+    def release(self, work: Work) -> None:
+        row = work.row
+        if row.error is None:
+            self._prefill.keep(row.tokens, len(row.tokens) - 1, work.index, self._columns, self.slots.index(work))
+        super().release(work)
+        if not self.works:
+            self.slots, self._columns, self._drafts = [], None, None
+
+    def step(self) -> None:
+        self._resize()
+        carry, rows = self._carry(), self._rows()
+        groups, bias = self.groups(), self.biases(self._spec.vocabulary)
+        found: list[tuple] = []
+        failed = np.zeros(len(self.slots), bool)
+        for drafts_now in (True, False) if self._spec.drafting.drafts_first else (False,):
+            logits, kept, is_nan = _ask(self._spec, self._weights, self._columns, carry, rows, drafts_now)
+            if bias is not None:
+                logits = logits + bias[:, None]
+            after = [
+                _advanced(self._spec, self._weights, carry, rows, (logits, kept, sampling), drafts_now)
+                for _, sampling in groups
+            ]
+            starts, before = carry.lengths - 1, carry.lengths
+            carry = after[0] if len(after) == 1 else _each_its_own([is_in for is_in, _ in groups], after)
+            self._columns = _write(self._columns, carry.cache, starts)
+            carry = carry.replace(cache=None)
+            if self.candidates() is not None:
+                found.append((before, _probabilities(carry.tokens, before, logits, self.candidates())))
+            failed |= np.asarray(is_nan)
+        self._drafts = carry.drafts
+        self._take(jax.device_get(carry.replace(drafts=None)), jax.device_get(found), failed)
+
+    def _take(self, carry: Carry, found: list[tuple], failed: np.ndarray) -> None:
+        for slot, work in enumerate(self.slots):
+            if work is None:
+                continue
+            row = work.row
+            if failed[slot]:
+                row.error = "the model computed a number that is not one (NaN)"
+                continue
+            length = int(carry.lengths[slot])
+            row.tokens = carry.tokens[slot, :length].copy()
+            row.done, row.passes = bool(carry.done[slot]), int(carry.passes[slot])
+            row.verified, row.accepted = int(carry.verified[slot]), carry.accepted[slot]
+            if work.request.logprobs is None:
+                continue
+            for before, probabilities in found:
+                for place in range(min(length - int(before[slot]), probabilities[0].shape[1])):
+                    at, token = (slot, place), row.tokens[before[slot] + place]
+                    if len(row.logprobs) < length - row.prompt:
+                        row.logprobs += (token_probability(work, token, probabilities, at),)
+
+    def _carry(self) -> Carry:
+        tokens = np.zeros((len(self.slots), self._room), np.int32)
+        for slot, work in enumerate(self.slots):
+            if work is not None:
+                tokens[slot, : len(work.row.tokens)] = work.row.tokens
+        return Carry(
+            tokens=tokens,
+            lengths=self.per_row(lambda work: np.int32(len(work.row.tokens)), np.int32(1)),
+            done=self.per_row(lambda work: work.row.done, True),
+            passes=self.per_row(lambda work: np.int32(work.row.passes), np.int32(0)),
+            verified=self.per_row(lambda work: np.int32(work.row.verified), np.int32(0)),
+            accepted=self.per_row(lambda work: work.row.accepted, np.zeros(self._spec.drafting.deepest, np.int32)),
+            drafts=self._drafts,
+            cache=None,
+        )
+
+    def _rows(self) -> "RowData":
+        return RowData(
+            limits=self.per_row(lambda work: np.int32(work.row.limit), np.int32(self._room)),
+            keys=self.per_row(lambda work: work.row.key, np.zeros(2, np.uint32)),
+            index=self.per_row(lambda work: np.int32(work.index), np.int32(0)),
+        )
+
+    def _resize(self, new: Work | None = None) -> None:
+        """As many rows and columns as the requests need, `new` among them."""
+        works = [*self.works, *([] if new is None else [new])]
+        longest = max(work.row.limit for work in works) + self._spec.drafting.deepest + 1
+        chunk = self._prefill.chunk
+        room = max(room_bucket(longest), -(-max(work.row.prompt for work in works) // chunk) * chunk)
+        batch = rows_bucket(len(works), self.most_rows)
+        if self._columns is not None and (batch, room) == (len(self.slots), self._room):
+            return
+        used = [slot for slot, work in enumerate(self.slots) if work is not None]
+        rows = np.array(used + [0] * (batch - len(used)), np.int32)
+        if self._columns is None:
+            self._columns = empty_columns(self._weights, batch, room)
+            self._drafts = self._spec.fresh_drafts(self._weights, batch)
+        else:
+            self._columns = moved(self._columns, rows, room)
+            self._drafts = None if self._drafts is None else jax.tree.map(lambda x: x[rows], self._drafts)
+        self.slots = [self.slots[slot] for slot in used] + [None] * (batch - len(used))
+        self._room = room
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is compiled for, besides shapes and options."""
+
+    drafting: Drafting
+    vocabulary: int
+
+    def loop(self, weights: Weights, rows: "RowData", sampling: Sampling) -> Loop:
+        """The loop over one pass, whose cache is what the pass is to write."""
+        decoder = weights.decoder
+        return Loop(
+            model=Predictor(predict=None, write=lambda _, kept, __: kept),
+            drafting=self.drafting,
+            sampling=jax.tree.map(lambda value_B: value_B[:, None, None], sampling),
+            limits=rows.limits,
+            keys=jax.random.wrap_key_data(rows.keys),
+            vocabulary=self.vocabulary,
+            mask_token_id=decoder.diffusion.mask_token_id,
+            eos_token_ids=decoder.eos_token_ids,
+        )
+
+    def fresh_drafts(self, weights: Weights, batch: int) -> Drafts | None:
+        """Drafts that are none, with room for the distributions of those that are drawn."""
+        draws = Sampling(temperature=np.ones(batch, np.float32))
+        lengths = jnp.ones(batch, jnp.int32)
+        rows = RowData(lengths, jnp.zeros((batch, 2), jnp.uint32), lengths)
+        return self.loop(weights, rows, draws).start(jnp.zeros((batch, 1), jnp.int32), lengths, None).drafts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowData:
+    """What does not change while a row is decoded."""
+
+    limits: jax.Array  # [B] int32
+    keys: jax.Array  # [B, 2] uint32
+    index: jax.Array  # [B] int32, of the model in its family
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "drafts_now"))
+def _ask(
+    spec: Spec, weights: Weights, columns: Columns, carry: Carry, rows: RowData, drafts_now: bool
+) -> tuple[jax.Array, Columns, jax.Array]:
+    """(logits [B, N, V], keys and values of the rows of the pass, whether a row's logits hold a NaN [B])."""
+    loop = spec.loop(weights, rows, Sampling())
+    asked = loop.rows_to_draft(carry) if drafts_now else loop.rows_to_verify(carry)
+    variables, owner_BR = weights.of(rows.index)
+    if owner_BR is not None and asked.gate is not None:
+        asked = asked.replace(gate=asked.gate[..., None] & owner_BR[:, None])
+    logits, kept = ColumnModel(weights.decoder.model, variables).predict(columns, asked)
+    return logits, kept, jnp.isnan(logits).any(axis=(1, 2)) & ~carry.done
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "drafts_now"))
+def _advanced(spec: Spec, weights: Weights, carry: Carry, rows: RowData, answer: tuple, drafts_now: bool) -> Carry:
+    """The carry after a pass under one set of options; its cache is what is to be written."""
+    logits, kept, sampling = answer
+    loop = spec.loop(weights, rows, sampling)
+    if drafts_now:
+        after = loop.drafted(carry, loop.needs_drafts(carry), logits, kept)
+    else:
+        after = loop.verified(carry, logits, kept)
+    if after.drafts is not None and after.drafts.logits is None:
+        after = after.replace(drafts=after.drafts.replace(logits=carry.drafts.logits))
+    return after
+
+
+@jax.jit
+def _each_its_own(groups: list[jax.Array], carries: list[Carry]) -> Carry:
+    """For each row the carry of its group."""
+
+    def choose(axis: int, *leaves: jax.Array) -> jax.Array:
+        chosen = leaves[0]
+        for is_in, leaf in zip(groups[1:], leaves[1:], strict=True):
+            shape = [1] * leaf.ndim
+            shape[axis] = -1
+            chosen = jnp.where(is_in.reshape(shape), leaf, chosen)
+        return chosen
+
+    caches = [carry.cache for carry in carries]
+    first = jax.tree.map(functools.partial(choose, 0), *(carry.replace(cache=None) for carry in carries))
+    return first.replace(cache=jax.tree.map(functools.partial(choose, 1), *caches))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(columns: Columns, kept: Columns, starts_B: jax.Array) -> Columns:
+    return ColumnModel(None, {}).write(columns, kept, starts_B)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _probabilities(tokens_BT: jax.Array, before_B: jax.Array, logits: jax.Array, candidates: int):
+    """`most_probable` of the tokens that a pass appended, each under the logits that it was taken from."""
+    step = jnp.arange(logits.shape[1])
+    index = jnp.minimum(before_B[:, None] + step, tokens_BT.shape[1] - 1)
+    return most_probable(logits, jnp.take_along_axis(tokens_BT, index, axis=1), candidates)
