@@ -17,7 +17,7 @@ from difflm_jax.checkpoint.diffusion_config import model_card
 from difflm_jax.checkpoint.hf import load_params, save_pretrained
 from difflm_jax.checkpoint.peft import Base, save_adapter
 from difflm_jax.checkpoint.source import Source
-from difflm_jax.diffusion.config import DiffusionConfig, Layout
+from difflm_jax.diffusion.config import PROMPT_RULES, DiffusionConfig, Layout
 from difflm_jax.distributed.mesh import row_shards
 from difflm_jax.distributed.processes import by_one_process
 from difflm_jax.distributed.sharding import over_rows, place, to_host
@@ -148,13 +148,14 @@ class LanguageModel:
         """float32 logits [B, L, V], as the head gives them at each position (no logit shift is applied).
 
         `attention_mask` [B, L]: 1 = real token, padding on either side. `prompt_lengths` [B] counts the real tokens of
-        each prompt. Attention "prefix" and "block" depend on it: without it rows have no prompt, which is announced by
-        a warning, since a prompt of 0 tokens is seldom meant. Raises `UserError` for ids outside the vocabulary.
+        each prompt. Attention "prefix", "block" and "causal_context" depend on it: without it rows have no prompt,
+        which is announced by a warning, since a prompt of 0 tokens is seldom meant. Raises `UserError` for ids outside
+        the vocabulary.
         """
         if self.diffusion.gated:  # the adapter is for noise, and there is none here
             return self.base()(tokens_BL, attention_mask, prompt_lengths)
         tokens_BL = self.prompts.batch(tokens_BL)
-        if prompt_lengths is None and self.attention in ("prefix", "block"):
+        if prompt_lengths is None and self.attention in PROMPT_RULES:
             warnings.warn(
                 f"attention={self.attention!r}: without prompt_lengths no token is part of a prompt, so that every one "
                 "sees what an answer sees; give prompt_lengths (0 for rows without a prompt)",

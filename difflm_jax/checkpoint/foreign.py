@@ -8,6 +8,9 @@ that is not known is refused, since it might change the result.
   dream      Dream-7B (arXiv:2508.15487): Qwen2.5; full attention, logit shift
   a2d-*      dLLM's converted Qwen and Llama (github.com/ZHZisZZ/dllm): full attention, or blocks of 32 (`bd3lm`)
   sdar       SDAR (arXiv:2510.06303): Qwen3; blocks counted from the first token, of 4 unless the config says otherwise
+  llama, by its class   Stable-DiffCoder (github.com/ByteDance-Seed/Stable-DiffCoder): Llama; blocks as SDAR's, of 4
+  nemotron_labs_diffusion   NVIDIA's (huggingface.co/nvidia/Nemotron-Labs-Diffusion-8B): Ministral 3, under names of its
+      own; a block of 32 sees itself and a causal context
 """
 
 import dataclasses
@@ -19,6 +22,10 @@ from difflm_jax.models.config import KNOWN_KEYS
 
 A2D_BLOCK_LENGTH = 32  # of dLLM's own block-diffusion recipes and sampler
 SDAR_BLOCK_LENGTH = 4
+DIFFCODER_BLOCK_LENGTH = 4  # block_length and mask_id of its generate; its config.json names neither
+NEMOTRON_BLOCK_LENGTH = 32
+_DIFFCODER_MASK_TOKEN_ID = 5
+_NEMOTRON_MASK_TOKEN_ID = 100
 _QWEN_MASK_TOKEN_ID = 151669
 _DREAM_MASK_TOKEN_ID = 151666
 _LLADA_MASK_TOKEN_ID = 126336
@@ -40,6 +47,8 @@ def read_field_config(hf_config: Mapping[str, Any], name: str) -> FieldCheckpoin
     Raises `UserError` for a key or a value that could change the result in a way that is not known here.
     """
     model_type = hf_config.get("model_type")
+    if model_type == "llama" and _DIFFCODER_CLASS in (hf_config.get("architectures") or ()):
+        model_type = _DIFFCODER_CLASS
     reader = _READERS.get(model_type.lower()) if isinstance(model_type, str) else None
     return reader(dict(hf_config), name) if reader is not None else None
 
@@ -71,6 +80,16 @@ _LLADA_NEUTRAL = {
 # Keys of the others that concern training or serving only.
 _NEUTRAL = {"auto_map", "block_length", "block_size", "debug", "fuse_cross_entropy", "use_regular_causal"}
 _DREAM_ONLY = {"use_mrope": (False, None)}
+_DIFFCODER_CLASS = "StableDiffcoderForCausalLM"  # its model_type is llama
+
+# Nemotron-Labs-Diffusion: "bidirectional" and "block_diff" are the same weights, as they decode and as they train.
+_NEMOTRON_ONLY = {"dlm_paradigm": ("bidirectional", "block_diff"), "sliding_window": (None,)}
+_NEMOTRON_NEUTRAL = {
+    "ada_dlm_loss_ratio", "ada_perm_ratio_global", "ada_perm_ratio_per_block", "adaptive_mask_rate", "ar_loss_weight",
+    "attn_implementation", "complementary_mask", "diff_loss_weight", "dlm_loss_weight", "dp_varying_mask_ratio",
+    "global_loss_avg", "multi_sampling", "num_skip_loss_tokens", "prefix_ratio", "random_length_prob",
+    "tok_mask_half_life_ratio",
+}  # fmt: skip
 
 
 def _llada(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
@@ -121,8 +140,27 @@ def _sdar(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
     )
 
 
+def _stable_diffcoder(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+    _check("llama", hf_config, {}, KNOWN_KEYS | _NEUTRAL)
+    rule = {"attention": "block_causal", "block_length": DIFFCODER_BLOCK_LENGTH}
+    return FieldCheckpoint(
+        _ours(hf_config, "llama"), _diffusion(hf_config, _DIFFCODER_MASK_TOKEN_ID, logit_shift=False, **rule)
+    )
+
+
+def _nemotron(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+    own = _NEMOTRON_NEUTRAL | set(_NEMOTRON_ONLY)
+    _check("nemotron_labs_diffusion", hf_config, _NEMOTRON_ONLY, KNOWN_KEYS | _NEUTRAL | _NEMOTRON_NEUTRAL)
+    length = hf_config.get("block_size") or NEMOTRON_BLOCK_LENGTH
+    rule = {"attention": "causal_context", "block_length": length}
+    named = None if hf_config.get("mask_token_id") == -1 else hf_config.get("mask_token_id")  # -1: none is named
+    diffusion = _diffusion({"mask_token_id": named}, _NEMOTRON_MASK_TOKEN_ID, logit_shift=False, **rule)
+    return FieldCheckpoint(_ours(hf_config, "ministral3", tuple(own)), diffusion, names="nemotron_labs_diffusion")
+
+
 _READERS = {
     "llada": _llada, "dream": _dream, "sdar": _sdar, "a2d-qwen2": _a2d, "a2d-qwen3": _a2d, "a2d-llama": _a2d,
+    _DIFFCODER_CLASS.lower(): _stable_diffcoder, "nemotron_labs_diffusion": _nemotron,
 }  # fmt: skip
 
 

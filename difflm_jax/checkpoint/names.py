@@ -8,6 +8,11 @@ from typing import Any
 REDUNDANT_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
+_LAYER_MODULES = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
 # Names in third-party checkpoints: pattern -> Hugging Face's name for the same.
 FOREIGN = {
     "llada": {
@@ -27,6 +32,15 @@ FOREIGN = {
                 "up_proj": "mlp.up_proj",
                 "ff_out": "mlp.down_proj",
             }.items()
+        },
+    },
+    "nemotron_labs_diffusion": {
+        "encoder.embed_tokens.weight": "model.embed_tokens.weight",
+        "encoder.norm.weight": "model.norm.weight",
+        "diffusion_head.weight": "lm_head.weight",
+        **{
+            f"encoder.layers.{{layer}}.{module}.weight": f"model.layers.{{layer}}.{module}.weight"
+            for module in _LAYER_MODULES
         },
     },
 }

@@ -15,8 +15,9 @@ from difflm_jax.diffusion.segments import same_example
 from difflm_jax.models.attention import View
 from difflm_jax.utils.settings import NOT_NEGATIVE, setting
 
-ATTENTION_RULES = ("full", "prefix", "block", "block_causal", "causal")
-BLOCK_RULES = ("block", "block_causal")  # the rules that have a block length
+ATTENTION_RULES = ("full", "prefix", "block", "block_causal", "causal_context", "causal")
+BLOCK_RULES = ("block", "block_causal", "causal_context")  # the rules that have a block length
+PROMPT_RULES = ("prefix", "block", "causal_context")  # the rules that depend on where the prompt ends
 
 
 @struct.dataclass
@@ -52,7 +53,9 @@ class DiffusionConfig:
       "block": an answer is cut into blocks of `block_length` from its start. A token sees its own block and what
         precedes the block, so neither a prompt nor a finished block depends on what follows.
       "block_causal": the same, with blocks counted from the first token of the row (SDAR, arXiv:2510.06303).
-    block_length: of "block" and "block_causal"; else 0. (A traced scalar while blocks grow, `extras.annealing`.)
+      "causal_context": as "block", but once a block is finished its tokens see what "causal" shows them, as those of
+        the prompt do (Nemotron-Labs-Diffusion). So the prompt of a pass is all that precedes the block it fills.
+    block_length: of the rules in blocks; else 0. (A traced scalar while blocks grow, `extras.annealing`.)
     logit_shift: the state of position i - 1 predicts token i, as in the causal base; else state i does.
     mask_token, mask_token_id: the token that stands for "hidden".
     algorithm: the sampler's preset.
@@ -121,6 +124,11 @@ class DiffusionConfig:
     def blocks_include_prompt(self) -> bool:
         """Blocks are counted from the first token of the row, so a prompt may end within one."""
         return self.attention == "block_causal"
+
+    @property
+    def finished_is_prompt(self) -> bool:
+        """The tokens of a finished block see what those of a prompt do, so that its keys change once."""
+        return self.attention == "causal_context"
 
     @property
     def exact_cache(self) -> str:
@@ -197,6 +205,8 @@ class DiffusionConfig:
         before_BTS = key_B1S < first_BT[:, :, None]
         noisy_query, noisy_key = noisy_T[:, None], noisy_T[None, :]
         own_BTS, clean_BTS = noisy_query & not_after_BTS & ~before_BTS, not_after_BTS & (~noisy_query | before_BTS)
+        if self.finished_is_prompt:  # a clean token is finished
+            clean_BTS &= key_B1S <= queries.positions[:, :, None]
         return mask_BTS & jnp.where(noisy_key, own_BTS, clean_BTS)
 
     def _own_block(self, positions_BT: jax.Array, prompts_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

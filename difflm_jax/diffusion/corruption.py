@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from difflm_jax.data.fields import FIELDS
-from difflm_jax.diffusion.config import DiffusionConfig, Layout
+from difflm_jax.diffusion.config import PROMPT_RULES, DiffusionConfig, Layout
 from difflm_jax.diffusion.extras.settings import Extras
 from difflm_jax.diffusion.weights import LossRule, after_eos, loss_weights
 from difflm_jax.ops.random import token_seeds, uniform
@@ -171,7 +171,7 @@ def _candidates(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> tu
     valid = batch.segments != 0
     if corruption.scope == "answer":
         candidates, prompt_lengths = valid & batch.answer_mask, batch.prompt_lengths
-    elif corruption.diffusion.attention in ("prefix", "block"):
+    elif corruption.diffusion.attention in PROMPT_RULES:
         # One draw per example: that of its first token, at each of its tokens.
         first = jnp.zeros_like(batch.positions)
         draw = uniform(token_seeds(jax.random.fold_in(key, PREFIX_STREAM), batch.example_ids, first))

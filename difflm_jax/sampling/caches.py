@@ -4,8 +4,8 @@ A cache stores the keys and values of every column of the canvas. A pass runs ov
 replace the cached ones; the other columns are only read:
 
   prompt  exact under `prefix` and `causal` attention: the prompt runs once, a pass is the whole answer
-  blocks  exact under `block` and `causal` attention: the prompt runs once, a pass is the active block; the first pass
-          of a block runs over the finished block before it too, whose keys are then final
+  blocks  exact under attention in blocks and `causal` attention: the prompt runs once, a pass is the active block; the
+          first pass of a block runs over the finished block before it too, whose keys are then final
   prefix  Fast-dLLM (arXiv:2505.22618): the canvas runs at the start of a block, other passes are the block and what
           follows it, against the keys that came before it
   dual    Fast-dLLM: the same, and other passes are the active block alone
@@ -140,6 +140,8 @@ class _Runner:
             start, length, written_from = place(first)
             tokens_BT = jax.lax.dynamic_slice_in_dim(self._with_twins(tokens_BL), start, length, axis=1)
             rows = self._rows.part(start, length)
+            if self._decoder.diffusion.finished_is_prompt:
+                rows = rows.replace(prompt_lengths=self._rows.part(first, 1).positions[:, 0])
             keys, window, cached = None, None, {}
             if cache is not None:
                 keys, window, cached = self._rows, Window(start, written_from), {"cache": cache}
