@@ -130,7 +130,12 @@ def test_a_key_that_a_config_leaves_out_is_what_transformers_fills_in(model_type
         ({"model_type": "t5gemma", "is_encoder_decoder": True}, "is_encoder_decoder=true"),
         ({"model_type": "qwen2_5_vl", "vision_config": {}}, "reads images too (vision_config); use a text model"),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 8}, "its attention is latent (kv_lora_rank)"),
-        ({"model_type": "gemma4_text"}, "differ in head_dim"),
+        ({"model_type": "gemma4_text"}, "differ in head_dim: one stack"),
+        (
+            {"model_type": "gemma4", "vision_config": {}, "text_config": {"num_kv_shared_layers": 18}},
+            "differ in head_dim; num_kv_shared_layers=18 (layers without keys of their own): one stack",
+        ),
+        ({"model_type": "diffusion_gemma_text"}, "use gemma3_text"),
         ({"model_type": "gpt2"}, "it has learned positions"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture-of-experts models are not supported"),
         ({"model_type": "nobody"}, "model_type 'nobody' is not supported (known: "),
