@@ -100,6 +100,7 @@ class Prefill:
         return names
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def empty_columns(weights: Weights, rows: int, room: int) -> Columns:
     """Columns [N, rows, K, room, E] of zeros."""
     return jax.tree.map(
@@ -111,6 +112,12 @@ def empty_columns(weights: Weights, rows: int, room: int) -> Columns:
 def insert_row(columns: Columns, one: Columns, row: jax.Array) -> Columns:
     """`columns` with those of one row in their place."""
     return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice(x, new, (0, row, 0, 0, 0)), columns, one)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def write_after(columns: Columns, kept: Columns, lengths_B: jax.Array, offset: int) -> Columns:
+    """`columns` with those of `kept` from each row's column `length + offset` on."""
+    return ColumnModel(None, {}).write(columns, kept, lengths_B + offset)
 
 
 @functools.partial(jax.jit, static_argnums=2)

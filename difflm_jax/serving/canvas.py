@@ -18,7 +18,7 @@ from difflm_jax.sampling.batching import (
 )
 from difflm_jax.sampling.loop import Plan
 from difflm_jax.sampling.schedule import quotas
-from difflm_jax.serving.requests import Draft, Request
+from difflm_jax.serving.requests import Draft, Request, TokenProbability
 from difflm_jax.serving.work import Row, key_of
 
 WHOLE, PROMPT, BLOCKS = "whole", "prompt", "blocks"  # the columns that a pass runs over; see `filled`
@@ -121,15 +121,23 @@ class CanvasRow(Row):
         self.revisions = self.block = self.step = 0
         self.block_done = False
         self.written = self.needed
-        self.probabilities: dict[int, tuple] = {}  # of committed tokens, by column
+        self.probabilities: dict[int, TokenProbability] = {}  # of committed tokens, by column
 
     def _own(self, columns: np.ndarray) -> np.ndarray:
         """What belongs to the rest's tokens, of an array over columns."""
         return columns[self._at]
 
-    def answer_columns(self) -> np.ndarray:
-        """The column of each token that `final` gives, in order."""
-        return self._at if self._is_infill else self._at[self._given : self._given + self._most]
+    def all_probabilities(self) -> tuple[TokenProbability, ...]:
+        """Of the tokens that `final` and `answer` give, as far as they are known; given tokens are certain."""
+        given = self.prefix.tolist() if self._is_infill else []
+        found = [TokenProbability(token, 0.0) for token in given]
+        columns = self._at if self._is_infill else self._at[self._given : self._given + self._most]
+        for column in columns.tolist():
+            if not self.fillable[column]:
+                found.append(TokenProbability(int(self.tokens[column]), 0.0))
+            elif column in self.probabilities:
+                found.append(self.probabilities[column])
+        return tuple(found)
 
 
 def _answered(lm: LanguageModel, request: Request) -> tuple[np.ndarray, np.ndarray, Plan]:

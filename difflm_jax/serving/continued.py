@@ -18,10 +18,10 @@ from difflm_jax.sampling.columns import ColumnModel, Columns
 from difflm_jax.sampling.drafts import Drafting, Drafts
 from difflm_jax.sampling.options import SPECULATIVE, Sampling
 from difflm_jax.sampling.speculative import Carry, Loop, Predictor
-from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, moved
+from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, moved, write_after
 from difflm_jax.serving.family import Weights
 from difflm_jax.serving.requests import Draft, Request
-from difflm_jax.serving.table import Table, most_probable, room_bucket, rows_bucket, token_probability
+from difflm_jax.serving.table import Table, biased, most_probable, room_bucket, rows_bucket, token_probability
 from difflm_jax.serving.work import Row, Work, key_of
 
 
@@ -72,8 +72,7 @@ class Continued(Table):
         one, row.cached = self._prefill(row.tokens, row.prompt - 1, work.index, self._room)
         slot = self.slots.index(None)
         self._columns = insert_row(self._columns, one, jnp.int32(slot))
-        if self._drafts is not None:
-            self._drafts = self._drafts.replace(drafted=self._drafts.drafted.at[slot].set(False))
+        self._drafts = _without_drafts(self._drafts, slot)
         self.slots[slot] = work
 
     def release(self, work: Work) -> None:
@@ -93,14 +92,14 @@ class Continued(Table):
         for drafts_now in (True, False) if self._spec.drafting.drafts_first else (False,):
             logits, kept, is_nan = _ask(self._spec, self._weights, self._columns, carry, rows, drafts_now)
             if bias is not None:
-                logits = logits + bias[:, None]
+                logits = biased(logits, bias)
             after = [
                 _advanced(self._spec, self._weights, carry, rows, (logits, kept, sampling), drafts_now)
                 for _, sampling in groups
             ]
-            starts, before = carry.lengths - 1, carry.lengths
+            before = carry.lengths
             carry = after[0] if len(after) == 1 else _each_its_own([is_in for is_in, _ in groups], after)
-            self._columns = _write(self._columns, carry.cache, starts)
+            self._columns = write_after(self._columns, carry.cache, before, -1)
             carry = carry.replace(cache=None)
             if self.candidates() is not None:
                 found.append((before, _probabilities(carry.tokens, before, logits, self.candidates())))
@@ -164,10 +163,10 @@ class Continued(Table):
         rows = np.array(used + [0] * (batch - len(used)), np.int32)
         if self._columns is None:
             self._columns = empty_columns(self._weights, batch, room)
-            self._drafts = self._spec.fresh_drafts(self._weights, batch)
+            self._drafts = _fresh_drafts(self._spec, self._weights, batch)
         else:
             self._columns = moved(self._columns, rows, room)
-            self._drafts = None if self._drafts is None else jax.tree.map(lambda x: x[rows], self._drafts)
+            self._drafts = _moved_drafts(self._drafts, rows)
         self.slots = [self.slots[slot] for slot in used] + [None] * (batch - len(used))
         self._room = room
 
@@ -192,13 +191,6 @@ class Spec:
             mask_token_id=decoder.diffusion.mask_token_id,
             eos_token_ids=decoder.eos_token_ids,
         )
-
-    def fresh_drafts(self, weights: Weights, batch: int) -> Drafts | None:
-        """Drafts that are none, with room for the distributions of those that are drawn."""
-        draws = Sampling(temperature=np.ones(batch, np.float32))
-        lengths = jnp.ones(batch, jnp.int32)
-        rows = RowData(lengths, jnp.zeros((batch, 2), jnp.uint32), lengths)
-        return self.loop(weights, rows, draws).start(jnp.zeros((batch, 1), jnp.int32), lengths, None).drafts
 
 
 @jax.tree_util.register_dataclass
@@ -256,9 +248,23 @@ def _each_its_own(groups: list[jax.Array], carries: list[Carry]) -> Carry:
     return first.replace(cache=jax.tree.map(functools.partial(choose, 1), *caches))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(columns: Columns, kept: Columns, starts_B: jax.Array) -> Columns:
-    return ColumnModel(None, {}).write(columns, kept, starts_B)
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _fresh_drafts(spec: Spec, weights: Weights, batch: int) -> Drafts | None:
+    """Drafts that are none, with room for the distributions of those that are drawn."""
+    lengths = jnp.ones(batch, jnp.int32)
+    rows = RowData(lengths, jnp.zeros((batch, 2), jnp.uint32), lengths)
+    loop = spec.loop(weights, rows, Sampling(temperature=jnp.ones(batch)))
+    return loop.start(jnp.zeros((batch, 1), jnp.int32), lengths, None).drafts
+
+
+@jax.jit
+def _moved_drafts(drafts: Drafts | None, rows: jax.Array) -> Drafts | None:
+    return jax.tree.map(lambda x: x[rows], drafts)
+
+
+@jax.jit
+def _without_drafts(drafts: Drafts | None, slot: jax.Array) -> Drafts | None:
+    return None if drafts is None else drafts.replace(drafted=drafts.drafted.at[slot].set(False))
 
 
 @functools.partial(jax.jit, static_argnums=3)

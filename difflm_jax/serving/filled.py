@@ -20,13 +20,13 @@ from flax import struct
 
 from difflm_jax.diffusion.config import Layout
 from difflm_jax.models.attention import positions_of
-from difflm_jax.sampling.columns import ColumnModel, Columns, Rows
+from difflm_jax.sampling.columns import Columns, Rows
 from difflm_jax.sampling.loop import Canvas, Carry, Loop, Plan
 from difflm_jax.sampling.options import Sampling
-from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, model_of, moved
+from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, model_of, moved, write_after
 from difflm_jax.serving.canvas import BLOCKS, PROMPT, WHOLE
 from difflm_jax.serving.family import Weights
-from difflm_jax.serving.table import Table, most_probable, room_bucket, rows_bucket, token_probability
+from difflm_jax.serving.table import Table, biased, most_probable, room_bucket, rows_bucket, token_probability
 from difflm_jax.serving.work import Work
 
 
@@ -59,15 +59,15 @@ class Filled(Table):
         rows, carry = self._rows(plan), self._carry(plan)
         place = self.per_row(_block_to_run, np.int32(0))
         scale = self.per_row(lambda work: work.request.sampling.cfg_scale, 0.0) if self._is_guided else None
-        logits, kept, starts = _looked(
-            self._weights, plan, self._mode, (rows, carry.tokens, place, scale), self._columns
-        )
+        is_behind = place != carry.block
+        asked = (rows, carry.tokens, place, is_behind, scale)
+        logits, kept, starts = _looked(self._weights, plan, self._mode, asked, self._columns)
         if self._mode == BLOCKS:
-            self._columns = _write(self._columns, kept, starts)
+            self._columns = write_after(self._columns, kept, starts, 0)
         bias = self.biases(logits.shape[-1])
         if bias is not None:
-            logits = logits + bias[:, None]
-        is_behind, starts = place != carry.block, np.asarray(starts)
+            logits = biased(logits, bias)
+        starts = np.asarray(starts)
         for is_in, sampling in self.groups():
             active = is_in & ~is_behind
             step = (rows, sampling, logits, active)
@@ -101,9 +101,7 @@ class Filled(Table):
             for column in np.flatnonzero(row.tokens != before):
                 at = (slot, column - columns[0])
                 row.probabilities[column] = token_probability(work, row.tokens[column], found.probabilities, at)
-            row.logprobs = tuple(
-                row.probabilities[column] for column in row.answer_columns() if column in row.probabilities
-            )
+            row.logprobs = row.all_probabilities()
 
     def _plan(self) -> Plan:
         rows = [work.row for work in self.works]
@@ -220,15 +218,16 @@ class Found:
 def _looked(weights: Weights, plan: Plan, mode: str, asked: tuple, columns: Columns | None) -> tuple[Any, ...]:
     """(logits [B, T, V] of block `place` of each row, keys and values of what ran, where they belong [B]).
 
-    `asked`: (rows, tokens [B, L], place [B], guidance [B] or None).
+    `asked`: (rows, tokens [B, L], place [B], whether that block is finished [B], guidance [B] or None).
     """
-    rows, tokens_BL, place_B, scale_B = asked
+    rows, tokens_BL, place_B, is_finished_B, scale_B = asked
     diffusion = weights.decoder.diffusion
     first_B = plan.first_column + place_B * plan.block_length - diffusion.shift
     predicting_BT = first_B[:, None] + jnp.arange(plan.block_length)  # columns whose states predict the block
     if mode == WHOLE:
-        logits = _whole(weights, rows, tokens_BL, predicting_BT, scale_B)
-        return logits, None, first_B
+        if diffusion.finished_is_prompt:
+            rows = rows.replace(prompt_lengths=rows.prompt_lengths + place_B * plan.block_length)
+        return _whole(weights, rows, tokens_BL, predicting_BT, scale_B), None, first_B
     positions_BL = positions_of(rows.valid)
     if mode == PROMPT:
         start_B, length = (
@@ -242,7 +241,9 @@ def _looked(weights: Weights, plan: Plan, mode: str, asked: tuple, columns: Colu
     valid_BT = jnp.take_along_axis(rows.valid, window_BT, axis=1)
     # The token before the window, which predicts its first one, belongs to what is finished: it sees itself alone.
     sees_TT = (step >= diffusion.shift)[:, None] | (step == 0)
-    own_TT = step == step[:, None]
+    sees_BTT = sees_TT & valid_BT[:, None]
+    if diffusion.finished_is_prompt:
+        sees_BTT &= ~is_finished_B[:, None, None] | (step <= step[:, None])
     known_B = jnp.maximum(rows.prompt_lengths + (start_B - plan.first_column), 0)
     model, gate = model_of(weights, rows.index, True)
     hidden, kept = model.states(
@@ -250,7 +251,7 @@ def _looked(weights: Weights, plan: Plan, mode: str, asked: tuple, columns: Colu
         Rows(
             tokens=jnp.take_along_axis(tokens_BL, window_BT, axis=1),
             positions=jnp.take_along_axis(positions_BL, window_BT, axis=1),
-            sees=(sees_TT & valid_BT[:, None]) | own_TT,
+            sees=sees_BTT | (step == step[:, None]),
             lengths=known_B,
             gate=gate,
         ),
@@ -317,8 +318,3 @@ def _advanced(weights: Weights, plan: Plan, carry: Carry, step: tuple, candidate
     )
     found = None if candidates is None else most_probable(distributions, tokens, candidates)
     return after, Found(tokens, unfinished, jnp.isnan(logits_BTV).any(axis=(1, 2)), found)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(columns: Columns, kept: Columns, starts_B: jax.Array) -> Columns:
-    return ColumnModel(None, {}).write(columns, kept, starts_B)

@@ -91,6 +91,12 @@ def room_bucket(length: int, smallest: int = SMALLEST_ROOM) -> int:
     return room
 
 
+@jax.jit
+def biased(logits: jax.Array, bias_BV: jax.Array) -> jax.Array:
+    """Logits [B, N, V] with what is added to each token's."""
+    return logits + bias_BV[:, None]
+
+
 def most_probable(logits: jax.Array, tokens: jax.Array, candidates: int) -> tuple[jax.Array, ...]:
     """(log-probability of `tokens`, candidates and theirs) of the distributions with these logits [..., V]."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
