@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.resources
 import json
 import logging
 import time
@@ -21,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,6 +56,7 @@ class Server:
     def app(self) -> Starlette:
         """The ASGI application. Its shutdown closes the engine."""
         routes = [
+            Route("/", self._page, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/ready", self._ready, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
@@ -83,6 +85,10 @@ class Server:
             known = ", ".join(models)
             raise RefusedError(404, f"model: there is no {name!r} here; there are {known}", "model_not_found", "model")
         return name, models[name]
+
+    async def _page(self, _: HttpRequest) -> Response:
+        page = importlib.resources.files("difflm_jax.serving.web").joinpath("page.html").read_text("utf-8")
+        return HTMLResponse(page, headers={"X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"})
 
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -167,6 +173,8 @@ class Server:
         return JSONResponse({"count": len(tokens), "max_model_len": length, "tokens": tokens, "token_strs": strings})
 
     def _tokens(self, body: TokenizeRequest, lm: LanguageModel) -> list[int]:
+        if body.messages is None and not body.add_special_tokens:
+            return lm.tokenizer(body.prompt, add_special_tokens=False, verbose=False)["input_ids"]
         if body.messages is None:
             return lm.prompts.canvas(body.prompt).tolist()
         seconds = self.options.template_seconds

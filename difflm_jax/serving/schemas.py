@@ -271,6 +271,7 @@ class TokenizeRequest(_Strict):
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     chat_template_kwargs: Annotated[dict[Name, Scalar], Field(max_length=16)] | None = None
+    add_special_tokens: bool = True  # of a prompt; a chat template writes its own
     return_token_strs: bool = False
 
     @model_validator(mode="after")

@@ -55,7 +55,7 @@ class Chunks:
         chunks = [self._content(index, said, update.logprobs)] if said else []
         if update.draft is not None:
             chunk = self._content(index, "", ())
-            chunks.append(chunk | {"diffusion": {"passes": update.passes, "draft": self._canvas(update.draft)}})
+            chunks.append(chunk | {"diffusion": {"passes": update.passes, "draft": self._canvas(update.draft, gap)}})
         return chunks
 
     def finish(self, index: int, finished: Finished) -> list[dict[str, Any]]:
@@ -95,10 +95,12 @@ class Chunks:
     def _unsent(self, index: int, logprobs: Sequence[TokenProbability]) -> Sequence[TokenProbability]:
         return logprobs[self._scored[index] :]
 
-    def _canvas(self, draft: Draft) -> dict[str, Any]:
-        """Pieces of text, and of each whether it is committed (c), guessed (g) or open (o)."""
-        states = ["c" if c else "g" if g else "o" for c, g in zip(draft.committed, draft.guessed, strict=True)]
-        pieces = ["" if state == "o" else self._pieces(int(t)) for t, state in zip(draft.tokens, states, strict=True)]
+    def _canvas(self, draft: Draft, gap: slice | None) -> dict[str, Any]:
+        """Pieces of text, and of each whether it is committed (c), guessed (g) or open (o); of an infilling its gap."""
+        at = gap or slice(None)
+        states = ["c" if c else "g" if g else "o" for c, g in zip(draft.committed[at], draft.guessed[at], strict=True)]
+        tokens = draft.tokens[at].tolist()
+        pieces = ["" if state == "o" else self._pieces(token) for token, state in zip(tokens, states, strict=True)]
         return {"pieces": pieces, "states": "".join(states)}
 
     def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import uvicorn
 
 import difflm_jax
 from difflm_jax.serving.app import Server
-from difflm_jax.serving.engine import Engine, EngineOptions
+from difflm_jax.serving.engine import Engine
 from difflm_jax.serving.options import ServeOptions
 from tests.tiny_checkpoint import save_tiny_model
 
@@ -29,10 +29,10 @@ def tiny_lm(tiny_dir):
 
 
 @contextlib.contextmanager
-def serving(models: dict[str, Any], engine: EngineOptions | None = None, **options: Any) -> Iterator[httpx.Client]:
-    """A client of a server of `models`, whose `base_url` is the server's."""
+def serving(engine: Any, **options: Any) -> Iterator[httpx.Client]:
+    """A client of a server of `engine`, whose `base_url` is the server's."""
     listener = socket.create_server(("127.0.0.1", 0))
-    with Engine(models, engine or EngineOptions()) as running:
+    with engine as running:
         server = Server(running, ServeOptions(**{"max_new_tokens": 16, "max_length": 256, **options}))
         uvicorned = uvicorn.Server(uvicorn.Config(server.app(), log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=uvicorned.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -50,7 +50,7 @@ def serving(models: dict[str, Any], engine: EngineOptions | None = None, **optio
 @pytest.fixture(scope="module")
 def client(tiny_lm) -> Iterator[httpx.Client]:
     """A server of a model that fills masks and of its causal base."""
-    with serving({"tiny": tiny_lm, "tiny:base": tiny_lm.base()}) as found:
+    with serving(Engine({"tiny": tiny_lm, "tiny:base": tiny_lm.base()})) as found:
         yield found
 
 
