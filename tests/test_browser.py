@@ -57,11 +57,16 @@ def page(tmp_path_factory) -> Path:
 
 
 def browse(chromium: str, page: Path, place: str, *more: str) -> str:
+    return browse_url(chromium, f"{page.as_uri()}#{place}", page.parent, "--virtual-time-budget=3000", *more)
+
+
+def browse_url(chromium: str, url: str, directory: Path, *more: str) -> str:
+    """What Chromium prints of a page; it keeps its profile in `directory`."""
     return subprocess.run(
         [
             chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
-            "--disable-background-networking", f"--user-data-dir={page.parent / 'profile'}",
-            "--window-size=1000,900", "--virtual-time-budget=3000", *more, f"{page.as_uri()}#{place}",
+            "--disable-background-networking", f"--user-data-dir={directory / 'profile'}",
+            "--window-size=1000,900", *more, url,
         ],
         check=True, capture_output=True, text=True, timeout=120,
     ).stdout  # fmt: skip

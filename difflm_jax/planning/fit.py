@@ -3,6 +3,7 @@
 The arithmetic is that of `difflm plan`; here the model is one that was opened, and its weights have not been read.
 """
 
+import contextlib
 import dataclasses
 import os
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from difflm_jax.checkpoint.hf import check_quantization
 from difflm_jax.config.files import load_config
 from difflm_jax.distributed.mesh import abstract_mesh
 from difflm_jax.errors import UserError
@@ -119,9 +121,9 @@ def _smaller(lm: LanguageModel, rows: int, columns: int) -> list[tuple[str, tupl
         ways.append((f"--rows={max(rows // 4, 1)}", (lm, max(rows // 4, 1), columns)))
     if columns > 512:
         ways.append((f"--max_length={columns // 4}", (lm, rows, columns // 4)))
-    if lm.quantization is None:
-        for name in ("int8", "nf4"):
-            ways.append(
-                (f"--quantization={name}", (dataclasses.replace(lm, quantization=QuantConfig(name)), rows, columns))
-            )
+    for name in ("int8", "nf4") if lm.quantization is None else ():
+        stored = QuantConfig(name)
+        with contextlib.suppress(UserError):
+            check_quantization(lm.source, stored)
+            ways.append((f"--quantization={name}", (dataclasses.replace(lm, quantization=stored), rows, columns)))
     return ways

@@ -63,6 +63,7 @@ def answer_of(asked: Asked, index: int, finished: Finished) -> Answer:
     calls: list[Call] = []
     if asked.finds_calls:
         text, calls = parse_calls(text)
+        calls = calls[:1] if asked.body.parallel_tool_calls is False else calls
     reason = "tool_calls" if calls else finished.finish_reason
     return Answer(asked.echoes[index] + text, calls, reason, finished)
 
@@ -157,17 +158,17 @@ def chat_logprobs(asked: Asked, found: Sequence[TokenProbability]) -> dict[str, 
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(asked: Asked, found: Sequence[TokenProbability], offset: int = 0) -> dict[str, Any]:
-    """The same in the older form; `offset` is where the text of the first token begins."""
+def text_logprobs(asked: Asked, found: Sequence[TokenProbability], first: int = 0) -> dict[str, Any]:
+    """The same in the older form, of the tokens from `first` on; `found` begins with the answer."""
     pieces = Pieces(asked.lm.tokenizer, asked.lm.mask_token_id)
     shown = [one for one in found if one.token not in asked.lm.eos_token_ids]
-    texts = [pieces(one.token) for one in shown]
-    offsets = offset + np.cumsum([0, *map(len, texts)])
+    tokens = np.array([one.token for one in shown], np.int32)
+    texts = [decoded(asked, tokens[:place]) for place in range(first, len(shown))]
     return {
-        "tokens": texts,
-        "token_logprobs": [_finite(one.logprob) for one in shown],
-        "top_logprobs": [{pieces(token): _finite(value) for token, value in one.candidates} for one in shown],
-        "text_offset": offsets[:-1].tolist(),
+        "tokens": [pieces(one.token) for one in shown[first:]],
+        "token_logprobs": [_finite(one.logprob) for one in shown[first:]],
+        "top_logprobs": [{pieces(token): _finite(value) for token, value in one.candidates} for one in shown[first:]],
+        "text_offset": [len(text.rstrip("\N{REPLACEMENT CHARACTER}")) for text in texts],
     }
 
 

@@ -26,6 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.serving.answers import Head, whole
 from difflm_jax.serving.asking import Asked, ask_chat, ask_completion
@@ -36,7 +37,7 @@ from difflm_jax.serving.metrics import CONTENT_TYPE, Metrics
 from difflm_jax.serving.options import ServeOptions
 from difflm_jax.serving.prompts import chat_text, chat_tokens
 from difflm_jax.serving.requests import Busy, Event, Finished, Ticket
-from difflm_jax.serving.schemas import BadRequestError, ChatRequest, CompletionRequest, TokenizeRequest, parse
+from difflm_jax.serving.schemas import ChatRequest, CompletionRequest, TokenizeRequest, parse
 from difflm_jax.serving.stream import events
 
 log = logging.getLogger("difflm.serve")
@@ -68,7 +69,7 @@ class Server:
             Route("/load_model", self._load_model, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _error}
-        handlers |= dict.fromkeys((RefusedError, Busy, BadRequestError), _error)
+        handlers |= dict.fromkeys((RefusedError, Busy, UserError), _error)
         middleware = [Middleware(_Counted, metrics=self.metrics), Middleware(Guard, options=self.options)]
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=self._lifespan)
 
@@ -136,7 +137,7 @@ class Server:
         return await self._answer(request, asked, body.user)
 
     async def _answer(self, request: HttpRequest, asked: Asked, user: str | None) -> Response:
-        tickets = self._submit(asked)
+        tickets = await run_in_threadpool(self._submit, asked)
         head, seen = Head.of(asked, self.fingerprint), self.metrics.watcher()
         log.info("%s model=%s choices=%d user=%s", head.id, head.model, len(tickets), json.dumps(user))
         if asked.body.stream:

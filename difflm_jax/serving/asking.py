@@ -99,6 +99,7 @@ class _Asking:
         return length
 
     def request(self, tokens: np.ndarray, copy: int, gap: slice | None = None) -> Request:
+        self._check_no_grammar()
         sampling = self._sampling()
         length = self._length(tokens, gap)
         diffusion = self.body.diffusion
@@ -191,6 +192,19 @@ class _Asking:
             what = "stop" if self.body.stops else "diffusion.block_length"
             raise BadRequestError(f"{what}: has no meaning for an infilling, which fills every mask", what)
         return steps
+
+    def _check_no_grammar(self) -> None:
+        """Raises `BadRequestError` for what only a grammar could promise."""
+        diffusion, body = self.body.diffusion, self.body
+        asked = {"diffusion.regex": diffusion.regex, "diffusion.choice": diffusion.choice}
+        if isinstance(body, ChatRequest):
+            form = body.response_format
+            asked["response_format"] = form is not None and form.type != "text"
+            asked["tool_choice"] = body.tool_choice not in (None, "none", "auto")
+            asked["tools"] = any(tool.function.strict for tool in body.tools or ())
+        for name, value in asked.items():
+            if value:
+                raise BadRequestError(f"{name}: this server keeps to no grammar; ask for it in the prompt", name)
 
     def _logit_bias(self) -> tuple[tuple[int, float], ...]:
         biases = []

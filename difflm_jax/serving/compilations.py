@@ -9,11 +9,14 @@ class Compilations:
     """Counts programs that are compiled from now until `close`, by whatever thread."""
 
     def __init__(self):
-        self.count = 0
+        self.count, self._listens = 0, True
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
     def close(self) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._hear)
+        """Counts no more; a second time does nothing."""
+        if self._listens:
+            self._listens = False
+            jax.monitoring.unregister_event_duration_listener(self._hear)
 
     def _hear(self, event: str, _seconds: float, **_: object) -> None:
         self.count += event == _COMPILED

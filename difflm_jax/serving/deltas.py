@@ -31,10 +31,6 @@ class Deltas:
         """The rest, once the whole `text` of the answer is known."""
         return self._send(text)
 
-    @property
-    def sent(self) -> str:
-        return self._sent
-
     def _send(self, text: str) -> str:
         if not text.startswith(self._sent):
             return ""

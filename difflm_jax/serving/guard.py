@@ -26,14 +26,14 @@ class Guard:
 
     def __init__(self, app: ASGIApp, options: ServeOptions):
         self._app, self._hosts = app, options.hosts
-        self._key = _digest(options.api_key) if options.api_key else None
+        self._key = _digest(options.api_key.encode()) if options.api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers the request itself, or hands it on."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if "*" not in self._hosts and _host(headers.get(b"host", "")) not in self._hosts:
+        headers = dict(scope["headers"])
+        if "*" not in self._hosts and _host(headers.get(b"host", b"").decode("latin-1")) not in self._hosts:
             refusal = RefusedError(421, "this server does not answer to that Host", "invalid_host")
         elif self._key is not None and scope["path"] not in OPEN_ROUTES and not self._is_known(headers):
             refusal = RefusedError(401, "the API key is missing or wrong: Authorization: Bearer KEY", "invalid_api_key")
@@ -41,22 +41,22 @@ class Guard:
             return await self._app(scope, receive, send)
         await error_response(refusal)(scope, receive, send)
 
-    def _is_known(self, headers: Mapping[bytes, str]) -> bool:
-        scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
+    def _is_known(self, headers: Mapping[bytes, bytes]) -> bool:
+        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
         given = credentials.strip()
-        if scheme.lower() == "basic":
+        if scheme.lower() == b"basic":
             try:
-                given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
-                given = ""
-        elif scheme.lower() != "bearer":
-            given = ""
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                given = b""
+        elif scheme.lower() != b"bearer":
+            given = b""
         return hmac.compare_digest(_digest(given), self._key)
 
 
-def _digest(key: str) -> bytes:
+def _digest(key: bytes) -> bytes:
     """Keys of any length compare in the same time."""
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(key).digest()
 
 
 def _host(header: str) -> str:

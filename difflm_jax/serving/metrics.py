@@ -74,5 +74,11 @@ class _EngineStats:
 
     def collect(self) -> Iterable[Metric]:
         for name, value in self._stats().items():
+            about = (f"difflm_engine_{name}", f"{name} of the engine".replace("_", " "))
             if isinstance(value, (int, float)):
-                yield GaugeMetricFamily(f"difflm_engine_{name}", f"{name} of the engine".replace("_", " "), value)
+                yield GaugeMetricFamily(*about, value)
+            elif isinstance(value, Mapping):  # passes by rows
+                counts = GaugeMetricFamily(*about, labels=["rows"])
+                for rows, count in value.items():
+                    counts.add_metric([str(rows)], count)
+                yield counts

@@ -50,9 +50,9 @@ class Chunks:
     def update(self, index: int, update: Update) -> list[dict[str, Any]]:
         """What can be sent after `update`, then the canvas where drafts are asked for."""
         gap = self._asked.gaps[index]
-        tokens = update.tokens if gap is None else update.tokens[: gap.stop - gap.start]
+        tokens = update.tokens if gap is None else update.tokens[gap]
         said = self._deltas[index].feed(tokens.tolist())
-        chunks = [self._content(index, said, update.logprobs)] if said else []
+        chunks = [self._content(index, said, update.logprobs[: len(tokens)])] if said else []
         if update.draft is not None:
             chunk = self._content(index, "", ())
             chunks.append(chunk | {"diffusion": {"passes": update.passes, "draft": self._canvas(update.draft, gap)}})
@@ -83,10 +83,10 @@ class Chunks:
 
     def _content(self, index: int, text: str, logprobs: Sequence[TokenProbability]) -> dict[str, Any]:
         new = self._unsent(index, logprobs) if self._asked.requests[index].logprobs is not None else []
-        offset = len(self._asked.echoes[index]) + len(self._deltas[index].sent) - len(text)
+        first = self._scored[index]
         self._scored[index] += len(new)
         if not self._is_chat:
-            return self._text(index, text, text_logprobs(self._asked, new, offset) if new else None)
+            return self._text(index, text, text_logprobs(self._asked, logprobs, first) if new else None)
         chunk = self._delta(index, {"content": text} if text else {})
         if new:
             chunk["choices"][0]["logprobs"] = chat_logprobs(self._asked, new)

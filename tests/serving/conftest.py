@@ -29,12 +29,12 @@ def tiny_lm(tiny_dir):
 
 
 @contextlib.contextmanager
-def serving(engine: Any, **options: Any) -> Iterator[httpx.Client]:
+def serving(engine: Any, server: type[Server] = Server, **options: Any) -> Iterator[httpx.Client]:
     """A client of a server of `engine`, whose `base_url` is the server's."""
     listener = socket.create_server(("127.0.0.1", 0))
     with engine as running:
-        server = Server(running, ServeOptions(**{"max_new_tokens": 16, "max_length": 256, **options}))
-        uvicorned = uvicorn.Server(uvicorn.Config(server.app(), log_level="error", timeout_graceful_shutdown=1))
+        served = server(running, ServeOptions(**{"max_new_tokens": 16, "max_length": 256, **options}))
+        uvicorned = uvicorn.Server(uvicorn.Config(served.app(), log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=uvicorned.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not uvicorned.started:

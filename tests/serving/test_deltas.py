@@ -26,6 +26,7 @@ def bytes_fallback() -> PreTrainedTokenizerFast:
 def cleaned() -> PreTrainedTokenizerFast:
     tokenizer = bytes_fallback()
     tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     return tokenizer
 
 
