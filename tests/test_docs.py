@@ -14,7 +14,7 @@ from difflm_jax.config.files import load_config, take_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DOORS = ("train", "generate", "evaluate", "export", "plan", "plot")
+DOORS = ("train", "generate", "evaluate", "export", "plan", "plot", "serve")
 PLACEHOLDER = "..."
 
 

@@ -1,7 +1,7 @@
 """What a client may send, as pydantic models: every field of OpenAI is honoured, or refused by its name.
 
 Nothing is dropped. A field that a diffusion model cannot honour is refused unless it has the value that changes
-nothing (`_NEUTRAL`), and an unknown key is answered by the name that was meant.
+nothing (`REFUSED`), and an unknown key is answered by the name that was meant.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from difflm_jax.sampling.options import Sampling
 from difflm_jax.utils.flag_help import nearest
 
 # Fields of OpenAI that are refused unless they have one of these values, and why.
-_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "frequency_penalty": ((None, 0), "not supported; diffusion.repetition_penalty is"),
     "presence_penalty": ((None, 0), "not supported; diffusion.repetition_penalty is"),
     "functions": ((None, []), "the older form of tools: use tools"),
@@ -167,11 +167,11 @@ class _Generation(_Strict):
         """`given` without what changes nothing; raises for what is not honoured."""
         if not isinstance(given, dict):
             return given
-        for name in given.keys() & _NEUTRAL.keys():
-            values, reason = _NEUTRAL[name]
+        for name in given.keys() & REFUSED.keys():
+            values, reason = REFUSED[name]
             if not any(given[name] == value and type(given[name]) in (type(value), float) for value in values):
                 raise ValueError(f"{name}: {reason}")
-        kept = {name: value for name, value in given.items() if name not in _NEUTRAL}
+        kept = {name: value for name, value in given.items() if name not in REFUSED}
         if isinstance(config := kept.get("generation_config"), str):
             kept = {**_of_transformers(config), **kept}
         if kept.get("diffusion", ...) is None:

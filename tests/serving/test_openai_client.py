@@ -7,7 +7,11 @@ import numpy as np
 import openai
 import pytest
 from openai.types import Completion
+from openai.types import completion_create_params as text_params
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import completion_create_params as chat_params
+
+from difflm_jax.serving.schemas import REFUSED, ChatRequest, CompletionRequest
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -140,6 +144,15 @@ def test_errors_are_those_that_the_client_knows(sdk):
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match=r"did you mean diffusion\.threshold"):
         sdk.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"diffusion": {"treshold": 0.9}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"), [(ChatRequest, chat_params), (CompletionRequest, text_params)], ids=["chat", "completion"]
+)
+def test_every_field_of_the_client_is_honoured_or_refused_by_name(kind, params):
+    own = {**params.CompletionCreateParamsBase.__annotations__, "stream": bool}
+    assert len(own) > 15
+    assert [name for name in own if name not in kind.model_fields and name not in REFUSED] == []
 
 
 def test_tokenize_counts_what_a_prompt_takes(client, tiny_lm):
