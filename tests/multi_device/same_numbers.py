@@ -29,12 +29,14 @@ from tests.tiny import tiny_config, tiny_params
 
 ROWS, LENGTH, MASK = 16, 20, 96
 
-
+# Local layers and one without RoPE; its default attention_multiplier of 1 saturates the scores of random weights.
+_GRANITE = {"model_type": "granite_swa", "sliding_window": 6, "layer_rope_theta": [0, 1e4, 1e4]}
 # What is divided over `tensor` with the heads: norms over all of them, weights of each; and capped logits.
 FAMILIES = {
     "qwen3": {},
     "olmo2": {"model_type": "olmo2"},
-    "granite_swa": {"model_type": "granite_swa", "sliding_window": 6, "attention_multiplier": 0.06},
+    "granite_swa": {**_GRANITE, "attention_multiplier": 0.06},
+    "saturated": _GRANITE,
     "gemma2": {"model_type": "gemma2", "sliding_window": 6, "final_logit_softcapping": 3.0},
     "cohere": {"model_type": "cohere", "use_qk_norm": True},
 }
@@ -144,6 +146,25 @@ def numbers(
         "norms": norms,
         "evaluation": evaluation,
         "trained": sums,
+    }
+
+
+def gradient(family: str, mesh: list[int], moved: float = 0.0) -> dict[str, list]:
+    """Leaves of the first step's gradient of every factor; `moved`: by how much of itself each weight was changed."""
+    params, options, lora = setting(None, family)
+    rng = np.random.default_rng(7)
+    nudge = np.random.default_rng(11)
+    params = jax.tree.map(lambda x: x * jnp.float32(1 + moved * nudge.choice([-1, 1], size=x.shape)), params)
+    lora = jax.tree.map(lambda x: jnp.where(x.any(), x, jnp.float32(0.05 * rng.normal(size=x.shape))), lora)
+    mesh, rate = make_mesh(*mesh), 1e4  # so that the difference of two weights is their gradient
+    step = make_train_step(options, optax.identity(), lambda index: rate, mesh)
+    state = place(TrainState({"lora": jax.tree.map(jnp.copy, lora)}, optax.EmptyState()), mesh)
+    batch = place_rows(micro_batched(2), batch_sharding(mesh))
+    state, _ = step(place({"params": params}, mesh), state, batch, jax.random.key(5), 0)
+    before, after = jax.tree_util.tree_leaves_with_path(lora), jax.tree.leaves(state.trained["lora"])
+    return {
+        jax.tree_util.keystr(path): ((np.asarray(old, np.float64) - np.asarray(new)) / rate).tolist()
+        for (path, old), new in zip(before, after, strict=True)
     }
 
 
