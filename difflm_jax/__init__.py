@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from difflm_jax.errors import UserError
     from difflm_jax.lm import Generation, LanguageModel
     from difflm_jax.loading import load
+    from difflm_jax.sampling.grammar.grammar import Grammar
 
-__all__ = ["Generation", "LanguageModel", "UserError", "load"]
+__all__ = ["Generation", "Grammar", "LanguageModel", "UserError", "load"]
 
-_HOMES = {"Generation": "lm", "LanguageModel": "lm", "UserError": "errors", "load": "loading"}
+_HOMES = {
+    "Generation": "lm",
+    "Grammar": "sampling.grammar.grammar",
+    "LanguageModel": "lm",
+    "UserError": "errors",
+    "load": "loading",
+}
 
 
 def __getattr__(name: str) -> Any:

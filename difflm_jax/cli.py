@@ -69,7 +69,10 @@ def run_command(
 
 
 # Flags that name files or directories: the shell leaves the `~` of --name=~/path to us.
-PATH_FLAGS = ("model", "adapter", "run", "config", "data", "base", "text", "out", "file", "watch_html")
+PATH_FLAGS = (
+    *("model", "adapter", "run", "config", "data", "base", "text", "out", "file", "watch_html", "plot"),
+    *("json_schema", "lark"),
+)
 
 
 def _expand_paths(flag_values: flags.FlagValues) -> None:
@@ -218,6 +221,7 @@ COMMANDS = {
 TOOLS = {
     "init": "write a config for your own data into a new directory, and preview it",
     "recipes": "list, show or copy the configs of the repository",
+    "tune": "find the fastest decoding that is as good as the best, and keep it",
 }
 
 
@@ -241,7 +245,22 @@ def difflm(argv: Sequence[str] | None = None) -> int:
     return exit_with_errors(command)
 
 
+def tune_flags() -> flags.FlagValues:
+    """The flags of `difflm tune`."""
+    from difflm_jax.evaluation import tune
+
+    known = flags.FlagValues()
+    define_model_flags(known)
+    tune.define_flags(known)
+    return known
+
+
 def _tool(name: str, argv: Sequence[str]) -> int:
+    if name == "tune":
+        from difflm_jax.evaluation import tune
+
+        known = tune_flags()
+        return run_command(lambda given: tune.main(given, load_from_flags), known, tune.__doc__, argv)
     from difflm_jax.config import recipes
 
     if name == "recipes":

@@ -3,23 +3,30 @@
     python -m difflm_jax.export --run=DIR --to=peft|merged --out=DIR
 
 `--model` and `--adapter` name the parts where there is no run directory, or where the base has moved.
+`--push_to_hub=OWNER/NAME` uploads it, too; the model card names the base and the run's last evaluation.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
+from difflm_jax.checkpoint.hub import add_figures, check_push, push
 from difflm_jax.cli import define_model_flags, load_from_flags, run_command, suggest_next
+from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError
 from difflm_jax.loading import read_run_config
+from difflm_jax.training.metrics import METRICS_FILE, read_metrics
 from difflm_jax.utils.files import check_new_directory
 
 FLAGS = flags.FlagValues()
 define_model_flags(FLAGS)
 flags.DEFINE_enum("to", "peft", ["peft", "merged"], "What to write.", flag_values=FLAGS)
 flags.DEFINE_string("out", "", "The directory to write; it must not hold anything yet.", flag_values=FLAGS)
+flags.DEFINE_string("push_to_hub", "", "Upload it as this model (owner/name) of the hub, too.", flag_values=FLAGS)
+flags.DEFINE_bool("private", False, "With --push_to_hub: a new repository is private.", flag_values=FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
@@ -29,6 +36,10 @@ def main(flag_values: flags.FlagValues) -> None:
     check_new_directory(Path(flag_values.out).expanduser(), lambda _: flag_values.to == "peft")
     if flag_values.run and flag_values.to == "peft" and read_run_config(Path(flag_values.run)).trained == "all":
         raise UserError(f"{flag_values.run} trained every weight, and has no adapter: export it with --to=merged")
+    if flag_values.push_to_hub:
+        check_push(flag_values.push_to_hub)
+    elif flag_values.private:
+        raise UserError("--private belongs to --push_to_hub")
     lm = load_from_flags(flag_values)
     if lm.lora is None and not flag_values.run:
         raise UserError("there is no adapter to export: name one with --adapter, or a run with --run")
@@ -39,8 +50,21 @@ def main(flag_values: flags.FlagValues) -> None:
         merged.save_pretrained(flag_values.out)
     else:
         lm.save_adapter(flag_values.out)
+    if flag_values.run and is_writer():
+        config, evaluations = read_run_config(Path(flag_values.run)), _evaluations(flag_values.run)
+        if evaluations:
+            add_figures(Path(flag_values.out), config.dataset, evaluations[-1])
     print(f"wrote {flag_values.out}")
+    if flag_values.push_to_hub and is_writer():
+        print(f"uploaded to {push(Path(flag_values.out), flag_values.push_to_hub, flag_values.private)}")
     suggest_next(f'difflm generate {_reopened(flag_values)} --prompt="..."')
+
+
+def _evaluations(run: str) -> list[dict[str, Any]]:
+    """The records of a run's evaluations; none where it has no log."""
+    if not (Path(run) / METRICS_FILE).is_file():
+        return []
+    return [record for record in read_metrics(run) if "masked_nll" in record and "eval_loss" in record]
 
 
 def _reopened(flag_values: flags.FlagValues) -> str:

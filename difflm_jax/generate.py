@@ -25,6 +25,7 @@ from difflm_jax.cli import (
 )
 from difflm_jax.errors import UserError
 from difflm_jax.lm import Generation, LanguageModel
+from difflm_jax.sampling.grammar.grammar import Grammar
 from difflm_jax.sampling.watch import Watcher
 from difflm_jax.utils.files import check_writable
 from difflm_jax.view.page import PageRecorder
@@ -49,6 +50,11 @@ flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", flag_values=
 flags.DEFINE_bool("stats", False, "Print tokens, passes and tokens per pass to stderr.", flag_values=FLAGS)
 flags.DEFINE_bool("watch", False, "Show the answer after every pass, on stderr; prompts in turn.", flag_values=FLAGS)
 flags.DEFINE_string("watch_html", "", "A page of every pass, to scrub through; prompts in turn.", flag_values=FLAGS)
+flags.DEFINE_string("json_schema", None, "A file: answers are JSON that its schema allows.", flag_values=FLAGS)
+flags.DEFINE_bool("json_object", False, "Answers are JSON objects.", flag_values=FLAGS)
+flags.DEFINE_string("regex", None, "Answers are what this expression matches, whole.", flag_values=FLAGS)
+flags.DEFINE_multi_string("choice", [], "Answers are one of these; once for each text.", flag_values=FLAGS)
+flags.DEFINE_string("lark", None, "A file: answers are texts of its Lark grammar.", flag_values=FLAGS)
 define_sampling_flags(FLAGS)
 
 
@@ -59,6 +65,7 @@ def main(flag_values: flags.FlagValues) -> None:
     if flag_values.watch_html:
         check_writable(flag_values.watch_html)
     lines = _lines(flag_values)  # before the model: a missing file should not cost a load
+    _grammar(flag_values)
     if flag_values.infill and lines is None and flag_values.prompt is None:
         raise UserError("--infill fills texts, and does not chat: give --prompt, --file or a pipe")
     lm = load_from_flags(flag_values, with_base=flag_values.causal)
@@ -130,6 +137,26 @@ def _options(flag_values: flags.FlagValues) -> dict[str, Any]:
     }
 
 
+def _grammar(flag_values: flags.FlagValues) -> Grammar | None:
+    """What answers must be, if a flag says so."""
+    given = [name for name in ("json_schema", "json_object", "regex", "choice", "lark") if flag_values[name].value]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]}: an answer keeps to one of them: leave one out")
+    if flag_values.infill:
+        raise UserError(f"--{given[0]} belongs to answers, not to --infill")
+    name, value = given[0], flag_values[given[0]].value
+    if name == "json_object":
+        return Grammar.json_object()
+    if name in ("json_schema", "lark"):
+        path = Path(value)
+        if not path.is_file():
+            raise UserError(f"--{name}={path}: no such file")
+        value = path.read_text(encoding="utf-8")
+    return getattr(Grammar, name)(value)
+
+
 def _page(lm: LanguageModel, flag_values: flags.FlagValues, options: dict[str, Any]) -> PageRecorder:
     shown = {"attention": lm.attention, "logit_shift": lm.logit_shift, "steps": _steps(lm, flag_values)}
     shown |= {name: value for name, value in options.items() if name != "batch_size"}
@@ -164,8 +191,17 @@ def _answers(
         block_length = flag_values.block_length or None
         stops = [text.replace("\\n", "\n") for text in flag_values.stop.split(",")] if flag_values.stop else []
         out = lm.generate(
-            prompts, flag_values.max_new_tokens, _steps(lm, flag_values), block_length, stop=stops, **options
+            prompts,
+            flag_values.max_new_tokens,
+            _steps(lm, flag_values),
+            block_length,
+            stop=stops,
+            grammar=_grammar(flag_values),
+            **options,
         )
+        if out.complete is not None and not out.complete.all():
+            short = int((~out.complete).sum())
+            print(f"note: {short} of {len(prompts)} answers did not come to an end of the grammar", file=sys.stderr)
     if page is not None:
         page.write(flag_values.watch_html)
     if flag_values.stats:
@@ -180,11 +216,14 @@ def _stats(out: Generation, infill: bool, seconds: float) -> str:
     return f"{tokens} tokens in {passes} passes ({rate}), {seconds:.1f} s with compilation"
 
 
-def _steps(lm: LanguageModel, flag_values: flags.FlagValues) -> int:
-    """The budget of forward passes: --steps, else a pass for each place of the canvas (128 for --infill)."""
+def _steps(lm: LanguageModel, flag_values: flags.FlagValues) -> int | None:
+    """The budget of forward passes: --steps, else what `difflm tune` found (None), else a pass for each place of the
+    canvas (128 for --infill)."""
     steps = flag_values.steps
     if flag_values.infill:
         return 128 if steps is None else steps
+    if steps is None and "tokens_per_pass" in lm.diffusion.preset_options and not flag_values.causal:
+        return None
     block = flag_values.block_length or lm.diffusion.decoding_block or 1
     canvas = -(-flag_values.max_new_tokens // block) * block
     return max(steps or 0, canvas) if flag_values.causal or steps is None else steps

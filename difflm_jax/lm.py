@@ -30,10 +30,11 @@ from difflm_jax.quant import QuantConfig
 from difflm_jax.sampling.answers import Answers, Request
 from difflm_jax.sampling.batching import FillOptions, fill_masks
 from difflm_jax.sampling.caches import Decoder
+from difflm_jax.sampling.grammar.grammar import Grammar
 from difflm_jax.sampling.likelihood import LogLikelihood, log_likelihoods
-from difflm_jax.sampling.options import Sampling, sampling_options
+from difflm_jax.sampling.options import LEFT_TO_RIGHT, Sampling, left_of_preset, of_sampling, sampling_options
 from difflm_jax.sampling.text import Generation, Prompt, Prompts, as_list
-from difflm_jax.sampling.watch import Watcher, both
+from difflm_jax.sampling.watch import Host, Watcher, both
 from difflm_jax.view.stream import StreamerFeed
 
 
@@ -174,7 +175,7 @@ class LanguageModel:
         self,
         prompts: Prompt | Sequence[Prompt],
         max_new_tokens: int = 128,
-        steps: int = 128,
+        steps: int | None = None,
         block_length: int | None = None,
         temperature: float = 0.0,
         algorithm: str | None = None,
@@ -183,20 +184,24 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         on_pass: Watcher | None = None,
         streamer: Any = None,
+        grammar: Grammar | None = None,
         **options: Any,
     ) -> Generation:
         """Answers prompts: a string or a list of strings (the chat template is applied), message lists, messages with
         tools as {"messages": ..., "tools": ...}, or token lists.
 
-        An answer starts as `max_new_tokens` masks. At most `steps` forward passes, over all blocks together, commit
-        them, the most confident first. Each block takes at least one, and no more are scheduled than there are masks
-        (except for `remask`); passes of `edit_threshold` come on top. `block_length` fills the answer in blocks from
-        left to right (None: one block, or the blocks of the attention rule). `algorithm` ranks the masks; None: what
-        the other options need, else what the adapter's `diffusion_config.json` names. `options` are the fields of
+        An answer starts as `max_new_tokens` masks. At most `steps` forward passes (None: 128, or what a preset of
+        `difflm tune` says), over all blocks together, commit them, the most confident first. Each block takes at least
+        one, and no more are scheduled than there are masks (except for `remask`); passes of `edit_threshold` come on
+        top. `block_length` fills the answer in blocks from left to right (None: one block, or the blocks of the
+        attention rule). `algorithm` ranks the masks; None: what the other options need, else what the adapter's
+        `diffusion_config.json` names. `options` are the fields of
         `difflm_jax.sampling.options.Sampling`.
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
         string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
         called after every forward pass with a `difflm_jax.sampling.watch.Pass`.
+        `grammar` (`difflm_jax.Grammar`) is what an answer must be, whole; see `difflm_jax.sampling.grammar`.
+        `Generation.complete` says for which rows `max_new_tokens` were enough.
         `streamer`, for a single prompt, is one of transformers' (`put`, `end`, and `put_draft` if it has one); see
         `difflm_jax.view.stream`. It gets each token once it is final. Passes of speculative decoding, of causal draws
         and of a model divided over devices are not observed: it then gets the whole answer at the end.
@@ -204,8 +209,14 @@ class LanguageModel:
         `base().generate`, above it they are distributed as its draws; `steps` has no effect.
         """
         rows = self.prompts.all(as_list(prompts))
+        if algorithm is None and grammar is not None and not grammar.is_regular and self.attention != "causal":
+            algorithm = LEFT_TO_RIGHT
+        preset = left_of_preset(self.diffusion.preset_options, {"algorithm": algorithm, **options})
+        block_length = block_length or preset.get("block_length")
+        if steps is None:
+            steps = -(-max_new_tokens // preset["tokens_per_pass"]) if "tokens_per_pass" in preset else 128
         sampling = self._sampling(temperature, algorithm, options)
-        request = Request(max_new_tokens, steps, block_length, seed, batch_size, stop, on_pass)
+        request = Request(max_new_tokens, steps, block_length, seed, batch_size, stop, on_pass, grammar)
         if streamer is None:
             return self.answers.to(rows, sampling, request)
         feed = self._feed(streamer, rows, sampling, request)
@@ -244,7 +255,8 @@ class LanguageModel:
             raise UserError("stop_at_eos: infill fills every mask, wherever an end-of-sequence token stands")
         sampling = self._sampling(temperature, algorithm, options)
         self.answers.check_length(max((len(row) for row in rows), default=0))
-        filled = fill_masks(self.decoder, rows, FillOptions(sampling, steps, seed, batch_size, on_pass))
+        host = None if on_pass is None else Host(watch=on_pass)
+        filled = fill_masks(self.decoder, rows, FillOptions(sampling, steps, seed, batch_size, host))
         return Generation(
             [self.answers.decode(row) for row in filled.rows], filled.rows, filled.passes, filled.committed
         )
@@ -359,6 +371,7 @@ class LanguageModel:
 
     def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:
         given = {"temperature": temperature, "algorithm": algorithm, **options}
+        given |= of_sampling(left_of_preset(self.diffusion.preset_options, given))
         return sampling_options(self.attention, self.algorithm, given)
 
 

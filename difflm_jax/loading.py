@@ -1,6 +1,7 @@
 """Opens what a person names: a checkpoint, an adapter on it, or a training run, as one `ModelSpec`."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
-from difflm_jax.sampling.options import check_algorithm
+from difflm_jax.sampling.batching import check_positive
+from difflm_jax.sampling.options import check_algorithm, of_sampling, sampling_options
 from difflm_jax.utils.dtypes import AUTO, DTYPES, fastest_dtype
 
 
@@ -305,7 +307,26 @@ def _rule(spec: ModelSpec, trained_for: Mapping[str, Any]) -> dict[str, Any]:
         "gated": bool(trained_for.get("gated", False)),
         "noise": trained_for.get("noise") or "mask",
         "draft_length": trained_for.get("draft_length") or 0,
+        "preset": _preset(spec, attention, trained_for),
     }
+
+
+def _preset(spec: ModelSpec, attention: str, trained_for: Mapping[str, Any]) -> str:
+    """The measured options of decoding, as JSON; none where the model is used otherwise than it was measured."""
+    preset = trained_for.get("preset")
+    own = trained_for.get("attention", "full"), trained_for.get("algorithm", "confidence")
+    if not preset or spec.algorithm not in (None, own[1]) or attention != own[0]:
+        return ""
+    options = preset.get("options")
+    if not isinstance(options, dict):
+        raise UserError(f"{spec.adapter or spec.source}: diffusion_config.json: preset must hold options")
+    try:
+        sampling_options("causal" if trained_for.get("gated") else attention, own[1], of_sampling(options))
+        for name in ("block_length", "tokens_per_pass"):
+            check_positive(name, options.get(name, 1))
+    except UserError as error:
+        raise UserError(f"{spec.adapter or spec.source}: diffusion_config.json: preset: {error}") from error
+    return json.dumps(preset, sort_keys=True)
 
 
 def _block_length(attention: str, block_length: int | None, trained_for: Mapping[str, Any]) -> int:

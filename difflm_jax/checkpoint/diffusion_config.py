@@ -19,6 +19,7 @@ _TYPES = {
     "gated": bool,
     "noise": str,
     "draft_length": int,
+    "preset": dict,
 }
 
 
@@ -42,7 +43,8 @@ def read_diffusion_config(directory: str | Path) -> dict[str, Any] | None:
 
 def model_card(base_model: str, diffusion_config: dict[str, Any], provenance: str) -> str:
     """The README.md of a merged checkpoint; `provenance` says what else was done to the weights, if anything."""
-    facts = "\n".join(f"- `{key}`: `{value}`" for key, value in diffusion_config.items())
+    known = {key: value for key, value in diffusion_config.items() if key != "preset"}
+    facts = "\n".join(f"- `{key}`: `{value}`" for key, value in known.items())
     return (
         f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [masked-diffusion, difflm_jax]\n---\n\n"
         f"# A masked-diffusion language model made from {base_model}\n\nAnswers are decoded by filling masks, not from "

@@ -369,7 +369,9 @@ def _peft_lines(base_model_name: str) -> str:
 
 
 def _model_card(base_model_name: str, diffusion_config: Mapping[str, Any], notes: str) -> str:
-    settings = "\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in sorted(diffusion_config.items()))
+    settings = "\n".join(
+        f"- {key}: `{json.dumps(value)}`" for key, value in sorted(diffusion_config.items()) if key != "preset"
+    )
     return f"""---
 base_model: {json.dumps(base_model_name)}
 library_name: peft

@@ -194,8 +194,9 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Wandb:
-    """Weights & Biases."""
+    """Weights & Biases, or trackio, which takes the same calls and stays on this machine."""
 
+    service: str = setting("wandb", "wandb or trackio (pip install trackio; local).", choices=("wandb", "trackio"))
     project: str = setting("llm-diffusion", "Project; empty: off.")
     entity: str = setting("", "Entity; empty: the account's own.")
     wandb_log_path: str = setting("/tmp/wandb", "Where its local files go.", path=True)

@@ -5,6 +5,7 @@ which hidden state predicts which token (the logit shift), what a block is, and 
 """
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -63,6 +64,7 @@ class DiffusionConfig:
     gated, noise: the adapter is on at noisy tokens only; what stands at hidden positions ("mask": the mask token;
       "uniform": any token).
     draft_length: tokens that a gated adapter drafts after the last one; else 0.
+    preset: options of decoding that were measured (`difflm tune`), with their figures, as JSON; "": none.
     """
 
     attention: str = setting(
@@ -79,6 +81,7 @@ class DiffusionConfig:
     gated: bool = False
     noise: str = "mask"
     draft_length: int = 0
+    preset: str = ""
 
     def __post_init__(self):
         if self.attention not in ATTENTION_RULES:
@@ -91,6 +94,8 @@ class DiffusionConfig:
         values = {name: getattr(self, name) for name in _ALWAYS_WRITTEN}
         if self.has_blocks:
             values["block_length"] = self.block_length
+        if self.preset:
+            values["preset"] = json.loads(self.preset)
         return values | {
             name: getattr(self, name) for name, off in _WRITTEN_IF_NOT.items() if getattr(self, name) != off
         }
@@ -106,7 +111,13 @@ class DiffusionConfig:
             gated=False,
             noise="mask",
             draft_length=0,
+            preset="",
         )
+
+    @property
+    def preset_options(self) -> dict[str, Any]:
+        """The options of `preset`."""
+        return json.loads(self.preset)["options"] if self.preset else {}
 
     # Blocks
 

@@ -11,9 +11,14 @@ from difflm_jax.sampling.batching import FillOptions, answer_plan, fill_answers
 from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.causal import PLAIN, continue_rows, drafting_of, is_plain
 from difflm_jax.sampling.drafts import Drafting
-from difflm_jax.sampling.options import SPECULATIVE, Sampling
+from difflm_jax.sampling.grammar.canvas import AutomatonRow, CanvasRow, MatcherRow
+from difflm_jax.sampling.grammar.grammar import Grammar
+from difflm_jax.sampling.grammar.matcher import Matcher
+from difflm_jax.sampling.grammar.vocabulary import Vocabulary
+from difflm_jax.sampling.loop import Plan
+from difflm_jax.sampling.options import LEFT_TO_RIGHT, SPECULATIVE, Sampling
 from difflm_jax.sampling.text import Generation, cut_answer, stop_strings
-from difflm_jax.sampling.watch import Watcher
+from difflm_jax.sampling.watch import Host, Watcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Request:
     batch_size: int = 16
     stop: str | Sequence[str] = ()
     on_pass: Watcher | None = None
+    grammar: Grammar | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Answers:
 
     def to(self, rows: Sequence[np.ndarray], sampling: Sampling, request: Request) -> Generation:
         """One answer for each prompt. Raises `UserError`."""
+        if request.grammar is not None:
+            _check_grammar(sampling)
         if sampling.algorithm == SPECULATIVE:
             drafting = drafting_of(self.decoder.diffusion, sampling, request.block_length, request.on_pass)
             return self._continued(rows, sampling, drafting, request)
@@ -46,11 +54,13 @@ class Answers:
         self.check_length(max((len(row) for row in rows), default=0) + plan.num_blocks * plan.block_length)
         if is_plain(self.decoder, sampling) and request.on_pass is None:
             return self._continued(rows, sampling, PLAIN, request)
-        options = FillOptions(sampling, steps, request.seed, request.batch_size, request.on_pass)
+        host = Host(self._canvas_rows(rows, sampling, request, plan), request.on_pass)
+        options = FillOptions(sampling, steps, request.seed, request.batch_size, None if host == Host() else host)
         stops = self._stops(request)
         filled = fill_answers(self.decoder, rows, most, plan, options)
         texts, tokens = self._cut(filled.rows, *stops)
-        return Generation(texts, tokens, filled.passes, filled.committed)
+        complete = self._complete(request, filled.rows)
+        return Generation(texts, tokens, filled.passes, filled.committed, complete=complete)
 
     def is_observed(self, sampling: Sampling) -> bool:
         """Whether a watcher may see the passes: not those of speculative decoding, of causal draws, or of a mesh."""
@@ -77,11 +87,56 @@ class Answers:
         """Answers that are the causal base's own text, decoded from left to right."""
         most, stops = request.max_new_tokens, self._stops(request)
         self.check_length(max((len(row) for row in rows), default=0) + most)
-        found = continue_rows(self.decoder, rows, most, sampling, drafting, request.seed, request.batch_size)
+        matchers = self._matchers(request, len(rows)) if request.grammar else None
+        how = (sampling, drafting, request.seed, request.batch_size, matchers)
+        found = continue_rows(self.decoder, rows, most, *how)
         committed = np.array([len(row) for row in found.rows], np.int32)
-        drafts = (found.verified, found.accepted) if drafting.num_nodes else ()
+        drafts = (found.verified, found.accepted) if drafting.num_nodes else (None, None)
         texts, tokens = self._cut(found.rows, *stops)
-        return Generation(texts, tokens, found.passes, committed, *drafts)
+        return Generation(texts, tokens, found.passes, committed, *drafts, self._complete(request, found.rows))
+
+    def _matchers(self, request: Request, count: int) -> list[Matcher]:
+        """One for each of `count` rows."""
+        return [request.grammar.matcher(self._vocabulary) for _ in range(count)]
+
+    def _canvas_rows(
+        self, rows: Sequence[np.ndarray], sampling: Sampling, request: Request, plan: Plan
+    ) -> list[CanvasRow] | None:
+        """What keeps each row of a canvas to the grammar, if there is one. Raises `UserError`."""
+        if request.grammar is None:
+            return None
+        diffusion, most = self.decoder.diffusion, request.max_new_tokens
+        if sampling.revises:
+            raise UserError("grammar: committed tokens must stay, so not with remask or edit_threshold")
+        offsets = [len(row) - diffusion.settled(len(row)) for row in rows]
+        if request.grammar.is_regular:
+            automaton = request.grammar.automaton(self._vocabulary)
+            return [AutomatonRow(automaton, most, offset, diffusion.mask_token_id) for offset in offsets]
+        if sampling.algorithm != LEFT_TO_RIGHT and plan.block_length > 1:
+            raise UserError(
+                f"algorithm={sampling.algorithm!r}: what a {request.grammar.kind} allows is known from the left only: "
+                f"give algorithm={LEFT_TO_RIGHT!r} (a regex or a choice goes with any)"
+            )
+        matchers = self._matchers(request, len(rows))
+        return [MatcherRow(matcher, most, at, self._vocabulary) for matcher, at in zip(matchers, offsets, strict=True)]
+
+    def _complete(self, request: Request, rows: Sequence[np.ndarray]) -> np.ndarray | None:
+        """[rows] bool: whether each answer is all that the grammar asks for; None without one."""
+        if request.grammar is None:
+            return None
+        complete = []
+        for row, matcher in zip(rows, self._matchers(request, len(rows)), strict=True):
+            ends = np.flatnonzero(np.isin(row, self.decoder.eos_token_ids))
+            row = row[: ends[0] + 1] if len(ends) else row
+            whole = matcher.accepts(row) == len(row)
+            if whole:
+                matcher.advance(row)
+            complete.append(whole and matcher.is_accepting)
+        return np.array(complete, bool)
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self.tokenizer, self.decoder.model.config.vocab_size, self.decoder.eos_token_ids)
 
     def _stops(self, request: Request) -> tuple[list[str], list[int]]:
         return stop_strings(request.stop, self.tokenizer)
@@ -91,3 +146,13 @@ class Answers:
         ends = (*self.decoder.eos_token_ids, *stop_ids)
         answers = [cut_answer(row, ends, stops, self.decode) for row in rows]
         return [text for text, _ in answers], [tokens for _, tokens in answers]
+
+
+def _check_grammar(sampling: Sampling) -> None:
+    """Raises `UserError` for options that contradict a grammar."""
+    if sampling.eos_penalty is not None:
+        raise UserError(
+            f"eos_penalty={sampling.eos_penalty}: a grammar says where an answer ends: leave one of them out"
+        )
+    if not sampling.stop_at_eos:
+        raise UserError("stop_at_eos=False: a grammar ends answers by an end of sequence: leave one of them out")

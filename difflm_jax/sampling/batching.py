@@ -21,7 +21,7 @@ from difflm_jax.sampling.caches import Decoder, fill_on
 from difflm_jax.sampling.loop import Canvas, Plan
 from difflm_jax.sampling.options import Sampling
 from difflm_jax.sampling.schedule import quotas, shares
-from difflm_jax.sampling.watch import Watcher, fill_watched
+from difflm_jax.sampling.watch import Host, fill_stepwise
 from difflm_jax.utils.progress import Progress
 
 SMALLEST_WIDTH = 16
@@ -29,13 +29,13 @@ SMALLEST_WIDTH = 16
 
 @dataclasses.dataclass(frozen=True)
 class FillOptions:
-    """How rows are filled: options, at most `steps` passes per row, and `watch`, which is called after every pass."""
+    """How rows are filled: options, at most `steps` passes per row, and who takes part on the host."""
 
     sampling: Sampling
     steps: int = 128
     seed: int = 0
     batch_size: int = 16
-    watch: Watcher | None = None
+    host: Host | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +148,11 @@ def _fill(
     decoder: Decoder, prompts: Sequence[np.ndarray], rests: Sequence[np.ndarray], plan: Plan, options: FillOptions
 ) -> Filled:
     """Samples in batches of equal shape; the last one is filled up with copies of its first row."""
-    sampling, batch_size, watch = options.sampling, options.batch_size, options.watch
+    sampling, batch_size, host = options.sampling, options.batch_size, options.host
     check_positive("batch_size", batch_size)
     check_seed(options.seed)
-    if watch is not None and decoder.mesh is not None:
-        raise UserError("watching: this model is divided over devices: load it on one for that")
+    if host is not None and decoder.mesh is not None:
+        raise UserError("watching, and grammars: this model is divided over devices: load it on one for that")
     if not prompts:
         return Filled([], np.zeros(0, np.int32), np.zeros(0, np.int32))
     masks_BJ = np.stack([masks_of_blocks(rest == decoder.diffusion.mask_token_id, plan) for rest in rests])
@@ -167,7 +167,7 @@ def _fill(
     if decoder.mesh is not None:  # rows are divided over the devices
         batch_size += -batch_size % row_shards(decoder.mesh)
     filled, committed, passes = [], [], []
-    with batches_shown(len(rows), batch_size if watch is None else len(rows)) as progress:
+    with batches_shown(len(rows), batch_size if host is None else len(rows)) as progress:
         for first in range(0, len(rows), batch_size):
             count = min(batch_size, len(rows) - first)
             index = np.concatenate([np.arange(first, first + count), np.full(batch_size - count, first)])
@@ -178,10 +178,10 @@ def _fill(
                 quotas(sampling.schedule, masks_BJ[index], steps_BJ[index], plan.steps_per_block),
             )
             canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], steps, schedule, keys[index])
-            if watch is None:
+            if host is None:
                 carry = fill_on(jax.default_backend())(decoder, plan, canvas, sampling)
             else:
-                carry = fill_watched(decoder, plan, canvas, sampling, range(first, first + count), watch)
+                carry = fill_stepwise(decoder, plan, canvas, sampling, range(first, first + count), host)
             tokens, used = to_host(carry.tokens), to_host(carry.passes)
             filled += [tokens[i, plan.first_column :][: len(rests[index[i]])] for i in range(count)]
             committed += (fillable & (tokens != decoder.diffusion.mask_token_id)).sum(axis=1)[:count].tolist()

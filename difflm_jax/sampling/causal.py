@@ -16,7 +16,10 @@ from difflm_jax.models.transformer import Transformer
 from difflm_jax.sampling.batching import batches_shown, check_positive, check_seed, row_keys, width_bucket
 from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.columns import PREFILL_CHUNK, ColumnModel
-from difflm_jax.sampling.drafts import Drafting
+from difflm_jax.sampling.constrained import Passes, run_within
+from difflm_jax.sampling.constrained import Rows as GrammarRows
+from difflm_jax.sampling.drafts import Drafting, Nodes
+from difflm_jax.sampling.grammar.matcher import Matcher
 from difflm_jax.sampling.options import SPECULATIVE, Sampling
 from difflm_jax.sampling.speculative import Carry, Loop, Predictor
 
@@ -68,10 +71,12 @@ def continue_rows(
     drafting: Drafting = PLAIN,
     seed: int = 0,
     batch_size: int = 16,
+    matchers: Sequence[Matcher] | None = None,
 ) -> Continued:
     """Answers of at most `max_new_tokens` to `prompts` of at least one token, by `decoder`'s base and its adapter.
 
-    Rows do not depend on those that they share a batch with.
+    Rows do not depend on those that they share a batch with. `matchers`, one for each prompt, keep the answers to a
+    grammar, and stand at their ends afterwards.
     """
     if decoder.mesh is not None:
         raise UserError("speculative decoding: this model is divided over devices: load it on one for that")
@@ -96,7 +101,10 @@ def continue_rows(
             room = width + width_bucket(max_new_tokens) + drafting.deepest + 1
             program = _Program(decoder.model, decoder.diffusion, decoder.eos_token_ids, drafting, room)
             batch = _Prompts(tokens, lengths, limits.astype(np.int32), keys[index])
-            carry = _continue(program, decoder.variables, batch, sampling)
+            if matchers is None:
+                carry = _continue(program, decoder.variables, batch, sampling)
+            else:
+                carry = _continue_within(program, decoder.variables, batch, sampling, matchers[first : first + count])
             carry = jax.device_get(carry)
             found = [carry.tokens[i, lengths[i] : carry.lengths[i]] for i in range(count)]
             rows += found
@@ -138,8 +146,50 @@ class _Prompts:
 @functools.partial(jax.jit, static_argnums=0)
 def _continue(program: _Program, variables: dict[str, Any], prompts: _Prompts, sampling: Sampling) -> Carry:
     """The last carry; of its arrays those that belong to rows."""
+    return _loop(program, variables, prompts, sampling).run(_begin(program, variables, prompts, sampling)).slim()
+
+
+def _continue_within(
+    program: _Program, variables: dict[str, Any], prompts: _Prompts, sampling: Sampling, matchers: Sequence[Matcher]
+) -> Carry:
+    """`_continue` under a grammar: the same passes, one by one."""
+    known = (program, variables, prompts, sampling)
+    passes = Passes(
+        draft=functools.partial(_draft, *known) if program.drafting.drafts_first else None,
+        nodes=functools.partial(_nodes, *known),
+        verify=functools.partial(_verify, *known),
+    )
+    vocabulary = program.model.config.vocab_size
+    rows = GrammarRows(matchers, np.asarray(prompts.limits), vocabulary, program.eos_token_ids)
+    return run_within(passes, rows, _begin(*known)).slim()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(program: _Program, variables: dict[str, Any], prompts: _Prompts, sampling: Sampling) -> Carry:
     columns = ColumnModel(program.model, variables)
-    loop = Loop(
+    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, program.room - prompts.tokens.shape[1])))
+    cache = columns.prefill(prompts.tokens, program.room)
+    return _loop(program, variables, prompts, sampling).start(tokens, prompts.lengths, cache)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _draft(program, variables, prompts, sampling, carry: Carry, allowed_B1W: jax.Array) -> Carry:
+    return _loop(program, variables, prompts, sampling).draft(carry, allowed_B1W)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nodes(program, variables, prompts, sampling, carry: Carry) -> Nodes:
+    return _loop(program, variables, prompts, sampling).nodes(carry)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _verify(program, variables, prompts, sampling, carry: Carry, allowed_BNW: jax.Array) -> Carry:
+    return _loop(program, variables, prompts, sampling).verify(carry, allowed_BNW)
+
+
+def _loop(program: _Program, variables: dict[str, Any], prompts: _Prompts, sampling: Sampling) -> Loop:
+    columns = ColumnModel(program.model, variables)
+    return Loop(
         model=Predictor(columns.predict, columns.write),
         drafting=program.drafting,
         sampling=sampling,
@@ -149,7 +199,3 @@ def _continue(program: _Program, variables: dict[str, Any], prompts: _Prompts, s
         mask_token_id=program.diffusion.mask_token_id,
         eos_token_ids=program.eos_token_ids,
     )
-    width = prompts.tokens.shape[1]
-    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, program.room - width)))
-    start = loop.start(tokens, prompts.lengths, columns.prefill(prompts.tokens, program.room))
-    return loop.run(start).replace(cache=None, drafts=None)

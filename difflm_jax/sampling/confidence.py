@@ -43,6 +43,11 @@ def uniform(_logits_BTV: jax.Array, _tokens_BT: jax.Array, noise_BT: jax.Array) 
     return noise_BT
 
 
+def from_the_left(_logits_BTV: jax.Array, tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
+    """The further left the higher."""
+    return jnp.broadcast_to(-jnp.arange(tokens_BT.shape[1], dtype=jnp.float32), tokens_BT.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Confidence:
     """A score and what it reads: the logits as the model gave them, or the distribution that tokens are drawn from
@@ -63,6 +68,7 @@ CONFIDENCES = {
     "maskgit_plus": Confidence(log_odds, of_drawn=True, is_log_odds=True),  # these three: Dream (arXiv:2508.15487)
     "topk_margin": Confidence(margin, of_drawn=True),
     "entropy": Confidence(negative_entropy, of_drawn=True),
+    "left_to_right": Confidence(from_the_left),
     "random": Confidence(uniform),
     "origin": Confidence(uniform),  # each mask is revealed by chance alone: see `commit.by_rate`
 }

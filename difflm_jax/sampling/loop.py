@@ -16,6 +16,7 @@ from flax import struct
 
 from difflm_jax.distributed.collectives import everywhere, varying_with
 from difflm_jax.sampling import commit, revise
+from difflm_jax.sampling.grammar.bits import where_allowed
 from difflm_jax.sampling.options import Sampling
 from difflm_jax.sampling.proposal import REMASK_STREAM, Proposal, noise, propose, seen_tokens
 from difflm_jax.sampling.schedule import DEADLINE, time_of
@@ -66,6 +67,15 @@ class Carry:
     cache: Any  # what `predict` keeps
 
 
+@struct.dataclass
+class Attempt:
+    """What a pass would do to the active block."""
+
+    proposal: Proposal
+    commit: jax.Array  # [B, T] bool
+    cache: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """What stays the same over all passes, and the body that makes one. The mask token is never produced."""
@@ -99,24 +109,36 @@ class Loop:
 
     def observed_step(self, carry: Carry) -> tuple[Carry, Proposal]:
         """`step`, with what the pass proposed for the block that was active."""
-        first = self.plan.first_column + carry.block * self.plan.block_length
+        attempt = self.attempt(carry)
+        return self.settle(carry, attempt), attempt.proposal
 
-        def active(x_BL: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x_BL, first, self.plan.block_length, axis=1)
+    def attempt(self, carry: Carry, allowed_BTW: jax.Array | None = None) -> Attempt:
+        """The pass itself: what it proposes for the active block, and which masks the rule commits.
+
+        `allowed_BTW`: what may stand at each position (`difflm_jax.sampling.grammar.bits`); None: anything.
+        """
+        open_BT, done_B, committed_BT = self._before(carry)
+        first = self._first(carry)
+        logits_BTV, cache = self.predict(carry.cache, carry.tokens, first, carry.step)
+        if allowed_BTW is not None:
+            logits_BTV = where_allowed(logits_BTV, allowed_BTW)
+        proposal = self._propose(carry.tokens, logits_BTV, self._keys(carry))
+        confidence_BT = self._active(carry, carry.confidence)
+        commit_BT = self._commit(carry, proposal, open_BT & ~done_B[:, None], committed_BT, confidence_BT)
+        return Attempt(proposal, commit_BT, cache)
+
+    def settle(self, carry: Carry, attempt: Attempt) -> Carry:
+        """The carry after `attempt`: its commits, revisions, and whether a row or all of them leave the block."""
+        proposal, commit_BT = attempt.proposal, attempt.commit
+        open_BT, done_B, committed_BT = self._before(carry)
+        open_BT &= ~done_B[:, None]
+        first = self._first(carry)
 
         def put(x_BL: jax.Array, x_BT: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(x_BL, x_BT, first, axis=1)
 
-        open_BT = active(self._open(carry.tokens))
-        done_B = jnp.where(carry.step == 0, ~open_BT.any(axis=1), carry.done)
-        keys_B = _step_keys(self.canvas.keys, carry.block, carry.step)
-        logits_BTV, cache = self.predict(carry.cache, carry.tokens, first, carry.step)
-        proposal = self._propose(carry.tokens, logits_BTV, keys_B)
-
-        tokens_BT, confidence_BT = active(carry.tokens), active(carry.confidence)
-        committed_BT = active(self.canvas.fillable) & (tokens_BT != self.mask_token_id) & ~done_B[:, None]
-        open_BT &= ~done_B[:, None]
-        commit_BT = self._commit(carry, proposal, open_BT, committed_BT, confidence_BT)
+        tokens_BT, confidence_BT = self._active(carry, carry.tokens), self._active(carry, carry.confidence)
+        keys_B = self._keys(carry)
         edit_BT, remask_BT = self._revise(carry, proposal, tokens_BT, committed_BT, confidence_BT, keys_B)
         write_BT = commit_BT | edit_BT
         tokens_BT = jnp.where(write_BT, proposal.tokens, jnp.where(remask_BT, self.mask_token_id, tokens_BT))
@@ -125,14 +147,14 @@ class Loop:
 
         used_B, was_full_B = ~done_B, ~open_BT.any(axis=1)
         revisions_B = jnp.where(carry.step == 0, 0, carry.revisions) + was_full_B
-        settled_B = ~active(self._open(tokens_BL)).any(axis=1)
+        settled_B = ~self._active(carry, self._open(tokens_BL)).any(axis=1)
         if self.sampling.edit_threshold is not None:
             settled_B &= was_full_B & (~edit_BT.any(axis=1) | (revisions_B >= self.sampling.edit_passes))
         if self.sampling.remask is not None:
             settled_B = jnp.zeros_like(done_B)  # a full block may be opened again until its time is over
         done_B |= settled_B | (carry.step + 1 >= self._limit(carry.block))
         leave = everywhere(done_B.all())
-        carry = Carry(
+        return Carry(
             tokens=tokens_BL,
             confidence=put(carry.confidence, confidence_BT),
             passes=carry.passes + used_B,
@@ -140,9 +162,26 @@ class Loop:
             revisions=revisions_B,
             block=carry.block + leave,
             step=jnp.where(leave, 0, carry.step + 1),
-            cache=cache,
+            cache=attempt.cache,
         )
-        return carry, proposal
+
+    def _first(self, carry: Carry) -> jax.Array:
+        """[] the first column of the active block."""
+        return self.plan.first_column + carry.block * self.plan.block_length
+
+    def _active(self, carry: Carry, x_BL: jax.Array) -> jax.Array:
+        """[B, T] the columns of the active block."""
+        return jax.lax.dynamic_slice_in_dim(x_BL, self._first(carry), self.plan.block_length, axis=1)
+
+    def _before(self, carry: Carry) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Before a pass: (masks that are to be filled [B, T], rows that are done [B], tokens committed [B, T])."""
+        open_BT = self._active(carry, self._open(carry.tokens))
+        done_B = jnp.where(carry.step == 0, ~open_BT.any(axis=1), carry.done)
+        fillable_BT, tokens_BT = self._active(carry, self.canvas.fillable), self._active(carry, carry.tokens)
+        return open_BT, done_B, fillable_BT & (tokens_BT != self.mask_token_id) & ~done_B[:, None]
+
+    def _keys(self, carry: Carry) -> jax.Array:
+        return _step_keys(self.canvas.keys, carry.block, carry.step)
 
     def _open(self, tokens_BL: jax.Array) -> jax.Array:
         """[B, L] bool: masks that are to be filled, given the end-of-sequence tokens that are there."""

@@ -85,6 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "steady": {"algorithm": "probability", "threshold": 0.9, "leftmost": True, "schedule": DEADLINE},
 }
 SPECULATIVE = "speculative"
+LEFT_TO_RIGHT = "left_to_right"
 ALGORITHMS = (*CONFIDENCES, *PRESETS, SPECULATIVE)
 _OF_DRAFTING = ("strategy", "draft_length", "lookup")
 _WITH_DRAFTING = (*_OF_DRAFTING, "algorithm", "temperature", "top_p", "top_k", "eos_penalty", "stop_at_eos", "schedule")
@@ -155,6 +156,21 @@ def sampling_options(attention: str, default_algorithm: str, options: Mapping[st
         given["algorithm"] = ruled[0] if ruled else default_algorithm
     given.setdefault("schedule", "even")
     return Sampling(**given)
+
+
+# Options of a measured preset (`difflm tune`) that `generate` takes beside those of `Sampling`.
+_OF_GENERATE = ("block_length", "tokens_per_pass")
+
+
+def of_sampling(preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a measured preset that are fields of `Sampling`."""
+    return {name: value for name, value in preset.items() if name not in _OF_GENERATE}
+
+
+def left_of_preset(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a measured preset counts beside options that were given: nothing beside another rule of committing."""
+    names = {name for name, value in given.items() if value is not None}
+    return {} if names & _INSTEAD_OF_PRESETS else {name: x for name, x in preset.items() if name not in names}
 
 
 def _speculative(attention: str, given: Mapping[str, Any]) -> Sampling:
@@ -237,6 +253,10 @@ def _check_together(given: Mapping[str, Any], attention: str) -> None:
         refuse("edit_threshold", "does not go with remask: a token is replaced or masked again, not both")
     if "edit_passes" in given and "edit_threshold" not in given:
         refuse("edit_passes", "has no effect without edit_threshold")
+    if algorithm == LEFT_TO_RIGHT:
+        for name in ("alg_temp", "eos_last"):
+            if name in given:
+                refuse(name, "algorithm='left_to_right' commits masks from the left, whatever they hold")
     if "leftmost" in given and by_chance:
         refuse("leftmost", "which masks are committed is left to chance here")
     if "leftmost" in given and "eos_last" in given:

@@ -19,6 +19,7 @@ class Proposal:
     score: jax.Array  # [B, T] float32, by which positions are ranked
     probability: jax.Array  # [B, T] float32, of the token among those that it is drawn from
     logits: jax.Array  # [B, T, V] float32, of the distribution that tokens are drawn from
+    noisy: jax.Array  # [B, T, V] float32, with the noise of the draw: `tokens` are its maxima
 
 
 def propose(
@@ -41,7 +42,8 @@ def propose(
     if sampling.eos_penalty is not None:
         logits_BTV = jnp.where(jnp.isin(token_V, eos), logits_BTV - sampling.eos_penalty, logits_BTV)
     drawn_BTV = drawn_from(logits_BTV, sampling)
-    tokens_BT = draw(drawn_BTV, keys_B if sampling.temperature is not None else None)
+    noisy_BTV = with_noise(drawn_BTV, keys_B if sampling.temperature is not None else None)
+    tokens_BT = noisy_BTV.argmax(axis=-1).astype(jnp.int32)
 
     confidence = CONFIDENCES[sampling.algorithm]
     noise_BT = noise(jax.random.uniform, keys_B, SCORE_STREAM, tokens_BT.shape[1:])
@@ -52,7 +54,7 @@ def propose(
     if sampling.eos_last:
         score_BT = jnp.where(jnp.isin(tokens_BT, eos), -jnp.inf, score_BT)
     probability_BT = jax.nn.sigmoid(log_odds(drawn_BTV, tokens_BT, noise_BT))
-    return Proposal(tokens_BT, score_BT, probability_BT, drawn_BTV)
+    return Proposal(tokens_BT, score_BT, probability_BT, drawn_BTV, noisy_BTV)
 
 
 def drawn_from(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -73,14 +75,19 @@ def drawn_from(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def draw(logits_BTV: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-    """[B, T] int32: a draw from softmax(logits), or without keys the likeliest token.
+    """[B, T] int32: a draw from softmax(logits), or without keys the likeliest token."""
+    return with_noise(logits_BTV, keys_B).argmax(axis=-1).astype(jnp.int32)
+
+
+def with_noise(logits_BTV: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    """[B, T, V] logits whose maxima are draws from softmax(logits); without keys the logits themselves.
 
     The Gumbel noise is made in float32 from -log(-log u) in its exact form for small u, so that its upper tail is not
     cut off (which would act as a lower temperature).
     """
-    if keys_B is not None:
-        logits_BTV = logits_BTV + noise(jax.random.gumbel, keys_B, TOKEN_STREAM, logits_BTV.shape[1:], mode="high")
-    return logits_BTV.argmax(axis=-1).astype(jnp.int32)
+    if keys_B is None:
+        return logits_BTV
+    return logits_BTV + noise(jax.random.gumbel, keys_B, TOKEN_STREAM, logits_BTV.shape[1:], mode="high")
 
 
 def penalise_repetition(logits_BTV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from difflm_jax.distributed.collectives import everywhere, varying_with
 from difflm_jax.sampling import drafts, verification
 from difflm_jax.sampling.columns import Rows
 from difflm_jax.sampling.drafts import Drafting, Drafts, Nodes
+from difflm_jax.sampling.grammar.bits import where_allowed
 from difflm_jax.sampling.options import Sampling
 from difflm_jax.sampling.proposal import draw, drawn_from, noise
 from difflm_jax.sampling.verification import Accepted
@@ -42,6 +43,10 @@ class Carry:
     accepted: jax.Array  # [B, deepest] int32, how many accepted at least 1, 2, ... of them
     drafts: Drafts | None
     cache: Any
+
+    def slim(self) -> "Carry":
+        """What belongs to rows."""
+        return self.replace(cache=None, drafts=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +91,27 @@ class Loop:
 
     def cycle(self, carry: Carry) -> Carry:
         """At most one pass that drafts and one that verifies."""
-        if self.drafting.drafts_first:
-            needs_B = self.needs_drafts(carry)
-            nobody = everywhere(~needs_B.any())
-            carry = jax.lax.cond(nobody, lambda carry, _: carry, self._draft_pass, carry, needs_B)
-        predicted = self.model.predict(carry.cache, self.rows_to_verify(carry))
-        return self.verified(carry, *predicted)
+        return self.verify(self.draft(carry))
 
-    def _draft_pass(self, carry: Carry, needs_B: jax.Array) -> Carry:
-        return self.drafted(carry, needs_B, *self.model.predict(carry.cache, self.rows_to_draft(carry)))
+    def draft(self, carry: Carry, allowed_B1W: jax.Array | None = None) -> Carry:
+        """The pass that drafts, where the strategy has one and a row needs it.
+
+        `allowed_B1W`: what may come next (`difflm_jax.sampling.grammar.bits`); None: anything.
+        """
+        if not self.drafting.drafts_first:
+            return carry
+        needs_B = self.needs_drafts(carry)
+        nobody = everywhere(~needs_B.any())
+        return jax.lax.cond(nobody, lambda carry, *_: carry, self._draft_pass, carry, needs_B, allowed_B1W)
+
+    def verify(self, carry: Carry, allowed_BNW: jax.Array | None = None) -> Carry:
+        """The pass that verifies. `allowed_BNW`: what may follow the last token, and each of `nodes(carry)`."""
+        predicted = self.model.predict(carry.cache, self.rows_to_verify(carry))
+        return self.verified(carry, *predicted, allowed_BNW)
+
+    def _draft_pass(self, carry: Carry, needs_B: jax.Array, allowed_B1W: jax.Array | None) -> Carry:
+        predicted = self.model.predict(carry.cache, self.rows_to_draft(carry))
+        return self.drafted(carry, needs_B, *predicted, allowed_B1W)
 
     # A pass is a question to the model and what follows from its answer. A server asks for rows of several options at
     # once, so that these are functions of their own.
@@ -121,37 +138,39 @@ class Loop:
             gate=jnp.broadcast_to(step > 0, (batch, length + 1)),
         )
 
-    def drafted(self, carry: Carry, needs_B: jax.Array, logits: jax.Array, kept: Any) -> Carry:
+    def drafted(
+        self, carry: Carry, needs_B: jax.Array, logits: jax.Array, kept: Any, allowed_B1W: jax.Array | None = None
+    ) -> Carry:
         """The carry with the next token of the base and drafts after it, for the rows that need them."""
         keys_B = self._keys(carry)
-        logits = self._drawn_from(logits)
-        own = draw(logits[:, :1], keys_B if self.sampling.temperature is not None else None)
+        own = draw(self._drawn_from(logits[:, :1], allowed_B1W), keys_B if self._draws else None)
         # A row that needs no drafts writes its last token's column, too; the pass that verifies writes it again.
         cache = self.model.write(carry.cache, jax.tree.map(lambda x: x[..., :1, :], kept), carry.lengths - 1)
-        new = self._drafts(logits[:, 1:], keys_B, needs_B)
+        new = self._drafts(self._drawn_from(logits[:, 1:]), keys_B, needs_B)
         carry = carry.replace(cache=cache, drafts=new, passes=carry.passes + needs_B)
         return self._append(carry, own, needs_B.astype(jnp.int32))
 
     def rows_to_verify(self, carry: Carry) -> Rows:
         """The rows of a verifying pass: the last token, what is proposed, and noise where acceptance may end."""
-        nodes = self._nodes(carry)
+        nodes = self.nodes(carry)
         return self._rows(carry, nodes, drafts.ancestors(nodes), self._anchors(nodes), self._keys(carry))
 
-    def verified(self, carry: Carry, logits: jax.Array, kept: Any) -> Carry:
+    def verified(self, carry: Carry, logits: jax.Array, kept: Any, allowed_BNW: jax.Array | None = None) -> Carry:
         """Accepts proposals, adds the base's own token, and leaves drafts for the next pass where it makes some."""
         keys_B = self._keys(carry)
-        nodes = self._nodes(carry)
+        nodes = self.nodes(carry)
         ancestors, anchors = drafts.ancestors(nodes), self._anchors(nodes)
         count = 1 + nodes.tokens.shape[1]
-        logits = self._drawn_from(logits)
-        accepted = self._accept(carry, nodes, ancestors, logits[:, :count], keys_B)
+        own = self._drawn_from(logits[:, :count], allowed_BNW)
+        accepted = self._accept(carry, nodes, ancestors, own, keys_B)
 
         active_B = ~carry.done
         kept = jax.tree.map(lambda x: _along_path(x, accepted.path, self.drafting), kept)
         cache = self.model.write(carry.cache, kept, carry.lengths - 1)
         new = carry.drafts
         if anchors is not None:
-            groups = logits[:, count:].reshape(len(keys_B), anchors.shape[1], self.drafting.length, -1)
+            groups = self._drawn_from(logits[:, count:])
+            groups = groups.reshape(len(keys_B), anchors.shape[1], self.drafting.length, -1)
             at_end = anchors == accepted.count[:, None]
             group_B = jnp.argmax(at_end, axis=1)
             of_end = jnp.take_along_axis(groups, group_B[:, None, None, None], axis=1)[:, 0]
@@ -169,7 +188,8 @@ class Loop:
         )
         return self._append(carry, accepted.emitted(nodes), jnp.where(active_B, accepted.count + 1, 0))
 
-    def _nodes(self, carry: Carry) -> Nodes:
+    def nodes(self, carry: Carry) -> Nodes:
+        """What the next verifying pass proposes."""
         if self.drafting.strategy == "tree":
             nodes = drafts.tree_nodes(carry.drafts, self.drafting.num_nodes)
         elif carry.drafts is not None:
@@ -228,8 +248,10 @@ class Loop:
         lengths = carry.lengths + counts_B
         return carry.replace(tokens=tokens, lengths=lengths, done=carry.done | ended_B | (lengths >= self.limits))
 
-    def _drawn_from(self, logits: jax.Array) -> jax.Array:
+    def _drawn_from(self, logits: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
         """Logits of the distributions that tokens are drawn from; the mask token is never one."""
+        if allowed is not None:
+            logits = where_allowed(logits, allowed)
         token_V = jnp.arange(logits.shape[-1])
         if self.mask_token_id is not None:
             logits = jnp.where(token_V == self.mask_token_id, -jnp.inf, logits)

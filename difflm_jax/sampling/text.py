@@ -144,6 +144,7 @@ class Generation:
     committed: np.ndarray
     verified: np.ndarray | None = None  # [rows] passes that verified drafts
     accepted: np.ndarray | None = None  # [rows, depths] how many of them accepted at least 1, 2, ... drafts
+    complete: np.ndarray | None = None  # [rows] bool, with a grammar: whether its text came to an end of the grammar
 
     @property
     def accepted_by_depth(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Observed sampling: the passes of the sampler's own loop, run one by one, and what each of them did.
+"""Sampling pass by pass: the sampler's own loop, watched, or kept to a grammar.
 
 The host steps the body of the loop that `caches.fill` runs on the device, so the answers are the same. On a GPU they
 are the same up to rounding, since other kernels compute the matmuls then. What is not watched costs nothing.
@@ -13,8 +13,11 @@ import jax
 import numpy as np
 
 from difflm_jax.sampling.caches import Decoder, loop_over
-from difflm_jax.sampling.loop import Canvas, Carry, Plan
+from difflm_jax.sampling.confidence import log_odds
+from difflm_jax.sampling.grammar.canvas import CanvasRow, masks_of
+from difflm_jax.sampling.loop import Attempt, Canvas, Carry, Loop, Plan
 from difflm_jax.sampling.options import Sampling
+from difflm_jax.sampling.proposal import Proposal
 
 ALTERNATIVES = 5
 
@@ -48,6 +51,14 @@ class Pass:
 Watcher = Callable[[Pass], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Who takes part in passes on the host: grammars of all rows, and a watcher."""
+
+    rows: Sequence[CanvasRow] | None = None
+    watch: Watcher | None = None
+
+
 def both(first: Watcher | None, second: Watcher) -> Watcher:
     """A watcher that tells `first`, if there is one, and `second`."""
     if first is None:
@@ -60,13 +71,12 @@ def both(first: Watcher | None, second: Watcher) -> Watcher:
     return tell
 
 
-def fill_watched(
-    decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, rows: Sequence[int], watch: Watcher
-) -> Carry:
-    """`caches.fill` on one device, calling `watch` after every pass.
+def fill_stepwise(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, rows: range, host: Host) -> Carry:
+    """`caches.fill` on one device, pass by pass, under grammars and observed.
 
     The first rows of `canvas` are those at places `rows` of all; what follows is filler.
     """
+    known = (decoder, plan, canvas, sampling)
     carry, unfinished = _begin(decoder, plan, canvas, sampling)
     real_BT = canvas.valid[:, plan.first_column :]
     starts = [plan.first_column - int(length) for length in canvas.prompt_lengths]
@@ -74,10 +84,16 @@ def fill_watched(
     number, count = 0, len(rows)
     while bool(unfinished):
         before, block = np.asarray(carry.tokens), int(carry.block)
-        carry, candidates, probabilities, unfinished = _one_pass(decoder, plan, canvas, sampling, carry)
+        if host.rows is None:
+            carry, candidates, probabilities, unfinished = _one_pass(*known, carry)
+        else:
+            kept = host.rows[rows.start : rows.stop]
+            carry, candidates, probabilities, unfinished = _pass_within(kept, *known, carry)
         after, number = np.asarray(carry.tokens), number + 1
         answer = np.s_[:count, plan.first_column :]
-        watch(
+        if host.watch is None:
+            continue
+        host.watch(
             Pass(
                 rows=rows,
                 number=number,
@@ -94,6 +110,44 @@ def fill_watched(
     return carry
 
 
+def _pass_within(rows: Sequence[CanvasRow], decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry):
+    """A pass whose commits keep to grammars, as `_one_pass`."""
+    first = plan.first_column + int(carry.block) * plan.block_length
+    block = slice(first, first + plan.block_length)
+    tokens_BL = np.array(carry.tokens)
+    allowed = masks_of(rows, tokens_BL, block, plan.first_column, decoder.model.config.vocab_size)
+    attempt = _attempt(decoder, plan, canvas, sampling, carry, allowed)
+    commit, tokens, score = (np.array(x) for x in (attempt.commit, attempt.proposal.tokens, attempt.proposal.score))
+    for number, row in enumerate(rows):
+        start = plan.first_column + row.offset
+        columns = np.flatnonzero(commit[number])
+        columns = columns[np.argsort(-score[number, columns], kind="stable")]
+        places = columns + first - start
+        inside = (places >= 0) & (places < row.most)  # a last block may be longer than the answer
+        answer, noisy = tokens_BL[number, start : start + row.most], attempt.proposal.noisy[number]
+        found = row.settled(
+            answer, places[inside], tokens[number, columns[inside]], lambda at, x=noisy, to=start - first: x[at + to]
+        )
+        commit[number, columns[inside]] = False
+        for place, token in found.items():
+            commit[number, place + start - first], tokens[number, place + start - first] = True, token
+    return _settle(decoder, plan, canvas, sampling, carry, attempt, commit, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _attempt(decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry: Carry, allowed_BTW: jax.Array) -> Attempt:
+    return loop_over(decoder, plan, canvas, sampling)[0].attempt(carry, allowed_BTW)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _settle(decoder, plan, canvas, sampling, carry: Carry, attempt: Attempt, commit_BT, tokens_BT):
+    loop, _ = loop_over(decoder, plan, canvas, sampling)
+    probability_BT = jax.nn.sigmoid(log_odds(attempt.proposal.logits, tokens_BT, None))
+    proposal = attempt.proposal.replace(tokens=tokens_BT, probability=probability_BT)
+    carry = loop.settle(carry, attempt.replace(proposal=proposal, commit=commit_BT))
+    return _observed(loop, carry, proposal)
+
+
 @functools.partial(jax.jit, static_argnames="plan")
 def _begin(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Carry, Any]:
     loop, start = loop_over(decoder, plan, canvas, sampling)
@@ -103,7 +157,11 @@ def _begin(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> 
 @functools.partial(jax.jit, static_argnames="plan")
 def _one_pass(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry: Carry):
     loop, _ = loop_over(decoder, plan, canvas, sampling)
-    carry, proposal = loop.observed_step(carry)
+    return _observed(loop, *loop.observed_step(carry))
+
+
+def _observed(loop: Loop, carry: Carry, proposal: Proposal) -> tuple[Carry, jax.Array, jax.Array, jax.Array]:
+    """(carry, the likeliest tokens and their probabilities [B, T, k], whether passes are left)."""
     probabilities_BTV = jax.nn.softmax(proposal.logits, axis=-1)
     probabilities, candidates = jax.lax.top_k(probabilities_BTV, min(ALTERNATIVES, probabilities_BTV.shape[-1]))
     return carry, candidates, probabilities, loop.unfinished(carry)

@@ -1,6 +1,7 @@
-"""Weights & Biases beside `metrics.jsonl`: a convenience that never stops a run."""
+"""Weights & Biases or trackio next to `metrics.jsonl`: a convenience that never stops a run."""
 
 import datetime
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ _START_TIMEOUT, _FINISH_TIMEOUT = 20, 60  # seconds that a run waits for the ser
 
 
 class Tracker:
-    """One W&B run, or nothing: with an empty project, or after the first failure, every call does nothing.
+    """One run of the service, or nothing: with an empty project, or after the first failure, every call does nothing.
 
     `wandb_config.mode`: "online", "offline", "disabled", or "auto". With "auto" wandb's own settings decide; without
     an API key the run is offline, and never waits for a login. A run that cannot begin online continues offline. The
@@ -21,15 +22,23 @@ class Tracker:
 
     def __init__(self, config: Any, enabled: bool = True):
         settings = config.wandb_config
-        self._run = None
-        if not settings.project or not enabled or (mode := tracking_mode(settings.mode)) == "disabled":
+        self._run, self._service = None, settings.service
+        if not settings.project or not enabled or settings.mode == "disabled":
+            return
+        if settings.service == "trackio":
+            try:
+                self._run = _start_trackio(config)
+            except Exception as error:
+                self._say("cannot start", error)
+            return
+        if (mode := tracking_mode(settings.mode)) == "disabled":
             return
         for attempt in ("online", "offline") if mode == "online" else (mode,):
             try:
                 self._run = _start(config, attempt)
                 return
             except Exception as error:  # here and below: not installed, no network, full disk, a defect of its own
-                _say(f"cannot start in mode {attempt}", error)
+                self._say(f"cannot start in mode {attempt}", error)
 
     def log(self, phase: str, values: Mapping[str, Any], step: int) -> None:
         """Logs numbers of a phase, drawn over the steps of that phase."""
@@ -39,9 +48,8 @@ class Tracker:
         """Logs a table."""
 
         def action(run: Any) -> None:
-            import wandb
-
-            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            service = importlib.import_module(self._service)
+            table = service.Table(columns=list(columns), data=[list(row) for row in rows])
             run.log({f"{phase}/{name}": table, f"{phase}/step": step})
 
         self._call(action)
@@ -51,18 +59,30 @@ class Tracker:
         self._call(lambda run: run.finish())
         self._run = None
 
+    def _say(self, what: str, error: Exception) -> None:
+        print(f"{self._service}: {what} ({one_line(error)[:200]})", flush=True)
+
     def _call(self, action: Callable[[Any], Any]) -> None:
         if self._run is None:
             return
         try:
             action(self._run)
         except Exception as error:
-            _say("off from here on, metrics.jsonl continues", error)
+            self._say("off from here on, metrics.jsonl continues", error)
             self._run = None
 
 
-def _say(what: str, error: Exception) -> None:
-    print(f"wandb: {what} ({one_line(error)[:200]})", flush=True)
+def _start_trackio(config: Any) -> Any:
+    """Begins a trackio run, which stays in its directory on this machine; `trackio show` draws it."""
+    import trackio
+
+    name, prefix = config.wandb_config.project, "debug-" if config.debug else ""
+    run = trackio.init(
+        prefix + name, f"{prefix}{name}-{datetime.datetime.now():%Y-%m-%d-%H-%M-%S}", config=config.to_dict(),
+        embed=False,
+    )  # fmt: skip
+    print(f"trackio: see it with: trackio show --project {prefix + name}", flush=True)
+    return run
 
 
 def _start(config: Any, mode: str) -> Any:

@@ -100,6 +100,21 @@ def test_debug_is_in_the_names_and_an_empty_entity_is_the_account_s_own(tmp_path
     assert options["entity"] is None
 
 
+def test_trackio_is_told_the_same(tmp_path, monkeypatch, capsys):
+    run, started, module = _Run(), [], types.ModuleType("trackio")
+    module.init = lambda *arguments, **options: started.append((arguments, options)) or run
+    module.Table = lambda columns, data: (columns, data)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    _use(Tracker(_config(tmp_path, "wandb_config.service=trackio")))
+    ((project, name), options) = started[0]
+    assert project == "llm-diffusion" and name.startswith("llm-diffusion-") and options["config"]["epochs"]
+    assert [set(values) for values in run.logged] == [
+        {"pretrain/loss", "pretrain/step"},
+        {"pretrain/samples", "pretrain/step"},
+    ]
+    assert run.finished == 1 and "trackio show --project llm-diffusion" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("override", ["wandb_config.project=", "wandb_config.mode=disabled"])
 def test_off_is_off_and_silent(tmp_path, fake, capsys, override):
     _use(Tracker(_config(tmp_path, override)))

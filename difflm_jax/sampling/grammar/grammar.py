@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.sampling.grammar.automaton import AutomatonMatcher, TokenAutomaton
 from difflm_jax.sampling.grammar.matcher import Matcher
 from difflm_jax.sampling.grammar.parser import ParserMatcher, parser_of
+from difflm_jax.sampling.grammar.regex import of_regex, of_texts
 from difflm_jax.sampling.grammar.vocabulary import Vocabulary
 
 KINDS = ("json_schema", "regex", "choice", "lark")
@@ -42,7 +44,7 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> "Grammar":
-        """Text that the whole of a regular expression matches."""
+        r"""Text that the whole of a Python regular expression matches; \d, \w and \s are those of ASCII."""
         if not isinstance(pattern, str):
             raise UserError(f"regex: must be a string, not {type(pattern).__name__}")
         return cls("regex", pattern)
@@ -62,11 +64,28 @@ class Grammar:
             raise UserError(f"lark: must be a string, not {type(grammar).__name__}")
         return cls("lark", grammar)
 
+    @property
+    def is_regular(self) -> bool:
+        """Whether a finite automaton knows it whole: its tokens may then be committed in any order."""
+        return self.kind in ("regex", "choice")
+
     def matcher(self, vocabulary: Vocabulary) -> Matcher:
         """A matcher at the beginning of an answer, one for each row. Raises `UserError` for a grammar that is wrong."""
-        return _compiled(self, vocabulary).copy()
+        if self.is_regular:
+            return AutomatonMatcher(self.automaton(vocabulary))
+        return _parser_matcher(self, vocabulary).copy()
+
+    def automaton(self, vocabulary: Vocabulary) -> TokenAutomaton:
+        """The automaton of a regular grammar. Raises `UserError` for a grammar that is wrong."""
+        return _automaton(self, vocabulary)
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(grammar: Grammar, vocabulary: Vocabulary) -> Matcher:
+def _parser_matcher(grammar: Grammar, vocabulary: Vocabulary) -> ParserMatcher:
     return ParserMatcher(parser_of(grammar.kind, grammar.source, vocabulary), vocabulary)
+
+
+@functools.lru_cache(maxsize=32)
+def _automaton(grammar: Grammar, vocabulary: Vocabulary) -> TokenAutomaton:
+    known = of_regex(grammar.source) if grammar.kind == "regex" else of_texts(json.loads(grammar.source))
+    return TokenAutomaton.of(known, vocabulary)

@@ -6,7 +6,6 @@ token after which no ending fits the budget is replaced by the first token of th
 shortest ones: close to its budget an answer may be closed a few tokens early, and is never left open.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,12 +33,7 @@ def parser_of(kind: str, source: str, vocabulary: Vocabulary) -> Any:
     """llguidance's matcher at the beginning. Raises `UserError` with what it says of a grammar that is wrong."""
     from llguidance import LLMatcher
 
-    if kind == "choice":
-        lark = "start: " + " | ".join(json.dumps(text) for text in json.loads(source))
-        grammar = LLMatcher.grammar_from_lark(lark)
-    elif kind == "regex":
-        grammar = LLMatcher.grammar_from_regex(source)
-    elif kind == "lark":
+    if kind == "lark":
         grammar = LLMatcher.grammar_from_lark(source)
     else:
         grammar = LLMatcher.grammar_from_json_schema(source)

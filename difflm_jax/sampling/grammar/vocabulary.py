@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from difflm_jax.errors import UserError
+from difflm_jax.sampling.grammar.bits import words_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Vocabulary:
     @property
     def words(self) -> int:
         """uint32 words of a mask."""
-        return -(-self.size // 32)
+        return words_of(self.size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -61,16 +62,3 @@ def _vocabulary(tokenizer: Any, size: int, eos_token_ids: tuple[int, ...]) -> Vo
     known = max(size, len(tokenizer))  # a table may be longer than the tokenizer, or shorter by unused added tokens
     tokens = llguidance.LLTokenizer(text.to_str(), n_vocab=known, eos_token=list(eos_token_ids))
     return Vocabulary(tokens, size, eos_token_ids)
-
-
-def unpacked(bits: np.ndarray, size: int) -> np.ndarray:
-    """[..., size] bool of [..., words] uint32."""
-    words = np.ascontiguousarray(bits, "<u4")
-    return np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")[..., :size].astype(bool)
-
-
-def packed(allowed: np.ndarray) -> np.ndarray:
-    """[..., words] uint32 of [..., size] bool."""
-    spare = -allowed.shape[-1] % 32
-    padded = np.pad(allowed, [(0, 0)] * (allowed.ndim - 1) + [(0, spare)])
-    return np.ascontiguousarray(np.packbits(padded, axis=-1, bitorder="little")).view("<u4").astype(np.uint32)

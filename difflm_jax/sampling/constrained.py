@@ -1,0 +1,96 @@
+"""Causal decoding under a grammar: cycles of the speculative loop, run one by one, with masks that the host makes.
+
+A pass masks the logits after the last token and after every proposed token, so what is accepted is what the base
+chooses among the tokens that the grammar allows: the text is that of decoding it token by token under the same masks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difflm_jax.sampling.grammar.bits import ALL, words_of
+from difflm_jax.sampling.grammar.matcher import Matcher
+from difflm_jax.sampling.speculative import Carry
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """The compiled halves of a cycle (`speculative.Loop`)."""
+
+    draft: Callable[[Carry, np.ndarray], Carry] | None  # (carry, masks [B, 1, W]); None: the strategy has no such pass
+    nodes: Callable[[Carry], Any]  # carry -> `drafts.Nodes`
+    verify: Callable[[Carry, np.ndarray], Carry]  # (carry, masks [B, 1 + Q, W])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The matchers of the first rows of a batch, at their beginning; further rows are filler, and have none."""
+
+    matchers: Sequence[Matcher]
+    limits: np.ndarray  # [B] the most tokens of a row, prompt included
+    vocabulary: int
+    eos_token_ids: tuple[int, ...]
+
+    def masks(self, carry: Carry, nodes: Any | None = None) -> np.ndarray:
+        """[B, 1 + Q, W] uint32: what may follow the last token of each row, and each of `nodes`."""
+        lengths, done = np.asarray(carry.lengths), np.asarray(carry.done)
+        count = 0 if nodes is None else nodes.tokens.shape[1]
+        found = np.full((len(lengths), 1 + count, words_of(self.vocabulary)), ALL)
+        if nodes is not None:
+            proposed = [np.asarray(x) for x in (nodes.tokens, nodes.parents, nodes.valid)]
+        for row, matcher in enumerate(self.matchers):
+            if done[row]:
+                continue
+            left = int(self.limits[row] - lengths[row])
+            found[row, 0] = matcher.allowed(left)
+            if nodes is not None:
+                self._follow(found[row], matcher, left, [x[row] for x in proposed])
+        return found
+
+    def kept(self, before_B: np.ndarray, carry: Carry) -> Carry:
+        """Moves the matchers over the tokens that a pass appended; `carry` as they have it."""
+        tokens, lengths = np.array(carry.tokens), np.array(carry.lengths)
+        done, changed = np.array(carry.done), False
+        for row, matcher in enumerate(self.matchers):
+            new = tokens[row, before_B[row] : lengths[row]].tolist()
+            if not new:
+                continue
+            kept = matcher.take(new, int(self.limits[row] - before_B[row]))
+            if kept != new:
+                changed, end = True, before_B[row] + len(kept)
+                tokens[row, before_B[row] : end], lengths[row] = kept, end
+                done[row] = kept[-1] in self.eos_token_ids or end >= self.limits[row]
+        if not changed:
+            return carry
+        return carry.replace(tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), done=jnp.asarray(done))
+
+    def _follow(self, masks_NW: np.ndarray, matcher: Matcher, left: int, nodes: list[np.ndarray]) -> None:
+        """Writes the masks after proposed tokens. What cannot be accepted keeps a mask of all: nobody reads it."""
+        places: list[Matcher | None] = [matcher]
+        lefts = [left]
+        for token, parent, valid in zip(*(x.tolist() for x in nodes), strict=True):
+            before, after = places[parent], lefts[parent] - 1
+            can_come = valid and before is not None and after > 0 and token not in self.eos_token_ids
+            place = before.copy() if can_come and before.accepts([token]) == 1 else None
+            places.append(place)
+            lefts.append(after)
+            if place is not None:
+                place.advance([token])
+                masks_NW[len(places) - 1] = place.allowed(after)
+
+
+def run_within(passes: Passes, rows: Rows, carry: Carry) -> Carry:
+    """Cycles until every row has ended."""
+    while not np.asarray(carry.done).all():
+        if passes.draft is not None:
+            before = np.asarray(carry.lengths)
+            carry = rows.kept(before, passes.draft(carry, rows.masks(carry)))
+            if np.asarray(carry.done).all():
+                break
+        before, nodes = np.asarray(carry.lengths), jax.device_get(passes.nodes(carry))
+        carry = rows.kept(before, passes.verify(carry, rows.masks(carry, nodes)))
+    return carry

@@ -1,0 +1,151 @@
+"""Answers whose tokens are committed on a canvas of fixed length, under a grammar.
+
+A finite automaton allows any order. States that can be reached at each place from the left, and those from which the
+text can be completed to the right, say what a place may hold so that the whole canvas can still become a text of the
+grammar; what follows an end of sequence is free. A parser knows places from the left only, and commits in that order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from difflm_jax.errors import UserError
+from difflm_jax.sampling.grammar.automaton import TokenAutomaton
+from difflm_jax.sampling.grammar.bits import ALL, unpacked, words_of
+from difflm_jax.sampling.grammar.matcher import Matcher
+from difflm_jax.sampling.grammar.vocabulary import Vocabulary
+
+Noisy = Callable[[int], np.ndarray]  # a place -> [V] float, what the token there is the maximum of
+
+
+class CanvasRow(Protocol):
+    """The answer of one row: N places from column `offset` of the canvas' blocks on."""
+
+    offset: int
+    most: int  # N
+
+    def masks(self, tokens_N: np.ndarray, places: range) -> np.ndarray:
+        """[len(places), W] uint32: what may be committed at each of `places`, if nothing else is in the same pass."""
+
+    def settled(self, tokens_N: np.ndarray, places: Sequence[int], chosen: Sequence[int], noisy: Noisy) -> dict:
+        """{place: token} to commit, of `places` in the order of their weight with the tokens `chosen` for them.
+
+        A token that does not go with those committed before it is replaced by the best that does.
+        """
+
+
+class AutomatonRow:
+    """Any order of commits."""
+
+    def __init__(self, automaton: TokenAutomaton, most: int, offset: int, mask_token_id: int):
+        if automaton.distance[0] > most:
+            raise UserError(
+                f"grammar: its shortest answer has {automaton.distance[0]} tokens, and max_new_tokens is {most}"
+            )
+        self.most, self.offset = most, offset
+        self._automaton, self._mask = automaton, mask_token_id
+        self._end = len(automaton.delta)  # the state after an end of sequence
+        moves = np.zeros((self._end + 1, self._end + 1), bool)
+        states, classes = np.nonzero(automaton.delta >= 0)
+        moves[states, automaton.delta[states, classes]] = True
+        moves[:-1, self._end] = automaton.accepting
+        moves[self._end, self._end] = True
+        self._moves = moves  # by any token
+
+    def masks(self, tokens_N: np.ndarray, places: range) -> np.ndarray:
+        """See `CanvasRow`."""
+        reached, completed = self._reach(tokens_N)
+        return np.stack([self._bits(reached[place], completed[place + 1]) for place in places])
+
+    def settled(self, tokens_N: np.ndarray, places: Sequence[int], chosen: Sequence[int], noisy: Noisy) -> dict:
+        """See `CanvasRow`."""
+        tokens_N, found = tokens_N.copy(), {}
+        for place, token in zip(places, chosen, strict=True):
+            if not found:  # under the mask already
+                tokens_N[place] = found[place] = int(token)
+                continue
+            reached, completed = self._reach(tokens_N)
+            allowed = unpacked(self._bits(reached[place], completed[place + 1]), len(self._automaton.classes))
+            tokens_N[place] = found[place] = int(token) if allowed[token] else best_of(noisy(place), allowed)
+        return found
+
+    def _reach(self, tokens_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(states reached before each place [N + 1, S + 1] bool, states from which the rest can be completed)."""
+        reached = np.zeros((self.most + 1, self._end + 1), bool)
+        completed = np.zeros_like(reached)
+        reached[0, 0] = True
+        completed[-1] = np.append(self._automaton.accepting, True)
+        by_token = [self._moves if token == self._mask else self._moves_by(token) for token in tokens_N.tolist()]
+        for place, moves in enumerate(by_token):
+            reached[place + 1] = moves[reached[place]].any(axis=0)
+        for place in range(self.most - 1, -1, -1):
+            completed[place] = (by_token[place] & completed[place + 1]).any(axis=1)
+        return reached, completed
+
+    def _moves_by(self, token: int) -> np.ndarray:
+        """[S + 1, S + 1] bool: from which state to which a committed token leads."""
+        moves = np.zeros_like(self._moves)
+        moves[self._end, self._end] = True
+        if token in self._automaton.eos_token_ids:
+            moves[:-1, self._end] = self._automaton.accepting
+            return moves
+        after = self._automaton.delta[:, self._automaton.classes[token]]
+        states = np.flatnonzero(after >= 0)
+        moves[states, after[states]] = True
+        return moves
+
+    def _bits(self, reached: np.ndarray, completed: np.ndarray) -> np.ndarray:
+        if reached[self._end]:  # after an end of sequence, or of one that may still come
+            return np.full(words_of(len(self._automaton.classes)), ALL)
+        states = np.flatnonzero(reached[:-1])
+        after = self._automaton.delta[states]
+        classes = ((after >= 0) & completed[after]).any(axis=0)
+        return self._automaton.bits(classes, bool(self._automaton.accepting[states].any()))
+
+
+class MatcherRow:
+    """Commits from the left."""
+
+    def __init__(self, matcher: Matcher, most: int, offset: int, vocabulary: Vocabulary):
+        self.most, self.offset = most, offset
+        self._matcher, self._vocabulary, self._eos_token_ids = matcher, vocabulary.size, vocabulary.eos_token_ids
+        self._taken, self._has_ended = 0, False
+
+    def masks(self, tokens_N: np.ndarray, places: range) -> np.ndarray:
+        """See `CanvasRow`: the next place has a mask, and no other is to be committed before it."""
+        found = np.full((len(places), words_of(self._vocabulary)), ALL)
+        if self._taken in places and not self._has_ended:
+            found[self._taken - places.start] = self._matcher.allowed(self.most - self._taken)
+        return found
+
+    def settled(self, tokens_N: np.ndarray, places: Sequence[int], chosen: Sequence[int], noisy: Noisy) -> dict:
+        """See `CanvasRow`."""
+        found: dict[int, int] = {}
+        for place, token in sorted(zip(map(int, places), map(int, chosen), strict=True)):
+            if place != self._taken or self._has_ended:
+                break
+            left = self.most - place
+            if found and self._matcher.accepts([token]) != 1:
+                token = best_of(noisy(place), unpacked(self._matcher.allowed(left), self._vocabulary))
+            found[place] = self._matcher.take([token], left)[0]
+            self._taken += 1
+            self._has_ended = found[place] in self._eos_token_ids
+        return found
+
+
+def best_of(noisy_V: np.ndarray, allowed_V: np.ndarray) -> int:
+    """The token of highest value among those that are allowed."""
+    return int(np.where(allowed_V, np.asarray(noisy_V), -np.inf).argmax())
+
+
+def masks_of(rows: Sequence[CanvasRow], tokens_BL: np.ndarray, block: slice, first: int, vocabulary: int) -> np.ndarray:
+    """[B, T, W] uint32: what may be committed in the columns of `block`; `first`: the first column of all blocks."""
+    found = np.full((len(tokens_BL), block.stop - block.start, words_of(vocabulary)), ALL)
+    for number, row in enumerate(rows):
+        start = first + row.offset
+        places = range(max(block.start - start, 0), min(block.stop - start, row.most))
+        if len(places):
+            at = slice(start + places.start - block.start, start + places.stop - block.start)
+            found[number, at] = row.masks(tokens_BL[number, start : start + row.most], places)
+    return found
