@@ -16,7 +16,7 @@ from tests.sampling.test_speculative import PROMPTS, drafter, tokens_of
 from tests.test_lm import randomly_adapted
 from tests.tiny_checkpoint import save_tiny_model
 
-TOKENS = 48
+TOKENS = 64
 # Without whitespace, and with short strings, a greedy answer ends by itself.
 SHORT = {
     "type": "object",
