@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import time
 
 import jsonschema
 import llguidance
@@ -134,6 +135,24 @@ def test_an_expression_means_what_it_means_to_python(pattern):
             state = automaton.delta[state, byte] if state >= 0 else -1
         matches = bool(state >= 0 and automaton.accepting[state])
         assert matches == (re.fullmatch(pattern, text, re.ASCII if r"\w" in pattern else 0) is not None), text
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "((){9999}){9999}",
+        "(a{1000}){1000}",
+        "(a|aa){0,99999999}",
+        r"(\W|\w){2000}",
+        "(a?){3000}b*" * 3,
+        "(.*a){40}.{40}",
+    ],
+)
+def test_an_expression_that_explodes_is_refused_soon(pattern):
+    began = time.process_time()
+    with pytest.raises(UserError, match=r"too large|make it simpler"):
+        of_regex(pattern)
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("pattern", ["(?=a)b", r"(a)\1", r"\bx", "(?i)a", "(?>a)b", "a*+", "a^b", "(?m)^a", "a("])

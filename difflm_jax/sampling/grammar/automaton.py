@@ -15,7 +15,7 @@ from difflm_jax.sampling.grammar.regex import ByteAutomaton
 from difflm_jax.sampling.grammar.vocabulary import Vocabulary
 
 FAR = np.int32(1 << 30)
-MOST_MOVES = 100_000_000  # of (state, token); 400 MB while they are sorted into classes
+MOST_MOVES = 40_000_000  # of (state, token); 320 MB while they are sorted into classes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +42,17 @@ class TokenAutomaton:
         if distance[0] >= FAR:
             raise UserError("grammar: this tokenizer cannot write any of its texts")
         return cls(delta, classes, automaton.accepting, distance, vocabulary.eos_token_ids)
+
+    @functools.cached_property
+    def by_any_token(self) -> np.ndarray:
+        """[S + 1, S + 1] float32, 1 where some token leads from one state to another; state S follows an end."""
+        end = len(self.delta)
+        moves = np.zeros((end + 1, end + 1), np.float32)
+        states, classes = np.nonzero(self.delta >= 0)
+        moves[states, self.delta[states, classes]] = 1
+        moves[:-1, end] = self.accepting
+        moves[end, end] = 1
+        return moves
 
     @functools.cached_property
     def farthest(self) -> int:
@@ -154,8 +165,8 @@ def _token_moves(delta: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray,
             rows, states = rows[~ends], states[~ends]
             if not len(rows):
                 break
-        tokens = ids[np.concatenate([rows for rows, _ in found])]
-        targets = np.concatenate([states for _, states in found])
+        tokens = ids[np.concatenate([rows for rows, _ in found])].astype(np.int32)
+        targets = np.concatenate([states for _, states in found]).astype(np.int32)
         moves.append((tokens, targets))
         total += len(tokens)
         if total > MOST_MOVES:

@@ -46,12 +46,6 @@ class AutomatonRow:
         self.most, self.offset = most, offset
         self._automaton, self._mask = automaton, mask_token_id
         self._end = len(automaton.delta)  # the state after an end of sequence
-        moves = np.zeros((self._end + 1, self._end + 1), bool)
-        states, classes = np.nonzero(automaton.delta >= 0)
-        moves[states, automaton.delta[states, classes]] = True
-        moves[:-1, self._end] = automaton.accepting
-        moves[self._end, self._end] = True
-        self._moves = moves  # by any token
 
     def masks(self, tokens_N: np.ndarray, places: range) -> np.ndarray:
         """See `CanvasRow`."""
@@ -76,24 +70,27 @@ class AutomatonRow:
         completed = np.zeros_like(reached)
         reached[0, 0] = True
         completed[-1] = np.append(self._automaton.accepting, True)
-        by_token = [self._moves if token == self._mask else self._moves_by(token) for token in tokens_N.tolist()]
-        for place, moves in enumerate(by_token):
-            reached[place + 1] = moves[reached[place]].any(axis=0)
+        by_any, tokens = self._automaton.by_any_token, tokens_N.tolist()
+        for place, token in enumerate(tokens):
+            if token == self._mask:
+                reached[place + 1] = reached[place].astype(np.float32) @ by_any > 0
+            else:
+                after = self._after(token)[reached[place]]
+                reached[place + 1][after[after >= 0]] = True
         for place in range(self.most - 1, -1, -1):
-            completed[place] = (by_token[place] & completed[place + 1]).any(axis=1)
+            if tokens[place] == self._mask:
+                completed[place] = by_any @ completed[place + 1].astype(np.float32) > 0
+            else:
+                after = self._after(tokens[place])
+                completed[place] = (after >= 0) & completed[place + 1][after]
         return reached, completed
 
-    def _moves_by(self, token: int) -> np.ndarray:
-        """[S + 1, S + 1] bool: from which state to which a committed token leads."""
-        moves = np.zeros_like(self._moves)
-        moves[self._end, self._end] = True
-        if token in self._automaton.eos_token_ids:
-            moves[:-1, self._end] = self._automaton.accepting
-            return moves
-        after = self._automaton.delta[:, self._automaton.classes[token]]
-        states = np.flatnonzero(after >= 0)
-        moves[states, after[states]] = True
-        return moves
+    def _after(self, token: int) -> np.ndarray:
+        """[S + 1] the state that a committed token leads to from each, -1: nowhere."""
+        automaton = self._automaton
+        if token in automaton.eos_token_ids:
+            return np.append(np.where(automaton.accepting, self._end, -1), self._end)
+        return np.append(automaton.delta[:, automaton.classes[token]], self._end)
 
     def _bits(self, reached: np.ndarray, completed: np.ndarray) -> np.ndarray:
         if reached[self._end]:  # after an end of sequence, or of one that may still come

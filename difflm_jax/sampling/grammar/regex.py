@@ -23,7 +23,7 @@ except ImportError as error:  # pragma: no cover - a Python that has moved it
     raise ImportError("this Python keeps the parser of `re` elsewhere") from error
 
 MOST_STATES = 4096
-MOST_EDGES = 200_000
+MOST_WORK = 500_000  # steps of building an automaton: an expression of a stranger must not occupy a server
 Ranges = list[tuple[int, int]]  # of code points, both ends included
 _LAST, _SURROGATES = 0x10FFFF, (0xD800, 0xDFFF)
 
@@ -44,7 +44,10 @@ def of_regex(pattern: str) -> ByteAutomaton:
         raise UserError(f"regex: {one_line(error)}") from error
     if parsed.state.flags & (re.IGNORECASE | re.LOCALE | re.MULTILINE):
         raise UserError("regex: the flags i, m and L are not supported")
-    return _Builder(parsed.state.flags).automaton(parsed)
+    try:
+        return _Builder(parsed.state.flags).automaton(parsed)
+    except RecursionError as error:
+        raise UserError("regex: nested too deeply") from error
 
 
 def of_texts(texts: Sequence[str]) -> ByteAutomaton:
@@ -58,7 +61,7 @@ class _Builder:
     """A nondeterministic automaton as it grows: states are numbers, edges carry ranges of bytes or nothing."""
 
     def __init__(self, flags: int):
-        self._flags, self._edges = flags, 0
+        self._flags, self._work = flags, 0
         self._moves: list[list[tuple[int, int, int]]] = []
         self._empty: list[list[int]] = []
         self.start = self._state()
@@ -85,6 +88,7 @@ class _Builder:
             row = np.full(256, -1, np.int32)
             moves = [move for state in states for move in self._moves[state]]
             cuts = sorted({low for low, _, _ in moves} | {high + 1 for _, high, _ in moves})
+            self._worked(len(cuts) * len(moves) // 10 + len(states))
             for low, end in itertools.pairwise(cuts):
                 targets = frozenset(target for a, b, target in moves if a <= low <= b)
                 if targets:
@@ -116,12 +120,16 @@ class _Builder:
     def _move(self, state: int, ranges: Sequence[tuple[int, int]], target: int | None = None) -> int:
         target = self._state() if target is None else target
         self._moves[state] += [(low, high, target) for low, high in ranges]
-        self._edges += len(ranges)
-        if self._edges > MOST_EDGES:
-            raise UserError("regex: too large; repeat less, or name fewer characters")
+        self._worked(len(ranges))
         return target
 
+    def _worked(self, steps: int) -> None:
+        self._work += steps
+        if self._work > MOST_WORK:
+            raise UserError("regex: too large; repeat less, or name fewer characters")
+
     def _sequence(self, state: int, items: Sequence) -> int:
+        self._worked(1)
         for operation, argument in items:
             state = self._item(state, operation, argument)
         return state
