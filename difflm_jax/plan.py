@@ -34,7 +34,7 @@ from difflm_jax.config.schema import KEYS
 from difflm_jax.distributed.mesh import AXES, abstract_mesh, mesh_of, row_shards
 from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.flops import peak_flops
+from difflm_jax.models.flops import parameters, peak_flops
 from difflm_jax.ops.attention_kernels import check_kernel
 from difflm_jax.planning.chips import CHIPS, GIB, Chip, absent_devices, apple_chip
 from difflm_jax.planning.estimate import Estimate, Step, largest_batch, sampling_estimate
@@ -278,11 +278,19 @@ def _header(
         lengths = ", ".join(f"{name}: rows of {each.mean_width:.0f} tokens on average" for name, each in steps.items())
         lengths += f" (memory: {config.max_length})"
     return (
-        f"{config.model}: {model_config.num_layers} layers of {model_config.hidden_size}, "
+        f"{config.model}: {model_config.num_layers} layers of {model_config.hidden_size}, {_size(model_config)}"
         f"{stored.format if stored else config.dtype} base, {config.attention} attention by {config.attention_kernel}, "
         f"remat {config.remat}; steps of {config.gradient_accumulation_steps} x {config.batch_size}, {lengths}; "
         f"{'compiled' if flag_values.compile else 'estimated'}, products at {flag_values.peak_share:g} of the peak"
     )
+
+
+def _size(model_config: ModelConfig) -> str:
+    """Of a model with experts: how many parameters it has, and how many a token passes through."""
+    if model_config.experts is None:
+        return ""
+    total, active = parameters(model_config)
+    return f"{total / 1e9:.1f} billion parameters, {active / 1e9:.1f} of them active, "
 
 
 def _jobs(config: ConfigDict, what: str) -> list[str]:

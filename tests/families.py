@@ -23,6 +23,8 @@ _BY_TYPE = {"full_attention": YARN, "sliding_attention": {"rope_type": "default"
 _ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 1e4, "factor": 1.0}
 _LLAMA4_SCALE = {**YARN, "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.1}
 
+_EXPERTS = {"num_hidden_layers": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
 # model_type -> what its config has beyond SIZES; windows are shorter than the rows of the tests
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -57,6 +59,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8, "sliding_window": 5},
     "ministral3": {"head_dim": 8, "sliding_window": 6, "rope_parameters": _LLAMA4_SCALE},
     "jais2": {},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 16, "num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    "mixtral": {**_EXPERTS, "num_local_experts": 4},
+    "qwen2_moe": {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
+    "olmoe": {**_EXPERTS, "num_experts": 4},
+    "granitemoe": {**_EXPERTS, **_MULTIPLIERS, "num_local_experts": 4},
+    "ernie4_5_moe": {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2, "use_bias": True},
+    "glm4_moe": {**_EXPERTS, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+                 "head_dim": 16, "use_qk_norm": True, "attention_bias": True},
+    "gpt_oss": {**_EXPERTS, "num_local_experts": 4, "head_dim": 8, "sliding_window": 6, "swiglu_limit": 1.0},
 }  # fmt: skip
 
 

@@ -52,7 +52,8 @@ def lm(family):
     """Ours, with a fresh adapter on all that it can adapt."""
     name, directory, _ = family
     lm = difflm_jax.load(directory, attention="prefix", dtype="float32")
-    config = LoraConfig(r=2, lora_alpha=3).of_model(projections_of(lm.config))
+    config = LoraConfig(r=2, lora_alpha=3, routed_experts=lm.config.experts is not None)
+    config = config.of_model(projections_of(lm.config))
     SEEN[name]["load"] = "yes"
     lora = init_lora(jax.random.key(0), lm.params, config, lm.params["embed_tokens"]["weight"].mean(axis=0))
     return lm.with_adapter(lora, config)

@@ -5,12 +5,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from difflm_jax.checkpoint.experts import split_experts
+from difflm_jax.checkpoint.fused import split_fused
 from difflm_jax.checkpoint.names import set_path
+from difflm_jax.checkpoint.safetensors import TensorFiles
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.models.attention import positions_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer
-from difflm_jax.models.weights import joined_rows, table
+from difflm_jax.models.weights import table
 
 HF = {
     "model_type": "qwen3",
@@ -36,7 +39,7 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     params: dict[str, Any] = {}
     for row in table(config):
-        shape = ((config.num_layers,) if row.stacked else ()) + row.shape
+        shape = row.stack + row.shape
         centre = 1.0 if "norm" in row.path[-2] else 0.0
         set_path(params, row.path, jnp.asarray(centre + 0.3 * rng.normal(size=shape), jnp.float32))
     return params
@@ -44,16 +47,13 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
 
 def params_from_state_dict(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Our tree from a Hugging Face state dict of numpy arrays."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    files = split_fused(TensorFiles(shapes, tensors.__getitem__, ()), config)
+    files = files if config.experts is None else split_experts(files, config)
     params: dict[str, Any] = {}
-    tensors = dict(tensors)
-    for rows in joined_rows(config):
-        for layer, name in enumerate(rows[0].fused_names(config.num_layers) if rows[0].fused else ()):
-            ends = np.cumsum([row.shape[0] for row in rows])[:-1]
-            names = [row.hf_names(config.num_layers)[layer] for row in rows]
-            tensors |= dict(zip(names, np.split(tensors[name], ends), strict=True))
     for row in table(config):
-        leaves = [np.asarray(tensors[name], np.float32) for name in row.hf_names(config.num_layers)]
-        set_path(params, row.path, jnp.asarray(np.stack(leaves) if row.stacked else leaves[0]))
+        leaves = [np.asarray(files.read(name), np.float32) for name in row.hf_names]
+        set_path(params, row.path, jnp.asarray(np.reshape(leaves, row.stack + row.shape)))
     return params
 
 

@@ -11,6 +11,9 @@ that is not known is refused, since it might change the result.
   llama, by its class   Stable-DiffCoder (github.com/ByteDance-Seed/Stable-DiffCoder): Llama; blocks as SDAR's, of 4
   nemotron_labs_diffusion   NVIDIA's (huggingface.co/nvidia/Nemotron-Labs-Diffusion-8B): Ministral 3, under names of its
       own; a block of 32 sees itself and a causal context
+  sdar_moe   the same with Qwen3's mixture of experts
+  lladamoe   LLaDA-MoE (arXiv:2509.24389; its model_type is llada): Qwen3's mixture; full attention, no shift
+  llada2_moe LLaDA 2 (arXiv:2512.15745): the mixture of GLM 4.5 under Ling's names; blocks of 32
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from typing import Any
 
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import KNOWN_KEYS
+from difflm_jax.models.families import FAMILIES
 
 A2D_BLOCK_LENGTH = 32  # of dLLM's own block-diffusion recipes and sampler
 SDAR_BLOCK_LENGTH = 4
@@ -26,19 +30,23 @@ DIFFCODER_BLOCK_LENGTH = 4  # block_length and mask_id of its generate; its conf
 NEMOTRON_BLOCK_LENGTH = 32
 _DIFFCODER_MASK_TOKEN_ID = 5
 _NEMOTRON_MASK_TOKEN_ID = 100
+LLADA2_BLOCK_LENGTH = 32
 _QWEN_MASK_TOKEN_ID = 151669
 _DREAM_MASK_TOKEN_ID = 151666
 _LLADA_MASK_TOKEN_ID = 126336
+_LING_MASK_TOKEN_ID = 156895  # of the tokenizer of LLaDA-MoE and LLaDA 2
 
 
 @dataclasses.dataclass(frozen=True)
 class FieldCheckpoint:
     """`hf_config` in the spelling of a family of ours; `diffusion` as `diffusion_config.json` would have it; `names`:
-    the table of `checkpoint.names` that its tensors are named by, or ""."""
+    the table of `checkpoint.names` that its tensors are named by, or ""; `fused`: as `Structure.fused`, where that
+    family holds these tensors apart."""
 
     hf_config: dict[str, Any]
     diffusion: dict[str, Any]
     names: str = ""
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 def read_field_config(hf_config: Mapping[str, Any], name: str) -> FieldCheckpoint | None:
@@ -92,7 +100,9 @@ _NEMOTRON_NEUTRAL = {
 }  # fmt: skip
 
 
-def _llada(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+def _llada(hf_config: dict[str, Any], name: str) -> FieldCheckpoint:
+    if "num_experts" in hf_config:
+        return _llada_moe(hf_config, name)
     _check("llada", hf_config, {**_LLADA_ONLY}, _LLADA_READ | _LLADA_NEUTRAL)
     for key in ("block_type", "layer_norm_type", "activation_type", "rope"):
         if key not in hf_config:
@@ -158,7 +168,71 @@ def _nemotron(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
     return FieldCheckpoint(_ours(hf_config, "ministral3", tuple(own)), diffusion, names="nemotron_labs_diffusion")
 
 
+def _sdar_moe(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+    _check("sdar_moe", hf_config, {}, KNOWN_KEYS | _NEUTRAL | _mixture_keys("qwen3_moe"))
+    return FieldCheckpoint(_ours(hf_config, "qwen3_moe"), _blocks(hf_config, SDAR_BLOCK_LENGTH, _QWEN_MASK_TOKEN_ID))
+
+
+# Keys of LLaDA-MoE that select what its published models do not have.
+_LLADA_MOE_ONLY = {
+    "clip_qkv": (None,), "moe_router_score_function": ("softmax",), "moe_router_enable_expert_bias": (False, None),
+    "shared_expert_intermediate_size": (None, 0), "router_num_group": (None, 1), "router_topk_group": (None, 1),
+    "routed_scaling_factor": (1, None), "qk_layernorm": (True,), "partial_rotary_factor": (1, None),
+}  # fmt: skip
+_LLADA_MOE_SIZES = {"dense_intermediate_size": "intermediate_size", "expert_intermediate_size": "moe_intermediate_size"}
+
+
+def _llada_moe(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+    known = {*_LLADA_MOE_SIZES, "moe_layer_freq"} | _mixture_keys("qwen3_moe")
+    _check("lladamoe", hf_config, _LLADA_MOE_ONLY, KNOWN_KEYS | _NEUTRAL | known)
+    sparse = hf_config.get("moe_layer_freq") or []
+    if not isinstance(sparse, list):
+        raise UserError(f"config.json: moe_layer_freq must be a list with 0 for dense layers, not {str(sparse)[:60]!r}")
+    translated = {
+        **_ours(hf_config, "qwen3_moe", (*_LLADA_MOE_ONLY, *_LLADA_MOE_SIZES, "moe_layer_freq")),
+        **{ours: hf_config.get(theirs) for theirs, ours in _LLADA_MOE_SIZES.items()},
+        "mlp_only_layers": [layer for layer, frequency in enumerate(sparse) if not frequency],
+        "norm_topk_prob": bool(hf_config.get("norm_topk_prob")),
+    }
+    return FieldCheckpoint(translated, _diffusion(hf_config, _LING_MASK_TOKEN_ID, attention="full", logit_shift=False))
+
+
+_LLADA2_ONLY = {
+    "use_qkv_bias": (False, None), "use_bias": (False,), "norm_head": (False, None), "use_qk_norm": (True, None),
+    "score_function": ("sigmoid", None), "moe_router_enable_expert_bias": (True, None), "norm_topk_prob": (True, None),
+    "use_sliding_window": (False, None), "num_nextn_predict_layers": (0, None),
+}  # fmt: skip
+_LLADA2_COUNTS = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
+_LLADA2_NEUTRAL = {"router_dtype", "output_dropout", "rotary_dim", "max_window_layers", "sliding_window"}
+
+
+def _llada2(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
+    known = {*_LLADA2_COUNTS, *_LLADA2_NEUTRAL} | _mixture_keys("glm4_moe")
+    _check("llada2_moe", hf_config, _LLADA2_ONLY, KNOWN_KEYS | _NEUTRAL | known)
+    translated = {
+        **_ours(hf_config, "glm4_moe", (*_LLADA2_ONLY, *_LLADA2_COUNTS, *_LLADA2_NEUTRAL)),
+        **{ours: hf_config.get(theirs) for theirs, ours in _LLADA2_COUNTS.items()},
+        "attention_bias": False,
+        "use_qk_norm": True,
+        "norm_topk_prob": True,
+    }
+    diffusion = _blocks(hf_config, LLADA2_BLOCK_LENGTH, _LING_MASK_TOKEN_ID)
+    return FieldCheckpoint(translated, diffusion, "llada2", (("query_key_value", ("q_proj", "k_proj", "v_proj")),))
+
+
+def _blocks(hf_config: Mapping[str, Any], default: int, mask_token_id: int) -> dict[str, Any]:
+    """What was trained in blocks that see those before them, of `default` tokens unless the config says otherwise."""
+    length = hf_config.get("block_size") or hf_config.get("block_length") or default
+    return _diffusion(hf_config, mask_token_id, attention="block_causal", block_length=length, logit_shift=False)
+
+
+def _mixture_keys(model_type: str) -> set[str]:
+    """The keys that a family with experts reads of them."""
+    return FAMILIES[model_type].experts.keys()
+
+
 _READERS = {
+    "sdar_moe": _sdar_moe, "lladamoe": _llada_moe, "llada_moe": _llada_moe, "llada2_moe": _llada2,
     "llada": _llada, "dream": _dream, "sdar": _sdar, "a2d-qwen2": _a2d, "a2d-qwen3": _a2d, "a2d-llama": _a2d,
     _DIFFCODER_CLASS.lower(): _stable_diffcoder, "nemotron_labs_diffusion": _nemotron,
 }  # fmt: skip

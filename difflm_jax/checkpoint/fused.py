@@ -19,17 +19,17 @@ def split_fused(files: TensorFiles, config: ModelConfig) -> TensorFiles:
     parts: dict[str, tuple[str, slice]] = {}
     shapes = dict(files.shapes)
     for rows in joined_rows(config):
-        if not rows[0].fused:
+        if not rows[0].fused or rows[0].experts:
             continue
         sizes = [row.shape[0] for row in rows]
-        for layer, whole in enumerate(rows[0].fused_names(config.num_layers)):
+        for layer, whole in enumerate(rows[0].fused_names):
             if whole in files.stored:
                 raise UserError(f"{whole} is quantised, and cannot be split; give the unquantised checkpoint")
             if shapes.get(whole) != (sum(sizes), *rows[0].shape[1:]):
                 continue
             del shapes[whole]
             for row, end in zip(rows, np.cumsum(sizes), strict=True):
-                name = row.hf_names(config.num_layers)[layer]
+                name = row.hf_names[layer]
                 shapes[name], parts[name] = row.shape, (whole, slice(int(end) - row.shape[0], int(end)))
 
     def read(name: str) -> np.ndarray | QTensor:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.bitsandbytes import bitsandbytes_config, bitsandbytes_tensors
 from difflm_jax.checkpoint.diffusion_config import write_diffusion_config
+from difflm_jax.checkpoint.experts import join_experts
 from difflm_jax.checkpoint.names import REDUNDANT_SUFFIXES, get_path, set_path
 from difflm_jax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, describe_faults, write_file
 from difflm_jax.checkpoint.source import Source
@@ -49,7 +50,7 @@ def load_params(
     params: dict[str, Any] = {}
     rows = table(source.config)
     what = f"loading {source.name}" if quantization is None else f"loading and quantising {source.name}"
-    with Progress(what, "tensors", sum(len(row.hf_names(source.config.num_layers)) for row in rows)) as progress:
+    with Progress(what, "tensors", sum(len(row.hf_names) for row in rows)) as progress:
         for row in rows:
             held = quantization if row.quantisable else None
             leaf = _load_leaf(source, row, jnp.dtype(dtype), held, mesh, progress)
@@ -63,7 +64,7 @@ def abstract_params(config: ModelConfig, dtype: Any, quantization: QuantConfig |
     for row in table(config):
         weight = jax.ShapeDtypeStruct(row.shape, dtype)
         leaf = jax.eval_shape(functools.partial(_convert, dtype, quantization if row.quantisable else None), weight)
-        set_path(params, row.path, _stack_of(leaf, config.num_layers) if row.stacked else leaf)
+        set_path(params, row.path, _stack_of(leaf, row.stack))
     return params
 
 
@@ -75,8 +76,8 @@ def check_quantization(source: Source, quantization: QuantConfig | None) -> None
         raise UserError(
             f"{source.name}: {other[0]} is held as {source.stored[other[0]]} already; leave quantization empty"
         )
-    widths = {row.path[-2]: row.shape[1] for row in table(source.config) if row.quantisable}
-    if odd := [f"{name} ({width})" for name, width in widths.items() if width % quantization.block_size]:
+    widths = {(row.path[-2], row.shape[1]) for row in table(source.config) if row.quantisable}
+    if odd := [f"{name} ({width})" for name, width in sorted(widths) if width % quantization.block_size]:
         raise UserError(
             f"quantization_block_size={quantization.block_size} does not divide the input features of {', '.join(odd)}"
         )
@@ -85,7 +86,7 @@ def check_quantization(source: Source, quantization: QuantConfig | None) -> None
 def _load_leaf(
     source: Source, row: Row, dtype: Any, quantization: QuantConfig | None, mesh: Mesh | None, progress: Progress
 ) -> jax.Array | QTensor:
-    names = row.hf_names(source.config.num_layers)
+    names = row.hf_names
     stored = {source.stored.get(name) for name in names}
     if len(stored) > 1:
         # A scan needs layers of one kind. Quantising those that the checkpoint left out would change the model.
@@ -99,16 +100,16 @@ def _load_leaf(
             tensor = dequantize(tensor, dtype)
         tensor = jax.device_put(tensor)
         if mesh is not None:
-            leaf = _put_on_mesh(leaf, row, index, len(names), _converted(tensor, dtype, quantization), mesh)
+            leaf = _put_on_mesh(leaf, row, index, _converted(tensor, dtype, quantization), mesh)
             continue
         if not row.stacked:
             return _converted(tensor, dtype, quantization)
         if leaf is None:
             shapes = jax.eval_shape(functools.partial(_convert, dtype, quantization), tensor)
-            leaf = jax.tree.map(lambda part: jnp.empty(part.shape, part.dtype), _stack_of(shapes, len(names)))
+            leaf = jax.tree.map(lambda part: jnp.empty(part.shape, part.dtype), _stack_of(shapes, row.stack))
         # The next tensor is read while this one is put into its place, unless that takes memory of its own; waiting
         # for it keeps those of a faster disk from piling up before the device.
-        leaf = _put(jax.block_until_ready(leaf), tensor, index, dtype, quantization)
+        leaf = _put(jax.block_until_ready(leaf), tensor, _place(row, index), dtype, quantization)
         if quantization is not None:
             jax.block_until_ready(leaf)
     return jax.block_until_ready(leaf)
@@ -130,54 +131,60 @@ def _converted(tensor: jax.Array | QTensor, dtype: Any, quantization: QuantConfi
 _compiled_convert = jax.jit(_convert, static_argnums=(0, 1))
 
 
+def _place(row: Row, index: int) -> tuple[np.int32, ...]:
+    """The place in the stack of a leaf of its tensor number `index`: a layer, and an expert of it."""
+    return tuple(map(np.int32, np.unravel_index(index, row.stack)))
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _put(leaf, tensor, index, dtype, quantization):
-    """`leaf` with the converted `tensor` at `index`, in place."""
+def _put(leaf, tensor, place, dtype, quantization):
+    """`leaf` with the converted `tensor` at `place`, without a copy."""
     converted = _convert(dtype, quantization, tensor)
-    return jax.tree.map(lambda stack, part: _with_layer(stack, part, index), leaf, converted)
+    return jax.tree.map(lambda stack, part: _with_part(stack, part, place), leaf, converted)
 
 
-def _with_layer(stack: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
-    """`stack` with `part` at `index`.
+def _with_part(stack: jax.Array, part: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
+    """`stack` with `part` at `place`.
 
     As integers: XLA's CPU backend turns a whole bfloat16 stack into float32 and back to change a part of it.
     """
     bits = np.dtype(f"uint{8 * stack.dtype.itemsize}")
     stack_bits, part_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (stack, part))
-    changed = jax.lax.dynamic_update_index_in_dim(stack_bits, part_bits, index, axis=0)
+    start = (*place, *(0,) * part.ndim)
+    changed = jax.lax.dynamic_update_slice(stack_bits, part_bits.reshape((1,) * len(place) + part.shape), start)
     return jax.lax.bitcast_convert_type(changed, stack.dtype)
 
 
-def _put_on_mesh(leaf: Any, row: Row, index: int, layers: int, converted: Any, mesh: Mesh) -> Any:
+def _put_on_mesh(leaf: Any, row: Row, index: int, converted: Any, mesh: Mesh) -> Any:
     """A tensor that was converted on one device, in its place of a leaf that is divided over the mesh."""
     if not row.stacked:
         return place_leaf(row.path, converted, mesh)
-    layout = shardings_of(row.path, _stack_of(converted, layers), mesh)
+    layout = shardings_of(row.path, _stack_of(converted, row.stack), mesh)
     if leaf is None:
         empty = functools.partial(jax.tree.map, lambda part: jnp.zeros(part.shape, part.dtype))
-        leaf = jax.jit(lambda: empty(_stack_of(converted, layers)), out_shardings=layout)()
-    one_layer = jax.tree.map(lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), layout)
-    part = jax.tree.map(to_mesh, converted, one_layer)
-    return jax.block_until_ready(_set_layer(leaf, part, index, tuple(jax.tree.leaves(layout))))
+        leaf = jax.jit(lambda: empty(_stack_of(converted, row.stack)), out_shardings=layout)()
+    one = jax.tree.map(lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[len(row.stack) :])), layout)
+    part = jax.tree.map(to_mesh, converted, one)
+    return jax.block_until_ready(_set_part(leaf, part, _place(row, index), tuple(jax.tree.leaves(layout))))
 
 
 @functools.partial(jax.jit, static_argnames="layout", donate_argnums=0)
-def _set_layer(leaf, part, index, layout):
-    """`leaf` with `part` at `index`, in place; `layout` holds the shardings of its arrays."""
+def _set_part(leaf, part, place, layout):
+    """`leaf` with `part` at `place`, without a copy; `layout` holds the shardings of its arrays."""
 
     def put(stack, one, sharding):
-        return jax.lax.with_sharding_constraint(_with_layer(stack, one, index), sharding)
+        return jax.lax.with_sharding_constraint(_with_part(stack, one, place), sharding)
 
     return jax.tree.map(put, leaf, part, jax.tree.unflatten(jax.tree.structure(leaf), layout))
 
 
-def _stack_of(shapes: Any, layers: int) -> Any:
-    return jax.tree.map(lambda part: jax.ShapeDtypeStruct((layers, *part.shape), part.dtype), shapes)
+def _stack_of(shapes: Any, stack: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda part: jax.ShapeDtypeStruct((*stack, *part.shape), part.dtype), shapes)
 
 
 def check_tensors(source: Source) -> None:
     """Raises one `UserError` with every way in which the tensors of `source` are not those of its config."""
-    expected = {name: row.shape for row in table(source.config) for name in row.hf_names(source.config.num_layers)}
+    expected = {name: row.shape for row in table(source.config) for name in row.hf_names}
     found = {name: shape for name, shape in source.shapes.items() if not name.endswith(REDUNDANT_SUFFIXES)}
     if _EMBEDDING not in found and "embed_tokens.weight" in found:
         raise UserError(
@@ -226,6 +233,11 @@ def save_pretrained(
     dtype = _dtype_name(params)
     stored = {**hf_config, "dtype": dtype, "torch_dtype": dtype}  # the second is what transformers 4 reads
     quantised = [row for row in table(config) if isinstance(get_path(params, row.path), QTensor)]
+    if any(row.experts for row in quantised):
+        raise UserError(
+            "save_pretrained: transformers holds the experts of a layer in one tensor, which bitsandbytes does not "
+            "quantise; merge an adapter first, or load the model without quantization"
+        )
     if any(row.fused for row in quantised):
         raise UserError(
             f"save_pretrained: {config.model_type} checkpoints hold projections joined ({config.fused[0][0]}), and "
@@ -280,7 +292,7 @@ def _shards(params: Mapping[str, Any], config: ModelConfig) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for rows in joined_rows(config):
-        names = rows[0].fused_names(config.num_layers)
+        names = rows[0].fused_names
         size = sum(get_path(params, row.path).nbytes for row in rows) // len(names)
         for name in names:
             if shards[-1] and filled + size > MAX_SHARD_BYTES:
@@ -297,10 +309,10 @@ def _tensors(
     """The tensors that stand for the weights named by `wanted`, each leaf brought to the host once."""
     wanted, tensors = set(wanted), {}
     for rows in joined_rows(config):
-        names = rows[0].fused_names(config.num_layers)
+        names = rows[0].fused_names
         if wanted.isdisjoint(names):
             continue
-        leaves = [_on_host(params, row) for row in rows]
+        leaves = [_on_host(params, row, len(names)) for row in rows]
         for index, name in enumerate(names):
             if name not in wanted:
                 continue
@@ -310,15 +322,21 @@ def _tensors(
             ]
             if isinstance(parts[0], QTensor):
                 tensors |= bitsandbytes_tensors(name, parts[0], _dtype_name(params))
+            elif rows[0].experts and rows[0].fused:
+                tensors[name] = join_experts(config.experts, [row.path for row in rows], parts)
             else:
                 tensors[name] = np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0], order="C")
             progress.advance()
     return tensors
 
 
-def _on_host(params: Mapping[str, Any], row: Row) -> Any:
+def _on_host(params: Mapping[str, Any], row: Row, count: int) -> Any:
+    """A leaf on the host; of a stack, one entry for each of the `count` tensors that a checkpoint has of it."""
     leaf = jax.tree.map(to_host, get_path(params, row.path))
-    return leaf if row.stacked else leaf[: row.shape[0]]  # a table on a mesh has padding after its rows
+    if not row.stacked:
+        return leaf[: row.shape[0]]  # a table on a mesh has padding after its rows
+    stack = row.stack if count > len(row.layers) else row.stack[:1]
+    return jax.tree.map(lambda part: part.reshape(count, *part.shape[len(stack) :]), leaf)
 
 
 def _dtype_name(params: Mapping[str, Any]) -> str:

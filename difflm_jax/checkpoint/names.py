@@ -15,6 +15,19 @@ _LAYER_MODULES = (
 
 # Names in third-party checkpoints: pattern -> Hugging Face's name for the same.
 FOREIGN = {
+    "llada2": {
+        "model.word_embeddings.weight": "model.embed_tokens.weight",
+        **{
+            f"model.layers.{{layer}}.{theirs}": f"model.layers.{{layer}}.{ours}"
+            for theirs, ours in {
+                "attention.query_key_value.weight": "self_attn.query_key_value.weight",
+                "attention.dense.weight": "self_attn.o_proj.weight",
+                "attention.query_layernorm.weight": "self_attn.q_norm.weight",
+                "attention.key_layernorm.weight": "self_attn.k_norm.weight",
+                "mlp.gate.expert_bias": "mlp.gate.e_score_correction_bias",
+            }.items()
+        },
+    },
     "llada": {
         "model.transformer.wte.weight": "model.embed_tokens.weight",
         "model.transformer.ln_f.weight": "model.norm.weight",

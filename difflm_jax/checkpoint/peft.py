@@ -25,6 +25,7 @@ from difflm_jax.checkpoint.peft_modules import (
     from_peft,
     patterns,
     peft_modules,
+    peft_targets,
     to_peft,
     without_own_patterns,
 )
@@ -32,7 +33,7 @@ from difflm_jax.checkpoint.peft_patterns import pattern_problems, rank_of, scali
 from difflm_jax.checkpoint.safetensors import TensorFiles, describe_faults, open_files, read_json, write_file
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.lora import LoraConfig
+from difflm_jax.models.lora import EXPERTS, LoraConfig
 from difflm_jax.models.weights import PROJECTIONS
 from difflm_jax.utils.files import new_directory
 
@@ -48,7 +49,7 @@ _ONLY = {
 }
 _READ = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "trainable_token_indices", "rank_pattern",
-    "alpha_pattern", "layers_to_transform",
+    "alpha_pattern", "layers_to_transform", "target_parameters",
 }  # fmt: skip
 # peft's own way to make an ordinary checkpoint of an adapter that cannot be represented here.
 _MERGE = "merge it with peft (merge_and_unload, save_pretrained), and load the result as the model"
@@ -98,8 +99,8 @@ def save_adapter(
     tensors = {}
     modules = adapted_modules(base.config, lora_config)
     for module in modules:
-        for layer in range(base.config.num_layers):
-            for factor, tensor in to_peft(module, lora["layers"], lora_config.r, layer).items():
+        for layer, *place in module.places:
+            for factor, tensor in to_peft(module, lora, lora_config.r, place).items():
                 tensors[module.key(factor, layer)] = tensor
     trained_tokens = None
     if "mask_row" in lora:
@@ -107,7 +108,9 @@ def save_adapter(
         trained_tokens = {"embed_tokens": [diffusion_config["mask_token_id"]]}
     config = _adapter_config(lora_config, base.name, base.revision, trained_tokens)
     ranks, alphas = patterns(base.config, lora_config)
-    config |= {"rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": sorted({m.name for m in modules})}
+    config |= {"rank_pattern": ranks, "alpha_pattern": alphas, **peft_targets(base.config, lora_config)}
+    if "target_parameters" in config:  # PEFT opens such an adapter without dropout alone
+        config["lora_dropout"] = 0.0
     with new_directory(directory, may_replace=_is_adapter_directory) as fresh:
         write_file(fresh / WEIGHTS_FILE, tensors)
         _write_json(fresh / CONFIG_FILE, config)
@@ -258,11 +261,12 @@ def _check_tensors(
     # which modules are adapted, and in which layers.
     listed = values.get("target_modules")
     is_exact = isinstance(listed, list) and not (values.get("exclude_modules") or values.get("layers_to_transform"))
+    is_exact &= config.experts is None  # names of modules mean other things in a model with experts
     named = [str(name).split(".")[-1] for name in listed] if is_exact else []
     possible = {
         module: {
             module.key(factor, layer): module.shape(factor, rank_of(module, layer, values))
-            for layer in range(config.num_layers)
+            for layer in module.layers
             if is_exact or _is_adapted(files, module, layer)
             for factor in FACTORS
         }
@@ -298,35 +302,39 @@ def _read_tree(
 ) -> tuple[dict[str, Any], LoraConfig]:
     """The `lora` tree, and its config: the highest rank is that of all, and a layer that is not adapted has zeros."""
     foreign = without_own_patterns(values, config)  # patterns that are not the way in which we write fused modules
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    scalings: dict[str, list[float]] = {}
+    found: dict[tuple[str, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
+    scalings: dict[tuple[str, ...], list[float]] = {}
     for module in modules:
-        own = module.name in (values.get("rank_pattern") or {}) and module.name not in foreign["rank_pattern"]
-        for layer in range(config.num_layers):
+        own = module.pattern in (values.get("rank_pattern") or {}) and module.pattern not in foreign["rank_pattern"]
+        for layer, stack, _ in module.places:
             rank = rank_of(module, layer, values)
             if _is_adapted(files, module, layer):
                 A, B = (files.read(module.key(factor, layer)).astype(np.float32) for factor in FACTORS)
             else:
                 A, B = (np.zeros(module.shape(factor, rank), np.float32) for factor in FACTORS)
             for part, pair in from_peft(module, A, B, values["r"] if own else rank).items():
-                found.setdefault(part, []).append(pair)
-                scalings.setdefault(part, []).append(scaling_of(module, layer, values))
-        for part in module.parts:  # of a module that is adapted in parts, the others have neither A nor B
-            if len(module.parts) > 1 and not any(A.any() for A, _ in found[part]):
-                del found[part]
+                found.setdefault((stack, *part), []).append(pair)
+                scalings.setdefault((stack, *part), []).append(scaling_of(module, layer, values))
+        if len(module.parts) > 1:  # of a module that is adapted in parts, the others have neither A nor B
+            for path in [(stack, *part) for _, stack, _ in module.places for part in module.parts]:
+                if path in found and not any(A.any() for A, _ in found[path]):
+                    del found[path]
+    routed = any(EXPERTS in path for path in found)
+    adapted = {path[-1] for path in found if EXPERTS not in path}
     lora_config = LoraConfig(
-        r=max((len(A) for pairs in found.values() for A, _ in pairs), default=values["r"]),
+        r=max((A.shape[-2] for pairs in found.values() for A, _ in pairs), default=values["r"]),
         lora_alpha=values["lora_alpha"],
         lora_dropout=float(values.get("lora_dropout") or 0),
-        target_modules=tuple(name for name in PROJECTIONS if name in found),
+        target_modules=tuple(name for name in PROJECTIONS if name in adapted),
+        routed_experts=routed,
         use_rslora=bool(values.get("use_rslora", False)),
     )
     lora: dict[str, Any] = {}
-    for name in lora_config.target_modules:
-        factors = [scaling / lora_config.scaling for scaling in scalings[name]]
-        pairs = [widened(pair, lora_config.r, by) for pair, by in zip(found[name], factors, strict=True)]
-        for factor, layers in zip(FACTORS, zip(*pairs, strict=True), strict=True):
-            set_path(lora, ("layers", *PROJECTIONS[name], factor), jnp.asarray(np.stack(layers)))
+    for path, pairs in found.items():
+        factors = [scaling / lora_config.scaling for scaling in scalings[path]]
+        wide = [widened(pair, lora_config.r, by) for pair, by in zip(pairs, factors, strict=True)]
+        for factor, layers in zip(FACTORS, zip(*wide, strict=True), strict=True):
+            set_path(lora, (*path, factor), jnp.asarray(np.stack(layers)))
     if (mask_row := peft_mask_row(config.decoder)) in files.shapes:
         lora["mask_row"] = jnp.asarray(files.read(mask_row)[0].astype(np.float32))
     return lora, lora_config

@@ -4,6 +4,9 @@ Some families hold several of our projections in one tensor (Phi-3's `qkv_proj`,
 low-rank update each, of rank r. PEFT has one for the module: the same update with n projections has rank n r, with A
 stacked and B block-diagonal, and `rank_pattern` and `alpha_pattern` say so. One that PEFT trained has rank r and an A
 that the projections share.
+
+Routed experts are such a module too, one for gate and up and one for down: parameters [X, out, in] that PEFT wraps one
+in another (`target_parameters`). It has A of all experts as [X r, in], and B as [out, r X] with the expert innermost.
 """
 
 import dataclasses
@@ -13,94 +16,164 @@ from typing import Any
 
 import numpy as np
 
-from difflm_jax.checkpoint.names import get_path
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.lora import LoraConfig
-from difflm_jax.models.weights import PROJECTIONS, fused_name, hf_module, projections_of, table
+from difflm_jax.models.lora import LoraConfig, is_adapted, leaf_at
+from difflm_jax.models.weights import Row, table
 
 FACTORS = ("lora_A", "lora_B")
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftModule:
-    """`path` within a layer, the projections that it holds, and how many outputs each has."""
+    """`path` within a layer, our projections that it holds (their paths within a stack), and the outputs of each.
+
+    `places` are (layer, the stack that has it, its index there) of every layer that has the module. Of routed experts
+    there are `experts`, in the parameter `parameter`, whose gate and up may be `interleaved`.
+    """
 
     path: str
-    parts: tuple[str, ...]
+    parts: tuple[tuple[str, ...], ...]
     outputs: tuple[int, ...]
     inputs: int
     prefix: str
+    places: tuple[tuple[int, str, int], ...]
+    experts: int = 0
+    parameter: str = ""
+    interleaved: bool = False
 
     @property
     def name(self) -> str:
-        """As `target_modules` spells it."""
-        return self.path.split(".")[-1]
+        """As `target_modules` or, for routed experts, `target_parameters` spells it."""
+        return self.parameter or self.path.split(".")[-1]
+
+    @property
+    def pattern(self) -> str:
+        """As `rank_pattern` spells it."""
+        return rf".*\.{self.parameter}" if self.parameter else self.name
+
+    def full_name(self, layer: int) -> str:
+        """What patterns are compared with."""
+        path = f"{self.path.removesuffix('.base_layer')}.{self.parameter}" if self.parameter else self.path
+        return f"{self.prefix}.layers.{layer}.{path}"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, _, _ in self.places)
 
     def key(self, factor: str, layer: int) -> str:
         """The name of a factor's tensor in an adapter file."""
         return f"base_model.model.{self.prefix}.layers.{layer}.{self.path}.{factor}.weight"
 
     def shape(self, factor: str, rank: int) -> tuple[int, int]:
+        rank *= max(self.experts, 1)
         return (rank, self.inputs) if factor == "lora_A" else (sum(self.outputs), rank)
 
 
 def peft_modules(config: ModelConfig) -> tuple[PeftModule, ...]:
     """The modules of a model that can be adapted."""
-    shapes = {row.path[2]: row.shape for row in table(config) if row.quantisable}
-    found: dict[str, list[str]] = {}
-    for name in projections_of(config):
-        path = hf_module(config, name)
-        if (fused := fused_name(config, name)) is not None:
-            path = f"{PROJECTIONS[name][0]}.{fused}"
-        found.setdefault(path, []).append(name)
-    return tuple(
-        PeftModule(path, tuple(parts), tuple(shapes[part][0] for part in parts), shapes[parts[0]][1], config.decoder)
-        for path, parts in found.items()
+    found: dict[str, list[Row]] = {}
+    for row in table(config):
+        if row.quantisable:
+            path = (row.fused or row.hf).removeprefix("model.layers.{layer}.").removesuffix(".weight")
+            if row.experts:
+                path = config.experts.names.module + ("" if row.path[-2] == "down_proj" else ".base_layer")
+            found.setdefault(path, []).append(row)
+    return tuple(_module(config, path, rows) for path, rows in found.items())
+
+
+def _module(config: ModelConfig, path: str, rows: list[Row]) -> PeftModule:
+    first = [row for row in rows if row.path[0] == rows[0].path[0]]
+    places = {(layer, row.path[0], i) for row in rows for i, layer in enumerate(row.layers)}
+    parameter = "gate_up_proj" if path.endswith("base_layer") else "down_proj"
+    return PeftModule(
+        path,
+        tuple(row.path[1:-1] for row in first),
+        tuple(row.shape[0] for row in first),
+        first[0].shape[1],
+        config.decoder,
+        tuple(sorted(places)),
+        first[0].experts,
+        parameter if first[0].experts else "",
+        bool(first[0].experts) and config.experts.names.stored == "interleaved",
     )
 
 
 def adapted_modules(config: ModelConfig, lora_config: LoraConfig) -> tuple[PeftModule, ...]:
     """Those that hold a projection with an update."""
-    return tuple(module for module in peft_modules(config) if set(module.parts) & set(lora_config.target_modules))
+    return tuple(
+        module for module in peft_modules(config) if any(is_adapted(part, lora_config) for part in module.parts)
+    )
+
+
+def peft_targets(config: ModelConfig, lora_config: LoraConfig) -> dict[str, list[str]]:
+    """`target_modules` and `target_parameters` of an adapter of ours.
+
+    PEFT 0.21.2 takes `gate_proj`, `up_proj` and `down_proj` among the modules of a model with experts for the routed
+    ones, whatever comes before these names. Those of dense layers and shared experts are named as parameters there.
+    """
+    modules, parameters = set(), set()
+    for module in adapted_modules(config, lora_config):
+        if module.parameter:
+            parameters.add(module.parameter)
+        elif config.experts is not None and module.parts[0][0] == "mlp":
+            parameters.add(".".join(module.path.split(".")[-2:]) + ".weight")
+        else:
+            modules.add(module.name)
+    named = {"target_modules": sorted(modules), "target_parameters": sorted(parameters)}
+    return named if parameters else {"target_modules": sorted(modules)}
 
 
 def patterns(config: ModelConfig, lora_config: LoraConfig) -> tuple[dict[str, int], dict[str, float]]:
     """(`rank_pattern`, `alpha_pattern`) of an adapter of ours: the scaling of a module is that of its projections."""
     joined = [module for module in adapted_modules(config, lora_config) if len(module.parts) > 1]
-    ranks = {module.name: len(module.parts) * lora_config.r for module in joined}
+    ranks = {module.pattern: len(module.parts) * lora_config.r for module in joined}
     power = 0.5 if lora_config.use_rslora else 1.0
-    alphas = {module.name: lora_config.lora_alpha * len(module.parts) ** power for module in joined}
+    alphas = {module.pattern: lora_config.lora_alpha * len(module.parts) ** power for module in joined}
     return ranks, {name: int(alpha) if float(alpha).is_integer() else alpha for name, alpha in alphas.items()}
 
 
-def to_peft(module: PeftModule, layers: Mapping[str, Any], rank: int, layer: int) -> dict[str, np.ndarray]:
-    """The factors of a module, by name, from those of its projections in the `layers` of a `lora` tree."""
-    pairs = [_pair(module, layers, index, rank, layer) for index in range(len(module.parts))]
-    if len(pairs) == 1:
-        return dict(zip(FACTORS, map(np.ascontiguousarray, pairs[0]), strict=True))
-    B = np.zeros((sum(module.outputs), rank * len(pairs)), np.float32)
+def to_peft(module: PeftModule, lora: Mapping[str, Any], rank: int, place: tuple[str, int]) -> dict[str, np.ndarray]:
+    """The factors of a module, by name, from those of its projections at `place` (stack, index) of a `lora` tree."""
+    pairs = [_pair(module, lora, part, rank, place) for part in range(len(module.parts))]
+    A = np.concatenate([A for A, _ in pairs], axis=-2)
+    B = np.zeros((*A.shape[:-2], sum(module.outputs), A.shape[-2]), np.float32)
     for index, (rows, (_, part_B)) in enumerate(zip(_rows(module), pairs, strict=True)):
-        B[rows, index * rank : (index + 1) * rank] = part_B
-    return {"lora_A": np.concatenate([A for A, _ in pairs]), "lora_B": B}
+        B[..., rows, index * rank : (index + 1) * rank] = part_B
+    if module.experts:
+        A, B = A.reshape(-1, module.inputs), np.moveaxis(B, 0, -1).reshape(sum(module.outputs), -1)
+    return dict(zip(FACTORS, map(np.ascontiguousarray, (A, B)), strict=True))
 
 
-def _pair(module: PeftModule, layers: Mapping[str, Any], index: int, rank: int, layer: int) -> list[np.ndarray]:
-    block, name = PROJECTIONS[module.parts[index]]
-    if name not in layers.get(block, {}):  # another projection of the module is adapted, and this one is not
-        return [np.zeros((rank, module.inputs), np.float32), np.zeros((module.outputs[index], rank), np.float32)]
-    return [np.asarray(get_path(layers, (block, name))[factor][layer], np.float32) for factor in FACTORS]
+def _pair(module: PeftModule, lora: Mapping[str, Any], part: int, rank: int, place: tuple[str, int]) -> list:
+    stack, index = place
+    factors = leaf_at(lora, (stack, *module.parts[part]))
+    if factors is None:  # another projection of the module is adapted, and this one is not
+        return [np.zeros((rank, module.inputs), np.float32), np.zeros((module.outputs[part], rank), np.float32)]
+    return [np.asarray(factors[factor][index], np.float32) for factor in FACTORS]
 
 
-def from_peft(module: PeftModule, A: np.ndarray, B: np.ndarray, rank: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(A, B) of each projection of a module, of rank `rank`. Raises `ValueError` if their update has another rank."""
-    if len(A) == rank:
-        return {part: (A, B[rows]) for part, rows in zip(module.parts, _rows(module), strict=True)}
-    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+def from_peft(
+    module: PeftModule, A: np.ndarray, B: np.ndarray, rank: int
+) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
+    """(A, B) of each projection of a module, of rank `rank`. Raises `ValueError` if their update has another rank.
+
+    Those of routed experts have an axis of experts first. One update of all projections is that of each, with their A.
+    """
+    if module.experts:
+        A = A.reshape(module.experts, -1, module.inputs)
+        B = np.moveaxis(B.reshape(sum(module.outputs), -1, module.experts), -1, 0)
+    found = A.shape[-2]
+    shared = {part: (A, B[..., rows, :]) for part, rows in zip(module.parts, _rows(module), strict=True)}
+    if found == rank:
+        return shared
+    parts: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
     for index, (part, rows) in enumerate(zip(module.parts, _rows(module), strict=True)):
         columns = slice(index * rank, (index + 1) * rank)
-        if np.any(np.delete(B[rows], np.r_[columns], axis=1)):
-            raise ValueError(f"{module.name}.lora_B has rank {len(A)} and is not made of {len(module.parts)} blocks")
-        parts[part] = A[columns], B[rows, columns]
+        if np.any(np.delete(B[..., rows, :], np.r_[columns], axis=-1)):
+            if module.experts:  # PEFT's own adapters of experts have this rank too
+                return shared
+            raise ValueError(f"{module.name}.lora_B has rank {found} and is not made of {len(module.parts)} blocks")
+        parts[part] = A[..., columns, :], B[..., rows, columns]
     return parts
 
 
@@ -113,15 +186,18 @@ def without_own_patterns(values: Mapping[str, Any], config: ModelConfig) -> dict
     for module in peft_modules(config):
         parts = len(module.parts)
         own = (parts * rank, alpha * parts**power)
-        found = (left["rank_pattern"].get(module.name), left["alpha_pattern"].get(module.name))
+        found = (left["rank_pattern"].get(module.pattern), left["alpha_pattern"].get(module.pattern))
         if parts > 1 and all(
             isinstance(x, int | float) and math.isclose(x, y) for x, y in zip(found, own, strict=True)
         ):
             for pattern in left.values():
-                del pattern[module.name]
+                del pattern[module.pattern]
     return {**values, **left}
 
 
 def _rows(module: PeftModule) -> list[slice]:
+    """The outputs of each projection among those of the module."""
+    if module.interleaved and len(module.parts) > 1:
+        return [slice(index, None, len(module.parts)) for index in range(len(module.parts))]
     ends = np.cumsum(module.outputs)
     return [slice(int(end - size), int(end)) for end, size in zip(ends, module.outputs, strict=True)]

@@ -50,14 +50,14 @@ def scaling_of(module: PeftModule, layer: int, values: Mapping[str, Any]) -> flo
 def widened(pair: tuple[np.ndarray, np.ndarray], rank: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
     """(A, B) of rank `rank` with `factor` times the update."""
     A, B = pair
-    missing = rank - len(A)
+    missing, whole = rank - A.shape[-2], [(0, 0)] * (A.ndim - 2)
     B = B if math.isclose(factor, 1.0, rel_tol=1e-12) else B * np.float32(factor)
-    return np.pad(A, ((0, missing), (0, 0))), np.pad(B, ((0, 0), (0, missing)))
+    return np.pad(A, (*whole, (0, missing), (0, 0))), np.pad(B, (*whole, (0, 0), (0, missing)))
 
 
 def _of_pattern(values: Mapping[str, Any], key: str, module: PeftModule, layer: int, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, as PEFT looks for it."""
-    name = f"{module.prefix}.layers.{layer}.{module.path}"
+    name = module.full_name(layer)
     for pattern, value in (values.get(key) or {}).items():
         try:
             if regex.match(rf"(.*\.)?({pattern})$", name, timeout=_SECONDS):

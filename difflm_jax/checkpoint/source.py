@@ -14,9 +14,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.bitsandbytes import open_quantised
+from difflm_jax.checkpoint.experts import split_experts
 from difflm_jax.checkpoint.foreign import read_field_config
 from difflm_jax.checkpoint.fused import split_fused
 from difflm_jax.checkpoint.gguf.weights import open_gguf
+from difflm_jax.checkpoint.mxfp4 import is_mxfp4, open_mxfp4
 from difflm_jax.checkpoint.names import from_foreign
 from difflm_jax.checkpoint.safetensors import TensorFiles, open_shards, read_json
 from difflm_jax.checkpoint.text_part import DECODER, text_config, text_tensors
@@ -123,7 +125,10 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
             f"{directory}: is a training run: --run={directory}, or its model with {directory}/sft_model on it"
         )
     quantization_config = hf_config.pop("quantization_config", None)  # from here on the tensors tell
-    files = open_quantised(directory, quantization_config) if quantization_config else open_shards(directory)
+    if is_mxfp4(quantization_config):
+        files = open_mxfp4(directory)
+    else:
+        files = open_quantised(directory, quantization_config) if quantization_config else open_shards(directory)
     inner = text_config(hf_config)
     if inner is not None:
         print(f"{name}: {hf_config['model_type']} reads images too; its text part is used", flush=True)
@@ -131,6 +136,9 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
     field = _named(name, lambda: read_field_config(hf_config, name))
     if field is not None:
         hf_config, files = field.hf_config, _renamed(files, field.names)
+        if field.fused:
+            apart = _named(name, lambda: ModelConfig.from_hf(hf_config))
+            files = split_fused(files, dataclasses.replace(apart, fused=field.fused))
     if unknown := unknown_keys(hf_config):
         logging.getLogger(__name__).warning(
             "%s: config.json has keys that are not read here: %s", name, ", ".join(unknown)
@@ -164,6 +172,7 @@ def _open(
 ) -> Source:
     config = _named(name, lambda: ModelConfig.from_hf(hf_config))
     files = _named(name, lambda: split_fused(files, config)) if config.fused else files
+    files = _named(name, lambda: split_experts(files, config)) if config.experts else files
     return Source(
         name,
         revision,

@@ -36,6 +36,7 @@ class LossSums:
     tokens: jax.Array  # [] real tokens
     work: Work | None = None  # of the pass with a gradient, without padding
     frozen_work: Work | None = None  # of the pass of the frozen base without a gradient: a teacher, a clean copy
+    expert_tokens: jax.Array | None = None  # [layers with experts, X] real tokens that each expert is given
 
 
 def loss_sums(
@@ -65,14 +66,14 @@ def loss_sums(
         return seeds(stream, jnp.zeros_like(batch.positions))
 
     def own_scores(noisy: NoisyBatch, weights_BL: jax.Array) -> tuple[jax.Array, Scores]:
-        return score(jax.lax.stop_gradient(variables), None, noisy.replace(dropout_seeds=None), weights_BL)
+        return score(jax.lax.stop_gradient(variables), None, noisy.replace(dropout_seeds=None), weights_BL)[:2]
 
     noisy = corrupt(key, batch, corruption).replace(dropout_seeds=seeds(DROPOUT_STREAM) if train else None)
     for extra in (annealed, paired, on_policy):
         noisy = extra(noisy, Step(corruption, index, seeds, example_seeds, own_scores))
     distilled = corruption.extras.distillation
     teacher = teacher_of(model, corruption.diffusion, variables["params"], noisy) if distilled else None
-    loss, scores = score(variables, teacher, noisy, noisy.weights)
+    loss, scores, chosen = score(variables, teacher, noisy, noisy.weights)
 
     counted_BL = noisy.masked & (noisy.weights != 0)
     bucket_BL = jnp.minimum((noisy.rates * RATE_BUCKETS).astype(jnp.int32), RATE_BUCKETS - 1)
@@ -89,7 +90,20 @@ def loss_sums(
         tokens=(batch.segments != 0).sum().astype(jnp.float32),
         work=_work(batch, noisy, corruption.diffusion),
         frozen_work=jax.tree.map(lambda x: bool(distilled) * x, _teacher_work(batch, noisy)),
+        expert_tokens=None if chosen is None else _tokens_of_experts(chosen, noisy, model.config.experts.count),
     )
+
+
+def _tokens_of_experts(chosen_NBTK: jax.Array, noisy: NoisyBatch, count: int) -> jax.Array:
+    """float32 [N, X]: how many real tokens each expert is given."""
+    real_BL = (noisy.segments != 0).astype(jnp.float32)
+    copies = chosen_NBTK.shape[2] // real_BL.shape[1]
+    weights_BTK = jnp.broadcast_to(jnp.tile(real_BL, (1, copies))[:, :, None], chosen_NBTK.shape[1:])
+
+    def of_layer(chosen_BTK: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(weights_BTK.reshape(-1), chosen_BTK.reshape(-1), num_segments=count)
+
+    return jax.vmap(of_layer)(chosen_NBTK)
 
 
 def _work(batch: CleanBatch, noisy: NoisyBatch, diffusion: DiffusionConfig) -> Work:
@@ -114,9 +128,10 @@ def _score(
     teacher: Teacher | None,
     noisy: NoisyBatch,
     weights_BL: jax.Array,
-) -> tuple[jax.Array, Scores]:
-    """(the loss as a sum, scores [B, L]) of the model on `noisy`, against its clean tokens by `weights_BL`."""
-    hidden_BLD = predicting_states(model, corruption.diffusion, variables, noisy)
+) -> tuple[jax.Array, Scores, jax.Array | None]:
+    """(the loss as a sum, scores [B, L], the experts chosen) of the model on `noisy`, against its clean tokens by
+    `weights_BL`."""
+    hidden_BLD, chosen = _states(model, corruption.diffusion, variables, noisy)
     loss, scores = scored_cross_entropy(
         _flat(hidden_BLD),
         head_weight(model.config, variables["params"]),
@@ -126,7 +141,7 @@ def _score(
         chunk,
         jax.tree.map(_flat, teacher),
     )
-    return loss, Scores(*(x_M.reshape(noisy.tokens.shape) for x_M in scores))
+    return loss, Scores(*(x_M.reshape(noisy.tokens.shape) for x_M in scores)), chosen
 
 
 def _flat(x_BL: jax.Array) -> jax.Array:
@@ -138,13 +153,26 @@ def predicting_states(
     model: Transformer, diffusion: DiffusionConfig, variables: dict[str, Any], noisy: NoisyBatch
 ) -> jax.Array:
     """[B, L, D] the states that predict each token of a corrupted batch."""
+    return _states(model, diffusion, variables, noisy)[0]
+
+
+def _states(model, diffusion, variables, noisy: NoisyBatch) -> tuple[jax.Array, jax.Array | None]:
+    """(the same, the experts that were chosen for each token: int32 [N, B, T, K], None without experts)."""
     if diffusion.has_blocks:
         return _block_states(model, diffusion, variables, noisy)
     view = diffusion.view(noisy.layout, open_BTS=noisy.open, lengths_B=noisy.row_lengths)
-    return diffusion.predicting(model.apply(variables, noisy.tokens, noisy.positions, view, noisy.dropout_seeds))
+    hidden_BLD, chosen = _run(model, variables, noisy.tokens, noisy.positions, view, noisy.dropout_seeds)
+    return diffusion.predicting(hidden_BLD), chosen
 
 
-def _block_states(model, diffusion, variables, noisy: NoisyBatch) -> jax.Array:
+def _run(model, variables, *rows: Any) -> tuple[jax.Array, jax.Array | None]:
+    if model.config.experts is None:
+        return model.apply(variables, *rows), None
+    hidden_BTD, updated = model.apply(variables, *rows, mutable=["routing"])
+    return hidden_BTD, jnp.concatenate(jax.tree.leaves(updated["routing"]))
+
+
+def _block_states(model, diffusion, variables, noisy: NoisyBatch) -> tuple[jax.Array, jax.Array | None]:
     """The same under attention in blocks: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
 
     A noisy block sees the clean blocks before it, as it does when text is generated. With the shift the first token of
@@ -157,7 +185,8 @@ def _block_states(model, diffusion, variables, noisy: NoisyBatch) -> jax.Array:
         noisy_T=jnp.arange(2 * length) < length,
         open_BTS=None if noisy.open is None else jnp.tile(noisy.open, (1, 2, 2)),
     )
-    hidden_BLD = model.apply(
+    hidden_BLD, chosen = _run(
+        model,
         variables,
         jnp.concatenate([noisy.tokens, noisy.clean], axis=1),
         rows.positions,
@@ -166,6 +195,7 @@ def _block_states(model, diffusion, variables, noisy: NoisyBatch) -> jax.Array:
     )
     noisy_BLD, clean_BLD = jnp.split(hidden_BLD, 2, axis=1)
     if not diffusion.shift:
-        return noisy_BLD
+        return noisy_BLD, chosen
     opens_BL = diffusion.block_starts(noisy.positions, noisy.prompt_lengths) == noisy.positions
-    return jnp.where(opens_BL[..., None], diffusion.predicting(clean_BLD), diffusion.predicting(noisy_BLD))
+    states_BLD = jnp.where(opens_BL[..., None], diffusion.predicting(clean_BLD), diffusion.predicting(noisy_BLD))
+    return states_BLD, chosen

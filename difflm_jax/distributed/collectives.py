@@ -5,6 +5,8 @@ The axes are those of `difflm_jax.distributed.mesh`.
   - Matrices are divided over `fsdp` along their output rows, as stored, and gathered where a layer uses them.
   - Heads and MLP are divided over `tensor`: q, k, v, gate and up along their output; o and down along their input,
     whose results are summed.
+  - Routed experts are divided over `tensor` and `fsdp` whole: those of `fsdp` are gathered where a layer uses them, and
+    the results of those of `tensor` are summed.
   - Embedding and output head are divided along the vocabulary over `fsdp` and `tensor`. Hidden states and tokens
     travel; the table does not.
 
@@ -51,6 +53,25 @@ def gathered(weight: Any) -> Any:
         return jax.lax.all_gather(leaf, FSDP, axis=leaf.ndim - 2, tiled=True)
 
     return jax.tree.map(gather, weight)
+
+
+def gathered_experts(weight: Any) -> Any:
+    """The experts of one layer (every leaf has their axis first) that this device has along `tensor`: its own ones and
+    those of the other devices along `fsdp`."""
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(leaf, FSDP, axis=0, tiled=True) if divided(leaf, FSDP) else leaf
+
+    return jax.tree.map(gather, weight)
+
+
+def own_experts(weight: Any, count: int) -> tuple[jax.Array | int, int]:
+    """(the first, how many) of `count` experts that `gathered_experts` gives this device."""
+    leaf = jax.tree.leaves(weight)[0]
+    if not divided(leaf, TENSOR):
+        return 0, count
+    count //= jax.lax.axis_size(TENSOR)
+    return jax.lax.axis_index(TENSOR) * count, count
 
 
 def varying_with(x: jax.Array, weight: Any) -> jax.Array:

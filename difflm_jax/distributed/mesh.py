@@ -69,6 +69,10 @@ def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
     `block_size` is that of a quantised base, else 1: a quantisation block is never divided.
     """
     tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
+    if config.experts is not None and config.experts.count % (tensor * fsdp):
+        raise UserError(
+            f"mesh.tensor={tensor} and mesh.fsdp={fsdp} do not divide the model's {config.experts.count} experts"
+        )
     for key, size in (("num_key_value_heads", config.num_kv_heads), ("intermediate_size", config.intermediate_size)):
         if size % tensor:
             raise UserError(f"mesh.tensor={tensor} does not divide the model's {key}={size}")

@@ -32,8 +32,9 @@ def specs(tree: Tree, mesh: Mesh) -> Tree:
 
     Leaves of a layer have the layer axis first. A matrix [N, out, in], dense or a leaf of a quantised one, is divided
     along its output over `fsdp`, and over `tensor` along its output or input as `collectives` says. A factor of LoRA is
-    divided over `tensor` alone. Everything else is replicated; nested scales are whole along `tensor`. An axis of one
-    device divides nothing: gathering a weight from itself would copy it (4 % of a training step on a CPU).
+    divided over `tensor` alone. Leaves of routed experts are divided along these, over both. Everything else is
+    replicated; nested scales are whole along `tensor`. An axis of one device divides nothing: gathering a weight from
+    itself would copy it (4 % of a training step on a CPU).
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf, mesh), tree)
 
@@ -126,9 +127,12 @@ def _axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | tuple[str, ...] | Non
     """The axes of the mesh over which each axis of a leaf is divided."""
     names = _names(path)
     module = next((name for name in names if name in COLUMN_PARALLEL + ROW_PARALLEL), None)
+    is_factor = "lora_A" in names or "lora_B" in names
     column, ndim = module in COLUMN_PARALLEL, len(leaf.shape)
     if _is_table(path):
         return (VOCABULARY_AXES, None)
+    if "experts" in names:
+        return (None, TENSOR if is_factor else (TENSOR, FSDP))
     if module is None:
         return ()
     if "lora_A" in names:

@@ -22,14 +22,22 @@ def add_sums(a: LossSums | None, b: LossSums) -> LossSums:
 
 
 def summarise(sums: LossSums) -> dict[str, Any]:
-    """loss (weighted, as trained on), masked_nll (nats per hidden token), masked_accuracy, perplexity (its exp)."""
+    """loss (weighted, as trained on), masked_nll (nats per hidden token), masked_accuracy, perplexity (its exp).
+
+    In a model with experts `expert_load` too: the tokens of the busiest expert of a layer over the average, as the mean
+    over layers. It is 1 if all have as many, and X / K if each token goes to the same K of X.
+    """
     count = float(np.sum(sums.masked_count))
     nll = float(np.sum(sums.masked_nll)) / count if count else None
+    tokens_NX = sums.expert_tokens
+    has_load = tokens_NX is not None and np.sum(tokens_NX) > 0
+    load = {"expert_load": float(np.mean(np.max(tokens_NX, axis=1) / np.mean(tokens_NX, axis=1)))} if has_load else {}
     return {
         "loss": float(sums.loss) / float(sums.weight) if sums.weight else None,
         "masked_nll": nll,
         "masked_accuracy": float(np.sum(sums.masked_correct)) / count if count else None,
         "perplexity": float(np.exp(nll)) if nll is not None else None,
+        **load,
     }
 
 

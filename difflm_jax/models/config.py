@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from difflm_jax.errors import UserError
+from difflm_jax.models.experts import Experts, LayerStack, experts_of, stacks_of
 from difflm_jax.models.families import FAMILIES, Family, Structure
 from difflm_jax.models.layer_kinds import layer_kinds
 from difflm_jax.models.refused import refusal
@@ -111,12 +112,18 @@ class ModelConfig(Structure):
     attention_softcap: float | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    experts: Experts | None = None  # of the layers that are mixtures
     decoder: str = "model"  # the path of the decoder in transformers' model of the checkpoint
 
     @property
     def rope(self) -> RopeConfig:
         """The RoPE of a model that has one for all layers; else the first."""
         return next(rope for rope in self.ropes if rope is not None)
+
+    @property
+    def stacks(self) -> tuple[LayerStack, ...]:
+        """The layers, as the tree of weights has them: a stack for each run of layers of one kind."""
+        return stacks_of(self.experts, self.num_layers)
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
@@ -154,6 +161,7 @@ class ModelConfig(Structure):
             o_bias=_flag(hf, family.o_bias),
             mlp_bias=_flag(hf, family.mlp_bias),
             max_position_embeddings=_longest(hf, kinds.ropes),
+            experts=experts_of(hf, family.experts, layers),
         )
         config._check()
         return config
@@ -179,7 +187,8 @@ def unknown_keys(hf: dict[str, Any]) -> list[str]:
 def _own_keys(family: Family) -> set[str]:
     """The keys that a family reads beyond those of all."""
     named = (family.epsilon, family.activation, family.qkv_bias, family.o_bias, family.mlp_bias, family.qk_norm_key)
-    return {*family.reads, *family.defaults, *(key for key in named if isinstance(key, str))}
+    own = {*family.reads, *family.defaults, *(key for key in named if isinstance(key, str))}
+    return own if family.experts is None else own | family.experts.keys()
 
 
 def _check_known(hf: dict[str, Any], family: Family) -> None:
@@ -192,8 +201,11 @@ def _check_known(hf: dict[str, Any], family: Family) -> None:
             f"config.json: {_BIDIRECTIONAL}={_short(hf[_BIDIRECTIONAL])}: such a model is an encoder already, and has "
             "no causal base to convert"
         )
-    if experts := [key for key in hf if "expert" in key and hf[key] not in (0, 1, None, False)]:
-        raise UserError(f"config.json: mixture-of-experts models are not supported ({experts[0]})")
+    known = _own_keys(family)
+    if experts := [key for key in hf if "expert" in key and key not in known and hf[key] not in (0, 1, None, False)]:
+        raise UserError(
+            f"config.json: {experts[0]}={_short(hf[experts[0]])} is not supported for model_type {model_type!r}"
+        )
 
 
 def _structure(hf: dict[str, Any], family: Family) -> dict[str, Any]:

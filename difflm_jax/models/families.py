@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from difflm_jax.models.experts import ExpertFamily, ExpertNames
+
 
 class Norms(NamedTuple):
     """The norms of a layer by their place, under Hugging Face's names; None where there is none."""
@@ -52,10 +54,11 @@ class Family:
     """A row. `defaults` are those of keys that `config.json` may leave out; a bias is a key or a constant.
 
     `windows` says which layers `sliding_window` is for: "none", "every", "typed" (those that `layer_types` calls
-    sliding; by default all but one of `period`, of which the last, or the first, is global) or "qwen" (typed, and only
-    with `use_sliding_window`). `rotated` says which layers have RoPE: "all", "sliding", "unless_global" (the sliding
-    ones, or all in a model without a window), "no_rope_layers" or "layer_rope_theta"; "typed" gives each type of layer
-    a RoPE of its own.
+    sliding; by default all but one of `period`, of which the last, or the first, is global) or, only with
+    `use_sliding_window`, "qwen" (typed, by default those from `max_window_layers` on), "qwen_even" (typed, by default
+    the even ones below it) and "qwen_every". `rotated` says which layers have RoPE: "all", "sliding", "unless_global"
+    (the sliding ones, or all in a model without a window), "no_rope_layers" or "layer_rope_theta"; "typed" gives each
+    type of layer a RoPE of its own.
     """
 
     structure: Structure = Structure()
@@ -74,6 +77,7 @@ class Family:
     partial_rotary: bool = False
     longrope: bool = False  # any scaling is LongRoPE, whatever it is called
     scaled_embedding: bool = False  # by the square root of the hidden size
+    experts: ExpertFamily | None = None  # of a family whose layers are mixtures
 
 
 _RMS_OFFSET = {"norm_offset": 1.0}
@@ -225,6 +229,87 @@ FAMILIES = {
             "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0,
                                 "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
                                 "original_max_position_embeddings": 16384},
+        },
+    ),
+    "qwen3_moe": Family(
+        structure=Structure(qk_norm="head"), windows="qwen_every",
+        experts=ExpertFamily(layers="qwen", normalised="norm_topk_prob"),
+        defaults={"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8,
+                  "decoder_sparse_step": 1},
+    ),
+    "mixtral": Family(
+        qkv_bias=False, o_bias=False, windows="every",
+        experts=ExpertFamily(
+            names=ExpertNames(block="block_sparse_moe",
+                              projections=(("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")),
+                              in_memory=(("mlp", "block_sparse_moe"),)),
+            width="intermediate_size",
+        ),
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": Family(
+        qkv_bias="qkv_bias", o_bias=False, windows="qwen_even",
+        experts=ExpertFamily(
+            names=ExpertNames(shared="shared_expert", shared_gate="shared_expert_gate"),
+            layers="qwen", normalised="norm_topk_prob", shared="shared_expert_intermediate_size",
+        ),
+        defaults={"qkv_bias": True, "num_experts_per_tok": 4, "decoder_sparse_step": 1, "moe_intermediate_size": 1408,
+                  "shared_expert_intermediate_size": 5632},
+    ),
+    "olmoe": Family(
+        structure=Structure(qk_norm="all"),
+        experts=ExpertFamily(width="intermediate_size", normalised="norm_topk_prob"),
+        defaults={"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
+    ),
+    "granitemoe": Family(
+        reads=_GRANITE,
+        experts=ExpertFamily(
+            names=ExpertNames(block="block_sparse_moe", router="router.layer", module="block_sparse_moe.experts",
+                              stored="fused", gate_up="input_linear.weight", down="output_linear.weight",
+                              in_memory=(("router", "router.layer"),)),
+            width="intermediate_size",
+        ),
+        defaults={"attention_multiplier": 1.0, "num_experts_per_tok": 2},
+    ),
+    "ernie4_5_moe": Family(
+        structure=Structure(rope_interleaved=True), qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
+        reads=("moe_norm_min",),
+        experts=ExpertFamily(
+            names=ExpertNames(correction="moe_statics.e_score_correction_bias", correction_axes=2,
+                              shared="shared_experts", in_memory=(("mlp.gate.moe_statics", "mlp.moe_statics"),)),
+            count=("moe_num_experts", "num_experts"), per_token=("moe_k", "num_experts_per_tok"), layers="ernie",
+            shared="moe_num_shared_experts", shared_is_count=True,
+        ),
+        defaults={"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True,
+                  "moe_intermediate_size": 1536, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+                  "moe_layer_end_index": -1, "moe_layer_interval": 1},
+    ),
+    "glm4_moe": Family(  # LLaDA 2 too, under other names (`checkpoint.foreign`)
+        structure=Structure(qk_norm="head"), qk_norm_key="use_qk_norm", o_bias=False, partial_rotary=True,
+        experts=ExpertFamily(
+            names=ExpertNames(correction="gate.e_score_correction_bias", shared="shared_experts"),
+            count=("n_routed_experts", "num_experts", "num_local_experts"), layers="first_dense", score="sigmoid",
+            normalised="norm_topk_prob", scale="routed_scaling_factor", groups=("n_group", "topk_group"),
+            shared="n_shared_experts", shared_is_count=True,
+        ),
+        reads=("num_mtp_layers", "num_nextn_predict_layers"),
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5,
+                  "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1,
+                  "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+                  "norm_topk_prob": True},
+    ),
+    "gpt_oss": Family(
+        structure=Structure(sinks=True), windows="typed", period=2,
+        experts=ExpertFamily(
+            names=ExpertNames(router="router", stored="interleaved"), width="intermediate_size",
+            router_bias=True, bias=True, clamped=True,
+        ),
+        defaults={
+            "head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": 128,
+            "attention_bias": True, "num_experts_per_tok": 4, "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
+            "rope_theta": 150000.0, "initial_context_length": 4096,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0,
+                                "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096},
         },
     ),
     "jais2": Family(

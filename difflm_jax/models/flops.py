@@ -1,11 +1,13 @@
 """Floating-point operations of a training step, and what share of the hardware's peak they are."""
 
+import math
+
 import jax
 from flax import struct
 
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.lora import LoraConfig
-from difflm_jax.models.weights import PROJECTIONS, table
+from difflm_jax.models.lora import LoraConfig, is_adapted
+from difflm_jax.models.weights import table
 
 # Dense bfloat16 peak of one device in FLOP/s by the beginning of jax's `device_kind`, from the vendors' data sheets
 # (cloud.google.com/tpu/docs, NVIDIA's architecture white papers; figures "with sparsity" halved). A TPU v2 or v3
@@ -86,15 +88,25 @@ def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig | N
 
 
 def _weights(config: ModelConfig, lora: LoraConfig | None) -> tuple[int, int]:
-    """Weights of the projections of all layers, and of their factors."""
+    """Weights of the projections of all layers that a token passes through, and of their factors."""
     base = adapted = 0
     for row in table(config):
-        name = row.path[-2]
-        if name in PROJECTIONS and row.path[-1] == "weight":
-            base += config.num_layers * row.shape[0] * row.shape[1]
-            if lora is not None and name in lora.target_modules:
-                adapted += config.num_layers * lora.r * (row.shape[0] + row.shape[1])
+        if row.quantisable:
+            count = len(row.layers) * (config.experts.per_token if row.experts else 1)
+            base += count * row.shape[0] * row.shape[1]
+            if lora is not None and is_adapted(row.path[:-1], lora):
+                adapted += count * lora.r * (row.shape[0] + row.shape[1])
     return base, adapted
+
+
+def parameters(config: ModelConfig) -> tuple[int, int]:
+    """(all weights of a model, those that a token passes through: without the experts that it is not routed to)."""
+    total = active = 0
+    for row in table(config):
+        size = math.prod(row.shape)
+        total += size * math.prod(row.stack)
+        active += size * len(row.layers or (0,)) * (config.experts.per_token if row.experts else 1)
+    return total, active
 
 
 def _attention(config: ModelConfig) -> int:

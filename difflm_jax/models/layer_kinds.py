@@ -40,7 +40,7 @@ def layer_kinds(hf: Mapping[str, Any], family: Family, layers: int) -> LayerKind
 
 
 def _window(hf: Mapping[str, Any], family: Family) -> int | None:
-    if family.windows == "none" or (family.windows == "qwen" and not hf.get("use_sliding_window")):
+    if family.windows == "none" or (family.windows.startswith("qwen") and not hf.get("use_sliding_window")):
         return None
     window = hf.get("sliding_window")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
@@ -63,7 +63,7 @@ def _layer_types(hf: Mapping[str, Any], family: Family, layers: int) -> list[str
         if given is not None and SLIDING in given:
             raise UserError(f"config.json: model_type {hf['model_type']!r} has no layers of type {SLIDING!r}")
         return [FULL] * layers
-    if family.windows == "every":
+    if family.windows in ("every", "qwen_every"):
         if given is not None and FULL in given and hf.get("sliding_window") is not None:
             raise UserError(
                 f"config.json: model_type {hf['model_type']!r} has sliding_window in every layer, but layer_types says "
@@ -77,6 +77,9 @@ def _layer_types(hf: Mapping[str, Any], family: Family, layers: int) -> list[str
         if family.rotated == "no_rope_layers":
             return [FULL if has_rope else SLIDING for has_rope in _has_rope(hf, layers)]
         return [SLIDING if i >= (28 if first is None else first) else FULL for i in range(layers)]
+    if family.windows == "qwen_even":
+        first = hf.get("max_window_layers")
+        return [SLIDING if i % 2 == 0 and i < (28 if first is None else first) else FULL for i in range(layers)]
     return [FULL if _is_global(hf, family, i) else SLIDING for i in range(layers)]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from difflm_jax.distributed.collectives import ROW_PARALLEL, gathered, mean_of_heads, own_heads, summed
 from difflm_jax.models.attention import View, Window
@@ -115,15 +114,6 @@ def norm(config: ModelConfig, name: str) -> Norm:
     return Norm(config.norm_eps, config.norm, config.norm_offset, name=name)
 
 
-@struct.dataclass
-class LayerKind:
-    """What a layer has of its own: scanned arrays with an axis of layers. None where all layers are alike."""
-
-    index: jax.Array  # [], int32
-    window: jax.Array | None = None  # [], int32: keys at this distance or beyond are not seen
-    rope: jax.Array | None = None  # [], int32: the index of its `Rotation`
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE and, where the model has them, norms of queries and keys.
 
@@ -213,7 +203,7 @@ class XIELU(nn.Module):
         return jnp.where(x32 > 0, nn.softplus(alpha_p) * x32 * x32, below) + beta * x32
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": nn.gelu,
@@ -230,7 +220,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array, seeds_BL: jax.Array | None, gate_BL: jax.Array | None) -> jax.Array:
         kind, is_gated = self.config.activation, self.config.gated_mlp
-        activation = XIELU(name="act_fn") if kind == "xielu" else _ACTIVATIONS[kind]
+        activation = XIELU(name="act_fn") if kind == "xielu" else ACTIVATIONS[kind]
         names = ("gate_proj", "up_proj") if is_gated else ("up_proj",)
         inner = adapted([Linear(self.lora, name=name) for name in names], x_BLD, seeds_BL, _MLP_INPUT, gate_BL)
         # One rounding: between operations in bfloat16 there would be one each, and half of the time is theirs on a CPU.
@@ -240,52 +230,3 @@ class MLP(nn.Module):
             hidden_BLF = hidden_BLF * up[0]
         down = Linear(self.lora, name="down_proj")
         return adapted([down], hidden_BLF.astype(x_BLD.dtype), seeds_BL, _MLP_HIDDEN, gate_BL)[0]
-
-
-class Layer(nn.Module):
-    """Attention and MLP, with norms where the model has them. Its signature is that of a `nn.scan` body: the hidden
-    states are the carry."""
-
-    config: ModelConfig
-    lora: LoraConfig | None
-    attention_kernel: str
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        kind: LayerKind,
-        rope: Rotation,
-        view: View,
-        seeds_BT: jax.Array | None,
-        window: Window | None,
-        gate_BT: jax.Array | None,
-    ) -> tuple[jax.Array, None]:
-        # The barrier keeps XLA from hoisting the expanded mask and angles out of the layer loop at the size of the
-        # scores and of all heads.
-        x_BTD, rope, mask_BTS = jax.lax.optimization_barrier((x_BTD, rope, view.mask))
-        view = view.replace(mask=mask_BTS)
-        rope = jax.lax.stop_gradient(rope)  # behind the barrier they would have one
-        if seeds_BT is not None:
-            seeds_BT = fold_seeds(seeds_BT, kind.index)
-        config = self.config
-        rope = rope.of_layer(kind.rope)
-        if kind.window is not None:
-            view = view.within(kind.window)
-        attention = Attention(config, self.lora, self.attention_kernel, name="self_attn")
-        mlp = MLP(config, self.lora, name="mlp")
-        h_BTD = self._normalised(config.norms.before_attention, x_BTD)
-        update_BTD = attention(h_BTD, rope, view, seeds_BT, window, gate_BT)
-        update_BTD = self._normalised(config.norms.after_attention, update_BTD)
-        if config.parallel_block:
-            return self._added(self._added(x_BTD, update_BTD), mlp(h_BTD, seeds_BT, gate_BT)), None
-        x_BTD = self._added(x_BTD, update_BTD)
-        update_BTD = mlp(self._normalised(config.norms.before_mlp, x_BTD), seeds_BT, gate_BT)
-        return self._added(x_BTD, self._normalised(config.norms.after_mlp, update_BTD)), None
-
-    def _normalised(self, name: str | None, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if name is None else norm(self.config, name)(x_BTD)
-
-    def _added(self, x_BTD: jax.Array, update_BTD: jax.Array) -> jax.Array:
-        multiplier = self.config.residual_multiplier
-        return x_BTD + (update_BTD if multiplier == 1.0 else update_BTD * multiplier)

@@ -1,14 +1,14 @@
 """Low-rank adaptation (arXiv:2106.09685), written by hand: y = W x + scaling * B (A dropout(x)).
 
 The trained tree is the `lora` collection: for every adapted projection `lora_A` [N, R, in] and `lora_B` [N, out, R],
-stacked over layers like the base, and `mask_row` [D], the input embedding of the mask token, where that is trained.
-All masters are float32.
+stacked over layers (and experts) like the base, and `mask_row` [D], the input embedding of the mask token, where that
+is trained. All masters are float32.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from difflm_jax.quant import QTensor, dequantize
 from difflm_jax.utils.progress import Progress
 from difflm_jax.utils.settings import POSITIVE, PROPER_SHARE, setting
 
+EXPERTS = "experts"  # the name of routed experts in a path
 ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -38,6 +39,7 @@ class LoraConfig:
     target_modules: tuple[str, ...] = setting(
         ADAPTABLE, "Adapted projections, or all-linear.", choices=ADAPTABLE, required=True
     )
+    routed_experts: bool = setting(False, "Adapt the projections of routed experts too, without dropout.")
     use_rslora: bool = setting(False, "Divide lora_alpha by sqrt(r) instead (rank-stabilised LoRA).")
 
     @property
@@ -142,21 +144,59 @@ def init_lora(
     is not trained, and stays the base's). Raises `UserError` for a target module that the model lacks.
     """
     lora: dict[str, Any] = {} if mask_row_D is None else {"mask_row": mask_row_D.astype(jnp.float32)}
-    block_of = {name: block for block, projections in params["layers"].items() for name in projections}
-    if missing := set(config.target_modules) - block_of.keys():
-        raise UserError(f"lora_config.target_modules: the model has no {', '.join(sorted(missing))}")
-    # In an order of our own: that of `params` depends on which files the weights were read from.
-    targets = [name for name in ADAPTABLE if name in config.target_modules]
-    for stream, name in enumerate(targets, start=1):
-        block = block_of[name]
-        layers, out_dim, in_dim = params["layers"][block][name]["weight"].shape
+    found = [path for path in projection_paths(params) if is_adapted(path, config)]
+    if missing := set(config.target_modules) - {path[-1] for path in found if EXPERTS not in path}:
+        raise UserError(
+            f"lora_config.target_modules: the model has no {', '.join(sorted(missing))}"
+            + (" outside its routed experts (lora_config.routed_experts=true)" if _has_experts(params) else "")
+        )
+    if config.routed_experts and not _has_experts(params):
+        raise UserError("lora_config.routed_experts: the model has no routed experts")
+    for stream, path in enumerate(found, start=1):
+        *stack, out_dim, in_dim = leaf_at(params, path)["weight"].shape
         bound = 1.0 / math.sqrt(in_dim)
         factor_A = jax.random.uniform(
-            jax.random.fold_in(key, stream), (layers, config.r, in_dim), jnp.float32, -bound, bound
+            jax.random.fold_in(key, stream), (*stack, config.r, in_dim), jnp.float32, -bound, bound
         )
-        module = {"lora_A": factor_A, "lora_B": jnp.zeros((layers, out_dim, config.r), jnp.float32)}
-        lora.setdefault("layers", {}).setdefault(block, {})[name] = module
+        module = {"lora_A": factor_A, "lora_B": jnp.zeros((*stack, out_dim, config.r), jnp.float32)}
+        functools.reduce(lambda tree, name: tree.setdefault(name, {}), path[:-1], lora)[path[-1]] = module
     return lora
+
+
+def is_adapted(path: tuple[str, ...], config: LoraConfig) -> bool:
+    """Whether the projection at `path` of a tree of parameters has an update."""
+    return config.routed_experts if EXPERTS in path else path[-1] in config.target_modules
+
+
+def projection_paths(params: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The paths of all projections: by stack, in the order of `ADAPTABLE`, those of routed experts last.
+
+    The order of `params` depends on which files the weights were read from.
+    """
+
+    def under(path: tuple[str, ...], tree: Any) -> Iterator[tuple[str, ...]]:
+        if path and path[-1] in ADAPTABLE:
+            yield path
+        elif isinstance(tree, Mapping):
+            for name, inner in tree.items():
+                yield from under((*path, name), inner)
+
+    def place(path: tuple[str, ...]) -> tuple[Any, ...]:
+        number = path[0].partition("_")[2]
+        return int(number or 0), EXPERTS in path, ADAPTABLE.index(path[-1]), path
+
+    return sorted(under((), params), key=place)
+
+
+def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """What a nested dictionary has at `path`, or None."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _has_experts(params: Mapping[str, Any]) -> bool:
+    return any(EXPERTS in path for path in projection_paths(params))
 
 
 def merge_lora(
@@ -177,14 +217,13 @@ def merge_lora(
 
     dtype = params["embed_tokens"]["weight"].dtype
     merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries around the same arrays
-    found = [(block, name, leaves) for block, each in params["layers"].items() for name, leaves in each.items()]
+    found = projection_paths(params)
     with Progress("merging", "weights", len(found)) as progress:
-        for block, name, leaves in found:
-            factors = lora.get("layers", {}).get(block, {}).get(name)
-            weight = leaves.get("weight") if isinstance(leaves, dict) else leaves
+        for path in found:
+            factors, weight = leaf_at(lora, path), leaf_at(params, path)["weight"]
             if factors is not None or isinstance(weight, QTensor):
                 dense = _merged_stack(weight, factors, config.scaling, dtype)
-                merged["layers"][block][name]["weight"] = laid(("layers", block, name, "weight"), dense)
+                leaf_at(merged, path)["weight"] = laid((*path, "weight"), dense)
                 jax.block_until_ready(dense)
             progress.advance()
     if "mask_row" in lora and mask_token_id is not None:

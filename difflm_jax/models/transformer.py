@@ -1,4 +1,4 @@
-"""The decoder: embed, one scanned stack of layers, final norm; and the output head as a function of hidden states."""
+"""The decoder: embed, scanned stacks of layers, final norm; and the output head as a function of hidden states."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,18 +6,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from difflm_jax.distributed.collectives import lookup, rows_together, whole_vocabulary
 from difflm_jax.models.attention import View, Window
 from difflm_jax.models.config import ModelConfig
-from difflm_jax.models.layers import LOW_RANK, PROJECTION, Layer, LayerKind, norm, stored
+from difflm_jax.models.layers import LOW_RANK, MLP, PROJECTION, Attention, norm, stored
 from difflm_jax.models.lora import LoraConfig
-from difflm_jax.models.rope import rotation
+from difflm_jax.models.moe import MoE
+from difflm_jax.models.rope import Rotation, rotation
 from difflm_jax.ops.attention import ATTENTION_OUTPUT
 from difflm_jax.ops.attention_kernels import FUSED_FORWARD
 from difflm_jax.ops.cpu import bits_of
 from difflm_jax.ops.cross_entropy import capped
 from difflm_jax.ops.matmul import matmul
+from difflm_jax.ops.random import fold_seeds
 
 _policies = jax.checkpoint_policies
 
@@ -35,6 +38,65 @@ REMAT = {
     "save_attention": _keeping(ATTENTION_OUTPUT),
     "full": _policies.nothing_saveable,
 }
+
+
+@struct.dataclass
+class LayerKind:
+    """What a layer has of its own: scanned arrays with an axis of layers. None where all layers are alike."""
+
+    index: jax.Array  # [], int32
+    window: jax.Array | None = None  # [], int32: keys at this distance or beyond are not seen
+    rope: jax.Array | None = None  # [], int32: the index of its `Rotation`
+
+
+class Layer(nn.Module):
+    """Attention and MLP, with norms where the model has them. Its signature is that of a `nn.scan` body: the hidden
+    states are the carry."""
+
+    config: ModelConfig
+    lora: LoraConfig | None
+    attention_kernel: str
+    sparse: bool  # a mixture of experts in place of one MLP
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        kind: LayerKind,
+        rope: Rotation,
+        view: View,
+        seeds_BT: jax.Array | None,
+        window: Window | None,
+        gate_BT: jax.Array | None,
+    ) -> tuple[jax.Array, None]:
+        # The barrier keeps XLA from hoisting the expanded mask and angles out of the layer loop at the size of the
+        # scores and of all heads.
+        x_BTD, rope, mask_BTS = jax.lax.optimization_barrier((x_BTD, rope, view.mask))
+        view = view.replace(mask=mask_BTS)
+        rope = jax.lax.stop_gradient(rope)  # behind the barrier they would have one
+        if seeds_BT is not None:
+            seeds_BT = fold_seeds(seeds_BT, kind.index)
+        config = self.config
+        rope = rope.of_layer(kind.rope)
+        if kind.window is not None:
+            view = view.within(kind.window)
+        attention = Attention(config, self.lora, self.attention_kernel, name="self_attn")
+        mlp = (MoE if self.sparse else MLP)(config, self.lora, name="mlp")
+        h_BTD = self._normalised(config.norms.before_attention, x_BTD)
+        update_BTD = attention(h_BTD, rope, view, seeds_BT, window, gate_BT)
+        update_BTD = self._normalised(config.norms.after_attention, update_BTD)
+        if config.parallel_block:
+            return self._added(self._added(x_BTD, update_BTD), mlp(h_BTD, seeds_BT, gate_BT)), None
+        x_BTD = self._added(x_BTD, update_BTD)
+        update_BTD = mlp(self._normalised(config.norms.before_mlp, x_BTD), seeds_BT, gate_BT)
+        return self._added(x_BTD, self._normalised(config.norms.after_mlp, update_BTD)), None
+
+    def _normalised(self, name: str | None, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if name is None else norm(self.config, name)(x_BTD)
+
+    def _added(self, x_BTD: jax.Array, update_BTD: jax.Array) -> jax.Array:
+        multiplier = self.config.residual_multiplier
+        return x_BTD + (update_BTD if multiplier == 1.0 else update_BTD * multiplier)
 
 
 class Transformer(nn.Module):
@@ -78,21 +140,23 @@ class Transformer(nn.Module):
         if self.remat != "none":
             # Outside a loop XLA would find what is computed twice, and keep it.
             layer = nn.remat(Layer, prevent_cse=self.unroll, policy=REMAT[self.remat])
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "lora": 0, "cache": 0, "columns": 0, "rows": 0},
-            split_rngs={},
-            in_axes=(0, *[nn.broadcast] * 5),
-            length=self.config.num_layers,
-            unroll=self.config.num_layers if self.unroll else 1,
-            check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
-        )
-        if self.on_cpu:
-            layers = nn.map_variables(layers, "params", _matrices_as_bits)
-        x_BTD = self.embed(tokens_BT)
-        stack = layers(self.config, self.lora, self.attention_kernel, name="layers")
         kinds, view = _kinds(self.config, view)
-        x_BTD, _ = stack(x_BTD, kinds, rope, view, seeds_BT, window, gate_BT)
+        x_BTD = self.embed(tokens_BT)
+        for name, members, sparse in self.config.stacks:
+            layers = nn.scan(
+                layer,
+                variable_axes={"params": 0, "lora": 0, "cache": 0, "columns": 0, "rows": 0, "routing": 0},
+                split_rngs={},
+                in_axes=(0, *[nn.broadcast] * 5),
+                length=len(members),
+                unroll=len(members) if self.unroll else 1,
+                check_constancy_invariants=False,  # its extra trace forgets along which axes of a mesh arrays differ
+            )
+            if self.on_cpu:
+                layers = nn.map_variables(layers, "params", _matrices_as_bits)
+            stack = layers(self.config, self.lora, self.attention_kernel, sparse, name=name)
+            own = jax.tree.map(lambda leaf, layers=members: leaf[layers[0] : layers[-1] + 1], kinds)
+            x_BTD, _ = stack(x_BTD, own, rope, view, seeds_BT, window, gate_BT)
         x_BTD = norm(self.config, "norm")(x_BTD)
         return x_BTD if self.config.logit_scale == 1.0 else x_BTD * self.config.logit_scale
 

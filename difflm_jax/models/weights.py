@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.experts import Experts, LayerStack
 
 # The projections that LoRA can adapt, with the module path of each within a layer.
 PROJECTIONS = {
@@ -38,6 +39,8 @@ class Row:
     """One leaf of our tree: `hf` and `gguf` have `{layer}` in them if the leaf is stacked; `shape` is one layer's.
 
     `fused` is the Hugging Face name of the tensor that this one is a part of, along its first axis; "" if it is whole.
+    `layers` are those that have it. A leaf of routed experts has `{expert}` in its names too, and `shape` is one
+    expert's.
     """
 
     path: tuple[str, ...]
@@ -45,51 +48,67 @@ class Row:
     gguf: str
     shape: tuple[int, ...]
     fused: str = ""
+    layers: tuple[int, ...] = ()
+    experts: int = 0
 
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.hf
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes of our leaf before those of `shape`: of layers, and of experts."""
+        return ((len(self.layers), self.experts) if self.experts else (len(self.layers),)) if self.stacked else ()
+
+    @property
     def quantisable(self) -> bool:
         """Whether a quantised base holds this leaf in its format: projections, but not embedding, head or biases."""
         return self.path[-2] in PROJECTIONS and self.path[-1] == "weight"
 
-    def hf_names(self, num_layers: int) -> list[str]:
-        """The Hugging Face names of this leaf, one a layer in order, or the one name of an unstacked leaf."""
-        return self._expand(self.hf, num_layers)
+    @property
+    def hf_names(self) -> list[str]:
+        """The Hugging Face names of this leaf, in the order of its stack, or the one name of an unstacked leaf."""
+        return self._expand(self.hf)
 
-    def gguf_names(self, num_layers: int) -> list[str]:
+    @property
+    def gguf_names(self) -> list[str]:
         """The same in GGUF's spelling."""
-        return self._expand(self.gguf, num_layers)
+        return self._expand(self.gguf)
 
-    def fused_names(self, num_layers: int) -> list[str]:
+    @property
+    def fused_names(self) -> list[str]:
         """The Hugging Face names of the tensors that hold this leaf: its own, or those that it is a part of."""
-        return self._expand(self.fused or self.hf, num_layers)
+        return self._expand(self.fused or self.hf)
 
-    def _expand(self, pattern: str, num_layers: int) -> list[str]:
-        return [pattern.format(layer=i) for i in range(num_layers)] if self.stacked else [pattern]
+    def _expand(self, pattern: str) -> list[str]:
+        if not self.stacked:
+            return [pattern]
+        experts = range(self.experts) if "{expert}" in pattern else (0,)
+        return [pattern.format(layer=i, expert=x) for i in self.layers for x in experts]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A leaf of one layer. `module` is its path in our tree."""
+    """A leaf of one layer. `module` is its path in our tree; `hf` Hugging Face's, where only that of a mixture tells.
+
+    `experts` is the number of routed experts that have it each; `fused` the one tensor that checkpoints hold them in.
+    """
 
     module: str
     gguf: str
     shape: tuple[int, ...]
     name: str = "weight"
-
-    @property
-    def path(self) -> tuple[str, ...]:
-        return ("layers", *self.module.split("."), *((self.name,) if self.name else ()))
+    hf: str = ""
+    experts: int = 0
+    fused: str = ""
 
 
 def table(config: ModelConfig) -> tuple[Row, ...]:
     """The rows of a model, in the order in which a checkpoint is read and written."""
     vocabulary, hidden = config.vocab_size, config.hidden_size
     rows = [Row(("embed_tokens", "weight"), "model.embed_tokens.weight", "token_embd.weight", (vocabulary, hidden))]
-    rows += [_row(config, leaf) for leaf in _layer_leaves(config)]
+    for stack in config.stacks:
+        rows += [_row(config, stack, leaf) for leaf in _layer_leaves(config, stack.sparse)]
     for leaf in _norm_leaves(config, "norm", "output_norm", (hidden,)):
         rows.append(Row(("norm", leaf.name), f"model.norm.{leaf.name}", f"output_norm.{leaf.name}", leaf.shape))
     if not config.tie_word_embeddings:
@@ -99,9 +118,9 @@ def table(config: ModelConfig) -> tuple[Row, ...]:
 
 def joined_rows(config: ModelConfig) -> list[tuple[Row, ...]]:
     """The rows of `table`, those together that Hugging Face's checkpoints hold in one tensor, in their order there."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in table(config):
-        groups.setdefault(row.fused or row.hf, []).append(row)
+        groups.setdefault((row.path[0], row.fused or row.hf), []).append(row)
     return [tuple(rows) for rows in groups.values()]
 
 
@@ -112,8 +131,11 @@ def hf_module(config: ModelConfig, projection: str) -> str:
 
 
 def projections_of(config: ModelConfig) -> tuple[str, ...]:
-    """The projections that a model has."""
-    return tuple(name for name in PROJECTIONS if config.gated_mlp or name != "gate_proj")
+    """The projections that a model has, but those of routed experts."""
+    mixture = config.experts
+    has_mlp = mixture is None or mixture.shared_width > 0 or not all(mixture.sparse)
+    names = PROJECTIONS if has_mlp else [name for name, (block, _) in PROJECTIONS.items() if block != "mlp"]
+    return tuple(name for name in names if config.gated_mlp or name != "gate_proj")
 
 
 def fused_name(config: ModelConfig, projection: str) -> str | None:
@@ -125,20 +147,24 @@ def _renamed(config: ModelConfig, name: str) -> str:
     return dict(config.names).get(name, name)
 
 
-def _row(config: ModelConfig, leaf: _Leaf) -> Row:
+def _row(config: ModelConfig, stack: LayerStack, leaf: _Leaf) -> Row:
     *block, name = leaf.module.split(".")
+    tensor = (leaf.name,) if leaf.name else ()
 
     def hf(module: str) -> str:
-        return ".".join(["model.layers.{layer}", *block, module, *((leaf.name,) if leaf.name else ())])
+        return ".".join(["model.layers.{layer}", *block, module, *tensor])
 
+    path, gguf = (stack.name, *block, name, *tensor), ".".join(["blk.{layer}", leaf.gguf, *tensor])
+    if leaf.hf:
+        fused = f"model.layers.{{layer}}.{leaf.fused}" if leaf.fused else ""
+        return Row(path, f"model.layers.{{layer}}.{leaf.hf}", gguf, leaf.shape, fused, stack.layers, leaf.experts)
     fused = fused_name(config, name)
-    gguf = ".".join(["blk.{layer}", leaf.gguf, *((leaf.name,) if leaf.name else ())])
-    return Row(leaf.path, hf(_renamed(config, name)), gguf, leaf.shape, hf(fused) if fused else "")
+    return Row(path, hf(_renamed(config, name)), gguf, leaf.shape, hf(fused) if fused else "", stack.layers)
 
 
-def _layer_leaves(config: ModelConfig) -> Iterator[_Leaf]:
+def _layer_leaves(config: ModelConfig, sparse: bool) -> Iterator[_Leaf]:
     hidden, heads, kv_heads, head = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-    q, kv, mlp = heads * head, kv_heads * head, config.intermediate_size
+    q, kv = heads * head, kv_heads * head
     places = dict(zip(config.norms, _GGUF_NORMS, strict=True))
     before_attention, after_attention, before_mlp, after_mlp = config.norms
     yield from _norm_leaves(config, before_attention, places[before_attention], (hidden,))
@@ -157,13 +183,53 @@ def _layer_leaves(config: ModelConfig) -> Iterator[_Leaf]:
         yield _Leaf("self_attn.sinks", "attn_sinks", (heads,), name="")
     for place in (after_attention, before_mlp):
         yield from _norm_leaves(config, place, places[place], (hidden,))
+    yield from _mixture_leaves(config, config.experts) if sparse else _mlp_leaves(config)
+    yield from _norm_leaves(config, after_mlp, places[after_mlp], (hidden,))
+
+
+def _mlp_leaves(config: ModelConfig) -> Iterator[_Leaf]:
+    hidden, mlp = config.hidden_size, config.intermediate_size
     for name, shape in (("gate_proj", (mlp, hidden)), ("up_proj", (mlp, hidden)), ("down_proj", (hidden, mlp))):
-        if name in projections_of(config):
+        if config.gated_mlp or name != "gate_proj":
             yield from _linear_leaves(name, shape, config.mlp_bias)
     if config.activation == "xielu":  # its parameters, and the two constants that checkpoints hold as well
         for name, shape in (("alpha_p", (1,)), ("alpha_n", (1,)), ("beta", ()), ("eps", ())):
             yield _Leaf("mlp.act_fn", "ffn_act", shape, name=name)
-    yield from _norm_leaves(config, after_mlp, places[after_mlp], (hidden,))
+
+
+def _mixture_leaves(config: ModelConfig, experts: Experts) -> Iterator[_Leaf]:
+    names, count, hidden = experts.names, experts.count, config.hidden_size
+    router = f"{names.block}.{names.router}"
+    yield _Leaf("mlp.router", "ffn_gate_inp", (count, hidden), hf=f"{router}.weight")
+    if experts.router_bias:
+        yield _Leaf("mlp.router", "ffn_gate_inp", (count,), name="bias", hf=f"{router}.bias")
+    if names.correction:
+        shape = (1,) * (names.correction_axes - 1) + (count,)
+        yield _Leaf("mlp.router", "exp_probs_b", shape, name="correction", hf=f"{names.block}.{names.correction}")
+    theirs = dict(names.projections)
+    for name, shape in _gated_shapes(hidden, experts.width):
+        module, gguf = f"mlp.experts.{name}", f"{_GGUF[name]}_exps"
+        hf = f"{names.block}.experts.{{expert}}.{theirs.get(name, name)}"
+        fused = (
+            "" if names.stored == "each" else f"{names.block}.{names.down if name == 'down_proj' else names.gate_up}"
+        )
+        yield _Leaf(module, gguf, shape, hf=f"{hf}.weight", experts=count, fused=fused)
+        if experts.bias:
+            bias = f"{fused}_bias" if fused else ""
+            yield _Leaf(module, gguf, shape[:1], name="bias", hf=f"{hf}.bias", experts=count, fused=bias)
+    if experts.shared_width:
+        for name, shape in _gated_shapes(hidden, experts.shared_width):
+            module, hf = f"mlp.shared.{name}", f"{names.block}.{names.shared}.{name}"
+            yield _Leaf(module, f"{_GGUF[name]}_shexp", shape, hf=f"{hf}.weight")
+            if config.mlp_bias:
+                yield _Leaf(module, f"{_GGUF[name]}_shexp", shape[:1], name="bias", hf=f"{hf}.bias")
+        if names.shared_gate:
+            hf = f"{names.block}.{names.shared_gate}.weight"
+            yield _Leaf("mlp.shared_gate", "ffn_gate_inp_shexp", (1, hidden), hf=hf)
+
+
+def _gated_shapes(hidden: int, width: int) -> tuple[tuple[str, tuple[int, int]], ...]:
+    return ("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width))
 
 
 def _linear_leaves(name: str, shape: tuple[int, int], bias: bool) -> Iterator[_Leaf]:

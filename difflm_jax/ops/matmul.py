@@ -59,7 +59,7 @@ def _dot(over: tuple[int, int], dtype: Any, a: jax.Array, b: jax.Array) -> jax.A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(dtype: Any, given_dtype: Any, rows: jax.Array, w: jax.Array | QTensor) -> jax.Array:
-    return summed_product(rows, _dense(w, given_dtype), (1, 1), dtype)
+    return summed_product(rows, dense(w, given_dtype), (1, 1), dtype)
 
 
 def _forward(dtype, given_dtype, rows, w):
@@ -72,14 +72,15 @@ def _backward(dtype, given_dtype, saved, gradient):
     rows, w = saved
     gradient = gradient.astype(given_dtype)
     # A quantised weight is decoded once more: keeping the decoded one would hold the model in full.
-    of_rows = summed_product(gradient, _dense(w, given_dtype), (1, 0), given_dtype)
+    of_rows = summed_product(gradient, dense(w, given_dtype), (1, 0), given_dtype)
     return of_rows, None if rows is None else summed_product(gradient, rows, (0, 0), w.dtype)
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _dense(w: jax.Array | QTensor, dtype: Any) -> jax.Array:
+def dense(w: jax.Array | QTensor, dtype: Any) -> jax.Array:
+    """A weight as an array of `dtype`, decoded if it is quantised."""
     w = floats_of(w)
     if not isinstance(w, QTensor):
         return w.astype(dtype)

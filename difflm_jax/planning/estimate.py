@@ -20,6 +20,7 @@ from difflm_jax.config.files import lora_config, phase_config, quantization
 from difflm_jax.diffusion.corruption import CleanBatch
 from difflm_jax.distributed.mesh import abstract_mesh, row_shards
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.experts import Experts
 from difflm_jax.models.flops import Work, forward_flops, train_flops
 from difflm_jax.models.weights import table
 from difflm_jax.planning.jobs import Job, abstract_batch, step_parts, training_job
@@ -205,7 +206,13 @@ def _part(config: ModelConfig, tensor: int) -> ModelConfig:
         num_heads=config.num_heads // tensor,
         num_kv_heads=config.num_kv_heads // tensor,
         intermediate_size=config.intermediate_size // tensor,
+        experts=None if config.experts is None else _part_of_experts(config.experts, tensor),
     )
+
+
+def _part_of_experts(experts: Experts, tensor: int) -> Experts:
+    """A device computes its share of the rows of all experts; narrower experts have as many bytes."""
+    return dataclasses.replace(experts, width=experts.width // tensor, shared_width=experts.shared_width // tensor)
 
 
 def _copies(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platform: str) -> int:
@@ -213,9 +220,10 @@ def _copies(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platfor
     if platform != "cpu" or config.dtype != "bfloat16" or config.trained == "all":
         return 0
     quantised = quantization(config) is not None
-    matrices = 0 if quantised else sum(math.prod(row.shape) for row in table(model_config) if row.quantisable)
+    rows = () if quantised else [row for row in table(model_config) if row.quantisable]
+    matrices = sum(math.prod(row.stack + row.shape) for row in rows)
     head = model_config.vocab_size * model_config.hidden_size
-    return (2 * matrices * model_config.num_layers + 4 * head) // (sizes[1] * sizes[2])
+    return (2 * matrices + 4 * head) // (sizes[1] * sizes[2])
 
 
 def _tables(config: ModelConfig) -> int:

@@ -8,6 +8,13 @@ _ORGANISATIONS = ("", "qwen", "meta-llama", "huggingfacetb", "mistralai", "tinyl
 
 _QWEN3 = {"model_type": "qwen3", "head_dim": 128, "vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 _QWEN2 = {"model_type": "qwen2", "vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+_QWEN3_MOE = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
 _LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 _SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -28,6 +35,8 @@ _SHAPES = {
     "qwen3-8b": _shape(_QWEN3, (4096, 12288, 36, 32, 8), False, 40960),
     "qwen3-14b": _shape(_QWEN3, (5120, 17408, 40, 40, 8), False, 40960),
     "qwen3-32b": _shape(_QWEN3, (5120, 25600, 64, 64, 8), False, 40960),
+    "qwen3-30b-a3b": _shape(_QWEN3_MOE, (2048, 6144, 48, 32, 4), False, 40960, moe_intermediate_size=768),
+    "qwen3-235b-a22b": _shape(_QWEN3_MOE, (4096, 12288, 94, 64, 4), False, 40960, moe_intermediate_size=1536),
     "qwen2.5-0.5b": _shape(_QWEN2, (896, 4864, 24, 14, 2), True, 32768),
     "qwen2.5-1.5b": _shape(_QWEN2, (1536, 8960, 28, 12, 2), True, 32768),
     "qwen2.5-3b": _shape(_QWEN2, (2048, 11008, 36, 16, 2), True, 32768),

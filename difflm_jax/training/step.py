@@ -74,7 +74,7 @@ def make_train_step(
             gradient, sums = jax.grad(sums_of, has_aux=True)(trained)
             return jax.tree.map(jnp.add, totals, (sums, gradient)), None
 
-        zeros = (_zero_sums(), jax.tree.map(jnp.zeros_like, trained))
+        zeros = (_zero_sums(options), jax.tree.map(jnp.zeros_like, trained))
         (sums, gradient), _ = jax.lax.scan(micro_batch, zeros, batch)
         sums, gradient = _over_all_rows(sums, gradient, state.trained)
         grad_norm = global_norm(gradient)
@@ -148,9 +148,12 @@ def _over_all_rows(sums: LossSums, gradient: Tree, trained: Tree) -> tuple[LossS
     return sums, jax.tree.unflatten(structure, [next(parts if part else whole) for part in is_part])
 
 
-def _zero_sums() -> LossSums:
+def _zero_sums(options: StepOptions) -> LossSums:
     """Zeros of the types that `loss_sums` returns: they vary over the axes of rows."""
     zero = jax.lax.pcast(jnp.float32(0), ROW_AXES, to="varying")
     bucket = jnp.broadcast_to(zero, (RATE_BUCKETS,))
     work = Work(zero, zero, zero)
-    return LossSums(zero, zero, bucket, bucket, bucket, zero, work, work)
+    experts, of_experts = options.model.config.experts, None
+    if experts is not None and options.corruption.draft is None:
+        of_experts = jnp.broadcast_to(zero, (sum(experts.sparse), experts.count))
+    return LossSums(zero, zero, bucket, bucket, bucket, zero, work, work, of_experts)

@@ -19,7 +19,7 @@ def config_of(model) -> ModelConfig:
 def test_the_table_is_the_state_dict(family, tiny_model):
     model = tiny_model(family)
     config = config_of(model)
-    ours = {name: row.shape for row in table(config) for name in row.hf_names(config.num_layers)}
+    ours = {name: row.shape for row in table(config) for name in row.hf_names}
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del theirs["lm_head.weight"]
@@ -30,7 +30,7 @@ def test_gguf_names_are_those_of_llama_cpp(family, tiny_model):
     config = config_of(tiny_model(family))
     names = get_tensor_name_map(ARCHITECTURES.get(config.model_type, MODEL_ARCH.QWEN3), config.num_layers)
     for row in table(config):
-        for hf, gguf in zip(row.hf_names(config.num_layers), row.gguf_names(config.num_layers), strict=True):
+        for hf, gguf in zip(row.hf_names, row.gguf_names, strict=True):
             assert gguf == names.get_name(hf, try_suffixes=(".weight", ".bias"))
 
 

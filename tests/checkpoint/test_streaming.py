@@ -89,7 +89,7 @@ def _write_checkpoint(directory, layers: int) -> None:
     config, rng, tensors = ModelConfig.from_hf(hf), np.random.default_rng(0), {}
     for row in table(config):
         weight = (0.02 * rng.standard_normal(row.shape, np.float32)).astype(ml_dtypes.bfloat16)
-        tensors |= dict.fromkeys(row.hf_names(layers), weight)
+        tensors |= dict.fromkeys(row.hf_names, weight)
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(hf))

@@ -39,6 +39,14 @@ FAMILIES = {
     "saturated": _GRANITE,
     "gemma2": {"model_type": "gemma2", "sliding_window": 6, "final_logit_softcapping": 3.0},
     "cohere": {"model_type": "cohere", "use_qk_norm": True},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [0],
+    },
 }
 
 
@@ -46,7 +54,7 @@ def setting(quantization: str | None, family: str = "qwen3") -> tuple[dict, Step
     """(parameters, options of the step, fresh adapters)."""
     config = tiny_config(intermediate_size=64, **FAMILIES[family])
     params = tiny_params(config)
-    lora_config = LoraConfig(r=4, lora_dropout=0.2)
+    lora_config = LoraConfig(r=4, lora_dropout=0.2, routed_experts=config.experts is not None)
     lora = init_lora(jax.random.key(1), params, lora_config, params["embed_tokens"]["weight"].mean(axis=0))
     if quantization is not None:
         params = quantized(params, QuantConfig(quantization, block_size=16))
@@ -66,8 +74,9 @@ def quantized(params: dict, config: QuantConfig) -> dict:
     def convert(path, leaf):
         if not any(str(key.key).endswith("_proj") for key in path) or leaf.ndim < 3:
             return leaf
-        layers = [quantize(layer, config) for layer in leaf]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+        weights = leaf.reshape(-1, *leaf.shape[-2:])  # of layers, or of layers and experts
+        stack = jax.tree.map(lambda *parts: jnp.stack(parts), *[quantize(weight, config) for weight in weights])
+        return jax.tree.map(lambda part: part.reshape(*leaf.shape[:-2], *part.shape[1:]), stack)
 
     return jax.tree_util.tree_map_with_path(convert, params)
 

@@ -73,11 +73,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
         config = ModelConfig.from_hf(hf_config)
     except UserError as error:
         raise UserError(f"{path}: metadata: {str(error).removeprefix('config.json: ')}") from error
-    hf_names = {
-        gguf: hf
-        for row in table(config)
-        for gguf, hf in zip(row.gguf_names(config.num_layers), row.hf_names(config.num_layers), strict=True)
-    }
+    hf_names = {gguf: hf for row in table(config) for gguf, hf in zip(row.gguf_names, row.hf_names, strict=True)}
     tensors.pop(_ROPE_FREQS, None)  # it is in the config now
     named = {hf_names.get(name, name): tensor for name, tensor in tensors.items()}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in named.items()}
