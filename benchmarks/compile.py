@@ -9,6 +9,7 @@ shapes are needed. Layers are scanned, so that the time should not grow with the
 import argparse
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from difflm_jax.distributed.sharding import abstract
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.transformer import Transformer
+from difflm_jax.models.weights import projections_of
 from difflm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 
@@ -42,8 +44,8 @@ def main() -> None:
             for layers in LAYERS:
                 jax.config.update("jax_compilation_cache_dir", directory if layers == LAYERS[-1] else None)
                 jax.experimental.compilation_cache.compilation_cache.reset_cache()
-                seconds[f"{layers} layers"].append(_compile(layers, options.width))
-            seconds["36 layers, kept compilation"].append(_compile(LAYERS[-1], options.width))
+                seconds[f"{layers} layers"].append(compile_seconds(layers, options.width))
+            seconds["36 layers, kept compilation"].append(compile_seconds(LAYERS[-1], options.width))
     base = median_of(seconds["4 layers"])
     rows = [
         {"way": name, "compile_seconds": median_of(times), "of_4_layers": median_of(times) / base, "seconds": times}
@@ -52,26 +54,33 @@ def main() -> None:
     report("compile", options, rows, "compile_seconds")
 
 
-def _compile(layers: int, width: int) -> float:
-    """Seconds from the traced step to a program, with nothing remembered in this process."""
+def compile_seconds(
+    layers: int, width: int, changes: dict[str, Any] | None = None, with_lowering: bool = False
+) -> float:
+    """Seconds from the traced step to a program, with nothing remembered in this process.
+
+    `changes` are those of the model's `config.json`; `with_lowering` counts tracing too.
+    """
     jax.clear_caches()
-    lowered = _lowered(layers, width)
+    begun = time.perf_counter()
+    lowered = _lowered(layers, width, changes or {})
     start = time.perf_counter()
     lowered.compile()
-    return time.perf_counter() - start
+    return time.perf_counter() - (begun if with_lowering else start)
 
 
-def _lowered(layers: int, width: int) -> jax.stages.Lowered:
+def _lowered(layers: int, width: int, changes: dict[str, Any]) -> jax.stages.Lowered:
     config = ModelConfig.from_hf(
         {
             "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": width,
             "intermediate_size": 3 * width, "num_hidden_layers": layers, "num_attention_heads": width // 64,
             "num_key_value_heads": width // 128, "head_dim": 64, "vocab_size": 151_936, "rms_norm_eps": 1e-6,
             "rope_theta": 1e6, "max_position_embeddings": 4096, "tie_word_embeddings": True, "hidden_act": "silu",
-            "attention_bias": False,
+            "attention_bias": False, **changes,
         }
     )  # fmt: skip
     mesh, settings, lora_config = make_mesh(1), default_config(), LoraConfig(lora_dropout=0.05)
+    lora_config = lora_config.of_model(projections_of(config))
     params = abstract(abstract_params(config, jnp.bfloat16, None), mesh)
     model = Transformer(config, lora=lora_config, mask_token_id=5, dtype=jnp.bfloat16, remat="full")
     optimizer = make_optimizer(settings)

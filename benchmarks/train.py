@@ -66,7 +66,7 @@ def main() -> None:
     packed = batches_of(rows, batch_size=packed_rows, batching="packed", max_length=options.row_length)
     shared = shared_batches(rows, options)
     ours = batches_of(rows, **{**padded, "length_multiple": 32}, batching="grouped")
-    equal = _full_rows(lm.config.vocab_size)
+    equal = full_rows(lm.config.vocab_size)
     with tempfile.TemporaryDirectory() as directory:
         lm.save_pretrained(directory)
         ways = {
@@ -118,7 +118,8 @@ def real_tokens(batch: dict[str, np.ndarray]) -> int:
     return int(batch["lengths"].reshape(-1)[first][ids >= 0].sum())
 
 
-def _full_rows(vocab_size: int) -> list[dict[str, np.ndarray]]:
+def full_rows(vocab_size: int) -> list[dict[str, np.ndarray]]:
+    """One batch of rows without padding, half of each a prompt."""
     tokens = np.random.default_rng(0).integers(10, vocab_size, EQUAL).astype(np.int32)
     count, length = EQUAL
     prompts = np.full(count, length // 2, np.int32)
