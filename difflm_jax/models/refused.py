@@ -81,5 +81,5 @@ def refusal(hf: Mapping[str, Any], known: Sequence[str]) -> str:
     if model_type in _OTHER:
         return f"{head}: {_OTHER[model_type]}"
     if experts := [key for key in hf if "expert" in key and hf[key] not in (0, 1, None, False)]:
-        return f"{head}: mixture-of-experts models are not supported ({experts[0]}); use a dense one, such as qwen3"
+        return f"{head}: mixtures of experts of this kind are not ({experts[0]}); use qwen3_moe, mixtral or a dense one"
     return f"{head} (known: {', '.join(known)})"
