@@ -47,17 +47,13 @@ def split_experts(files: TensorFiles, config: ModelConfig) -> TensorFiles:
     return dataclasses.replace(files, shapes=shapes, read=read) if parts else files
 
 
-def join_experts(experts: Experts, paths: Sequence[tuple[str, ...]], leaves: Sequence[np.ndarray]) -> np.ndarray:
-    """The tensor of a layer that holds `leaves` [X, ...] of our tree, which are at `paths`."""
-    is_weight = paths[0][-1] == "weight"
-    if experts.names.stored == "interleaved":
-        joined = (
-            leaves[0]
-            if len(leaves) == 1
-            else np.stack(leaves, axis=2).reshape(leaves[0].shape[0], 2 * leaves[0].shape[1], *leaves[0].shape[2:])
-        )
-        return np.ascontiguousarray(np.swapaxes(joined, 1, 2) if is_weight else joined)
-    return np.ascontiguousarray(np.concatenate(leaves, axis=1))
+def join_experts(experts: Experts, leaves: Sequence[np.ndarray], is_weight: bool) -> np.ndarray:
+    """The tensor of a layer that holds `leaves` [X, out, in] or, of biases, [X, out] of our tree."""
+    if experts.names.stored != "interleaved":
+        return np.concatenate(leaves, axis=1)
+    joined = np.stack(leaves, axis=2)  # [X, out, parts, ...]
+    joined = joined.reshape(len(joined), -1, *joined.shape[3:])
+    return np.ascontiguousarray(np.swapaxes(joined, 1, 2) if is_weight else joined)
 
 
 def _names(row: Row) -> list[tuple[int, list[str]]]:

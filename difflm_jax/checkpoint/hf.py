@@ -323,7 +323,7 @@ def _tensors(
             if isinstance(parts[0], QTensor):
                 tensors |= bitsandbytes_tensors(name, parts[0], _dtype_name(params))
             elif rows[0].experts and rows[0].fused:
-                tensors[name] = join_experts(config.experts, [row.path for row in rows], parts)
+                tensors[name] = join_experts(config.experts, parts, rows[0].path[-1] == "weight")
             else:
                 tensors[name] = np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0], order="C")
             progress.advance()

@@ -79,7 +79,7 @@ def save(lm: LanguageModel, directory: Path, phase: str) -> None:
 
 
 def _check_same_shape(loaded: LoraConfig, wanted: LoraConfig, adapter: str) -> None:
-    for key in ("r", "lora_alpha", "target_modules", "use_rslora"):
+    for key in ("r", "lora_alpha", "target_modules", "routed_experts", "use_rslora"):
         have, want = getattr(loaded, key), getattr(wanted, key)
         if (set(have) != set(want)) if key == "target_modules" else (have != want):
             raise UserError(f"adapter={adapter} has {key}={have}, but lora_config.{key}={want}: make them equal")
