@@ -100,26 +100,29 @@ def joined_adapters(
         if adapter is not None:
             owners[number, start : start + adapter[1].r] = True
             start += adapter[1].r
-    of_name: dict[tuple[str, str], dict[str, jax.Array]] = {}
-    for lora, _ in present:
-        for block, modules in lora.get("layers", {}).items():
-            of_name |= {(block, name): module for name, module in modules.items()}
+    like = {path: leaf_at(lora, path) for lora, _ in present for path in projection_paths(lora)}
     joined: dict[str, Any] = {}
-    for (block, name), like in of_name.items():
-        layers, _, width = like["lora_A"].shape
+    for path, module in like.items():
         factors_A, factors_B = [], []
         for lora, config in present:
-            module = lora.get("layers", {}).get(block, {}).get(name)
-            if module is None:
-                factors_A.append(jnp.zeros((layers, config.r, width)))
-                factors_B.append(jnp.zeros((layers, like["lora_B"].shape[1], config.r)))
+            own = leaf_at(lora, path)
+            if own is None:
+                factors_A.append(jnp.zeros_like(module["lora_A"], shape=_of_rank(module["lora_A"], -2, config.r)))
+                factors_B.append(jnp.zeros_like(module["lora_B"], shape=_of_rank(module["lora_B"], -1, config.r)))
             else:
-                factors_A.append(module["lora_A"])
-                factors_B.append(module["lora_B"] * config.scaling)
-        module = {"lora_A": jnp.concatenate(factors_A, axis=1), "lora_B": jnp.concatenate(factors_B, axis=2)}
-        joined.setdefault("layers", {}).setdefault(block, {})[name] = module
-    targets = tuple(name for name in ADAPTABLE if any(name == found for _, found in of_name))
-    return joined, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), owners
+                factors_A.append(own["lora_A"])
+                factors_B.append(own["lora_B"] * config.scaling)
+        factors = {"lora_A": jnp.concatenate(factors_A, axis=-2), "lora_B": jnp.concatenate(factors_B, axis=-1)}
+        set_leaf(joined, path, factors)
+    targets = tuple(name for name in ADAPTABLE if any(path[-1] == name and EXPERTS not in path for path in like))
+    routed = any(EXPERTS in path for path in like)
+    return joined, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, routed_experts=routed), owners
+
+
+def _of_rank(factor: jax.Array, axis: int, rank: int) -> tuple[int, ...]:
+    shape = list(factor.shape)
+    shape[axis] = rank
+    return tuple(shape)
 
 
 def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
@@ -159,7 +162,7 @@ def init_lora(
             jax.random.fold_in(key, stream), (*stack, config.r, in_dim), jnp.float32, -bound, bound
         )
         module = {"lora_A": factor_A, "lora_B": jnp.zeros((*stack, out_dim, config.r), jnp.float32)}
-        functools.reduce(lambda tree, name: tree.setdefault(name, {}), path[:-1], lora)[path[-1]] = module
+        set_leaf(lora, path, module)
     return lora
 
 
@@ -193,6 +196,11 @@ def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree
+
+
+def set_leaf(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    """Puts `leaf` at `path` of a nested dictionary, making the dictionaries on the way."""
+    functools.reduce(lambda inner, name: inner.setdefault(name, {}), path[:-1], tree)[path[-1]] = leaf
 
 
 def _has_experts(params: Mapping[str, Any]) -> bool:

@@ -63,7 +63,7 @@ class GroupedLinear(nn.Module):
         if self.lora is not None and self.has_variable("lora", "lora_A"):
             low = grouped_matmul(rows, self.get_variable("lora", "lora_A"), sizes_X)
             if gate is not None:
-                low = jnp.where(gate[:, None], low, jnp.zeros((), low.dtype))
+                low = jnp.where(gate, low, jnp.zeros((), low.dtype))
             low = kept(low * jnp.asarray(self.lora.scaling, low.dtype), LOW_RANK)
             y = y + grouped_matmul(low, self.get_variable("lora", "lora_B"), sizes_X)
         if self.has_variable("params", "bias"):
@@ -81,7 +81,7 @@ class RoutedExperts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_MD: jax.Array, chosen_MK: jax.Array, weights_MK: jax.Array, gate_M: jax.Array | None
+        self, x_MD: jax.Array, chosen_MK: jax.Array, weights_MK: jax.Array, gate_MR: jax.Array | None
     ) -> jax.Array:
         experts = self.config.experts
         names = ("gate_proj", "up_proj", "down_proj")
@@ -95,7 +95,7 @@ class RoutedExperts(nn.Module):
         back = jnp.argsort(order)
         sizes_X = jnp.bincount(here, length=count).astype(jnp.int32)
         rows = _permuted(jnp.repeat(x_MD, experts.per_token, axis=0), order, back)
-        gates = None if gate_M is None else jnp.repeat(gate_M, experts.per_token)[order]
+        gates = None if gate_MR is None else jnp.repeat(gate_MR, experts.per_token, axis=0)[order]
         inner = _activated(self.config, *(each(rows, sizes_X, gates).astype(jnp.float32) for each in (gate, up)))
         y = down(inner.astype(x_MD.dtype), sizes_X, gates)
         y_MKD = _permuted(y, back, order).reshape(*chosen_MK.shape, -1)
@@ -117,9 +117,12 @@ class MoE(nn.Module):
         chosen_MK, weights_MK = Router(experts, name="router")(x_MD)
         if self.is_mutable_collection("routing"):
             self.put_variable("routing", "chosen", chosen_MK.reshape(*x_BTD.shape[:2], -1))
-        gate_M = None if gate_BT is None else gate_BT.reshape(-1)
+        gate_MR = None
+        if gate_BT is not None:  # of the whole update, or of each of its inner values
+            gate_BTR = gate_BT[..., None] if gate_BT.ndim == 2 else gate_BT
+            gate_MR = jnp.broadcast_to(gate_BTR, (*x_BTD.shape[:2], gate_BTR.shape[-1])).reshape(len(x_MD), -1)
         routed = RoutedExperts(self.config, self.lora, name="experts")
-        y_BTD = routed(x_MD, chosen_MK, weights_MK, gate_M).reshape(x_BTD.shape)
+        y_BTD = routed(x_MD, chosen_MK, weights_MK, gate_MR).reshape(x_BTD.shape)
         if not experts.shared_width:
             return y_BTD
         shared_BTD = MLP(self.config, self.lora, name="shared")(x_BTD, seeds_BT, gate_BT)
