@@ -73,10 +73,11 @@ def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
         raise UserError(
             f"mesh.tensor={tensor} and mesh.fsdp={fsdp} do not divide the model's {config.experts.count} experts"
         )
-    for key, size in (("num_key_value_heads", config.num_kv_heads), ("intermediate_size", config.intermediate_size)):
+    mlp = _mlp_width(config)
+    for key, size in (("num_key_value_heads", config.num_kv_heads), ("intermediate_size", mlp)):
         if size % tensor:
             raise UserError(f"mesh.tensor={tensor} does not divide the model's {key}={size}")
-    for name, size in (("o_proj", config.num_heads * config.head_dim), ("down_proj", config.intermediate_size)):
+    for name, size in (("o_proj", config.num_heads * config.head_dim), ("down_proj", mlp)):
         if size // tensor % block_size:
             raise UserError(
                 f"mesh.tensor={tensor} does not divide the {size // block_size} blocks of {block_size} inputs of {name}"
@@ -84,9 +85,18 @@ def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
     outputs = {
         "q_proj": config.num_heads * config.head_dim // tensor,
         "k_proj": config.num_kv_heads * config.head_dim // tensor,
-        "up_proj": config.intermediate_size // tensor,
+        "up_proj": mlp // tensor,
         "o_proj": config.hidden_size,
     }
     for name, size in outputs.items():
         if size % fsdp:
             raise UserError(f"mesh.fsdp={fsdp} does not divide the {size} outputs that a device has of {name}")
+
+
+def _mlp_width(config: Any) -> int:
+    """What divides the width of every MLP that is divided: dense layers' and shared experts'."""
+    experts = config.experts
+    if experts is None:
+        return config.intermediate_size
+    widths = [experts.shared_width, 0 if all(experts.sparse) else config.intermediate_size]
+    return math.gcd(*widths) or experts.count  # with neither there is none, and the experts divide
