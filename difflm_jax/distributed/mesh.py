@@ -94,9 +94,9 @@ def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
 
 
 def _mlp_width(config: Any) -> int:
-    """What divides the width of every MLP that is divided: dense layers' and shared experts'."""
+    """The widths of dense layers and shared experts as one that divides where they do; 0 where there are none."""
     experts = config.experts
     if experts is None:
         return config.intermediate_size
     widths = [experts.shared_width, 0 if all(experts.sparse) else config.intermediate_size]
-    return math.gcd(*widths) or experts.count  # with neither there is none, and the experts divide
+    return math.gcd(*widths)
