@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from difflm_jax.errors import UserError
-from difflm_jax.models.experts import Experts, LayerStack, experts_of, stacks_of
+from difflm_jax.models.experts import Experts, LayerStack, experts_of, stacks_of, unstated
 from difflm_jax.models.families import FAMILIES, Family, Structure
 from difflm_jax.models.layer_kinds import layer_kinds
 from difflm_jax.models.refused import refusal
@@ -134,7 +134,8 @@ class ModelConfig(Structure):
         if family is None:
             raise UserError(f"config.json: {refusal(hf, sorted(FAMILIES))}")
         _check_known(hf, family)
-        hf = {**family.defaults, **hf}
+        defaults = family.defaults if family.experts is None else unstated(family.defaults, family.experts, hf)
+        hf = {**defaults, **hf}
         heads = _integer(hf, "num_attention_heads")
         hidden = _integer(hf, "hidden_size")
         layers = _integer(hf, "num_hidden_layers")

@@ -139,6 +139,13 @@ def experts_of(hf: Mapping[str, Any], family: ExpertFamily | None, layers: int) 
     )
 
 
+def unstated(defaults: Mapping[str, Any], family: ExpertFamily, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults` without those of keys that `hf` has under another spelling."""
+    stated = {key for keys in (family.count, family.per_token) if any(hf.get(each) is not None for each in keys)
+              for key in keys}  # fmt: skip
+    return {key: value for key, value in defaults.items() if key not in stated}
+
+
 def _all(hf: Mapping[str, Any], layers: int) -> list[bool]:
     return [True] * layers
 

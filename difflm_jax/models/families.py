@@ -234,7 +234,7 @@ FAMILIES = {
     "qwen3_moe": Family(
         structure=Structure(qk_norm="head"), windows="qwen_every",
         experts=ExpertFamily(layers="qwen", normalised="norm_topk_prob"),
-        defaults={"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8,
+        defaults={"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
                   "decoder_sparse_step": 1},
     ),
     "mixtral": Family(
@@ -245,7 +245,8 @@ FAMILIES = {
                               in_memory=(("mlp", "block_sparse_moe"),)),
             width="intermediate_size",
         ),
-        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8,
+                  "num_experts_per_tok": 2},
     ),
     "qwen2_moe": Family(
         qkv_bias="qkv_bias", o_bias=False, windows="qwen_even",
@@ -253,13 +254,14 @@ FAMILIES = {
             names=ExpertNames(shared="shared_expert", shared_gate="shared_expert_gate"),
             layers="qwen", normalised="norm_topk_prob", shared="shared_expert_intermediate_size",
         ),
-        defaults={"qkv_bias": True, "num_experts_per_tok": 4, "decoder_sparse_step": 1, "moe_intermediate_size": 1408,
+        defaults={"qkv_bias": True, "num_experts": 60, "num_experts_per_tok": 4, "decoder_sparse_step": 1,
+                  "moe_intermediate_size": 1408,
                   "shared_expert_intermediate_size": 5632},
     ),
     "olmoe": Family(
         structure=Structure(qk_norm="all"),
         experts=ExpertFamily(width="intermediate_size", normalised="norm_topk_prob"),
-        defaults={"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
+        defaults={"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
     ),
     "granitemoe": Family(
         reads=_GRANITE,
@@ -269,7 +271,7 @@ FAMILIES = {
                               in_memory=(("router", "router.layer"),)),
             width="intermediate_size",
         ),
-        defaults={"attention_multiplier": 1.0, "num_experts_per_tok": 2},
+        defaults={"attention_multiplier": 1.0, "num_experts": 8, "num_experts_per_tok": 2},
     ),
     "ernie4_5_moe": Family(
         structure=Structure(rope_interleaved=True), qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
@@ -281,7 +283,8 @@ FAMILIES = {
             shared="moe_num_shared_experts", shared_is_count=True,
         ),
         defaults={"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True,
-                  "moe_intermediate_size": 1536, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+                  "moe_intermediate_size": 1536, "moe_num_experts": 64, "moe_k": 6,
+                  "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
                   "moe_layer_end_index": -1, "moe_layer_interval": 1},
     ),
     "glm4_moe": Family(  # LLaDA 2 too, under other names (`checkpoint.foreign`)
@@ -294,7 +297,8 @@ FAMILIES = {
         ),
         reads=("num_mtp_layers", "num_nextn_predict_layers"),
         defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5,
-                  "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1,
+                  "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408,
+                  "n_shared_experts": 1,
                   "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
                   "norm_topk_prob": True},
     ),
@@ -306,8 +310,8 @@ FAMILIES = {
         ),
         defaults={
             "head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": 128,
-            "attention_bias": True, "num_experts_per_tok": 4, "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
-            "rope_theta": 150000.0, "initial_context_length": 4096,
+            "attention_bias": True, "num_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0,
+            "swiglu_alpha": 1.702, "rope_theta": 150000.0, "initial_context_length": 4096,
             "rope_parameters": {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0,
                                 "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096},
         },
