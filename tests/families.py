@@ -64,7 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
     "olmoe": {**_EXPERTS, "num_experts": 4},
     "granitemoe": {**_EXPERTS, **_MULTIPLIERS, "num_local_experts": 4},
-    "ernie4_5_moe": {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2, "use_bias": True},
+    "ernie4_5_moe": {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2},
     "glm4_moe": {**_EXPERTS, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
                  "head_dim": 16, "use_qk_norm": True, "attention_bias": True},
     "gpt_oss": {**_EXPERTS, "num_local_experts": 4, "head_dim": 8, "sliding_window": 6, "swiglu_limit": 1.0},

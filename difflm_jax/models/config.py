@@ -32,6 +32,7 @@ _ONLY = {
     "no_rope_layers": (None, []),
     "rope_interleaved": (False, None),
     "qk_layernorm": (False, None),
+    "use_bias": (False, None),
     "clip_qkv": (None,),
     "quantization_config": (None,),  # `checkpoint.source` takes out the kinds that can be read
     "auto_map": (None, {}),

@@ -273,8 +273,8 @@ FAMILIES = {
         ),
         defaults={"attention_multiplier": 1.0, "num_experts": 8, "num_experts_per_tok": 2},
     ),
-    "ernie4_5_moe": Family(
-        structure=Structure(rope_interleaved=True), qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
+    "ernie4_5_moe": Family(  # with use_bias its output head has a bias too: refused
+        structure=Structure(rope_interleaved=True), qkv_bias=False, o_bias=False,
         reads=("moe_norm_min",),
         experts=ExpertFamily(
             names=ExpertNames(correction="moe_statics.e_score_correction_bias", correction_axes=2,

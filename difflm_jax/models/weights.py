@@ -221,8 +221,6 @@ def _mixture_leaves(config: ModelConfig, experts: Experts) -> Iterator[_Leaf]:
         for name, shape in _gated_shapes(hidden, experts.shared_width):
             module, hf = f"mlp.shared.{name}", f"{names.block}.{names.shared}.{name}"
             yield _Leaf(module, f"{_GGUF[name]}_shexp", shape, hf=f"{hf}.weight")
-            if config.mlp_bias:
-                yield _Leaf(module, f"{_GGUF[name]}_shexp", shape[:1], name="bias", hf=f"{hf}.bias")
         if names.shared_gate:
             hf = f"{names.block}.{names.shared_gate}.weight"
             yield _Leaf("mlp.shared_gate", "ffn_gate_inp_shexp", (1, hidden), hf=hf)

@@ -137,6 +137,7 @@ def test_a_key_that_a_config_leaves_out_is_what_transformers_fills_in(model_type
         ),
         ({"model_type": "diffusion_gemma_text"}, "use gemma3_text"),
         ({"model_type": "gpt2"}, "it has learned positions"),
+        ({"model_type": "ernie4_5_moe", "use_bias": True}, "use_bias=True is not supported"),
         ({"model_type": "phimoe", "num_local_experts": 8}, "mixtures of experts of this kind are not"),
         ({"model_type": "mixtral", "num_local_experts": 1}, "num_experts_per_tok=2 is more than num_experts=1"),
         ({"model_type": "nobody"}, "model_type 'nobody' is not supported (known: "),
