@@ -176,10 +176,14 @@ def _gemma3(values: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, Any]
     """
     hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
     is_27b = hf_config["num_hidden_layers"] == 62
-    return {
+    pattern = values.pop("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):  # one entry per layer, True for a local one
+        types = {"layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in pattern]}
+    else:
+        types = {"sliding_window_pattern": pattern}
+    return types | {
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": values.pop("attention.sliding_window", None),
-        "sliding_window_pattern": values.pop("attention.sliding_window_pattern", 6),
         "rope_local_base_freq": values.pop("rope.freq_base_swa", 10000.0),
         "query_pre_attn_scalar": hidden // heads if is_27b else hf_config["head_dim"],
         "final_logit_softcapping": values.pop("final_logit_softcapping", None) or None,
