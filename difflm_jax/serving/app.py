@@ -146,7 +146,7 @@ class Server:
                 error = failure(finished)
                 return None if error is None else error_object(error)
 
-            return _event_stream(events(asked, head, tickets, ended, seen), self.options)
+            return _event_stream(events(asked, head, tickets, ended, seen), self.options, tickets)
         finished = await _results(request, tickets, seen)
         for one in finished:
             if (error := failure(one)) is not None:
@@ -199,7 +199,13 @@ class Server:
         return _event_stream(one(), self.options)
 
 
-def _event_stream(data: AsyncIterator[str], options: ServeOptions) -> EventSourceResponse:
+def _event_stream(
+    data: AsyncIterator[str], options: ServeOptions, tickets: Sequence[Ticket] = ()
+) -> EventSourceResponse:
+    async def gone(_: Message) -> None:  # perhaps before the stream has begun
+        for ticket in tickets:
+            ticket.cancel("the client has gone")
+
     async def sent() -> AsyncIterator[ServerSentEvent]:
         async with contextlib.aclosing(data):
             async for text in data:
@@ -207,7 +213,11 @@ def _event_stream(data: AsyncIterator[str], options: ServeOptions) -> EventSourc
 
     # A server that ends gives streams the same time as other requests, where the library would cut them.
     return EventSourceResponse(
-        sent(), send_timeout=_SEND_SECONDS, shutdown_event=anyio.Event(), shutdown_grace_period=options.drain_seconds
+        sent(),
+        send_timeout=_SEND_SECONDS,
+        client_close_handler_callable=gone,
+        shutdown_event=anyio.Event(),
+        shutdown_grace_period=options.drain_seconds,
     )
 
 

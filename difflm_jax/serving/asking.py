@@ -10,7 +10,9 @@ import numpy as np
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.sampling.batching import answer_plan
+from difflm_jax.sampling.grammar.grammar import Grammar
 from difflm_jax.sampling.options import SPECULATIVE, Sampling, sampling_options
+from difflm_jax.serving.constraints import grammar_of
 from difflm_jax.serving.options import ServeOptions
 from difflm_jax.serving.prompts import canvas_tokens, chat_text, chat_tokens, prompt_tokens
 from difflm_jax.serving.requests import Request
@@ -99,7 +101,6 @@ class _Asking:
         return length
 
     def request(self, tokens: np.ndarray, copy: int, gap: slice | None = None) -> Request:
-        self._check_no_grammar()
         sampling = self._sampling()
         length = self._length(tokens, gap)
         diffusion = self.body.diffusion
@@ -116,6 +117,7 @@ class _Asking:
             stop=self.body.stops,
             logit_bias=self._logit_bias(),
             drafts=diffusion.drafts,
+            grammar=self.grammar,
             logprobs=self.candidates,
             time_limit=self.options.time_limit,
         )
@@ -157,6 +159,11 @@ class _Asking:
         given = self.body.seed
         return secrets.randbelow(_SEEDS) if given is None else given % _SEEDS
 
+    @functools.cached_property
+    def grammar(self) -> Grammar | None:
+        """What each answer must be."""
+        return grammar_of(self.body)
+
     @property
     def _is_causal(self) -> bool:
         return self.lm.attention == "causal" and not self.lm.diffusion.gated
@@ -192,19 +199,6 @@ class _Asking:
             what = "stop" if self.body.stops else "diffusion.block_length"
             raise BadRequestError(f"{what}: has no meaning for an infilling, which fills every mask", what)
         return steps
-
-    def _check_no_grammar(self) -> None:
-        """Raises `BadRequestError` for what only a grammar could promise."""
-        diffusion, body = self.body.diffusion, self.body
-        asked = {"diffusion.regex": diffusion.regex, "diffusion.choice": diffusion.choice}
-        if isinstance(body, ChatRequest):
-            form = body.response_format
-            asked["response_format"] = form is not None and form.type != "text"
-            asked["tool_choice"] = body.tool_choice not in (None, "none", "auto")
-            asked["tools"] = any(tool.function.strict for tool in body.tools or ())
-        for name, value in asked.items():
-            if value:
-                raise BadRequestError(f"{name}: this server keeps to no grammar; ask for it in the prompt", name)
 
     def _logit_bias(self) -> tuple[tuple[int, float], ...]:
         biases = []
