@@ -21,7 +21,15 @@ from difflm_jax.sampling.speculative import Carry, Loop, Predictor
 from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, moved, write_after
 from difflm_jax.serving.family import Weights
 from difflm_jax.serving.requests import Draft, Request
-from difflm_jax.serving.table import Table, biased, most_probable, room_bucket, rows_bucket, token_probability
+from difflm_jax.serving.table import (
+    Table,
+    biased,
+    most_probable,
+    room_bucket,
+    rows_bucket,
+    rows_with_nan,
+    token_probability,
+)
 from difflm_jax.serving.work import Row, Work, key_of
 
 
@@ -90,20 +98,20 @@ class Continued(Table):
         found: list[tuple] = []
         failed = np.zeros(len(self.slots), bool)
         for drafts_now in (True, False) if self._spec.drafting.drafts_first else (False,):
-            logits, kept, is_nan = _ask(self._spec, self._weights, self._columns, carry, rows, drafts_now)
+            logits, kept = _ask(self._spec, self._weights, self._columns, carry, rows, drafts_now)
             if bias is not None:
                 logits = biased(logits, bias)
             after = [
                 _advanced(self._spec, self._weights, carry, rows, (logits, kept, sampling), drafts_now)
                 for _, sampling in groups
             ]
-            before = carry.lengths
+            before, before_done = carry.lengths, carry.done
             carry = after[0] if len(after) == 1 else _each_its_own([is_in for is_in, _ in groups], after)
             self._columns = write_after(self._columns, carry.cache, before, -1)
             carry = carry.replace(cache=None)
             if self.candidates() is not None:
                 found.append((before, _probabilities(carry.tokens, before, logits, self.candidates())))
-            failed |= np.asarray(is_nan)
+            failed |= np.asarray(rows_with_nan(logits)) & ~np.asarray(before_done)
         self._drafts = carry.drafts
         self._take(jax.device_get(carry.replace(drafts=None)), jax.device_get(found), failed)
 
@@ -206,15 +214,14 @@ class RowData:
 @functools.partial(jax.jit, static_argnames=("spec", "drafts_now"))
 def _ask(
     spec: Spec, weights: Weights, columns: Columns, carry: Carry, rows: RowData, drafts_now: bool
-) -> tuple[jax.Array, Columns, jax.Array]:
-    """(logits [B, N, V], keys and values of the rows of the pass, whether a row's logits hold a NaN [B])."""
+) -> tuple[jax.Array, Columns]:
+    """(logits [B, N, V], keys and values) of the rows of the pass."""
     loop = spec.loop(weights, rows, Sampling())
     asked = loop.rows_to_draft(carry) if drafts_now else loop.rows_to_verify(carry)
     variables, owner_BR = weights.of(rows.index)
     if owner_BR is not None and asked.gate is not None:
         asked = asked.replace(gate=asked.gate[..., None] & owner_BR[:, None])
-    logits, kept = ColumnModel(weights.decoder.model, variables).predict(columns, asked)
-    return logits, kept, jnp.isnan(logits).any(axis=(1, 2)) & ~carry.done
+    return ColumnModel(weights.decoder.model, variables).predict(columns, asked)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "drafts_now"))

@@ -26,7 +26,15 @@ from difflm_jax.sampling.options import Sampling
 from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, model_of, moved, write_after
 from difflm_jax.serving.canvas import BLOCKS, PROMPT, WHOLE
 from difflm_jax.serving.family import Weights
-from difflm_jax.serving.table import Table, biased, most_probable, room_bucket, rows_bucket, token_probability
+from difflm_jax.serving.table import (
+    Table,
+    biased,
+    most_probable,
+    room_bucket,
+    rows_bucket,
+    rows_with_nan,
+    token_probability,
+)
 from difflm_jax.serving.work import Work
 
 
@@ -317,4 +325,4 @@ def _advanced(weights: Weights, plan: Plan, carry: Carry, step: tuple, candidate
         lambda new, old: jnp.where(active_B.reshape(-1, *[1] * (new.ndim - 1)), new, old), after, carry
     )
     found = None if candidates is None else most_probable(distributions, tokens, candidates)
-    return after, Found(tokens, unfinished, jnp.isnan(logits_BTV).any(axis=(1, 2)), found)
+    return after, Found(tokens, unfinished, rows_with_nan(logits_BTV), found)

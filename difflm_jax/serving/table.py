@@ -97,6 +97,12 @@ def biased(logits: jax.Array, bias_BV: jax.Array) -> jax.Array:
     return logits + bias_BV[:, None]
 
 
+@jax.jit
+def rows_with_nan(logits: jax.Array) -> jax.Array:
+    """[B] bool: rows whose logits [B, N, V] hold a NaN."""
+    return jnp.isnan(logits).any(axis=(1, 2))
+
+
 def most_probable(logits: jax.Array, tokens: jax.Array, candidates: int) -> tuple[jax.Array, ...]:
     """(log-probability of `tokens`, candidates and theirs) of the distributions with these logits [..., V]."""
     log_p = jax.nn.log_softmax(logits, axis=-1)

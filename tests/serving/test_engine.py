@@ -1,5 +1,8 @@
 """The engine against `lm.generate`, whose tokens it gives whatever else it is doing."""
 
+import asyncio
+import dataclasses
+import gc
 import itertools
 
 import jax
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 import difflm_jax
+from difflm_jax.errors import UserError
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.serving.engine import Engine, EngineOptions
@@ -93,8 +97,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+FAST = ("causal", "full", "shifted block")
+KINDS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in OPTIONS]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_full_batch_of_mixed_options_gives_what_each_request_gives_alone(models, name):
+    """Proves it for temperatures, seeds, thresholds and algorithms side by side, against one call of generate each."""
     lm = models[name]
     asked = [
         request(lm, name, prompt, **{"steps": 12, **options}) for options in OPTIONS[name] for prompt in PROMPTS[:2]
@@ -108,15 +117,190 @@ def test_a_full_batch_of_mixed_options_gives_what_each_request_gives_alone(model
 
 def test_updates_only_ever_add_to_what_is_final(models):
     lm = models["block"]
+    asked = dataclasses.replace(request(lm, "block", "Hi"), drafts=True, logprobs=2)
     with Engine(models) as engine:
-        events = list(engine.submit(request(lm, "block", "Hi")))
+        events = list(engine.submit(asked))
     assert isinstance(events[-1], Finished)
+    assert len(events[-1].logprobs) == len(events[-1].tokens)
+    for probability, token in zip(events[-1].logprobs, events[-1].tokens, strict=True):
+        assert probability.token == token == probability.candidates[0][0]
+        assert probability.logprob == pytest.approx(probability.candidates[0][1]) < 0
     for before, after in itertools.pairwise(events):
         np.testing.assert_array_equal(before.tokens, after.tokens[: len(before.tokens)])
 
 
-def test_a_full_queue_refuses(models):
-    asked = request(models["full"], "full", "Hi")
-    with Engine(models, EngineOptions(rows=1, queue=2)) as engine, pytest.raises(Busy):
-        for _ in range(20):
+def test_an_infilled_canvas_is_that_of_infill(models):
+    lm = models["full"]
+    canvas = np.array([5, 6, lm.mask_token_id, 7, lm.mask_token_id, lm.mask_token_id, 9], np.int32)
+    sampling = sampling_options(lm.attention, lm.algorithm, {})
+    with Engine(models) as engine:
+        finished = engine.submit(Request("full", canvas, sampling, infill=True, steps=3)).result(60)
+    expected = lm.infill([canvas], steps=3)
+    assert_same(finished, expected)
+    assert (finished.completion_tokens, finished.finish_reason) == (3, "stop")
+
+
+def test_a_stop_string_ends_the_work_at_once(models):
+    lm = models["causal"]
+    text = lm.generate("Hi", max_new_tokens=100, steps=100).texts[0]
+    asked = request(lm, "causal", "Hi", max_new_tokens=100, steps=100, stop=(text[4:7],))
+    with Engine(models) as engine:
+        finished = engine.submit(asked).result(60)
+    np.testing.assert_array_equal(finished.tokens, generated(lm, asked).tokens[0])
+    assert finished.finish_reason == "stop"
+    assert finished.passes == len(finished.tokens)
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(models):
+    """A system prompt, and the turn before, answer included."""
+    lm = models["causal"]
+    first = request(lm, "causal", "You are terse, and you answer in rhymes. " * 2)
+    with Engine(models, EngineOptions(chunk=16)) as engine:
+        answer = engine.submit(first).result(60)
+        turn = np.concatenate([first.tokens, answer.tokens, np.arange(5, 25, dtype=np.int32)])
+        second = dataclasses.replace(first, tokens=turn)
+        found = engine.submit(second).result(60)
+        stats = engine.stats()
+    assert answer.cached_tokens == 0
+    assert found.cached_tokens == (len(first.tokens) + len(answer.tokens) - 1) // 16 * 16
+    assert stats["cache_found"] == found.cached_tokens
+    assert_same(found, generated(lm, second))
+
+
+def test_kept_beginnings_stay_within_their_bytes(models):
+    lm = models["causal"]
+    with Engine(models, EngineOptions(chunk=16, cache_bytes=20_000)) as engine:
+        for number in range(3):
+            engine.submit(request(lm, "causal", f"{number} " * 40, max_new_tokens=2, steps=2)).result(60)
+        assert 0 < engine.stats()["cache_bytes"] <= 20_000
+
+
+def test_adapters_of_one_base_share_a_batch_and_answer_as_each_does_alone(models):
+    """Of different ranks and targets, and the base itself under the same rule."""
+    full = models["full"]
+    bare = dataclasses.replace(full, model=full.model.clone(lora=None), lora=None)
+    family = {
+        "bare": bare,
+        "one": full,
+        "two": bare.with_adapter(*adapter_of(bare, 2, rank=2, target_modules=("q_proj", "down_proj"))),
+    }
+    asked = [request(lm, name, prompt, steps=6) for name, lm in family.items() for prompt in PROMPTS[:2]]
+    with Engine(family) as engine:
+        tickets = [engine.submit(one) for one in asked]
+        for one, ticket in zip(asked, tickets, strict=True):
+            assert_same(ticket.result(60), generated(family[one.model], one))
+        assert max(engine.stats()["batches"]) > 2
+    answers = {one.model: tuple(generated(family[one.model], one).tokens[0]) for one in asked}
+    assert len(set(answers.values())) == 3
+
+
+def test_drafting_adapters_of_one_base_share_a_batch(models):
+    one = models["speculative"]
+    lora, config = adapter_of(one, 3)
+    family = {"one": one, "two": one.with_adapter({"layers": lora["layers"]}, config)}
+    asked = [request(lm, name, "Hi", lookup=False) for name, lm in family.items()]
+    with Engine(family) as engine:
+        for ticket, asks in [(engine.submit(asks), asks) for asks in asked]:
+            assert_same(ticket.result(60), generated(family[asks.model], asks))
+
+
+def test_a_row_that_fails_does_not_end_the_others(models):
+    lm = models["causal"]
+    good, bad = request(lm, "causal", "Hi"), request(lm, "causal", "Hi", copy=1)
+    bad = dataclasses.replace(bad, logit_bias=tuple((token, float("nan")) for token in range(3)))
+    with Engine(models) as engine:
+        tickets = [engine.submit(one) for one in (good, bad, good)]
+        found = [ticket.result(60) for ticket in tickets]
+    assert [one.finish_reason for one in found] == ["length", "failed", "length"]
+    assert "NaN" in found[1].error
+    assert_same(found[2], generated(lm, good))
+
+
+def test_a_full_queue_refuses_and_cancelled_rows_make_room(models):
+    lm = models["causal"]
+    asked = request(lm, "causal", "Hi", max_new_tokens=400, steps=400)
+    with Engine(models, EngineOptions(rows=1, queue=2)) as engine:
+        running = engine.submit(asked)
+        next(iter(running))
+        waiting = [engine.submit(asked) for _ in range(2)]
+        with pytest.raises(Busy):
             engine.submit(asked)
+        for ticket in (running, *waiting):
+            ticket.cancel()
+        assert running.result(60).finish_reason == "cancelled"
+        assert len(running.result().tokens) < 400
+        assert [ticket.result(60).passes for ticket in waiting] == [0, 0]
+        assert engine.submit(request(lm, "causal", "Hi")).result(60).finish_reason == "length"
+
+
+def test_a_request_ends_when_its_time_is_over(models):
+    asked = request(models["causal"], "causal", "Hi", max_new_tokens=400, steps=400)
+    with Engine(models) as engine:
+        finished = engine.submit(dataclasses.replace(asked, time_limit=0.01)).result(60)
+    assert finished.finish_reason == "cancelled"
+    assert "time limit" in finished.error
+
+
+def test_drained_and_closed_engines_take_nothing_and_leave_no_ticket_open(models):
+    lm = models["causal"]
+    with Engine(models, EngineOptions(rows=2)) as engine:
+        tickets = [engine.submit(request(lm, "causal", "Hi", max_new_tokens=400, steps=400)) for _ in range(5)]
+        assert not engine.drain(0.01)
+        with pytest.raises(Busy, match="shutting down"):
+            engine.submit(request(lm, "causal", "Hi"))
+    assert {ticket.result(0).finish_reason for ticket in tickets} <= {"cancelled", "length", "stop"}
+
+
+def test_an_event_loop_reads_a_ticket(models):
+    asked = request(models["causal"], "causal", "Hi")
+
+    async def read(engine):
+        return [event async for event in engine.submit(asked)]
+
+    with Engine(models) as engine:
+        events = asyncio.run(read(engine))
+    np.testing.assert_array_equal(events[-1].tokens, generated(models["causal"], asked).tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"steps": 2}, "one token a pass"), ({"max_new_tokens": 600, "steps": 600}, "max_position_embeddings")],
+)
+def test_what_cannot_be_answered_is_refused_before_it_waits(models, options, message):
+    with Engine(models) as engine, pytest.raises(UserError, match=message):
+        engine.submit(request(models["causal"], "causal", "Hi", **options))
+
+
+@pytest.mark.slow
+def test_hundreds_of_random_requests_are_answered_right_or_cancelled(models):
+    """Proves that no row is wrong, nothing deadlocks and memory is flat under 300 requests of random options."""
+    rng = np.random.default_rng(0)
+    names, sampled = ("causal", "block"), [{}, {"temperature": 0.8}, {"temperature": 1.1, "top_p": 0.9}]
+    cases = [
+        request(models[name], name, prompt, seed=seed, **options)
+        for name in names
+        for prompt in PROMPTS[:2]
+        for seed in (0, 7)
+        for options in sampled
+    ]
+    expected = [generated(models[case.model], case) for case in cases]
+    alive = []
+    with Engine(models, EngineOptions(rows=8, queue=400, chunk=16, cache_bytes=100_000)) as engine:
+        for _ in range(3):
+            picked = rng.integers(len(cases), size=100)
+            tickets = [engine.submit(cases[pick]) for pick in picked]
+            for ticket in rng.choice(tickets, 20, replace=False):
+                ticket.cancel()
+            for pick, ticket in zip(picked, tickets, strict=True):
+                finished = ticket.result(300)
+                if finished.finish_reason != "cancelled":
+                    assert_same(finished, expected[pick])
+                else:
+                    whole = expected[pick].tokens[0]
+                    np.testing.assert_array_equal(finished.tokens, whole[: len(finished.tokens)])
+            del tickets, ticket
+            gc.collect()
+            alive.append(sum(x.nbytes for x in jax.live_arrays()))
+        assert engine.stats()["requests"] == 300
+        assert engine.stats()["failed"] == 0
+    assert alive[2] <= alive[1] * 1.02
