@@ -33,6 +33,10 @@ class CanvasRow(Row):
     def __init__(self, lm: LanguageModel, request: Request):
         self.sampling, diffusion = request.sampling, lm.diffusion
         check_seed(request.seed)
+        if request.grammar is not None:
+            raise UserError(
+                "grammar: this server keeps to one where text comes from left to right: take a causal model"
+            )
         if self.sampling.cache in ("prefix", "dual"):
             raise UserError(f"cache={self.sampling.cache!r}: the server keeps exact caches only: leave it at auto")
         prefix, rest, plan = _infilled(lm, request) if request.infill else _answered(lm, request)

@@ -16,10 +16,13 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.sampling.causal import PLAIN, drafting_of
 from difflm_jax.sampling.columns import ColumnModel, Columns
 from difflm_jax.sampling.drafts import Drafting, Drafts
+from difflm_jax.sampling.grammar.matcher import Matcher
 from difflm_jax.sampling.options import SPECULATIVE, Sampling
 from difflm_jax.sampling.speculative import Carry, Loop, Predictor
 from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, moved, write_after
 from difflm_jax.serving.family import Weights
+from difflm_jax.serving.grammars import allowed, matcher_of, within
+from difflm_jax.serving.grammars import kept as kept_by
 from difflm_jax.serving.requests import Draft, Request
 from difflm_jax.serving.table import (
     Table,
@@ -46,6 +49,7 @@ class ContinuedRow(Row):
         self.tokens = np.asarray(request.tokens, np.int32)
         masks = np.full(request.max_new_tokens, lm.mask_token_id, np.int32)
         self.key = key_of(request, np.concatenate([self.tokens, masks]))
+        self.matcher = matcher_of(lm, request)
         self.verified, self.accepted = 0, np.zeros(self.drafting.deepest, np.int32)
         self._room = self.limit
 
@@ -101,6 +105,7 @@ class Continued(Table):
             logits, kept = _ask(self._spec, self._weights, self._columns, carry, rows, drafts_now)
             if bias is not None:
                 logits = biased(logits, bias)
+            logits = self._within(logits, carry, rows, drafts_now)
             after = [
                 _advanced(self._spec, self._weights, carry, rows, (logits, kept, sampling), drafts_now)
                 for _, sampling in groups
@@ -109,11 +114,34 @@ class Continued(Table):
             carry = after[0] if len(after) == 1 else _each_its_own([is_in for is_in, _ in groups], after)
             self._columns = write_after(self._columns, carry.cache, before, -1)
             carry = carry.replace(cache=None)
+            if matchers := self._matchers():
+                carry = kept_by(carry, np.asarray(before), matchers, self._weights.decoder.eos_token_ids)
             if self.candidates() is not None:
                 found.append((before, _probabilities(carry.tokens, before, logits, self.candidates())))
             failed |= np.asarray(rows_with_nan(logits)) & ~np.asarray(before_done)
         self._drafts = carry.drafts
         self._take(jax.device_get(carry.replace(drafts=None)), jax.device_get(found), failed)
+
+    def _matchers(self) -> dict[int, tuple[Matcher, int]]:
+        """(matcher, limit) of each row under a grammar."""
+        rows = {slot: work.row for slot, work in enumerate(self.slots) if work is not None}
+        return {slot: (row.matcher, row.limit) for slot, row in rows.items() if row.matcher and not row.done}
+
+    def _within(self, logits: jax.Array, carry: Carry, rows: "RowData", drafts_now: bool) -> jax.Array:
+        """Logits of what the grammars of the rows allow."""
+        if not (matchers := self._matchers()):
+            return logits
+        nodes, spec = (), self._spec
+        if not drafts_now:
+            nodes = jax.device_get(_proposed(spec, self._weights, carry, rows))
+        lengths, count = np.asarray(carry.lengths), 1 + (nodes[0].shape[1] if nodes else 0)
+        masks = np.ones((len(self.slots), count, spec.vocabulary), bool)
+        for slot, (matcher, limit) in matchers.items():
+            own = tuple(x[slot] for x in nodes) or (np.zeros(0, np.int32),) * 3
+            left = limit - int(lengths[slot])
+            if left > 0 and not np.asarray(carry.done)[slot]:
+                masks[slot] = allowed(matcher, left, own, spec.vocabulary, self._weights.decoder.eos_token_ids)
+        return within(logits, masks)
 
     def _take(self, carry: Carry, found: list[tuple], failed: np.ndarray) -> None:
         for slot, work in enumerate(self.slots):
@@ -222,6 +250,13 @@ def _ask(
     if owner_BR is not None and asked.gate is not None:
         asked = asked.replace(gate=asked.gate[..., None] & owner_BR[:, None])
     return ColumnModel(weights.decoder.model, variables).predict(columns, asked)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _proposed(spec: Spec, weights: Weights, carry: Carry, rows: RowData) -> tuple[jax.Array, ...]:
+    """(tokens, parents, valid) [B, Q] of what a verifying pass proposes."""
+    nodes = spec.loop(weights, rows, Sampling()).nodes(carry)
+    return nodes.tokens, nodes.parents, nodes.valid
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "drafts_now"))

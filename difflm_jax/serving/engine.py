@@ -251,8 +251,6 @@ class Engine:
 
 def _row(lm: LanguageModel, request: Request) -> Row:
     """The row of a request, by the loop that `lm.generate` would take."""
-    if request.grammar is not None:
-        raise UserError("grammar: this server keeps to none yet; lm.generate(grammar=...) does")
     if request.infill:
         return CanvasRow(lm, request)
     if request.sampling.algorithm == SPECULATIVE or is_plain(lm.decoder, request.sampling):

@@ -13,6 +13,7 @@ import pytest
 import difflm_jax
 from difflm_jax.errors import UserError
 from difflm_jax.models.lora import LoraConfig, init_lora
+from difflm_jax.sampling.grammar.grammar import Grammar
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.serving.engine import Engine, EngineOptions
 from difflm_jax.serving.requests import Busy, Finished, Request
@@ -304,3 +305,19 @@ def test_hundreds_of_random_requests_are_answered_right_or_cancelled(models):
         assert engine.stats()["requests"] == 300
         assert engine.stats()["failed"] == 0
     assert alive[2] <= alive[1] * 1.02
+
+
+def test_rows_under_a_grammar_share_a_batch_with_others(models):
+    choices = ["a red one", "a green one", "neither of them"]
+    for name in ("causal", "speculative"):
+        lm = models[name]
+        free = request(lm, name, "Hi", max_new_tokens=24, steps=24)
+        bound = dataclasses.replace(free, grammar=Grammar.choice(choices))
+        drawn = dataclasses.replace(bound, sampling=sampling_options(lm.attention, lm.algorithm, {"temperature": 2.0}))
+        with Engine(models) as engine:
+            tickets = [engine.submit(one) for one in (free, bound, drawn)]
+            found = [ticket.result(120) for ticket in tickets]
+        assert_same(found[0], generated(lm, free))
+        for finished in found[1:]:
+            assert finished.finish_reason == "stop"
+            assert lm.answers.decode(finished.tokens) in choices
