@@ -77,6 +77,7 @@ class Continued(Table):
         self._spec = Spec(drafting, self._weights.decoder.model.config.vocab_size)
         self._columns: Columns | None = None
         self._drafts: Drafts | None = None
+        self._room = 0
 
     def admit(self, work: Work) -> None:
         row = work.row
@@ -93,7 +94,7 @@ class Continued(Table):
             self._prefill.keep(row.tokens, len(row.tokens) - 1, work.index, self._columns, self.slots.index(work))
         super().release(work)
         if not self.works:
-            self.slots, self._columns, self._drafts = [], None, None
+            self.slots, self._columns, self._drafts, self._room = [], None, None, 0
 
     def step(self) -> None:
         self._resize()
@@ -187,11 +188,12 @@ class Continued(Table):
         )
 
     def _resize(self, new: Work | None = None) -> None:
-        """As many rows and columns as the requests need, `new` among them."""
+        """As many rows and columns as the requests need, `new` among them; never fewer columns while there are some."""
         works = [*self.works, *([] if new is None else [new])]
         longest = max(work.row.limit for work in works) + self._spec.drafting.deepest + 1
         chunk = self._prefill.chunk
         room = max(room_bucket(longest), -(-max(work.row.prompt for work in works) // chunk) * chunk)
+        room = max(room, self._room)
         batch = rows_bucket(len(works), self.most_rows)
         if self._columns is not None and (batch, room) == (len(self.slots), self._room):
             return

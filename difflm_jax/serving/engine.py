@@ -103,7 +103,7 @@ class Engine:
             sampling = sampling_options(lm.attention, lm.algorithm, {})
             request = Request(name, np.array([lm.pad_token_id], np.int32), sampling)
             rows = 1
-            while rows <= self.options.rows:
+            while rows <= min(self.options.rows, self.options.queue):
                 tickets = [self.submit(dataclasses.replace(request, copy=copy)) for copy in range(rows)]
                 for ticket in tickets:
                     next(iter(ticket))  # after a pass all is compiled
@@ -169,10 +169,10 @@ class Engine:
                     self._pass(key, table)
 
     def _next(self) -> list[Work]:
-        """Takes from the queue what there are rows for, and what is cancelled."""
+        """Takes from the queue what there are rows for, and what is cancelled or late."""
         admitted = []
         for work in list(self._waiting):
-            if len(self._running) < self.options.rows or work.ticket.cancelled:
+            if len(self._running) < self.options.rows or work.why_to_cancel():
                 self._waiting.remove(work)
                 self._running.append(work)
                 admitted.append(work)

@@ -46,7 +46,7 @@ class Filled(Table):
         self._prefill, self._weights = prefill, prefill.weights
         self._mode, self._width, self._is_guided = mode, width, is_guided
         self._columns: Columns | None = None
-        self._room = 0
+        self._room, self._least = 0, Plan(1, 1, width, 1)
 
     def admit(self, work: Work) -> None:
         self._resize(work)
@@ -59,7 +59,7 @@ class Filled(Table):
     def release(self, work: Work) -> None:
         super().release(work)
         if not self.works:
-            self.slots, self._columns = [], None
+            self.slots, self._columns, self._room, self._least = [], None, 0, Plan(1, 1, self._width, 1)
 
     def step(self) -> None:
         self._resize()
@@ -112,12 +112,18 @@ class Filled(Table):
             row.logprobs = row.all_probabilities()
 
     def _plan(self) -> Plan:
-        rows = [work.row for work in self.works]
+        """The shape of a pass. What costs it no time is never less than before, so that less is compiled."""
+        rows, least = [work.row for work in self.works], self._least
         # One block more than is needed, so that the first window reaches no column before the canvas.
         longest = max(self._width + 1 if self._mode == BLOCKS else 1, *(len(row.prefix) for row in rows))
-        blocks = max(row.num_blocks for row in rows)
-        passes = max(row.quotas.shape[1] for row in rows)
-        return Plan(room_bucket(longest, 16), _blocks_bucket(blocks), self._width, passes)
+        prompt, blocks = room_bucket(longest, 16), _blocks_bucket(max(row.num_blocks for row in rows))
+        passes = max(least.steps_per_block, *(row.quotas.shape[1] for row in rows))
+        if self._mode != WHOLE:
+            prompt = max(prompt, least.first_column)
+        if self._mode == BLOCKS:
+            blocks = max(blocks, least.num_blocks)
+        self._least = Plan(prompt, blocks, self._width, passes)
+        return self._least
 
     def _rows(self, plan: Plan) -> "FilledRows":
         batch, first, blocks = len(self.slots), plan.first_column, plan.num_blocks
@@ -172,6 +178,7 @@ class Filled(Table):
         if self._mode == PROMPT:
             longest = max(len(work.row.prefix) for work in works)
         room = max(room_bucket(longest), -(-max(len(work.row.prefix) for work in works) // chunk) * chunk)
+        room = max(room, self._room)
         batch = rows_bucket(len(works), self.most_rows)
         if batch == len(self.slots) and (self._mode == WHOLE or room == self._room):
             return

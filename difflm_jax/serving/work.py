@@ -63,7 +63,7 @@ class Work:
         row, request = self.row, self.request
         if row.error is not None:
             return self.ended("failed", row.final(), row.error)
-        reason = self._why_to_cancel()
+        reason = self.why_to_cancel()
         if reason is not None:
             return self.ended("cancelled", row.final(), reason)
         if request.infill:
@@ -103,7 +103,8 @@ class Work:
         self._examined = len(final)
         self.ticket.tell(Update(final, self.row.passes, self.row.logprobs[: len(final)], draft))
 
-    def _why_to_cancel(self) -> str | None:
+    def why_to_cancel(self) -> str | None:
+        """Why the request shall end before its answer does, if it shall."""
         limit = self.request.time_limit
         if limit is not None and time.monotonic() - self.submitted > limit:
             self.ticket.cancel(f"the time limit of {limit:g} s is over")
