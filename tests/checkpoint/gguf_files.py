@@ -26,6 +26,10 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 _GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm",
@@ -37,6 +41,7 @@ _ARCHITECTURES = {
     "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
     "gemma3_text": "gemma3",
 }
 
@@ -82,7 +87,11 @@ def write_gguf(
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
-    if config.model_type in ("qwen3", "gemma3_text"):
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     add_tokenizer(writer, [f"t{i}" for i in range(config.vocab_size)])
@@ -91,7 +100,7 @@ def write_gguf(
         name = gguf_name(hf_name, _ARCHITECTURES[config.model_type])
         if name in writer.left_out:
             continue
-        if array.ndim == 2 and kind is not F32:
+        if array.ndim > 1 and kind is not F32 and "ffn_gate_inp" not in name:  # llama.cpp keeps routers in float32
             writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array)
@@ -139,12 +148,22 @@ class _Writer(GGUFWriter):
             super().add_key_value(key, val, *args, **kwargs)
 
 
+def _halves(array: np.ndarray) -> dict[str, np.ndarray]:
+    gate, up = np.split(array, 2, axis=1)
+    return {"gate_proj": gate, "up_proj": up}
+
+
 def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
     config, arrays = model.config, {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.float().numpy()
+        module, leaf = name.rsplit(".", 1)
+        if leaf in ("gate_up_proj", "down_proj"):  # of all experts, as transformers has them in memory
+            parts = {"down_proj": array} if leaf == "down_proj" else _halves(array)
+            arrays |= {f"{module}.{part}.weight": np.ascontiguousarray(each) for part, each in parts.items()}
+            continue
         if _ARCHITECTURES[config.model_type] == "llama" and ".q_proj." in name:
             array = permute(array, config.num_attention_heads)
         if _ARCHITECTURES[config.model_type] == "llama" and ".k_proj." in name:

@@ -136,6 +136,39 @@ def test_sizes_of_local_layers_alone_are_named(tmp_path):
         open_source(str(path))
 
 
+QWEN3_MOE = {
+    "head_dim": 16, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_qwen3_moe_as_transformers_reads_it(kind, tmp_path, our_logits, their_logits):
+    """One tensor of a layer holds gate, up or down of all experts. transformers takes a width of 768 unread."""
+    model = torch_model("qwen3_moe", **QWEN3_MOE, moe_intermediate_size=768)
+    path = write_gguf(tmp_path / "model.gguf", model, GGMLQuantizationType[kind])
+    source = open_source(str(path))
+    assert source.config == ModelConfig.from_hf(model.config.to_dict())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    tokens_BL = np.random.default_rng(0).integers(3, 100, (2, 12))
+    expected = their_logits(theirs, tokens_BL)
+    ours = our_logits(source.config, load_params(source, "float32"), tokens_BL)
+    assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert (np.abs(their_logits(model, tokens_BL) - expected).max() > 1e-4) == (kind != "F32")
+
+
+def test_experts_of_another_number_and_what_llama_cpp_does_not_read(tmp_path):
+    model = torch_model("qwen3_moe", **QWEN3_MOE, moe_intermediate_size=32)
+    path = write_gguf(tmp_path / "a.gguf", model, metadata=lambda writer: writer.add_expert_count(3))
+    with pytest.raises(UserError, match=r"unknown .*blk\.0\.ffn_down_exps\.weight"):
+        load_params(open_source(str(path)), "float32")
+    path = write_gguf(tmp_path / "b.gguf", model, metadata=lambda writer: writer.add_expert_weights_norm(False))
+    with pytest.raises(UserError, match=r"qwen3moe\.expert_weights_norm=false"):
+        open_source(str(path))
+    path = write_gguf(tmp_path / "c.gguf", model, leave_out=["qwen3moe.expert_feed_forward_length"])
+    with pytest.raises(UserError, match=r"metadata lacks qwen3moe\.expert_feed_forward_length"):
+        open_source(str(path))
+
+
 def rope_of(model, path: Path, *scaling, tensors=None) -> RopeConfig:
     def metadata(writer: GGUFWriter) -> None:
         for name, *values in scaling:

@@ -26,6 +26,7 @@ _ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 _SIZES = {
@@ -35,6 +36,11 @@ _SIZES = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
 }
 _ROPE_SCALING = {
     "factor": "factor",
@@ -48,6 +54,8 @@ _NEUTRAL = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
 _NEUTRAL_AT = {
     "attention.output_scale": 1.0,
     "embedding_scale": 1.0,
+    "expert_gating_func": 1,  # softmax
+    "expert_weights_scale": 1.0,
     "logit_scale": 1.0,
     "residual_scale": 1.0,
     "rope.scaling.attn_factor": 1.0,
@@ -73,13 +81,12 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
         config = ModelConfig.from_hf(hf_config)
     except UserError as error:
         raise UserError(f"{path}: metadata: {str(error).removeprefix('config.json: ')}") from error
-    hf_names = {gguf: hf for row in table(config) for gguf, hf in zip(row.gguf_names, row.hf_names, strict=True)}
     tensors.pop(_ROPE_FREQS, None)  # it is in the config now
-    named = {hf_names.get(name, name): tensor for name, tensor in tensors.items()}
-    shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in named.items()}
+    named = _by_hf_name(tensors, config)
+    shapes = {name: _shape(tensor)[0 if expert is None else 1 :] for name, (tensor, expert) in named.items()}
 
     def read(name: str) -> np.ndarray:
-        array = _dequantize(path, named[name])
+        array = _dequantize(path, *named[name])
         for module, heads in _PERMUTED.items():
             if metadata.architecture == "llama" and f".{module}." in name:
                 array = _unpermute(array, getattr(config, heads))
@@ -88,6 +95,29 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
         return array
 
     return hf_config, TensorFiles(shapes, read), lambda: build_tokenizer(metadata)
+
+
+def _by_hf_name(tensors: dict[str, ReaderTensor], config: ModelConfig) -> dict[str, tuple[ReaderTensor, int | None]]:
+    """{Hugging Face's name: (a tensor, the expert whose part of it this is; None: it is whole)}.
+
+    A tensor that the table does not have keeps its own name, so that it is reported under it.
+    """
+    named, others = {}, dict(tensors)
+    for row in table(config):
+        for layer, gguf in enumerate(row.gguf_names):
+            tensor = others.get(gguf)
+            if tensor is None or (row.experts and _shape(tensor)[:-2] != (row.experts,)):
+                continue
+            del others[gguf]
+            if not row.experts:
+                named[row.hf_names[layer]] = (tensor, None)
+            for expert in range(row.experts):
+                named[row.hf_names[layer * row.experts + expert]] = (tensor, expert)
+    return named | {name: (tensor, None) for name, tensor in others.items()}
+
+
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 class _Metadata:
@@ -149,6 +179,8 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
     hf_config["rope_scaling"] = _rope_scaling(path, values, hf_config, tensors.get(_ROPE_FREQS))
     if model_type == "gemma3_text":
         hf_config |= _gemma3(values, hf_config)
+    if model_type == "qwen3_moe":
+        hf_config |= _qwen3_moe(path, values)
     if strange := [key for key, value in values.items() if not _is_neutral(key, value, hf_config)]:
         named = ", ".join(f"{metadata.architecture}.{key}" for key in strange)
         raise UserError(f"{path}: metadata that cannot be represented: {named}")
@@ -189,6 +221,20 @@ def _gemma3(values: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, Any]
         "final_logit_softcapping": values.pop("final_logit_softcapping", None) or None,
         "attn_logit_softcapping": values.pop("attn_logit_softcapping", None) or None,
     }
+
+
+def _qwen3_moe(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What a Qwen3-MoE file says of its experts (taken out of `values`).
+
+    The rest is llama.cpp's, src/models/qwen3moe.cpp: every layer is sparse, and the weights of a token's experts are a
+    softmax over all of them, divided by their sum.
+    """
+    if missing := [f"qwen3moe.{key}" for key in _EXPERTS if values.get(key) is None]:
+        raise UserError(f"{path}: metadata lacks {', '.join(missing)}")
+    if values.pop("expert_weights_norm", True) is not True:
+        raise UserError(f"{path}: metadata that cannot be represented: qwen3moe.expert_weights_norm=false")
+    read = {name: values.pop(key) for key, name in _EXPERTS.items()}
+    return read | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def _head_dim(path: Path, hf_config: dict[str, Any]) -> int:
@@ -238,11 +284,12 @@ def _llama3_scaling(path: Path, hf_config: dict[str, Any], factors: np.ndarray) 
     return {"rope_type": "llama3", **options}
 
 
-def _dequantize(path: Path, tensor: ReaderTensor) -> np.ndarray:
+def _dequantize(path: Path, tensor: ReaderTensor, expert: int | None = None) -> np.ndarray:
+    data = tensor.data if expert is None else tensor.data[expert]
     if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        return tensor.data
+        return data
     try:
-        return dequantize(tensor.data, tensor.tensor_type)
+        return dequantize(data, tensor.tensor_type)
     except NotImplementedError as error:
         raise UserError(f"{path}: {tensor.name} has type {tensor.tensor_type.name}, which cannot be read") from error
 
