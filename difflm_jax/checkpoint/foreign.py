@@ -178,6 +178,7 @@ _LLADA_MOE_ONLY = {
     "clip_qkv": (None,), "moe_router_score_function": ("softmax",), "moe_router_enable_expert_bias": (False, None),
     "shared_expert_intermediate_size": (None, 0), "router_num_group": (None, 1), "router_topk_group": (None, 1),
     "routed_scaling_factor": (1, None), "qk_layernorm": (True,), "partial_rotary_factor": (1, None),
+    "norm_topk_prob": (False, None),  # the published class has its own, and never divides
 }  # fmt: skip
 _LLADA_MOE_SIZES = {"dense_intermediate_size": "intermediate_size", "expert_intermediate_size": "moe_intermediate_size"}
 
@@ -192,7 +193,7 @@ def _llada_moe(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
         **_ours(hf_config, "qwen3_moe", (*_LLADA_MOE_ONLY, *_LLADA_MOE_SIZES, "moe_layer_freq")),
         **{ours: hf_config.get(theirs) for theirs, ours in _LLADA_MOE_SIZES.items()},
         "mlp_only_layers": [layer for layer, frequency in enumerate(sparse) if not frequency],
-        "norm_topk_prob": bool(hf_config.get("norm_topk_prob")),
+        "norm_topk_prob": False,
     }
     return FieldCheckpoint(translated, _diffusion(hf_config, _LING_MASK_TOKEN_ID, attention="full", logit_shift=False))
 

@@ -92,6 +92,7 @@ def test_llada_2_is_saved_as_a_model_that_transformers_has(tmp_path):
         ("llada2_moe", {"use_qkv_bias": True}, "use_qkv_bias=True"),
         ("llada2_moe", {"topk_group": 5}, "do not divide"),
         ("lladamoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("lladamoe", {"norm_topk_prob": True}, "norm_topk_prob=True"),
         ("lladamoe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
         ("lladamoe", {"some_new_gate": 1}, "some_new_gate: not known for model_type 'lladamoe'"),
         ("sdar_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_experts=8"),
