@@ -16,6 +16,8 @@ from jax.experimental import multihost_utils
 
 from difflm_jax.errors import UserError, one_line
 
+_REASON_BYTES = 200  # of a failure that a process tells the others
+
 
 def connect(coordinator_address: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the other processes, if there are any; call it before anything touches a device.
@@ -49,6 +51,18 @@ def agreed(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.asarray(here)).all())
+
+
+def failure_of_any(reason: str | None) -> str | None:
+    """The first reason that a process has for a failure (which all must ask for); None if none has one."""
+    if jax.process_count() == 1:
+        return reason
+    cut = b"" if reason is None else b"!" + reason.encode()[:_REASON_BYTES]
+    here = np.frombuffer(cut.ljust(_REASON_BYTES + 1, b"\0"), np.uint8)
+    everywhere = [row.tobytes().rstrip(b"\0") for row in multihost_utils.process_allgather(here)]
+    reasons = [(index, found[1:].decode(errors="ignore")) for index, found in enumerate(everywhere) if found]
+    told = next(((index, text) for index, text in reasons if text), None)  # "" of those that know nothing
+    return f"process {told[0]}: {told[1]}" if told else "" if reasons else None
 
 
 def wait_for_all(what: str) -> None:

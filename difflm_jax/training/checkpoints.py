@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ import tensorstore
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
-from difflm_jax.distributed.processes import agreed, is_writer, wait_for_all
+from difflm_jax.distributed.barriers import Barriers, BrokenBarrierError
+from difflm_jax.distributed.processes import agreed, failure_of_any, is_writer, wait_for_all
 from difflm_jax.errors import UserError, one_line
+from difflm_jax.training.checksums import checksum_of, json_checksum, leaves_of
 from difflm_jax.utils.files import write_whole
 
 Tree = Any
@@ -84,7 +85,7 @@ class Checkpoints:
                     cleanup_tmp_directories=True,
                     # Directories made in the background that fail leave threads waiting for them, and the process
                     # alive for minutes.
-                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=Barriers()),
                 ),
             )
 
@@ -95,19 +96,19 @@ class Checkpoints:
         by the next call. What it left behind is removed, and older checkpoints stay.
         """
         self.settle()
-        metrics, leaves = dict(metrics or {}), _leaves(state)
+        metrics, leaves = dict(metrics or {}), leaves_of(state)
         about = {
-            "checksum": int(jax.jit(_checksum)(state)),
+            "checksum": int(jax.jit(checksum_of)(state)),
             "leaves": leaves,
-            "leaves_checksum": _json_checksum(leaves),
-            "metrics_checksum": _json_checksum(metrics),
+            "leaves_checksum": json_checksum(leaves),
+            "metrics_checksum": json_checksum(metrics),
         }
         self._writing = step
         if self._late.pop(step, None):  # of a damaged checkpoint that is written again
             self._write_late()
         if jax.process_count() > 1 and not agreed(self._has_room(step, state)):
             # In the middle of a save the others would wait for the one that cannot go on.
-            self._announce_failure(OSError("the disk of one of the processes has no room for its part"))
+            self._announce_failure("the disk of one of the processes has no room for its part")
             return
         try:
             self._manager.save(
@@ -118,7 +119,7 @@ class Checkpoints:
                 force=True,
             )
         except (OSError, ValueError) as error:
-            self._announce_failure(error)
+            self._announce_failure(_reason(error))
 
     def _has_room(self, step: int, state: Tree) -> bool:
         """Whether this process's part of `state` fits on its disk, which is asked to set the room aside."""
@@ -136,11 +137,19 @@ class Checkpoints:
         return True
 
     def settle(self) -> None:
-        """Waits until the save under way is on disk, or has failed and is announced."""
+        """Waits until the save under way is on disk, or has failed and is announced.
+
+        All processes call it. A save that fails in one of them fails in all.
+        """
+        if self._writing is None:
+            return
+        reason = None
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            self._announce_failure(error)
+            reason = _reason(error)
+        if (reason := failure_of_any(reason)) is not None:
+            self._announce_failure(reason)
         self._writing = None
 
     def finish(self, step: int) -> None:
@@ -172,7 +181,7 @@ class Checkpoints:
         self.settle()
         try:
             metrics = dict(self._manager.metrics(step) or {})
-            if self._about(step)["metrics_checksum"] != _json_checksum(metrics):
+            if self._about(step)["metrics_checksum"] != json_checksum(metrics):
                 raise ValueError("its metrics are not those that were written")
         except Exception as error:  # orbax raises anything for files that it cannot read
             raise self._damaged(step, one_line(error)) from error
@@ -201,11 +210,11 @@ class Checkpoints:
             about = self._about(step)
             leaves, checksum = about["leaves"], about["checksum"]
             # A damaged list must not be taken for that of another run. Checkpoints of before have no checksum of it.
-            if about.get("leaves_checksum", _json_checksum(leaves)) != _json_checksum(leaves):
+            if about.get("leaves_checksum", json_checksum(leaves)) != json_checksum(leaves):
                 raise ValueError("its list of arrays is not the one that was written")
         except Exception as error:
             raise self._damaged(step, one_line(error)) from error
-        if different := sorted(leaves.items() ^ _leaves(abstract_state).items()):
+        if different := sorted(leaves.items() ^ leaves_of(abstract_state).items()):
             raise UserError(
                 f"{self._directory / str(step)}: the checkpoint and this run differ in {different[0][0]}: choose "
                 "another output_dir, or the settings that the checkpoint was made with"
@@ -217,7 +226,7 @@ class Checkpoints:
         # Restored arrays may lie in memory that XLA does not own and cannot reuse: copies can be donated.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
         state = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
-        if int(jax.jit(_checksum)(state)) != checksum:
+        if int(jax.jit(checksum_of)(state)) != checksum:
             raise self._damaged(step, "its arrays are not those that were written")
         return state
 
@@ -230,9 +239,12 @@ class Checkpoints:
         return self._first_whole(lambda: self.best() or self.latest(), abstract_state)
 
     def close(self) -> None:
-        """Settles, and ends the threads behind this object."""
-        self.settle()
+        """Waits for the save under way, and ends the threads behind this object.
+
+        A process that an error ends calls it alone. The end of a phase has settled before.
+        """
         with self._errors("a checkpoint could not be written"):
+            self._manager.wait_until_finished()
             self._manager.close()
 
     def _first_whole(self, choose: Callable[[], int | None], abstract_state: Tree) -> Restored | None:
@@ -274,12 +286,12 @@ class Checkpoints:
                     self._rename(int(path.name))
                     print(f"{self._damaged(int(path.name), one_line(error))}; it is kept as damaged-{path.name}")
 
-    def _announce_failure(self, error: Exception) -> None:
+    def _announce_failure(self, reason: str) -> None:
         """Says that a save failed, and removes what it has written so far."""
         step, self._writing = self._writing, None
         self._reopen()
         print(
-            f"{self._directory}: checkpoint {step} could not be written ({one_line(error)[:200]}); training continues, "
+            f"{self._directory}: checkpoint {step} could not be written ({reason[:200]}); training continues, "
             f"the last one on disk is {_of(self.latest())}",
             flush=True,
         )
@@ -339,6 +351,14 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
         return [info.step in kept for info in checkpoints]
 
 
+def _reason(error: BaseException) -> str:
+    """Why a save failed; "" if another process knows."""
+    while isinstance(error, BrokenBarrierError) and error.__context__ is not None:
+        error = error.__context__  # the barrier after what failed here
+    text = "" if isinstance(error, BrokenBarrierError) else one_line(error)
+    return text if len(text) <= 170 else f"{text[:60]} ... {text[-100:]}"  # the system's own words come last
+
+
 def _read_late(path: Path) -> dict[int, dict[str, Any]]:
     try:
         return {int(step): dict(values) for step, values in json.loads(path.read_text()).items()}
@@ -360,34 +380,6 @@ def _eval_loss(metrics: Mapping[str, Any]) -> float:
 
 def _of(step: int | None) -> str:
     return "no checkpoint" if step is None else f"checkpoint {step}"
-
-
-def _json_checksum(values: Mapping[str, Any]) -> int:
-    """CRC-32 of metrics or of a list of leaves as JSON, which is how orbax stores them."""
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _leaves(tree: Tree) -> dict[str, str]:
-    """{path: dtype and shape} of all leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _checksum(tree: Tree) -> jax.Array:
-    """A uint32 over all bits of all leaves, computed where they lie; any one changed bit changes it.
-
-    Each leaf counts as the sum of its words, each times an odd number, modulo 2^32: an odd number has an inverse, so no
-    change of one word is lost, and integer sums do not depend on their order, that is on the sharding.
-    """
-    total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(tree):
-        word = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
-        place = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(words.shape):  # the index in the flattened leaf, without moving a sharded one
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        total = 31 * total + jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
-    return total
 
 
 def _silence_orbax() -> None:

@@ -1,5 +1,12 @@
 """What several processes decide and write together."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +14,8 @@ from jax.experimental import multihost_utils
 
 from difflm_jax.distributed.processes import by_one_process
 from difflm_jax.errors import UserError
+
+PROJECT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -23,3 +32,24 @@ def test_a_write_that_fails_in_one_process_fails_in_all(monkeypatch, index):
     written = []
     by_one_process(lambda: written.append(index), "out")
     assert written == ([0] if index == 0 else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_checkpoint_that_one_process_cannot_write_fails_in_all_at_once(process, tmp_path):
+    """Two real processes. orbax 0.12.8 alone: the other one waits 20 minutes for the one whose disk is full."""
+    command = [sys.executable, str(PROJECT / "scripts/launch/local.py"), "--processes=2", "--devices=1", "--"]
+    command += [sys.executable, "-m", "tests.distributed.failing_save", str(tmp_path / "ck"), str(process)]
+    with (tmp_path / "said").open("w+") as said:
+        started = subprocess.Popen(command, cwd=PROJECT, stdout=said, stderr=said, start_new_session=True)
+        try:
+            status = started.wait(timeout=60)
+        finally:
+            if started.poll() is None:
+                os.killpg(started.pid, signal.SIGKILL)
+        said.seek(0)
+        text = said.read()
+    assert status == 0, text
+    failures = re.findall(rf"checkpoint 1 could not be written \(process {process}: .*File too large.*; training", text)
+    assert len(failures) == 1, text
+    assert sorted(re.findall(r"process \d has \[2\]", text)) == ["process 0 has [2]", "process 1 has [2]"], text

@@ -18,7 +18,8 @@ import pytest
 from flax import struct
 
 from difflm_jax.errors import UserError
-from difflm_jax.training.checkpoints import Checkpoints, _checksum
+from difflm_jax.training.checkpoints import Checkpoints
+from difflm_jax.training.checksums import checksum_of
 
 
 @struct.dataclass
@@ -180,14 +181,14 @@ def test_a_state_of_another_shape_is_refused(tmp_path, other):
 
 def test_a_checksum_sees_every_change():
     state = {"a": jnp.arange(1000.0), "b": jnp.ones(3, jnp.bfloat16), "c": jnp.arange(4, dtype=jnp.uint8)}
-    checksum = int(_checksum(state))
+    checksum = int(checksum_of(state))
     for changed in (
         {**state, "a": state["a"].at[777].set(np.nextafter(np.float32(777), np.float32(0)))},
         {**state, "a": state["a"].at[jnp.array([3, 4])].set(jnp.array([4.0, 3.0]))},
         {**state, "b": -state["b"]},
         {**state, "c": state["c"].at[0].set(128)},
     ):
-        assert int(_checksum(changed)) != checksum
+        assert int(checksum_of(changed)) != checksum
 
 
 def test_a_directory_that_cannot_be_is_said_by_name(tmp_path, capfd):
