@@ -41,7 +41,9 @@ def main(flag_values: flags.FlagValues) -> None:
     elif flag_values.private:
         raise UserError("--private belongs to --push_to_hub")
     lm = load_from_flags(flag_values)
-    if lm.lora is None and not flag_values.run:
+    if lm.lora is None and lm.origin is not None and flag_values.to == "peft":
+        raise UserError(f"{flag_values.adapter}: is a PEFT adapter as it stands; --to=merged writes the merged model")
+    if lm.lora is None and lm.origin is None and not flag_values.run:
         raise UserError("there is no adapter to export: name one with --adapter, or a run with --run")
     if flag_values.to == "merged":
         merged = lm.merge() if lm.lora is not None else lm

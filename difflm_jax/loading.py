@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import check_quantization
 from difflm_jax.checkpoint.peft import Adapter, load_adapter
+from difflm_jax.checkpoint.peft_merged import merged_source
 from difflm_jax.checkpoint.source import Source, open_source
 from difflm_jax.checkpoint.tokenizer import chat_template, has_tokenizer, load_tokenizer
 from difflm_jax.config.files import CONVERTED, load_run_config
@@ -225,6 +226,16 @@ def open_model(spec: ModelSpec) -> LanguageModel:
     source = open_source(str(spec.source), spec.revision)
     check_quantization(source, spec.quantization)
     adapter = load_adapter(spec.adapter, source.config) if spec.adapter is not None else None
+    origin = None
+    if adapter is not None and adapter.lora is None:
+        if spec.quantization is not None:
+            raise UserError(
+                f"{spec.adapter}: {adapter.weight_changes} is merged into the weights, and cannot be kept next to "
+                f"{spec.quantization.format}: write the merged model first (difflm export --model={spec.source} "
+                f"--adapter={spec.adapter} --to=merged --out=DIR), and quantise that"
+            )
+        origin = open_model(dataclasses.replace(spec.causal(), adapter=None))
+        source = merged_source(source, spec.adapter)
     tokenizer = _tokenizer(source, spec.adapter, adapter)
     own = read_diffusion_config(source.path) or {}
     trained_for = {**source.diffusion, **own, **((adapter and adapter.diffusion_config) or {})}
@@ -237,7 +248,7 @@ def open_model(spec: ModelSpec) -> LanguageModel:
     )
     model = Transformer(
         config=source.config,
-        lora=adapter.lora_config if adapter else None,
+        lora=adapter.lora_config if adapter else None,  # None too where it was merged
         mask_token_id=mask_token_id,
         dtype=DTYPES[dtype],
         on_cpu=jax.default_backend() == "cpu",
@@ -248,9 +259,11 @@ def open_model(spec: ModelSpec) -> LanguageModel:
         params={},
         tokenizer=tokenizer,
         diffusion=diffusion,
-        lora=jax.tree.map(jnp.asarray, adapter.lora) if adapter else None,
+        lora=jax.tree.map(jnp.asarray, adapter.lora) if adapter and adapter.lora is not None else None,
         quantization=spec.quantization or next(iter(source.stored.values()), None),
+        provenance=f"The adapter ({adapter.weight_changes}) was merged into the weights." if origin else "",
         adapter_knows_masks=adapter is not None and adapter.diffusion_config is not None,
+        origin=origin,
     )
 
 

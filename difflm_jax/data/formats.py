@@ -69,8 +69,9 @@ def parse_row(row: Any, naming: Naming = KNOWN_NAMES, notes: Notes | None = None
     if not isinstance(row, Mapping):
         raise RowError(f"is {a(row)}, not an object")
     row = naming.rename(row)
+    found = _format_of({key for key, value in row.items() if is_given(value)})
     present = {key for key, value in row.items() if value is not None}
-    found = next((format for format in FORMATS if present.issuperset(format.needed)), None)
+    found = found or _format_of(present)  # an empty value is told of better than a key that is not there
     if found is None:
         raise RowError(_unknown(present))
     if found.needed == ("text",):
@@ -81,6 +82,10 @@ def parse_row(row: Any, naming: Naming = KNOWN_NAMES, notes: Notes | None = None
     conversation, more = _with_row_keys(conversation, row)
     account(row, {*found.needed, *used, *more}, notes)
     return found.name, conversation
+
+
+def _format_of(present: set[Any]) -> Format | None:
+    return next((format for format in FORMATS if present.issuperset(format.needed)), None)
 
 
 def _unknown(present: set[Any]) -> str:
@@ -108,7 +113,8 @@ def _question(row: Mapping[str, Any], question_key: str, labels: list[tuple[str,
     """The question with what the row has next to it, and the keys of that."""
     before = ("context", "instruction") if question_key != "instruction" else ()
     order = dict.fromkeys((*before, question_key, "input", "context"))
-    pieces = {key: text_of(row[key], key) for key in order if key == question_key or is_given(row.get(key))}
+    pieces = {key: text_of(row[key], key) for key in order if is_given(row.get(key))}
+    pieces = pieces or {question_key: text_of(row[question_key], question_key)}
     question = "\n\n".join(pieces.values())
     if labels:
         question += "\n" + "\n".join(f"{label}. {text}" for label, text in labels)

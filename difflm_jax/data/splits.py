@@ -59,7 +59,7 @@ class Part:
             return int(bound)
         else:
             total, at = count(), int(bound)
-        return min(max(at + total if bound.startswith("-") else at, 0), total)
+        return min(max(at + total if at < 0 else at, 0), total)  # -0 is 0, as for `datasets`
 
 
 def parse_splits(text: str, where: str) -> list[Part]:

@@ -141,7 +141,10 @@ def _make(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, 
                     raise
             synced(stored.parent)
     except OSError as error:
-        raise UserError(f"{stored.parent}: tokenised rows cannot be written there ({one_line(error)[:200]})") from error
+        raise UserError(
+            f"{stored.parent}: tokenised rows cannot be written there ({one_line(error)[:200]}); name another folder "
+            "with cache_dir"
+        ) from error
     return report.summary()
 
 
@@ -155,12 +158,20 @@ def _write_rows(path: Path, chunks: Iterable[list[Example]]) -> int:
     return rows
 
 
-def _shown(chunks: Iterable[list[Example]], name: str) -> Iterator[list[Example]]:
+def _shown(chunks: Iterator[list[Example]], name: str) -> Iterator[list[Example]]:
     """`chunks`, with progress while they are made."""
     with Progress(f"tokenising {name}", "examples") as progress:
-        for chunk in chunks:
+        while (chunk := _next(chunks, name)) is not None:
             yield chunk
             progress.advance(len(chunk))
+
+
+def _next(chunks: Iterator[list[Example]], name: str) -> list[Example] | None:
+    """The next chunk. An error of the disk here is one of reading, and not of the folder that is written."""
+    try:
+        return next(chunks, None)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({one_line(error)[:200]})") from error
 
 
 def stored_rows(made: list[Example]) -> datasets.Dataset:

@@ -44,7 +44,7 @@ _READ = {
     "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
     "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
     "sliding_window", "use_sliding_window", "layer_types", "max_window_layers", "original_max_position_embeddings",
-    "sliding_window_pattern", "_sliding_window_pattern", _BIDIRECTIONAL,
+    _BIDIRECTIONAL,
 }  # fmt: skip
 
 # Keys that say how a model was trained, stored or is served, and change nothing here.
@@ -54,7 +54,7 @@ _NEUTRAL = {
     "_name_or_path", "_attn_implementation_autoset", "is_llama_config", "resid_pdrop", "embd_pdrop",
     "residual_dropout", "embedding_dropout", "hidden_dropout", "cache_implementation", "eod_token_id",
     "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id",
-    "problem_type", "name_or_path", "is_decoder", "mask_token_id",
+    "problem_type", "name_or_path", "is_decoder", "mask_token_id", "_sliding_window_pattern",
 }  # fmt: skip
 
 KNOWN_KEYS = _READ | _NEUTRAL | set(_ONLY)

@@ -121,7 +121,7 @@ FAMILIES = {
         structure=Structure(**_RMS_OFFSET, norms=SANDWICH, qk_norm="head"), scaled_embedding=True,
         activation="hidden_activation",
         windows="typed", period=6, rotated="typed",
-        reads=("use_bidirectional_attention", "rope_local_base_freq", *_CAPS),
+        reads=("use_bidirectional_attention", "rope_local_base_freq", "sliding_window_pattern", *_CAPS),
         defaults={**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
                   "sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
                   # sizes that the text_config of Gemma 3 4B leaves out
@@ -136,7 +136,7 @@ FAMILIES = {
     "olmo3": Family(
         structure=Structure(norms=POST, qk_norm="all"), windows="typed", period=4, rotated="typed",
         # transformers gives the local layers 500000 unless rope_parameters says otherwise
-        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5, "rope_local_base_freq": 5e5},
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
     ),
     "granite": Family(mlp_bias="mlp_bias", reads=_GRANITE, defaults={"attention_multiplier": 1.0}),
     "granite_swa": Family(
@@ -164,7 +164,8 @@ FAMILIES = {
     ),
     "cohere2": Family(
         structure=Structure(norm="layer", norms=_PARALLEL, parallel_block=True, rope_interleaved=True),
-        epsilon="layer_norm_eps", reads=("logit_scale",), windows="typed", period=4, rotated="sliding",
+        epsilon="layer_norm_eps", reads=("logit_scale", "sliding_window_pattern"), windows="typed", period=4,
+        rotated="sliding",
         defaults={"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "sliding_window": 4096, "tie_word_embeddings": True},
     ),
     "stablelm": Family(
@@ -181,7 +182,8 @@ FAMILIES = {
     ),
     "exaone4": Family(
         structure=Structure(norms=POST, qk_norm="head"), qkv_bias=False, o_bias=False, windows="typed", period=4,
-        rotated="unless_global", defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
+        rotated="unless_global", reads=("sliding_window_pattern",),
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
     ),
     "seed_oss": Family(
         o_bias="attention_out_bias", mlp_bias="mlp_bias",

@@ -86,8 +86,7 @@ def _layer_types(hf: Mapping[str, Any], family: Family, layers: int) -> list[str
 def _is_global(hf: Mapping[str, Any], family: Family, index: int) -> bool:
     if not family.period:
         return False
-    period = hf.get("sliding_window_pattern")
-    period = hf.get("_sliding_window_pattern") if period is None else period
+    period = hf.get("sliding_window_pattern") if "sliding_window_pattern" in family.reads else None
     period = family.period if period is None else period
     if isinstance(period, bool) or not isinstance(period, int) or period < 1:
         raise UserError(f"config.json: sliding_window_pattern={str(period)[:40]!r} is not supported; give layer_types")
@@ -147,11 +146,13 @@ def _of_type(hf, family, types, window):
     is_nested = any(isinstance(nested.get(key), dict) for key in (FULL, SLIDING))
     if nested and not is_nested:
         raise UserError(f"config.json: rope_parameters must have {FULL!r} and {SLIDING!r} for {hf['model_type']!r}")
-    scaling, thetas = hf.get("rope_scaling") or {}, {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
+    scaling = hf.get("rope_scaling") or {}
+    local = "rope_local_base_freq" if "rope_local_base_freq" in family.reads else None
+    thetas = {FULL: hf.get("rope_theta"), SLIDING: hf.get(local) if local else family.defaults["rope_theta"]}
 
     def of(kind: str) -> RopeConfig:
         parameters = {**(nested.get(kind) or {}), **(scaling if kind == FULL else {})}
-        theta = parameters.pop("rope_theta", None) or hf.get(thetas[kind])
+        theta = parameters.pop("rope_theta", None) or thetas[kind]
         alone = {"rope_scaling": None, "rope_parameters": {**parameters, "rope_theta": theta}}
         # next to nested parameters the model's own original length is not read
         return _one({**hf, **alone, "original_max_position_embeddings": None}, family)

@@ -126,6 +126,12 @@ def open_configured(config: ConfigDict) -> LanguageModel:
         lm = lm.with_diffusion(algorithm=SPECULATIVE, gated=True, **drafts)
     if config.chat_template:
         lm.tokenizer.chat_template = read_template(config.chat_template)
+    if config.adapter and lm.lora is None:
+        raise UserError(
+            f"adapter={config.adapter}: DoRA and saved modules are merged into the weights, and training does not "
+            f"resume in them: write the merged model (difflm export --model={config.model} --adapter={config.adapter} "
+            "--to=merged --out=DIR), and train on model=DIR"
+        )
     if config.trained == "all" and lm.quantization is not None:
         raise UserError(
             f"model={config.model}: its weights are stored as {lm.quantization.format}, and codes cannot be trained: "

@@ -39,9 +39,9 @@ def refusal(tmp_path, tiny_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is not supported"),
+        ({"bias": "lora_only", "modules_to_save": ["lm_head"]}, "bias='lora_only' is not supported"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"target_modules": ["q_proj", "lm_head"]}, "target_modules lm_head are none of q_proj, k_proj"),
         ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_token_indices=[1, 2] must be the mask"),
@@ -69,7 +69,9 @@ def test_what_peft_can_and_we_cannot_is_named(refusal, options, message):
         ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern must hold integers"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern must map names of modules to numbers greater than 0"),
         ({"alpha_pattern": {"(q": 2}}, "alpha_pattern: '(q' is no regular expression"),
-        ({"bias": "all", "use_dora": True}, "bias='all' is not supported; use_dora=True is not supported"),
+        ({"bias": "all", "use_bdlora": True}, "bias='all' is not supported; use_bdlora=True is not supported"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, not 'lm_head'"),
+        ({"use_dora": "yes"}, "use_dora must be true or false, not 'yes'"),
     ],
 )
 def test_a_config_that_means_something_else_is_named(refusal, changes, message):

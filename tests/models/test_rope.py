@@ -162,3 +162,26 @@ def test_a_key_that_is_left_out_has_the_default_of_transformers(family):
     ours = ModelConfig.from_hf(given)
     assert ours.num_kv_heads == whole.num_key_value_heads
     assert ours.ropes == ModelConfig.from_hf(whole.to_dict()).ropes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("olmo3", {"sliding_window_pattern": 2}),
+        ("olmo3", {"rope_local_base_freq": 123.0, "rope_theta": 7e4}),
+        ("granite_swa", {"sliding_window_pattern": 2}),
+        ("gemma2", {"sliding_window_pattern": 3}),
+        ("gemma3_text", {"sliding_window_pattern": 3, "rope_local_base_freq": 123.0}),
+        ("cohere2", {"sliding_window_pattern": 3}),
+        ("exaone4", {"sliding_window_pattern": 3}),
+    ],
+)
+def test_a_pattern_of_windows_and_a_local_theta_count_where_transformers_reads_them(model_type, keys):
+    """olmo3 and granite_swa obeyed keys of Gemma 3 that transformers 5.23 passes over."""
+    sizes = {key: value for key, value in SIZES.items() if not key.endswith("_id")} | {"num_hidden_layers": 6}
+    theirs = CONFIG_MAPPING[model_type](**sizes, **keys).to_dict()
+    found = ModelConfig.from_hf({**sizes, **keys, "model_type": model_type})
+    for key in keys.keys() - {"rope_theta"}:  # which it keeps as attributes, and which count no more
+        theirs.pop(key, None)
+    expected = ModelConfig.from_hf(theirs)
+    assert (found.windows, found.layer_ropes, found.ropes) == (expected.windows, expected.layer_ropes, expected.ropes)

@@ -50,6 +50,13 @@ def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     tokens, types = _tokens(metadata)
+    if kind == "gpt2" and not pre:
+        pre = "default"
+        print(
+            f"{metadata.path}: has no tokenizer.ggml.pre; text is split as llama.cpp does without it, which may not be "
+            "how the model was trained: a file of a newer conversion has the key",
+            flush=True,
+        )
     if kind == "llama":
         scores = metadata.get("tokenizer.ggml.scores") or ()
         if len(scores) < len(tokens):
