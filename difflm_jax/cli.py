@@ -83,9 +83,12 @@ def _expand_paths(flag_values: flags.FlagValues) -> None:
             flag_values[name].value = expand
 
 
+_MODEL_FLAGS = ("model", "adapter", "run", "revision", "dtype", "quantization", "mask_token")
+
+
 def _titles(flag_values: flags.FlagValues) -> dict[str, str]:
     """The groups of `--help`: those of the flags that several commands share."""
-    shared = dict.fromkeys(("model", "adapter", "run", "revision", "dtype", "quantization", "mask_token"), "Model")
+    shared = dict.fromkeys((*_MODEL_FLAGS, "chat_template"), "Model")
     titles = shared if {"model", "adapter"} <= set(flag_values) else {}
     titles |= dict.fromkeys((*_HOST_FLAGS, *(["mesh"] if titles else [])), "Devices and processes")
     if "algorithm" in flag_values:
@@ -125,6 +128,10 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_string("adapter", "", "PEFT adapter directory.", flag_values=flag_values)
     define_source_flags(flag_values)
+    flags.DEFINE_string(
+        "chat_template", "", "A Jinja file, or its text, in place of the tokenizer's chat template.",
+        flag_values=flag_values,
+    )  # fmt: skip
 
 
 def define_source_flags(flag_values: flags.FlagValues) -> None:
@@ -175,13 +182,18 @@ def sampling_flags(flag_values: flags.FlagValues) -> dict[str, Any]:
 
 def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> "LanguageModel":
     """Loads what the flags of `define_model_flags` name; `with_base` as for `load_model`."""
+    from difflm_jax.data.template_forms import read_template
     from difflm_jax.loading import load_model, spec_of_names
 
     check_names_a_model(flag_values)
     connect_from_flags(flag_values)
-    names = ("model", "adapter", "run", "dtype", "quantization", "revision", "mask_token")
-    spec = spec_of_names(**{name: flag_values[name].value for name in names})
-    return load_model(spec, flag_values.mesh, with_base)
+    spec = spec_of_names(**{name: flag_values[name].value for name in _MODEL_FLAGS})
+    template = flag_values.chat_template and read_template(flag_values.chat_template)
+    lm = load_model(spec, flag_values.mesh, with_base)
+    for each in (lm, lm.origin) if template else ():
+        if each is not None:
+            each.tokenizer.chat_template = template
+    return lm
 
 
 def check_names_a_model(flag_values: flags.FlagValues) -> None:

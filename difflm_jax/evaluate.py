@@ -11,6 +11,7 @@ the command, versions, seed, every figure and every answer as JSON.
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from difflm_jax.cli import (
     suggest_next,
 )
 from difflm_jax.data.batches import batches, plan_batches
+from difflm_jax.data.columns import parse_naming
 from difflm_jax.data.examples import Options
 from difflm_jax.data.packing import BatchOptions
 from difflm_jax.data.tokenised import tokenize
@@ -42,7 +44,7 @@ from difflm_jax.evaluation.results import write_results
 from difflm_jax.evaluation.scores import print_scores, read_windows, score_answers, score_text
 from difflm_jax.evaluation.tasks import TASKS, Question, read_questions
 from difflm_jax.lm import LanguageModel
-from difflm_jax.loading import ModelSpec, with_origin
+from difflm_jax.loading import ModelSpec, read_run_config, with_origin
 from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.training.step import StepOptions
@@ -55,6 +57,8 @@ flags.DEFINE_string("data", "", "Rows with answers: a file, a directory, builtin
 flags.DEFINE_string(
     "base", "", "The causal model to compare with, where --model is not it with an adapter.", flag_values=FLAGS
 )
+flags.DEFINE_string("columns", "", "Own names of columns: prompt=frage, response=antwort.", flag_values=FLAGS)
+flags.DEFINE_string("roles", "", "Own names of speakers: user=Kunde, assistant=Agent.", flag_values=FLAGS)
 flags.DEFINE_enum("task", "exact", list(TASKS), "What the rows are, and what counts as right.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 0, "Only the first rows (0: all).", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", flag_values=FLAGS)
@@ -94,6 +98,7 @@ def main(flag_values: flags.FlagValues) -> None:
     """Prints the tables that the flags ask for, and writes `--out` if it is given."""
     if not flag_values.data and not flag_values.text:
         raise UserError("name the rows to score with --data, or plain text with --text")
+    _take_names_of_run(flag_values)
     tokens_per_pass = _tokens_per_pass(flag_values.tokens_per_pass)
     if flag_values.likelihood and flag_values.data and not TASKS[flag_values.task].has_answers:
         raise UserError(f"--likelihood: rows of the task {flag_values.task} hold no answer to score")
@@ -101,7 +106,8 @@ def main(flag_values: flags.FlagValues) -> None:
         check_writable(flag_values.out)
     questions = []  # read before the model: bad rows cost no load
     if flag_values.data:
-        questions = read_questions(flag_values.data, flag_values.rows, flag_values.task)
+        naming = parse_naming(flag_values.columns, flag_values.roles)
+        questions = read_questions(flag_values.data, flag_values.rows, flag_values.task, naming)
         if not questions:
             raise UserError(f"--data={flag_values.data}: holds no rows")
     lm = _with_its_base(load_from_flags(flag_values, with_base=True), flag_values.base)
@@ -129,6 +135,14 @@ def main(flag_values: flags.FlagValues) -> None:
         write_results(flag_values.out, record)
     if is_writer() and not flag_values.out:
         suggest_next("the same command with --out=FILE.json keeps every answer")
+
+
+def _take_names_of_run(flag_values: flags.FlagValues) -> None:
+    """Columns and roles that no flag names are called as in the run."""
+    if flag_values.run:
+        config = read_run_config(Path(flag_values.run))
+        for name, value in (("columns", config.data.columns), ("roles", config.data.roles)):
+            flag_values[name].value = flag_values[name].value or value
 
 
 def _lossless(lm: LanguageModel, flag_values: flags.FlagValues, questions: list[Question]) -> None:
@@ -196,6 +210,7 @@ def _answer_scores(
             flag_values.max_length,
             flag_values.batch_size,
             flag_values.seed,
+            Options("sft", flag_values.max_length, columns=flag_values.columns, roles=flag_values.roles),
         )
         print(f"\nMasked answers ({flag_values.data}), attention {lm.attention}, shift {lm.logit_shift}")
         rows = [
@@ -233,13 +248,21 @@ def _text_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str, 
 
 
 def masked_scores(
-    lm: LanguageModel, dataset: str, rows: int = 0, max_length: int = 768, batch_size: int = 8, seed: int = 0
+    lm: LanguageModel,
+    dataset: str,
+    rows: int = 0,
+    max_length: int = 768,
+    batch_size: int = 8,
+    seed: int = 0,
+    reading: Options | None = None,
 ) -> dict[str, Any]:
     """NLL, accuracy and perplexity of hidden answer tokens, at rates stratified over (0, 1].
 
-    Of the first `rows` (0: all) of `dataset`; those above `max_length` tokens are cut.
+    Of the first `rows` (0: all) of `dataset`; those above `max_length` tokens are cut. `reading` says how rows are
+    read otherwise.
     """
-    examples = tokenize(dataset, lm.tokenizer, Options("sft", max_length, mask_token_id=lm.mask_token_id))
+    reading = dataclasses.replace(reading or Options("sft", max_length), mask_token_id=lm.mask_token_id)
+    examples = tokenize(dataset, lm.tokenizer, reading)
     if rows:
         examples = examples.select(range(min(rows, len(examples))))
     mesh = lm.mesh or make_mesh(1)

@@ -17,6 +17,7 @@ from difflm_jax.cli import connect_from_flags, define_host_flags, run_command, s
 from difflm_jax.config.docs import help_text
 from difflm_jax.config.files import load_config, take_overrides
 from difflm_jax.config.schema import KEYS
+from difflm_jax.data.columns import parse_naming
 from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError, exit_with_errors
 from difflm_jax.evaluation.report import Decodings, print_report
@@ -43,7 +44,9 @@ def command(argv: Sequence[str]) -> int:
         config = load_config(flag_values.config, overrides, flag_values.hyper_parameters_json)
         connect_from_flags(flag_values)
         report = config.report
-        questions = read_questions(report.data, report.rows) if report.data else []  # bad rows stop a run at its start
+        naming = parse_naming(config.data.columns, config.data.roles)
+        # bad rows stop a run at its start
+        questions = read_questions(report.data, report.rows, naming=naming) if report.data else []
         if flag_values.preview:
             preview(config)
             suggest_next("the same command without --preview trains")

@@ -6,13 +6,13 @@ training sees exactly its tokens.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from difflm_jax.data.messages import Message, parse_messages
+from difflm_jax.data.messages import Conversation, Message, parse_messages
 from difflm_jax.data.templates import ANSWERS, render_joined, render_prompt
 from difflm_jax.errors import UserError
 
@@ -41,7 +41,11 @@ class Encoded:
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answers: str = "last", tools: Any = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answers: str = "last",
+    tools: Any = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Encoded:
     """Tokens of a conversation with its last answer marked, or with `answers="all"` every one.
 
@@ -49,13 +53,23 @@ def encode_chat(
     one, or which the template refuses or shows only in part, and with "all" for one whose earlier turns it changes;
     `UserError` for a tokenizer without a chat template or EOS token.
     """
-    return encode_rendered(tokenizer, [render_joined(tokenizer, parse_messages(messages, tools), answers)])[0]
+    conversation = _conversation(messages, tools, template_arguments)
+    return encode_rendered(tokenizer, [render_joined(tokenizer, conversation, answers)])[0]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None) -> np.ndarray:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any = None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> np.ndarray:
     """[P] int32 tokens of a conversation that waits for an answer: those of `encode_chat` before the last answer."""
-    text = render_prompt(tokenizer, parse_messages(messages, tools))
+    text = render_prompt(tokenizer, _conversation(messages, tools, template_arguments))
     return np.asarray(_tokenize(tokenizer, [text])[0], np.int32)
+
+
+def _conversation(messages: Sequence[Message], tools: Any, arguments: Mapping[str, Any] | None) -> Conversation:
+    return dataclasses.replace(parse_messages(messages, tools), template_arguments=dict(arguments or {}))
 
 
 def encode_texts(

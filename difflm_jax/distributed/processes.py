@@ -5,10 +5,12 @@ phase trained and the terminal. All processes write checkpoints, each its part.
 """
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,6 +86,17 @@ def by_one_process(write: Callable[[], None], what: str) -> None:
             error = found
     if not agreed(error is None):
         raise error or UserError(f"{what}: process 0 could not write it, and says why")
+
+
+def told_by_one_process(make: Callable[[], Any], what: str) -> Any:
+    """What `make` returns in process 0 (anything that JSON can hold), in every process; fails as `by_one_process`."""
+    if jax.process_count() == 1:
+        return make()
+    made: list[bytes] = []
+    by_one_process(lambda: made.append(json.dumps(make()).encode()), what)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(made[0]) if made else 0)))
+    text = np.frombuffer(made[0], np.uint8) if made else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).astype(np.uint8).tobytes())
 
 
 def _on_a_cluster(environment: dict[str, str] | os._Environ) -> bool:

@@ -13,6 +13,7 @@ from difflm_jax.errors import UserError
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]  # the last: {"messages": ..., "tools": ...}
+_PROMPT_KEYS = ("messages", "tools", "chat_template_kwargs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Prompts:
             answered = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
             parts = self.prompt(prompt), np.asarray(answered, np.int32)
         else:
-            messages, tools = _conversation(prompt)
-            encoded = encode_chat(self.tokenizer, [*messages, {"role": "assistant", "content": answer}], tools=tools)
+            messages, tools, arguments = _conversation(prompt)
+            whole = [*messages, {"role": "assistant", "content": answer}]
+            encoded = encode_chat(self.tokenizer, whole, tools=tools, template_arguments=arguments)
             parts = encoded.tokens[: encoded.prompt_length], encoded.tokens[encoded.prompt_length :]
         given, answer = (self._checked(part, "log_likelihood: a row", masks_allowed=False) for part in parts)
         return given, answer
@@ -123,15 +125,16 @@ def _is_tokens(prompt: Prompt) -> bool:
     return not len(prompt) or not isinstance(prompt[0], Mapping)
 
 
-def _conversation(prompt: Prompt) -> tuple[Sequence[Message], Any]:
-    """(messages, tools) of a string, of messages, or of both in a mapping."""
+def _conversation(prompt: Prompt) -> tuple[Sequence[Message], Any, Any]:
+    """(messages, tools, arguments of the chat template) of a string, of messages, or of a mapping with all three."""
     if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}], None
+        return [{"role": "user", "content": prompt}], None, None
     if isinstance(prompt, Mapping):
-        if set(prompt) - {"messages", "tools"} or "messages" not in prompt:
-            raise UserError(f"a prompt with keys is {{'messages': ..., 'tools': ...}}, not {sorted(map(str, prompt))}")
-        return prompt["messages"], prompt.get("tools")
-    return prompt, None
+        if set(prompt) - set(_PROMPT_KEYS) or "messages" not in prompt:
+            known = ", ".join(f"{key!r}: ..." for key in _PROMPT_KEYS)
+            raise UserError(f"a prompt with keys is {{{known}}}, not {sorted(map(str, prompt))}")
+        return tuple(prompt.get(key) for key in _PROMPT_KEYS)
+    return prompt, None, None
 
 
 @dataclasses.dataclass(frozen=True)

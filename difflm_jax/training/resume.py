@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.safetensors import read_json
 from difflm_jax.config.files import difference, load_run_config, to_json
 from difflm_jax.data.examples import PHASES
-from difflm_jax.distributed.processes import by_one_process
+from difflm_jax.distributed.processes import agreed, by_one_process, told_by_one_process
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.utils.dtypes import AUTO, fastest_dtype
 from difflm_jax.utils.files import write_whole
@@ -122,6 +122,19 @@ def write_identity(directory: Path, config: ConfigDict, data: Mapping[str, Any])
     (directory / DATA_FILE).parent.mkdir(parents=True, exist_ok=True)
     write_whole(directory / DATA_FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")
     write_whole(directory / CONFIG_FILE, to_json(config))
+
+
+def describe_rows(rows: Mapping[str, tuple[datasets.Dataset, datasets.Dataset]]) -> dict[str, Any]:
+    """What identifies the (training rows, test rows) of each phase. One process reads all of them.
+
+    Raises `UserError` in a process that has another number of rows than process 0.
+    """
+    told = told_by_one_process(lambda: {phase: describe_data(*both) for phase, both in rows.items()}, "data")
+    here = {phase: [len(part) for part in both] for phase, both in rows.items()}
+    same = here == {phase: [found["train_rows"], found["test_rows"]] for phase, found in told.items()}
+    if not agreed(same):
+        raise UserError("dataset: the processes do not have the same rows: every one must see the same files")
+    return told
 
 
 def describe_data(train_rows: datasets.Dataset, test_rows: datasets.Dataset) -> dict[str, Any]:

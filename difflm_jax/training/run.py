@@ -1,6 +1,7 @@
 """A training run: one directory, one or two phases on the same weights, resumed by starting it again."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from difflm_jax.training.resume import (
     RunLock,
     check_config,
     check_data,
-    describe_data,
+    describe_rows,
     is_finished,
     settle_dtype,
     write_identity,
@@ -74,7 +75,7 @@ def _train(config: ConfigDict, lock: RunLock, force: bool) -> LanguageModel:
         print(note)
     lm = open_configured(config)
     rows = {phase: read_rows(config, phase, lm) for phase in config.phases}
-    data = {phase: describe_data(*rows[phase]) for phase in config.phases}
+    data = describe_rows(rows)
     check_data(directory, data, force)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_sizes(config, lm.config, lm.quantization, mesh)
@@ -197,23 +198,22 @@ def phase_data(config: ConfigDict, name: str, lm: LanguageModel, train_rows: Any
 def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, Any]:
     """(training rows, test rows) of a phase."""
     settings = phase_config(config, name)
-    rows = tokenize(
-        settings.dataset,
-        lm.tokenizer,
-        Options(
-            phase=name,
-            max_length=settings.max_length,
-            answers=settings.answers,
-            overlong=settings.overlong,
-            bad_row_budget=settings.bad_row_budget,
-            mask_token_id=lm.mask_token_id,
-            debug=settings.debug,
-            seed=settings.seed,
-            columns=settings.data.columns,
-            roles=settings.data.roles,
-        ),
-        settings.cache_dir or None,
+    options = Options(
+        phase=name,
+        max_length=settings.max_length,
+        answers=settings.answers,
+        overlong=settings.overlong,
+        bad_row_budget=settings.bad_row_budget,
+        mask_token_id=lm.mask_token_id,
+        debug=settings.debug,
+        seed=settings.seed,
+        columns=settings.data.columns,
+        roles=settings.data.roles,
     )
+    read = functools.partial(tokenize, settings.dataset, lm.tokenizer, options, settings.cache_dir or None)
+    found: list[Any] = []
+    by_one_process(lambda: found.append(read()), settings.dataset)  # it hashes and tokenises; the others find it made
+    rows = found[0] if found else read()
     check_ids(rows, lm.tokenizer, lm.config.vocab_size)
     return split(rows, settings.test_size, settings.seed)
 

@@ -97,6 +97,24 @@ def test_a_key_that_is_not_used_is_announced(row: dict[str, Any], announced: str
 
 
 @pytest.mark.parametrize(
+    ("row", "format", "turns"),
+    [
+        ({"messages": [], "question": "Q", "answer": "A"}, "question/answer", ["Q", "A"]),
+        ({"conversations": [], "prompt": "Q", "response": "A"}, "prompt/response", ["Q", "A"]),
+        ({"instruction": "", "input": "Q", "output": "A"}, "input/output", ["Q", "A"]),
+        ({"prompt": "Q", "response": "", "completion": "A"}, "prompt/completion", ["Q", "A"]),
+    ],
+)
+def test_an_empty_value_is_no_value_when_the_format_is_chosen(
+    row: dict[str, Any], format: str, turns: list[str]
+) -> None:
+    """`messages: []` next to a question refused the row; an empty instruction put newlines before its input."""
+    name, conversation = parse_row(row)
+    assert name == format
+    assert [message["content"] for message in conversation.messages] == turns
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"messages": QA, "images": ["a.png"]}, "has images: the model reads text only"),

@@ -97,6 +97,10 @@ SLICES = [
     "train[:-15%]",
     "train[33%:66%]",
     "train[:2]+test[5:]",
+    "train[-0:]",
+    "train[-0%:]",
+    "train[-1%:]",  # rounds to no row, and is the whole
+    "train[:3]+train[:-0]+test[-0:2]",
 ]
 
 

@@ -288,6 +288,27 @@ def test_a_full_disk_while_tokenising_is_one_line(
     assert cached(tmp_path) == []
 
 
+def test_a_folder_that_cannot_be_written_and_a_file_that_cannot_be_read_are_told_apart(
+    make: Callable[..., Any], jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+        yield
+
+    name = jsonl([GOOD])
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenised, "examples", unreadable)
+        with pytest.raises(UserError, match=r"rows.*\.jsonl: cannot be read \(.*Input/output error\)$"):
+            make(name)
+
+    def read_only(*_: Any, **__: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tokenised.tempfile, "TemporaryDirectory", read_only)
+    with pytest.raises(UserError, match=r"difflm_jax: tokenised rows cannot .*Read-only file system\); .*cache_dir"):
+        make(name)
+
+
 def test_of_two_starts_one_tokenises(
     make: Callable[..., Any], jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """What several processes decide and write together."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from difflm_jax.distributed.processes import by_one_process
 from difflm_jax.errors import UserError
+from difflm_jax.training import resume
 
 PROJECT = Path(__file__).parents[2]
 
@@ -32,6 +34,26 @@ def test_a_write_that_fails_in_one_process_fails_in_all(monkeypatch, index):
     written = []
     by_one_process(lambda: written.append(index), "out")
     assert written == ([0] if index == 0 else [])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_process_of_several_reads_all_tokens_for_the_digest(monkeypatch, index):
+    """Every process hashed every token of the data at each start."""
+    rows = {"sft": ([1, 2, 3], [4])}
+    told = {"sft": {"train_rows": 3, "test_rows": 1, "digest": "d"}}
+    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    read = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(resume, "describe_data", lambda *both: read.append(both) or told["sft"])
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda here: np.array([here, here]))
+    monkeypatch.setattr(
+        multihost_utils, "broadcast_one_to_all", lambda here: np.asarray(len(text)) if here.ndim == 0 else text
+    )
+    assert resume.describe_rows(rows) == told
+    assert read == ([rows["sft"]] if index == 0 else [])
+    with pytest.raises(UserError, match="the processes do not have the same rows"):
+        resume.describe_rows({"sft": ([1, 2], [4])})
 
 
 @pytest.mark.slow

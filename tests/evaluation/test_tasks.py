@@ -5,8 +5,11 @@ import json
 import pytest
 
 from difflm_jax import UserError
+from difflm_jax.data.columns import parse_naming
 from difflm_jax.evaluation.tasks import TASKS, read_questions
 from difflm_jax.evaluation.tasks.gsm8k import final_number
+from difflm_jax.sampling.text import Prompts
+from tests.byte_tokenizer import byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -103,11 +106,44 @@ def test_what_a_model_thinks_before_its_answer_is_not_compared():
 
 
 def test_keys_of_questions_that_are_not_used_are_said_once(tmp_path, capsys):
-    row = {"question": "Q", "answer": "A", "label": False, "chat_template_kwargs": {"enable_thinking": False}}
+    row = {"question": "Q", "answer": "A", "label": False}
     (tmp_path / "q.jsonl").write_text((json.dumps(row) + "\n") * 2)
     assert len(read_questions(str(tmp_path / "q.jsonl"))) == 2
     out = capsys.readouterr().out
-    assert out.count("label is not used") == 1 and "chat_template_kwargs is not used in questions (in 2)" in out
+    assert out.count("label is not used") == 1 and "(in 2)" in out
+
+
+def test_a_question_is_asked_with_the_template_arguments_of_its_row():
+    """They were announced as not used: `enable_thinking: false` of a row was asked with thinking."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ style | default('plain') }}: {% endif %}"
+    )
+    row = {"question": "Q", "answer": "A", "chat_template_kwargs": {"style": "brief"}}
+    asked = TASKS["exact"].question(row)
+    prompts = Prompts(tokenizer, len(tokenizer), -1)
+    expected = tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, style="brief", tokenize=False)
+    assert expected == "Qbrief: "
+    assert tokenizer.decode(prompts.prompt(asked.prompt)) == expected
+    with pytest.raises(UserError, match=r"a prompt with keys is .*, not"):
+        prompts.prompt({"messages": asked.messages, "style": "brief"})
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("exact", {"frage": "Q", "antwort": "A"}),
+        ("exact", {"messages": [{"role": "Kunde", "content": "Q"}, {"role": "assistant", "content": "A"}]}),
+        ("gsm8k", {"frage": "Q", "antwort": "#### 3"}),
+    ],
+)
+def test_rows_with_own_names_are_questions(task, row, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    (question,) = read_questions(
+        str(tmp_path / "q.jsonl"), task=task, naming=parse_naming("question=frage, answer=antwort", "user=Kunde")
+    )
+    assert [message["content"] for message in question.messages] == ["Q"]
 
 
 def test_a_question_keeps_the_tools_of_its_row():

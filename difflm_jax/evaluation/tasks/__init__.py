@@ -6,9 +6,10 @@ Nothing here knows a model.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from difflm_jax.data.columns import KNOWN_NAMES, Naming
 from difflm_jax.data.keys import Notes, announcement
 from difflm_jax.data.sources import Row, RowError, open_source
 from difflm_jax.errors import UserError
@@ -39,6 +40,10 @@ TASKS = {
 }
 
 
+def _renamed(read: Callable[[Any], Question], naming: Naming, row: Any) -> Question:
+    return read(naming.rename(row) if isinstance(row, Mapping) else row)
+
+
 def _other_task(row: Row, task: str) -> str:
     """Words on a row that this task cannot use, and the task of chat rows can."""
     if TASKS[task].question is exact.question:
@@ -50,16 +55,18 @@ def _other_task(row: Row, task: str) -> str:
     return f" (--task={task}; rows like this one are scored by --task=exact or --task=contains)"
 
 
-def read_questions(dataset: str, rows: int = 0, task: str = "exact") -> list[Question]:
+def read_questions(dataset: str, rows: int = 0, task: str = "exact", naming: Naming = KNOWN_NAMES) -> list[Question]:
     """The first `rows` (0: all) questions of a data set; announces keys of its rows that are not used.
 
-    Raises `UserError` that names the first bad row.
+    `naming`: the data set's own names of columns and roles. Raises `UserError` that names the first bad row.
     """
     questions = []
     notes = Notes()
     read = TASKS[task].question
     if read is exact.question:
-        read = functools.partial(exact.question, notes=notes)
+        read = functools.partial(exact.question, naming=naming, notes=notes)
+    elif naming.columns:
+        read = functools.partial(_renamed, read, naming)
     for row in open_source(dataset).rows():
         try:
             questions.append(read(row.load()))

@@ -3,15 +3,16 @@
 import re
 from typing import Any
 
+from difflm_jax.data.columns import KNOWN_NAMES, Naming
 from difflm_jax.data.formats import Conversation, parse_row
-from difflm_jax.data.keys import Notes, note
+from difflm_jax.data.keys import Notes
 from difflm_jax.data.rows import RowError
 from difflm_jax.evaluation.tasks.question import Question
 
 
-def question(row: Any, notes: Notes | None = None) -> Question:
-    """The conversation up to its last answer; `notes` counts keys that are not used."""
-    _, parsed = parse_row(row, notes=notes)
+def question(row: Any, naming: Naming = KNOWN_NAMES, notes: Notes | None = None) -> Question:
+    """The conversation up to its last answer; `naming` and `notes` as in `parse_row`."""
+    _, parsed = parse_row(row, naming, notes)
     if not isinstance(parsed, Conversation) or parsed.messages[-1]["role"] != "assistant":
         raise RowError("the row has no answer to compare with")
     if len(parsed.messages) == 1:
@@ -19,9 +20,8 @@ def question(row: Any, notes: Notes | None = None) -> Question:
     answer = parsed.messages[-1]["content"]
     if not answer.strip():
         raise RowError("its answer has no text to compare with")
-    if parsed.template_arguments:
-        note(notes, "chat_template_kwargs is not used in questions")
-    return Question(list(parsed.messages[:-1]), answer, tools=parsed.tools)
+    arguments = dict(parsed.template_arguments) or None
+    return Question(list(parsed.messages[:-1]), answer, tools=parsed.tools, template_arguments=arguments)
 
 
 def normalised(text: str) -> str:

@@ -9,18 +9,19 @@ from difflm_jax.data.sources import RowError
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A conversation up to the answer, the reference answer as text, the row that they come from, and what tools the
-    conversation has."""
+    """A conversation up to the answer, the reference answer as text, the row that they come from, and what tools and
+    arguments of the chat template the conversation has."""
 
     messages: list[dict]
     reference: str
     row: Any = None
     tools: list[dict] | None = None
+    template_arguments: dict[str, Any] | None = None
 
     @property
     def prompt(self) -> dict[str, Any]:
         """The question as `LanguageModel.generate` takes it."""
-        return {"messages": self.messages, "tools": self.tools}
+        return {"messages": self.messages, "tools": self.tools, "chat_template_kwargs": self.template_arguments}
 
 
 def ask(text: str) -> list[dict]:
