@@ -141,13 +141,21 @@ def _load(flag_values: flags.FlagValues) -> dict[str, LanguageModel]:
     for name, lm in opened.items():
         for note in _checked(flag_values, name, lm):
             print(f"note: {note}", file=sys.stderr)
-    weights = opened[first].with_weights(spec.converted)
-    models = {name: dataclasses.replace(lm, params=weights.params) for name, lm in opened.items()}
+    models = _with_weights(opened, spec.converted)
     base = _name_of(spec.source)
-    has_base = spec.origin is None and any(lm.lora is not None for lm in models.values())
+    has_base = spec.origin is None and any(lm.lora is not None or lm.origin is not None for lm in models.values())
+    on_base = next((lm for lm in models.values() if lm.origin is None), models[first])
     if flag_values.causal:
-        return {base: models[first].base()}
-    return models | ({base if base not in models else f"{base}:base": models[first].base()} if has_base else {})
+        return {base: on_base.base()}
+    return models | ({base if base not in models else f"{base}:base": on_base.base()} if has_base else {})
+
+
+def _with_weights(opened: dict[str, LanguageModel], converted: Path | None) -> dict[str, LanguageModel]:
+    """Models on one copy of the weights; one whose adapter is merged into them (DoRA) has its own."""
+    models = {name: lm if lm.origin is None else lm.with_weights() for name, lm in opened.items()}
+    on_base = [name for name, lm in opened.items() if lm.origin is None]
+    params = models[on_base[0]].with_weights(converted).params if on_base else None
+    return models | {name: dataclasses.replace(models[name], params=params) for name in on_base}
 
 
 def _checked(flag_values: flags.FlagValues, name: str, lm: LanguageModel) -> list[str]:

@@ -1,4 +1,4 @@
-"""DoRA and whole saved modules: what `peft` itself computes with them, and what is refused on top of them."""
+"""Every kind of LoRA adapter as `peft` computes it; DoRA and saved modules, and what is refused on top of them."""
 
 import numpy as np
 import pytest
@@ -12,25 +12,10 @@ from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError
 from difflm_jax.train import command
 from tests.checkpoint.adapters import WEIGHTS, trained_peft
+from tests.data.cases import case_ids, cases
 from tests.tiny_run import make_rows, train_arguments
 
 PLAIN = {"trainable_token_indices": None}
-CASES = {
-    "dora": ("qwen3", {"use_dora": True}),
-    "dora of some projections, rank and alpha of their own": (
-        "llama",
-        {**PLAIN, "use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "down_proj"],
-         "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}},
-    ),
-    "dora of biased projections": ("llama_bias", {**PLAIN, "use_dora": True}),
-    "embedding and head": ("qwen3", {**PLAIN, "modules_to_save": ["embed_tokens", "lm_head"]}),
-    "the embedding of a tied model": ("qwen3_tied", {**PLAIN, "modules_to_save": ["embed_tokens"]}),
-    "the head of a tied model": ("qwen3_tied", {**PLAIN, "modules_to_save": ["lm_head"]}),
-    "both of a tied model, kept tied": (
-        "qwen3_tied", {**PLAIN, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    "norms, a mask row and dora": ("qwen3", {"use_dora": True, "modules_to_save": ["norm", "lm_head"]}),
-    "a projection": ("qwen2", {**PLAIN, "target_modules": ["q_proj"], "modules_to_save": ["v_proj"]}),
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -54,14 +39,11 @@ def logits(tmp_path, tokens_BL):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_adapter_that_changes_weights_is_what_peft_makes_of_it(
-    case, base, logits, tmp_path, tokens_BL, their_logits
-):
-    family, options = CASES[case]
-    model = base(family)
+@pytest.mark.parametrize("case", cases("adapters"), ids=case_ids(cases("adapters")))
+def test_an_adapter_is_what_peft_makes_of_it(case, base, logits, tmp_path, tokens_BL, their_logits):
+    model = base(case.given)
     plain = their_logits(model, tokens_BL)
-    adapted = trained_peft(model, **options)
+    adapted = trained_peft(model, **case.options)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = their_logits(adapted, tokens_BL)
     assert np.abs(expected - plain).max() > 0.05

@@ -41,12 +41,14 @@ _TITLES = {
     "splits": "Folders and splits",
     "rows": "Rows",
     "templates": "Chat templates",
+    "adapters": "PEFT adapters",
 }
 _HEAD = """# Compatibility
 
-What the readers make of the files, rows and chat templates that people bring. Every line is a test
-(`tests/data/test_splits.py`, `test_rows.py`, `test_templates.py`); the last column names the library or data set, with
-its version, that the right value was checked against. This page is made by `python -m tests.data.cases`.
+What the readers make of the files, rows, chat templates and adapters that people bring. Every line is a test
+(`test_splits.py`, `test_rows.py` and `test_templates.py` of `tests/data`, `tests/checkpoint/test_peft_merged.py`); the
+last column names the library or data set, with its version, that the right value was checked against. This page is made
+by `python -m tests.data.cases`.
 
 A key of a row or message that has a value is *used*, *announced* (in the line that sums up a data set, with the number
 of rows), or its row is *refused* by name. A key that is not listed here is announced.
