@@ -23,6 +23,7 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.weights import table
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COPIES = ("modules_to_save", "original_module")  # saved as well where a vocabulary has grown
 _MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -54,7 +55,8 @@ def merged_source(source: Source, directory: str | Path) -> Source:
             f"{kept}: name the base that is not quantised"
         )
     saved = _saved_modules(files, source)
-    lora = {key for key in files.shapes if key not in saved.values() and not key.endswith(_MAGNITUDE)}
+    again = {key.replace(".weight", f".{copy}.weight") for key in saved.values() for copy in _COPIES}
+    lora = {key for key in files.shapes if key not in {*saved.values(), *again} and not key.endswith(_MAGNITUDE)}
     try:
         targets, faults = check_factors(_only(files, lora), values, source.config)
         updates = _updates(targets, files, source.config)

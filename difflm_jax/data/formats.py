@@ -8,7 +8,16 @@ from typing import Any
 from difflm_jax.data import keys
 from difflm_jax.data.columns import KNOWN_NAMES, Naming
 from difflm_jax.data.keys import Notes, account, is_given, note
-from difflm_jax.data.messages import Conversation, Message, a, parse_json, parse_messages, parse_tools, text_of
+from difflm_jax.data.messages import (
+    SPEAKER_KEYS,
+    Conversation,
+    Message,
+    a,
+    parse_json,
+    parse_messages,
+    parse_tools,
+    text_of,
+)
 from difflm_jax.data.rows import RowError
 
 __all__ = ["FORMATS", "Conversation", "Format", "Message", "parse_messages", "parse_row"]
@@ -152,19 +161,22 @@ def _answer(answer: Any, where: str, labels: list[tuple[str, str]], notes: Notes
         if any(other != answers[0] for other in answers):
             note(notes, "answers after the first are not used")
         answer = answers[0]
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(labels):
+    if labels and isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(labels):
+            raise RowError(f"{where} is {answer}, and there are {len(labels)} choices, from 0")
         answer = labels[answer][0]
     return _turns(answer, "assistant", where)
 
 
 def _turns(value: Any, role: str, where: str) -> list[Message]:
-    """A text as a turn of `role`; a list of messages as it is."""
-    if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
-        return value
-    return [_say(role, text_of(value, where))]
+    """A text or typed parts as a turn of `role`; a list of messages as it is."""
+    if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
+        return [_say(role, text_of(value, where))]
+    are_parts = all("type" in each and not each.keys() & set(SPEAKER_KEYS) for each in value)
+    return [_say(role, value)] if are_parts else value
 
 
-def _say(role: str, content: str) -> Message:
+def _say(role: str, content: Any) -> Message:
     return {"role": role, "content": content}
 
 

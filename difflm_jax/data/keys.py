@@ -30,6 +30,7 @@ SQUAD = "https://huggingface.co/datasets/rajpurkar/squad"
 MMLU = "https://huggingface.co/datasets/cais/mmlu"
 ORCA = "https://huggingface.co/datasets/Open-Orca/OpenOrca"
 DEEPSEEK = "https://api-docs.deepseek.com/guides/reasoning_model"
+AGENT_INSTRUCT = "https://huggingface.co/datasets/THUDM/AgentInstruct"
 GPT_OSS = "https://cookbook.openai.com/articles/openai-harmony"
 
 
@@ -86,6 +87,7 @@ MESSAGE_KEYS = {
     "weight": Key(USED, "0: the answer is context and is not trained; other than 0 and 1: refused", OPENAI),
     "train": Key(USED, "false: the answer is context and is not trained", AXOLOTL),
     "training": Key(USED, "false: the answer is context and is not trained", AXOLOTL),
+    "loss": Key(USED, "false: the answer is context and is not trained", AGENT_INSTRUCT),
     "train_detail": Key(REFUSED, "parts of an answer cannot be left out", AXOLOTL),
     "images": Key(REFUSED, "the model reads text only", LLAMA_FACTORY),
     "image": Key(REFUSED, "the model reads text only", TRL),

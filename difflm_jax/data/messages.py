@@ -12,7 +12,7 @@ from difflm_jax.data.rows import RowError
 Message = dict[str, Any]
 
 _TEXT_KEYS = ("content", "value", "text")
-_SPEAKER_KEYS = ("role", "from", "speaker")
+SPEAKER_KEYS = ("role", "from", "speaker")
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT_PARTS = ("reasoning", "thinking")
 _CALL_SPEAKERS = ("function_call", "tool_call")  # their text is the JSON of a call
@@ -94,12 +94,12 @@ def _message(message: Any, i: int, naming: Naming, notes: Notes | None) -> Messa
 
 def _role(message: Mapping[str, Any], i: int, naming: Naming) -> tuple[str, Any]:
     """(role, speaker as the row says it)."""
-    given = [key for key in _SPEAKER_KEYS if message.get(key) is not None]
+    given = [key for key in SPEAKER_KEYS if message.get(key) is not None]
     key = given[0] if given else "role"
     speaker = message.get(key)
     role = naming.role(speaker)
     if any(naming.role(message[other]) != role for other in given[1:]):
-        raise RowError(f"message {i} has more than one of {', '.join(_SPEAKER_KEYS)}, and they differ")
+        raise RowError(f"message {i} has more than one of {', '.join(SPEAKER_KEYS)}, and they differ")
     if role is None and key == "role":
         raise RowError(f"message {i} has the unknown role {speaker!r}; known: {', '.join(ROLES)}; see data.roles")
     if role is None:
@@ -126,9 +126,9 @@ def _thought(message: Mapping[str, Any], i: int, notes: Notes | None) -> str | N
 
 
 def _is_untrained(message: Mapping[str, Any], i: int, role: str, notes: Notes | None) -> bool:
-    """Whether `weight`, `train` or `training` says that the message is context."""
+    """Whether `weight`, `train`, `training` or `loss` says that the message is context."""
     untrained = False
-    for key in ("weight", "train", "training"):
+    for key in ("weight", "train", "training", "loss"):
         value = message.get(key)
         if value is None:
             continue

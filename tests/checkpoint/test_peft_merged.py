@@ -10,6 +10,7 @@ import difflm_jax
 from difflm_jax import export, generate
 from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError
+from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from tests.checkpoint.adapters import WEIGHTS, trained_peft
 from tests.data.cases import case_ids, cases
@@ -35,21 +36,21 @@ def base(tmp_path, tiny_model, tiny_tokenizer):
 def logits(tmp_path, tokens_BL):
     """Ours of the adapter in `adapter/` on the base in `base/`, as a causal model."""
     return lambda **options: np.asarray(
-        difflm_jax.load(tmp_path / "base", causal=True, dtype="float32", **options)(tokens_BL)
+        difflm_jax.load(tmp_path / "base", causal=True, dtype="float32", mask_token="<unk>", **options)(tokens_BL)
     )
 
 
 @pytest.mark.parametrize("case", cases("adapters"), ids=case_ids(cases("adapters")))
-def test_an_adapter_is_what_peft_makes_of_it(case, base, logits, tmp_path, tokens_BL, their_logits):
-    model = base(case.given)
+def test_an_adapter_is_what_peft_makes_of_it(case, base, tmp_path, tokens_BL, their_logits):
+    model, tokens_BL = base(case.given), np.where(tokens_BL % 4 == 0, 3, tokens_BL)  # 3 is <unk>, which may be trained
     plain = their_logits(model, tokens_BL)
     adapted = trained_peft(model, **case.options)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = their_logits(adapted, tokens_BL)
     assert np.abs(expected - plain).max() > 0.05
-    found = logits(adapter=tmp_path / "adapter")
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-    lm = difflm_jax.load(tmp_path / "base", dtype="float32", adapter=tmp_path / "adapter")
+    options = {"dtype": "float32", "adapter": tmp_path / "adapter", "mask_token": "<unk>"}
+    lm = difflm_jax.load(tmp_path / "base", causal=True, **options)
+    assert np.abs(np.asarray(lm(tokens_BL)) - expected).max() <= 1e-5 * np.abs(expected).max()
     base_logits = np.asarray(lm.base()(tokens_BL))
     assert np.abs(base_logits - plain).max() <= 1e-5 * np.abs(plain).max()  # the base is the one without the adapter
 
@@ -70,15 +71,17 @@ def test_dora_of_projections_that_share_a_tensor(tmp_path, tiny_tokenizer, logit
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_an_embedding_that_grew_with_its_tokenizer(base, logits, tmp_path, tokens_BL, their_logits):
-    """TRL's and axolotl's ChatML: rows are added, and embedding and head are saved whole."""
+def test_an_embedding_that_grew_with_its_tokenizer(base, tmp_path, tokens_BL, their_logits):
+    """TRL's and axolotl's ChatML: rows are added, and embedding and head are saved whole (by peft three times)."""
     model = base("qwen3")
     grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     grown.resize_token_embeddings(104)
     adapted = trained_peft(grown, **PLAIN, modules_to_save=["embed_tokens", "lm_head"])
     adapted.save_pretrained(tmp_path / "adapter")
     tokens = np.where(tokens_BL % 5 == 0, 100, tokens_BL)
-    found = difflm_jax.load(tmp_path / "base", causal=True, dtype="float32", adapter=tmp_path / "adapter")
+    found = difflm_jax.load(
+        tmp_path / "base", causal=True, dtype="float32", adapter=tmp_path / "adapter", mask_token="<unk>"
+    )
     assert found.config.vocab_size == 104 and model.config.vocab_size == 96
     expected = their_logits(adapted, tokens)
     assert np.abs(np.asarray(found(tokens)) - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -102,7 +105,8 @@ def test_commands_take_it_and_export_writes_the_merged_model(base, tmp_path, tok
 def test_what_it_cannot_be_used_for_is_one_line_that_says_what_to_do(base, tmp_path, capfd):
     trained_peft(base("qwen3"), **PLAIN, use_dora=True).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"use_dora=True is merged .* nf4: write the merged model first"):
-        difflm_jax.load(tmp_path / "base", quantization="nf4", adapter=tmp_path / "adapter", mask_token="<unk>")
+        stored = QuantConfig("nf4", 16)
+        difflm_jax.load(tmp_path / "base", quantization=stored, adapter=tmp_path / "adapter", mask_token="<unk>")
     rows = make_rows(tmp_path / "rows.jsonl")
     start = train_arguments(tmp_path / "base", rows, tmp_path, f"--config.adapter={tmp_path / 'adapter'}")
     assert command([*start, "--config.mask_token=<unk>"]) == 1

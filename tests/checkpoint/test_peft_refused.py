@@ -39,7 +39,6 @@ def refusal(tmp_path, tiny_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"bias": "lora_only", "modules_to_save": ["lm_head"]}, "bias='lora_only' is not supported"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),

@@ -127,6 +127,8 @@ def test_an_empty_value_is_no_value_when_the_format_is_chosen(
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "preferences are not trained: data.columns=response=chosen"),
         ({"question": "Q", "answers": {"text": []}}, "answers is not a list with an answer"),
         ({"question": "Q", "choices": 3, "answer": "A"}, "choices is not a list of texts"),
+        ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "answer is 2, and there are 2 choices, from 0"),
+        ({"question": "Q", "answer": ["A", "B"]}, "answer is a list, not a text"),
         ({"instruction": "Q", "output": "A", "history": ["q"]}, r"history is not a list of \[question, answer\]"),
         ({"messages": QA, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs is not an object"),
         ({"messages": {"role": ["user"], "content": []}}, "messages is an object of lists of different lengths"),
@@ -155,7 +157,7 @@ def test_unused_keys_are_said_once_with_a_count(
     )
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "training"])
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
 def test_an_answer_of_weight_0_is_context(key: str, jsonl: Callable[..., str], tmp_path: Path) -> None:
     other = [{"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}]
     first, last = ([*QA[:1], QA[1] | {key: 0}, *other], [*QA, other[0], other[1] | {key: 0}])
@@ -260,7 +262,7 @@ def test_every_key_of_any_row_is_used_announced_or_refused(row: dict[str, Any]) 
 
 def says(key: str, value: Any) -> bool:
     """Whether a key has a value that says something: an empty list as text does not, nor a weight of 1."""
-    return keys.is_given(value) and value != "[]" and not (key in ("weight", "train", "training") and value)
+    return keys.is_given(value) and value != "[]" and not (key in ("weight", "train", "training", "loss") and value)
 
 
 def without(row: dict[str, Any], key: str) -> dict[str, Any]:
