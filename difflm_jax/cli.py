@@ -38,7 +38,7 @@ def run_command(
     argv = list(sys.argv if argv is None else argv)
     flag_values = copy.deepcopy(flag_values)  # a second command in the same process starts from the defaults
     flags.DEFINE_bool("debug_traceback", False, "Show the traceback of an error.", flag_values=flag_values)
-    if any(item in ("--help", "-h", "-help") for item in argv[1:]):
+    if any(item in ("--help", "-h", "-help", "--helpfull", "--helpshort") for item in argv[1:]):
         print(help_text(usage, flag_values, _titles(flag_values)))
         return 0
 
@@ -48,6 +48,9 @@ def run_command(
         except flags.UnrecognizedFlagError as error:
             known = [*flag_values, *(f"config.{key}" for key in keys)]
             near = nearest(error.flagname, known)
+            if error.flagname == "run" and "config" in flag_values:  # of the commands that take a config
+                made = item.partition("=")[2] if (item := _item(argv, "run")) else ""
+                near = f"config={Path(made or 'RUN') / 'config.json'}"
             raise UserError(f"--{error.flagname}: unknown flag (did you mean --{near}?)") from error
         except flags.Error as error:
             raise UserError(one_line(error)) from error
@@ -73,6 +76,10 @@ PATH_FLAGS = (
     *("model", "adapter", "run", "config", "data", "base", "text", "out", "file", "watch_html", "plot"),
     *("json_schema", "lark"),
 )
+
+
+def _item(argv: Sequence[str], name: str) -> str | None:
+    return next((item for item in argv[1:] if re.fullmatch(f"--?{name}(=.*)?", item)), None)
 
 
 def _expand_paths(flag_values: flags.FlagValues) -> None:

@@ -192,8 +192,8 @@ def _wandb(config: ConfigDict | None) -> Check:
     if config is not None and not config.wandb_config.project:
         return Check("wandb", OK, "off (wandb_config.project is empty)")
     mode = tracking_mode(config.wandb_config.mode if config else "auto")
-    fix = "wandb login, or --config.wandb_config.project= turns it off" if mode == "offline" else ""
-    return Check("wandb", OK, f"runs are {mode}", fix)
+    hint = " (wandb login puts them online)" if mode == "offline" else ""
+    return Check("wandb", OK, f"runs are {mode}{hint}")
 
 
 def _data(config: ConfigDict) -> Check:

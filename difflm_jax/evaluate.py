@@ -1,6 +1,6 @@
 """Scores a converted model on rows with known answers, beside its own causal base.
 
-    python -m difflm_jax.evaluate --model=SOURCE [--adapter=DIR | --run=DIR] --data=FILE [--task=gsm8k ...]
+    python -m difflm_jax.evaluate (--model=SOURCE [--adapter=DIR] | --run=DIR) --data=FILE [--task=gsm8k ...]
 
 Prints masked NLL, accuracy and perplexity of the answers by mask rate, then right answers at several numbers of tokens
 a forward pass, with 95 % bootstrap intervals. `--likelihood=128` adds the likelihood of the answers, `--text=FILE` that
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from difflm_jax.cli import (
     define_model_flags,
@@ -25,6 +26,7 @@ from difflm_jax.cli import (
     sampling_flags,
     suggest_next,
 )
+from difflm_jax.config.files import phase_config
 from difflm_jax.data.batches import batches, plan_batches
 from difflm_jax.data.columns import parse_naming
 from difflm_jax.data.examples import Options
@@ -47,6 +49,7 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import ModelSpec, read_run_config, with_origin
 from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.options import sampling_options
+from difflm_jax.training.run import read_rows
 from difflm_jax.training.step import StepOptions
 from difflm_jax.utils.files import check_writable
 from difflm_jax.view.tables import print_table
@@ -57,12 +60,17 @@ flags.DEFINE_string("data", "", "Rows with answers: a file, a directory, builtin
 flags.DEFINE_string(
     "base", "", "The causal model to compare with, where --model is not it with an adapter.", flag_values=FLAGS
 )
+flags.DEFINE_bool(
+    "held_out", False, "With --run: score the rows of its own data that it did not train on.", flag_values=FLAGS
+)
 flags.DEFINE_string("columns", "", "Own names of columns: prompt=frage, response=antwort.", flag_values=FLAGS)
 flags.DEFINE_string("roles", "", "Own names of speakers: user=Kunde, assistant=Agent.", flag_values=FLAGS)
 flags.DEFINE_enum("task", "exact", list(TASKS), "What the rows are, and what counts as right.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 0, "Only the first rows (0: all).", lower_bound=0, flag_values=FLAGS)
-flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", flag_values=FLAGS)
-flags.DEFINE_integer("block_length", 0, "Fill answers in blocks of this length (0: one block).", flag_values=FLAGS)
+flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "block_length", 0, "Fill answers in blocks of this length (0: one block).", lower_bound=0, flag_values=FLAGS
+)
 flags.DEFINE_list("tokens_per_pass", ["1", "2", "4"], "Tokens committed in a forward pass.", flag_values=FLAGS)
 flags.DEFINE_integer("max_length", 768, "Longest row that is scored, in tokens.", lower_bound=2, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 8, "Rows scored together.", lower_bound=1, flag_values=FLAGS)
@@ -96,9 +104,12 @@ TEXT_SAMPLES = 32  # masked copies of a window of text, where --likelihood does 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the tables that the flags ask for, and writes `--out` if it is given."""
+    if flag_values.run:
+        _take_settings_of_run(flag_values, read_run_config(Path(flag_values.run)))
+    elif flag_values.held_out:
+        raise UserError("--held_out: name the run that held rows out with --run")
     if not flag_values.data and not flag_values.text:
         raise UserError("name the rows to score with --data, or plain text with --text")
-    _take_names_of_run(flag_values)
     tokens_per_pass = _tokens_per_pass(flag_values.tokens_per_pass)
     if flag_values.likelihood and flag_values.data and not TASKS[flag_values.task].has_answers:
         raise UserError(f"--likelihood: rows of the task {flag_values.task} hold no answer to score")
@@ -107,10 +118,16 @@ def main(flag_values: flags.FlagValues) -> None:
     questions = []  # read before the model: bad rows cost no load
     if flag_values.data:
         naming = parse_naming(flag_values.columns, flag_values.roles)
-        questions = read_questions(flag_values.data, flag_values.rows, flag_values.task, naming)
+        count = 0 if flag_values.held_out else flag_values.rows
+        questions = read_questions(flag_values.data, count, flag_values.task, naming)
         if not questions:
             raise UserError(f"--data={flag_values.data}: holds no rows")
     lm = _with_its_base(load_from_flags(flag_values, with_base=True), flag_values.base)
+    origins = None
+    if flag_values.held_out:
+        origins = _held_out(lm, flag_values.run)
+        questions = [question for question in questions if question.origin in origins][: flag_values.rows or None]
+        print(f"{len(questions)} rows of {flag_values.data} that {flag_values.run} did not train on")
     if flag_values.lossless:
         _lossless(lm, flag_values, questions)
         return
@@ -130,19 +147,42 @@ def main(flag_values: flags.FlagValues) -> None:
     if flag_values.text:
         record["text"] = _text_scores(lm, flag_values)
     if questions:
-        record |= _answer_scores(lm, flag_values, questions, tokens_per_pass, decoding)
+        record |= _answer_scores(lm, flag_values, questions, tokens_per_pass, decoding, origins)
     if flag_values.out and is_writer():
         write_results(flag_values.out, record)
     if is_writer() and not flag_values.out:
         suggest_next("the same command with --out=FILE.json keeps every answer")
 
 
-def _take_names_of_run(flag_values: flags.FlagValues) -> None:
-    """Columns and roles that no flag names are called as in the run."""
-    if flag_values.run:
-        config = read_run_config(Path(flag_values.run))
-        for name, value in (("columns", config.data.columns), ("roles", config.data.roles)):
-            flag_values[name].value = flag_values[name].value or value
+def _take_settings_of_run(flag_values: flags.FlagValues, config: ConfigDict) -> None:
+    """Columns and roles that no flag names are called as in the run; `--held_out` takes its data.
+
+    Rows that the run was trained on are announced.
+    """
+    for name, value in (("columns", config.data.columns), ("roles", config.data.roles)):
+        flag_values[name].value = flag_values[name].value or value
+    settings = phase_config(config, config.phases[-1])
+    if flag_values.held_out:
+        if flag_values.data:
+            raise UserError("--held_out scores rows of the run's own data: leave out --data")
+        if not settings.test_size:
+            raise UserError(f"--held_out: {flag_values.run} held no rows out (test_size=0): name others with --data")
+        flag_values["data"].value = settings.dataset
+    elif flag_values.data and _same_data(flag_values.data, settings.dataset):
+        held = "it held no rows out" if not settings.test_size else "--held_out scores those that it held out"
+        print(f"note: the run was trained on rows of --data={flag_values.data}: {held}", file=sys.stderr)
+
+
+def _same_data(one: str, other: str) -> bool:
+    paths = [Path(each).expanduser() for each in (one, other)]
+    return one == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+
+
+def _held_out(lm: LanguageModel, run: str) -> frozenset[str]:
+    """Where the rows of the run's test split stand."""
+    config = read_run_config(Path(run))
+    _, test_rows = read_rows(config, config.phases[-1], lm)
+    return frozenset(test_rows["origin"])
 
 
 def _lossless(lm: LanguageModel, flag_values: flags.FlagValues, questions: list[Question]) -> None:
@@ -199,6 +239,7 @@ def _answer_scores(
     questions: list[Question],
     tokens_per_pass: list[int],
     decoding: dict[str, Any],
+    origins: frozenset[str] | None,
 ) -> dict[str, Any]:
     """Masked scores and likelihoods of the reference answers, then generated answers."""
     record: dict[str, Any] = {"task": flag_values.task, "data": flag_values.data}
@@ -211,6 +252,7 @@ def _answer_scores(
             flag_values.batch_size,
             flag_values.seed,
             Options("sft", flag_values.max_length, columns=flag_values.columns, roles=flag_values.roles),
+            origins,
         )
         print(f"\nMasked answers ({flag_values.data}), attention {lm.attention}, shift {lm.logit_shift}")
         rows = [
@@ -255,14 +297,17 @@ def masked_scores(
     batch_size: int = 8,
     seed: int = 0,
     reading: Options | None = None,
+    origins: frozenset[str] | None = None,
 ) -> dict[str, Any]:
     """NLL, accuracy and perplexity of hidden answer tokens, at rates stratified over (0, 1].
 
     Of the first `rows` (0: all) of `dataset`; those above `max_length` tokens are cut. `reading` says how rows are
-    read otherwise.
+    read otherwise, `origins` where those to be scored stand (None: all).
     """
     reading = dataclasses.replace(reading or Options("sft", max_length), mask_token_id=lm.mask_token_id)
     examples = tokenize(dataset, lm.tokenizer, reading)
+    if origins is not None:
+        examples = examples.select([i for i, origin in enumerate(examples["origin"]) if origin in origins])
     if rows:
         examples = examples.select(range(min(rows, len(examples))))
     mesh = lm.mesh or make_mesh(1)

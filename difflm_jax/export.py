@@ -6,6 +6,7 @@
 `--push_to_hub=OWNER/NAME` uploads it, too; the model card names the base and the run's last evaluation.
 """
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from difflm_jax.checkpoint.hub import add_figures, check_push, push
+from difflm_jax.checkpoint.peft import WEIGHTS_FILE
 from difflm_jax.cli import define_model_flags, load_from_flags, run_command, suggest_next
 from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError
@@ -51,7 +53,10 @@ def main(flag_values: flags.FlagValues) -> None:
             print(merged.provenance)
         merged.save_pretrained(flag_values.out)
     else:
+        before = _weights_hash(flag_values.out)
         lm.save_adapter(flag_values.out)
+        if before not in (None, _weights_hash(flag_values.out)):
+            print(f"note: {flag_values.out} held an adapter with other weights, which is replaced", file=sys.stderr)
     if flag_values.run and is_writer():
         config, evaluations = read_run_config(Path(flag_values.run)), _evaluations(flag_values.run)
         if evaluations:
@@ -67,6 +72,15 @@ def _evaluations(run: str) -> list[dict[str, Any]]:
     if not (Path(run) / METRICS_FILE).is_file():
         return []
     return [record for record in read_metrics(run) if "masked_nll" in record and "eval_loss" in record]
+
+
+def _weights_hash(directory: str) -> str | None:
+    """A hash of the weights of the adapter that is there; None if none is."""
+    path = Path(directory).expanduser() / WEIGHTS_FILE
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _reopened(flag_values: flags.FlagValues) -> str:

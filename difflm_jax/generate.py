@@ -1,6 +1,6 @@
 """Answers prompts with a converted model.
 
-    python -m difflm_jax.generate --model=SOURCE [--adapter=DIR | --run=DIR] --prompt="..." [--max_new_tokens=64 ...]
+    python -m difflm_jax.generate (--model=SOURCE [--adapter=DIR] | --run=DIR) --prompt="..." [--max_new_tokens=64 ...]
 
 Without --prompt or --file it reads lines from a pipe (one prompt a line, one answer each), or chats on a terminal.
 `--watch` shows on stderr how an answer comes out of its masks; `--watch_html=FILE` makes a page of it to scrub through.
@@ -39,14 +39,17 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("infill", False, "Fill the mask tokens of the text instead of answering it.", flag_values=FLAGS)
 flags.DEFINE_bool("causal", False, "Decode with the causal base, token by token.", flag_values=FLAGS)
-flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", flag_values=FLAGS)
+flags.DEFINE_integer("max_new_tokens", 128, "Length of the answer's canvas.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
-    "steps", None, "Forward passes at most, all blocks together; default: --max_new_tokens.", flag_values=FLAGS
+    "steps", None, "Forward passes at most, all blocks together; default: --max_new_tokens.", lower_bound=1,
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_integer(
+    "block_length", 0, "Fill the answer in blocks of this length (0: one block).", lower_bound=0, flag_values=FLAGS
 )
-flags.DEFINE_integer("block_length", 0, "Fill the answer in blocks of this length (0: one block).", flag_values=FLAGS)
 flags.DEFINE_string("stop", "", "Texts that end an answer, separated by commas (\\n: a newline).", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", flag_values=FLAGS)
-flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_bool("stats", False, "Print tokens, passes and tokens per pass to stderr.", flag_values=FLAGS)
 flags.DEFINE_bool("watch", False, "Show the answer after every pass, on stderr; prompts in turn.", flag_values=FLAGS)
 flags.DEFINE_string("watch_html", "", "A page of every pass, to scrub through; prompts in turn.", flag_values=FLAGS)

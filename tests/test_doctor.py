@@ -22,7 +22,7 @@ def test_every_check_that_is_not_ok_says_how_to_mend_it(capsys):
     assert difflm(["difflm", "doctor", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
     assert {"python", "jax", "devices", "memory", "disk", "hub cache", "hub", "wandb"} <= {c["name"] for c in checks}
-    assert all(check["fix"] for check in checks if check["state"] != "ok")
+    assert all(bool(check["fix"]) == (check["state"] != "ok") for check in checks)
 
 
 def test_a_plugin_of_another_version_is_a_failure(monkeypatch):

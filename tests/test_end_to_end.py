@@ -18,11 +18,12 @@ import difflm_jax
 from difflm_jax import evaluate, export, generate
 from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError
-from difflm_jax.loading import load_model, read_run_config, spec_of_names
+from difflm_jax.loading import load_model, open_model, read_run_config, spec_of_names
 from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training import loop, samples
 from difflm_jax.training.metrics import read_metrics
+from difflm_jax.training.run import read_rows
 from difflm_jax.training.step import make_train_step
 from tests.tiny_checkpoint import save_tiny_model
 from tests.tiny_run import TIMED, make_rows, train_arguments
@@ -294,9 +295,32 @@ def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, r
     assert list(tmp_path.glob(".scores*")) == []
 
 
+def test_evaluate_scores_the_rows_that_a_run_held_out(finished, rows, tmp_path, capsys):
+    """A score on rows that were trained on was given without a word."""
+    out = tmp_path / "scores.json"
+    run = ["evaluate", f"--run={finished}", "--max_new_tokens=2", "--tokens_per_pass=2", "--nocausally", "--show=0"]
+    assert run_command(evaluate.main, evaluate.FLAGS, "", [*run, "--held_out", f"--out={out}"]) == 0
+    printed = capsys.readouterr()
+    assert "note: the run was trained on" not in printed.err
+    asked = {question["messages"][-1]["content"] for question in json.loads(out.read_text())["questions"]}
+    config = read_run_config(finished)
+    lm = open_model(spec_of_names(run=str(finished)))
+    train_rows, _ = read_rows(config, "sft", lm)
+    trained = [lm.tokenizer.decode(tokens) for tokens in train_rows["tokens"]]
+    everything = {json.loads(line)["question"] for line in rows.read_text().splitlines()}
+    assert asked and asked == {q for q in everything if not any(f"user\n{q}<" in text for text in trained)}
+    assert f"{len(asked)} rows of {rows} that {finished} did not train on" in printed.out
+    assert run_command(evaluate.main, evaluate.FLAGS, "", [*run, f"--data={rows}", "--rows=1"]) == 0
+    assert f"note: the run was trained on rows of --data={rows}: --held_out scores those" in capsys.readouterr().err
+    for more, message in ((["--held_out", f"--data={rows}"], "leave out --data"), (["--model=x"], "name the rows")):
+        assert run_command(evaluate.main, evaluate.FLAGS, "", [*run, *more]) == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--held_out"], "--held_out: name the run that held rows out with --run"),
         (["--task=countdown", "--likelihood=2"], "--likelihood: rows of the task countdown hold no answer"),
         (["--task=gsm8k"], "rows.jsonl:1: its answer has no '#### number'"),
         (["--out={tmp}/nowhere/scores.json"], "nowhere/scores.json: cannot be written"),

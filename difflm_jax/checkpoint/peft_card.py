@@ -33,7 +33,7 @@ trained for the settings below, which `diffusion_config.json` repeats:
 
 ```python
 import difflm_jax
-lm = difflm_jax.load({json.dumps(base_model_name)}, adapter="this directory")
+lm = difflm_jax.load({json.dumps(base_model_name)}, adapter="PATH/OF/THIS/ADAPTER")
 print(lm.generate("What is the capital of France?").texts[0])
 ```
 
@@ -55,7 +55,7 @@ def _peft_lines(base_model_name: str) -> str:
     if not base_model_name.endswith(".gguf"):
         return (
             "from peft import AutoPeftModelForCausalLM\n"
-            'model = AutoPeftModelForCausalLM.from_pretrained("this directory")'
+            'model = AutoPeftModelForCausalLM.from_pretrained("PATH/OF/THIS/ADAPTER")'
         )
     path = Path(base_model_name)
     return (
@@ -63,5 +63,5 @@ def _peft_lines(base_model_name: str) -> str:
         "from transformers import AutoModelForCausalLM\n"
         f"base = AutoModelForCausalLM.from_pretrained({json.dumps(str(path.parent))}, "
         f"gguf_file={json.dumps(path.name)})\n"
-        'model = PeftModel.from_pretrained(base, "this directory")'
+        'model = PeftModel.from_pretrained(base, "PATH/OF/THIS/ADAPTER")'
     )

@@ -63,9 +63,10 @@ def tokenize(
     if (rows := _read(stored)) is None:
         with locked(stored.with_suffix(".lock")):  # of several processes one tokenises, the others wait
             if (rows := _read(stored, remove_damaged=True)) is None:
-                print(f"{_make(source, tokenizer, options, stored)}; kept in {stored}", flush=True)
+                print(f"{_make(source, tokenizer, options, stored)}; kept in {stored} ({options.phase})", flush=True)
                 return _read(stored)
-    print(f"{json.loads((stored / _SUMMARY_FILE).read_text())['summary']}; reused from {stored}", flush=True)
+    summary = json.loads((stored / _SUMMARY_FILE).read_text())["summary"]
+    print(f"{summary}; reused from {stored} ({options.phase})", flush=True)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Error bars: 95 % percentile bootstrap intervals over rows (Efron and Tibshirani, 1993, chapter 13)."""
+"""Error bars of 95 %: bootstrap percentiles over rows (Efron and Tibshirani, 1993, chapter 13), Wilson's for shares."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,6 +11,17 @@ LEVEL = 0.95
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """The interval of the mean over rows."""
     return _interval(lambda x, axis: x.mean(axis=axis), seed, values)
+
+
+def share_interval(hits: Sequence[bool]) -> tuple[float, float]:
+    """The interval of a share of rows: Wilson's score interval (1927).
+
+    A bootstrap of rows that are all wrong, or all right, has no width however few they are.
+    """
+    from scipy import stats
+
+    found = stats.binomtest(int(np.sum(hits)), len(hits)).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def difference_interval(values: Sequence[float], others: Sequence[float], seed: int = 0) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from difflm_jax.evaluation.intervals import difference_interval, mean_interval
+from difflm_jax.evaluation.intervals import difference_interval, share_interval
 from difflm_jax.evaluation.tasks import TASKS, Question
 from difflm_jax.lm import LanguageModel
 from difflm_jax.view.pieces import printable
@@ -25,11 +25,11 @@ class Column:
     tokens: list[list[int]]
 
     def record(self, base: "Column") -> dict[str, Any]:
-        """The column, its accuracy and the difference from the base's accuracy, with 95 % bootstrap intervals."""
+        """The column, its accuracy and the difference from the base's accuracy, with 95 % intervals."""
         return {
             **dataclasses.asdict(self),
             "accuracy": self.matches / len(self.correct),
-            "interval": mean_interval(self.correct),
+            "interval": share_interval(self.correct),
             "minus_base": (self.matches - base.matches) / len(self.correct),
             "minus_base_interval": difference_interval(self.correct, base.correct),
         }
@@ -104,7 +104,7 @@ def print_report(
 
 
 def _row(column: Column, base: Column, count: int) -> list[str]:
-    low, high = mean_interval(column.correct)
+    low, high = share_interval(column.correct)
     difference = "-"
     if column is not base:
         least, most = difference_interval(column.correct, base.correct)

@@ -145,7 +145,7 @@ def test_the_lines_of_the_readme_open_the_adapter_in_peft(kind, tmp_path, tiny_m
     save_adapter(tmp_path / "out", lora, lora_config, Base(str(base), None, config), DIFFUSION)
     lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[2].split("```")[0]
     names: dict[str, Any] = {}
-    exec(lines.replace("this directory", str(tmp_path / "out")), names)
+    exec(lines.replace("PATH/OF/THIS/ADAPTER", str(tmp_path / "out")), names)
     state = peft.get_peft_model_state_dict(names["model"])
     np.testing.assert_array_equal(
         state["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"],

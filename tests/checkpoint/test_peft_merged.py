@@ -7,9 +7,10 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import difflm_jax
-from difflm_jax import export, generate
+from difflm_jax import export, generate, serve
 from difflm_jax.cli import run_command
 from difflm_jax.errors import UserError
+from difflm_jax.loading import ModelSpec, open_model
 from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from tests.checkpoint.adapters import WEIGHTS, trained_peft
@@ -133,3 +134,17 @@ def test_tensors_of_another_base_are_named(edit, message, base, tmp_path):
     with pytest.raises(UserError) as caught:
         difflm_jax.load(tmp_path / "base", adapter=tmp_path / "adapter", mask_token="<unk>")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_server_gives_it_weights_of_its_own(base, tmp_path, tokens_BL):
+    """Models of a server share the weights of the first: DoRA's would have been those of every other adapter."""
+    for name, options in (("dora", {"use_dora": True}), ("lora", {})):
+        trained_peft(base("qwen3"), **PLAIN, **options).save_pretrained(tmp_path / name)
+    given = {"dtype": "float32", "mask_token": "<unk>", "attention": "causal", "logit_shift": True}
+    specs = {name: ModelSpec(str(tmp_path / "base"), str(tmp_path / name), **given) for name in ("dora", "lora")}
+    models = serve._with_weights({name: open_model(spec) for name, spec in specs.items()}, None)
+    assert list(models) == ["dora", "lora"]
+    for name, lm in models.items():
+        options = {"adapter": tmp_path / name, "dtype": "float32", "mask_token": "<unk>"}
+        alone = difflm_jax.load(tmp_path / "base", causal=True, **options)
+        np.testing.assert_array_equal(np.asarray(lm(tokens_BL)), np.asarray(alone(tokens_BL)))

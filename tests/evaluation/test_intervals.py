@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from difflm_jax.evaluation.fluency import repetition
-from difflm_jax.evaluation.intervals import difference_interval, mean_interval, ratio_interval
+from difflm_jax.evaluation.intervals import difference_interval, mean_interval, ratio_interval, share_interval
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_approximation_for_many_rows():
@@ -20,6 +20,15 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
         low, high = mean_interval(rng.random(80) < 0.4, seed)
         covered += low <= 0.4 <= high
     assert 0.88 <= covered / 120 <= 0.99
+
+
+def test_a_share_of_few_rows_has_an_interval_though_all_are_alike():
+    """0 of 4 was given as [0, 0]."""
+    low, high = share_interval([False] * 4)
+    assert (low, high) == pytest.approx((0, 1.96**2 / (4 + 1.96**2)), abs=1e-3)  # Wilson's formula at no hit
+    assert share_interval([True] * 4) == pytest.approx((1 - high, 1), abs=1e-9)
+    hits = np.random.default_rng(0).random(400) < 0.3
+    assert share_interval(hits) == pytest.approx(mean_interval(hits), abs=0.01)
 
 
 def test_pairs_are_drawn_together():

@@ -69,7 +69,7 @@ def read_questions(dataset: str, rows: int = 0, task: str = "exact", naming: Nam
         read = functools.partial(_renamed, read, naming)
     for row in open_source(dataset).rows():
         try:
-            questions.append(read(row.load()))
+            questions.append(dataclasses.replace(read(row.load()), origin=row.origin))
         except RowError as error:
             raise UserError(f"{row.origin}: {error}{_other_task(row, task)}") from error
         if len(questions) == rows:

@@ -9,14 +9,15 @@ from difflm_jax.data.sources import RowError
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A conversation up to the answer, the reference answer as text, the row that they come from, and what tools and
-    arguments of the chat template the conversation has."""
+    """A conversation up to the answer, the reference answer as text, the row that they come from, what tools and
+    arguments of the chat template the conversation has, and where the row stands ('file:line')."""
 
     messages: list[dict]
     reference: str
     row: Any = None
     tools: list[dict] | None = None
     template_arguments: dict[str, Any] | None = None
+    origin: str = ""
 
     @property
     def prompt(self) -> dict[str, Any]:
