@@ -1,4 +1,4 @@
-"""Files of rows, by their ending: .jsonl, .json, .parquet, .txt and .csv, the text ones also as .gz and .zst.
+"""Files of rows, by their ending: .jsonl, .json, .parquet, .txt, .csv and .tsv, the text ones also as .gz and .zst.
 
 Rows are streamed, and a bad line fails alone.
 """
@@ -128,12 +128,12 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def _read_csv(name: str, path: Path) -> Iterator[Row]:
+def _read_csv(name: str, path: Path, delimiter: str = ",") -> Iterator[Row]:
     """Rows of texts under the names of the first line."""
     reader = None
     try:
         with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
             for row in reader:
                 yield Row(f"{name}:{reader.line_num}", functools.partial(_csv_row, row, len(reader.fieldnames)))
     except UnicodeDecodeError as error:
@@ -188,4 +188,5 @@ READERS: dict[str, Callable[[str, Path], Iterator[Row]]] = {
     ".parquet": read_parquet,
     ".txt": _read_txt,
     ".csv": _read_csv,
+    ".tsv": functools.partial(_read_csv, delimiter="\t"),
 }

@@ -157,6 +157,10 @@ def test_csv_rows_are_texts_under_the_names_of_the_first_line(tmp_path: Path) ->
         (f"{path}:2", {"question": "1, 2?", "answer": "0003"}),
         (f"{path}:4", {"question": "two\nlines", "answer": "x"}),
     ]
+    rows = 'question\tanswer\n"1, 2?"\tx\n3 "4"\ty\n'
+    (tmp_path / "a.tsv").write_text(rows)
+    expected = datasets.load_dataset(str(tmp_path), data_files="a.tsv", split="train").to_list()
+    assert [row.load() for row in open_source(str(tmp_path / "a.tsv")).rows()] == expected
     (tmp_path / "a.csv").write_text("a,b\nshort\n")
     with pytest.raises(RowError, match="does not have 2 columns"):
         read(path)
