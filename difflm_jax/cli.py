@@ -187,8 +187,10 @@ def sampling_flags(flag_values: flags.FlagValues) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> "LanguageModel":
-    """Loads what the flags of `define_model_flags` name; `with_base` as for `load_model`."""
+def load_from_flags(
+    flag_values: flags.FlagValues, with_base: bool = False, check: Callable[["LanguageModel"], None] | None = None
+) -> "LanguageModel":
+    """Loads what the flags of `define_model_flags` name; `with_base` and `check` as for `load_model`."""
     from difflm_jax.data.template_forms import read_template
     from difflm_jax.loading import load_model, spec_of_names
 
@@ -196,7 +198,7 @@ def load_from_flags(flag_values: flags.FlagValues, with_base: bool = False) -> "
     connect_from_flags(flag_values)
     spec = spec_of_names(**{name: flag_values[name].value for name in _MODEL_FLAGS})
     template = flag_values.chat_template and read_template(flag_values.chat_template)
-    lm = load_model(spec, flag_values.mesh, with_base)
+    lm = load_model(spec, flag_values.mesh, with_base, check)
     for each in (lm, lm.origin) if template else ():
         if each is not None:
             each.tokenizer.chat_template = template

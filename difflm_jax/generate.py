@@ -26,6 +26,7 @@ from difflm_jax.cli import (
 from difflm_jax.errors import UserError
 from difflm_jax.lm import Generation, LanguageModel
 from difflm_jax.sampling.grammar.grammar import Grammar
+from difflm_jax.sampling.options import sampling_options
 from difflm_jax.sampling.watch import Watcher
 from difflm_jax.utils.files import check_writable
 from difflm_jax.view.page import PageRecorder
@@ -71,7 +72,9 @@ def main(flag_values: flags.FlagValues) -> None:
     _grammar(flag_values)
     if flag_values.infill and lines is None and flag_values.prompt is None:
         raise UserError("--infill fills texts, and does not chat: give --prompt, --file or a pipe")
-    lm = load_from_flags(flag_values, with_base=flag_values.causal)
+    prompts = [flag_values.prompt] if flag_values.prompt is not None else [line for line in lines or () if line.strip()]
+    check = functools.partial(_check, flag_values=flag_values, prompts=prompts)
+    lm = load_from_flags(flag_values, with_base=flag_values.causal, check=check)
     if flag_values.causal:
         lm = lm.base()
     for note in _notes(lm, flag_values):
@@ -92,6 +95,22 @@ def main(flag_values: flags.FlagValues) -> None:
         suggest_next(f"open {flag_values.watch_html} in a browser")
     elif flag_values.run and sys.stderr.isatty():
         suggest_next(f"difflm evaluate --run={flag_values.run} --data=FILE, or the same command with --watch")
+
+
+def _check(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list[str]) -> None:
+    """Raises `UserError` for prompts and options that the model cannot take. Its weights are not read yet."""
+    if not flag_values.causal:
+        try:
+            sampling_options(lm.attention, lm.algorithm, sampling_flags(flag_values))
+        except UserError as error:
+            name = str(error).split()[0].partition("=")[0].rstrip(":")
+            raise UserError(f"--{error}" if name in flag_values else str(error)) from error
+    for prompt in prompts if flag_values.infill else ():
+        if lm.mask_token_id not in lm.prompts.canvas(prompt):
+            raise UserError(f"--infill: {prompt[:60]!r} does not hold the mask token {lm.tokenizer.mask_token!r}")
+    limit, answer = lm.config.max_position_embeddings, flag_values.max_new_tokens
+    if not flag_values.infill and answer > limit:
+        raise UserError(f"--max_new_tokens={answer}: is more than the model's max_position_embeddings={limit}")
 
 
 def _notes(lm: LanguageModel, flag_values: flags.FlagValues) -> list[str]:
@@ -186,9 +205,6 @@ def _answers(
     if flag_values.infill:
         if flag_values.stop or flag_values.block_length:
             raise UserError("--stop and --block_length belong to answers, not to --infill")
-        for prompt in prompts:
-            if lm.mask_token_id not in lm.prompts.canvas(prompt):
-                raise UserError(f"--infill: {prompt[:60]!r} does not hold the mask token {lm.tokenizer.mask_token!r}")
         out = lm.infill(prompts, steps=_steps(lm, flag_values), **options)
     else:
         block_length = flag_values.block_length or None

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,20 @@ def load(  # noqa: PLR0913 - the public face, kept stable
     return open_model(spec).with_weights()
 
 
-def load_model(spec: ModelSpec, mesh: Sequence[str] = (), with_base: bool = False) -> LanguageModel:
+def load_model(
+    spec: ModelSpec,
+    mesh: Sequence[str] = (),
+    with_base: bool = False,
+    check: Callable[[LanguageModel], None] | None = None,
+) -> LanguageModel:
     """Opens `spec` and reads its weights onto the devices of `mesh`: how many along data, fsdp and tensor.
 
     An empty `mesh` is one device; with several processes rows are divided over all devices. `with_base` loads the
-    origin of `spec` too, if it has one.
+    origin of `spec` too, if it has one. `check` is called with the model before its weights are read.
     """
     lm = open_model(spec)
+    if check is not None:
+        check(lm)
     lm = lm.with_weights(spec.converted, _mesh(mesh, lm))
     return with_origin(lm, spec.origin) if with_base and spec.origin else lm
 
