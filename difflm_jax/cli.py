@@ -135,10 +135,6 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_string("adapter", "", "PEFT adapter directory.", flag_values=flag_values)
     define_source_flags(flag_values)
-    flags.DEFINE_string(
-        "chat_template", "", "A Jinja file, or its text, in place of the tokenizer's chat template.",
-        flag_values=flag_values,
-    )  # fmt: skip
 
 
 def define_source_flags(flag_values: flags.FlagValues) -> None:
@@ -168,6 +164,10 @@ def define_source_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "mask_token", "", "The mask token, where the rule's choice is not wanted.", flag_values=flag_values
     )
+    flags.DEFINE_string(
+        "chat_template", "", "A Jinja file, or its text, in place of the tokenizer's chat template.",
+        flag_values=flag_values,
+    )  # fmt: skip
 
 
 def define_sampling_flags(flag_values: flags.FlagValues) -> None:
@@ -197,11 +197,18 @@ def load_from_flags(
     check_names_a_model(flag_values)
     connect_from_flags(flag_values)
     spec = spec_of_names(**{name: flag_values[name].value for name in _MODEL_FLAGS})
-    template = flag_values.chat_template and read_template(flag_values.chat_template)
-    lm = load_model(spec, flag_values.mesh, with_base, check)
-    for each in (lm, lm.origin) if template else ():
+    if flag_values.chat_template:
+        read_template(flag_values.chat_template)  # raises before the weights are read
+    return with_template(load_model(spec, flag_values.mesh, with_base, check), flag_values)
+
+
+def with_template(lm: "LanguageModel", flag_values: flags.FlagValues) -> "LanguageModel":
+    """`lm`, whose tokenizer and that of its origin have the chat template that a flag gives. Raises `UserError`."""
+    from difflm_jax.data.template_forms import read_template
+
+    for each in (lm, lm.origin) if flag_values.chat_template else ():
         if each is not None:
-            each.tokenizer.chat_template = template
+            each.tokenizer.chat_template = read_template(flag_values.chat_template)
     return lm
 
 

@@ -25,6 +25,7 @@ from difflm_jax.cli import (
     run_command,
     sampling_flags,
     suggest_next,
+    with_template,
 )
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
@@ -136,7 +137,7 @@ def _load(flag_values: flags.FlagValues) -> dict[str, LanguageModel]:
     given = {name: flag_values[name].value for name in names}
     specs = {name: spec_of_names(**given, adapter=directory) for name, directory in adapters.items()}
     specs = specs or {_name_of(flag_values.run or flag_values.model): spec_of_names(**given)}
-    opened = {name: open_model(spec) for name, spec in specs.items()}
+    opened = {name: with_template(open_model(spec), flag_values) for name, spec in specs.items()}
     first, spec = next(iter(specs.items()))
     for name, lm in opened.items():
         for note in _checked(flag_values, name, lm):

@@ -99,6 +99,9 @@ def test_flags_that_cannot_be_served_with_are_one_line(capsys, tiny_dir, tmp_pat
     assert "two adapters of one name" in said(
         capsys, f"--model={tiny_dir}", "--port=0", "--adapter=a=x", "--adapter=a=y"
     )
+    assert "chat_template: is not a Jinja template" in said(
+        capsys, f"--model={tiny_dir}", "--port=0", "--chat_template={% if %}"
+    )
     assert "threshold must be in (0, 1]" in said(capsys, f"--model={tiny_dir}", "--port=0", "--threshold=7")
 
 
