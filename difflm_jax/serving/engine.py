@@ -40,8 +40,8 @@ class EngineOptions:
     rows: int = 8
     queue: int = 64
     cache_bytes: int = 512 << 20  # of kept beginnings of prompts; 0: none are kept
-    chunk: int = 64  # tokens of a prompt that run at once, and that are kept or not
     warmup: bool = False  # compiles, before the first request, what short requests need
+    chunk: int = 64  # tokens of a prompt that run at once, and that are kept or not
 
 
 class Engine:
