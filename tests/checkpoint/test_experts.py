@@ -119,6 +119,12 @@ def test_experts_are_adapted_only_where_that_is_asked_for(lm):
         init_lora(jax.random.key(0), dense, LoraConfig(target_modules=("q_proj",), routed_experts=True), None)
 
 
+def test_experts_in_bfloat16_compute_as_the_others_do(qwen, lm):
+    """On a CPU a loop holds them as bits."""
+    half = difflm_jax.load(qwen[0], causal=True, dtype="bfloat16")
+    assert error(half(TOKENS), np.asarray(lm(TOKENS))) <= 0.05
+
+
 def test_a_model_has_more_parameters_than_a_token_passes_through(qwen, lm):
     total, active = parameters(lm.config)
     assert total == sum(parameter.numel() for parameter in qwen[1].parameters())
