@@ -18,6 +18,7 @@ from difflm_jax.ops.matmul import dense
 from difflm_jax.quant.qtensor import QTensor
 
 _BLOCKS = (8, 128)  # the least and the most rows of a block
+_RESTS = 4  # blocks of that fraction take what is left of a group, so that less of them is empty
 
 Weight = Any  # array or QTensor [X, out, in]
 
@@ -78,8 +79,8 @@ def _by_loop(transposed: bool, rows: jax.Array, w: Weight, sizes_X: jax.Array) -
     padded = jnp.pad(rows, ((0, block), (0, 0)))
     over = (1, 0 if transposed else 1)
 
-    def one_block(weight, group, at, end, result):
-        y = _dot(jax.lax.dynamic_slice_in_dim(padded, at, block), weight, over).astype(rows.dtype)
+    def one_block(weight, group, at, count, end, result):
+        y = _dot(jax.lax.dynamic_slice_in_dim(padded, at, count), weight, over).astype(rows.dtype)
         # What is written beyond the group is overwritten by the next one.
         return jax.lax.dynamic_update_slice_in_dim(result, y, at, axis=0)
 
@@ -93,9 +94,9 @@ def _weight_gradient(gradient: jax.Array, rows: jax.Array, w: jax.Array, sizes_X
     block = _block(len(rows), len(sizes_X))
     rows, gradient = (jnp.pad(x, ((0, block), (0, 0))) for x in (rows, gradient))
 
-    def one_block(_, group, at, end, result):
-        x, dy = (jax.lax.dynamic_slice_in_dim(each, at, block) for each in (rows, gradient))
-        x = jnp.where((at + jnp.arange(block) < end)[:, None], x, 0)
+    def one_block(_, group, at, count, end, result):
+        x, dy = (jax.lax.dynamic_slice_in_dim(each, at, count) for each in (rows, gradient))
+        x = jnp.where((at + jnp.arange(count) < end)[:, None], x, 0)
         own = jax.lax.dynamic_index_in_dim(result, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(result, own + _dot(dy, x, (0, 0)), group, axis=0)
 
@@ -106,7 +107,7 @@ def _weight_gradient(gradient: jax.Array, rows: jax.Array, w: jax.Array, sizes_X
 def _over_groups(
     w: Weight | None, dtype: Any, sizes_X: jax.Array, block: int, one_block: Callable[..., jax.Array], result: jax.Array
 ) -> jax.Array:
-    """`result` after `one_block(weight, group, first row, end of the group, result)` of every block, in their order."""
+    """`result` after `one_block(weight, group, first row, rows, end of the group, result)` of every block, in order."""
     ends = jnp.cumsum(sizes_X)
     with_rows = jnp.argsort(sizes_X == 0, stable=True)
 
@@ -114,12 +115,17 @@ def _over_groups(
         group = with_rows[index]
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group, keepdims=False), w)
         weight = None if w is None else dense(own, dtype)
-        end, size = ends[group], sizes_X[group]
+        end, start = ends[group], ends[group] - sizes_X[group]
 
-        def body(number, result):
-            return one_block(weight, group, end - size + number * block, end, result)
+        def blocks(first, count, number, result):
+            def body(index, result):
+                return one_block(weight, group, first + index * count, count, end, result)
 
-        return jax.lax.fori_loop(0, -(-size // block), body, result)
+            return jax.lax.fori_loop(0, number, body, result)
+
+        whole = sizes_X[group] // block
+        rest, count = start + whole * block, max(_BLOCKS[0], block // _RESTS)
+        return blocks(rest, count, -(-(end - rest) // count), blocks(start, block, whole, result))
 
     return jax.lax.fori_loop(0, (sizes_X > 0).sum(), one_group, result)
 
