@@ -2,8 +2,8 @@
 
     python -m benchmarks.experts [--what=step,products,compile] [--rounds=5] [--out=DIR]
 
-step: rank 16 on the attention projections of a small random Qwen3-MoE, rows of equal shape, float32; the peer with each
-implementation of experts that transformers has for a CPU. Rounds alternate, of each turn the second step is timed.
+step: rank 16 on the attention projections of a small random Qwen3-MoE, rows of equal shape, float32; the peer with two
+implementations of experts that transformers has for a CPU. Rounds alternate, of each turn the second step is timed.
 products: the tokens of a layer times the matrices of their experts: the loop of `ops.grouped`, `jax.lax.ragged_dot`, a
 copy of its expert's matrix for each row, and every row times every expert. compile: 4 and 48 layers, shapes alone.
 """
@@ -64,7 +64,7 @@ def _steps(options: argparse.Namespace) -> None:
         AutoModelForCausalLM.from_config(Qwen3MoeConfig(**MODEL)).save_pretrained(directory)
         byte_tokenizer().save_pretrained(directory)
         ways = {"difflm_jax": _our_step(difflm_jax.load(directory, dtype="float32"), data)}
-        for kind in ("eager", "batched_mm", "grouped_mm"):
+        for kind in ("eager", "grouped_mm"):  # batched_mm copies an expert's matrices for each row: 20 times slower
             ways[f"transformers + peft, {kind}"] = _torch_step(directory, kind, data)
         seconds = alternating(ways, options.rounds, warm_up=2, settle=1)
     best = min(median_of(times) for name, times in seconds.items() if name != "difflm_jax")
