@@ -84,7 +84,12 @@ def main(flag_values: flags.FlagValues) -> None:
         block_length=flag_values.block_length or None,
         sampling=sampling_flags(flag_values),
     )
-    held = EngineOptions(flag_values.rows, flag_values.queue, flag_values.cache_mib << 20, flag_values.warmup)
+    held = EngineOptions(
+        rows=flag_values.rows,
+        queue=flag_values.queue,
+        cache_bytes=flag_values.cache_mib << 20,
+        warmup=flag_values.warmup,
+    )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", force=True)
     logging.getLogger("difflm.serve").setLevel(logging.INFO)
     with Engine(models, held) as engine:
@@ -94,6 +99,7 @@ def main(flag_values: flags.FlagValues) -> None:
             server_header=False,
             timeout_graceful_shutdown=int(flag_values.drain_seconds) + 1,
         )
+        listener.listen(settings.backlog)  # who reads the next line may connect at once
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"serving {', '.join(models)} at {url}/v1", file=sys.stderr, flush=True)

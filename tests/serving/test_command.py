@@ -52,7 +52,8 @@ def test_curl_chats_and_streams(process):
     lines = subprocess.run([*curl, streamed], capture_output=True, check=True, text=True).stdout.split("\n\n")
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     content = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-    assert lines[-2:] == ["data: [DONE]", ""] and content == answer["choices"][0]["message"]["content"]
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert content == answer["choices"][0]["message"]["content"]
 
 
 @pytest.mark.slow
@@ -65,11 +66,13 @@ def test_transformers_chat_talks_to_it(process, tmp_path):
     name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     answer = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "temperature": 0}, timeout=100).json()
     environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb"}
+    environment.pop("HF_HUB_OFFLINE", None)  # under which this client reaches no server at all, not even a local one
     done = subprocess.run(
         [tool, "chat", name, f"{url}/v1", "max_new_tokens=8", "do_sample=False"],
-        input="Hi\n!exit\n", capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path,
+        input="Hi\nn\n!exit\n", capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Generation stopped after reaching the token limit" in done.stdout  # the reason is the true one; n: no more
     assert f"<{name}>" in done.stdout and "Traceback" not in done.stderr
     shown = [c for c in answer["choices"][0]["message"]["content"] if c.isalnum()]
     assert all(c in done.stdout for c in shown)
