@@ -203,10 +203,11 @@ class LanguageModel:
         `grammar` (`difflm_jax.Grammar`) is what an answer must be, whole; see `difflm_jax.sampling.grammar`.
         `Generation.complete` says for which rows `max_new_tokens` were enough.
         `streamer`, for a single prompt, is one of transformers' (`put`, `end`, and `put_draft` if it has one); see
-        `difflm_jax.view.stream`. It gets each token once it is final. Passes of speculative decoding, of causal draws
-        and of a model divided over devices are not observed: it then gets the whole answer at the end.
+        `difflm_jax.view.stream`. It gets each token once it is final. Passes of causal draws and of a model divided
+        over devices are not observed: it then gets the whole answer at the end.
         An adapter that drafts (`objective=draft`) decodes speculatively: at temperature 0 the tokens are those of
-        `base().generate`, above it they are distributed as its draws; `steps` has no effect.
+        `base().generate`, above it they are distributed as its draws; `steps` has no effect. So are those of other
+        models with `verify="base"` (attention "prefix" or "block").
         """
         rows = self.prompts.all(as_list(prompts))
         if algorithm is None and grammar is not None and not grammar.is_regular and self.attention != "causal":
@@ -367,7 +368,7 @@ class LanguageModel:
     @property
     def answers(self) -> Answers:
         """What makes answers of rows of tokens."""
-        return Answers(self.decoder, self.tokenizer)
+        return Answers(self.decoder, self.tokenizer, lambda: self.base().decoder)
 
     def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:
         given = {"temperature": temperature, "algorithm": algorithm, **options}

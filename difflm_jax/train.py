@@ -20,6 +20,7 @@ from difflm_jax.config.schema import KEYS
 from difflm_jax.data.columns import parse_naming
 from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError, exit_with_errors
+from difflm_jax.evaluation.lossless import print_texts
 from difflm_jax.evaluation.report import Decodings, print_report
 from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.loading import ModelSpec, load_model, spec_of_names, with_origin
@@ -57,7 +58,10 @@ def command(argv: Sequence[str]) -> int:
                 lm = load_model(spec_of_names(model=config.model, run=config.output_dir), with_base=True)
             elif config.trained == "all":
                 lm = with_origin(lm, ModelSpec(config.model, revision=config.revision or None))
-            print_report(lm, report.data, questions, Decodings(report.tokens_per_pass, report.max_new_tokens))
+            if lm.diffusion.gated:
+                print_texts(lm, [question.prompt for question in questions], report.max_new_tokens)
+            else:
+                print_report(lm, report.data, questions, Decodings(report.tokens_per_pass, report.max_new_tokens))
         if is_writer():
             run = f"--run={config.output_dir}"
             suggest_next(f'difflm generate {run} --prompt="..."; difflm export {run} --to=peft --out=DIR')

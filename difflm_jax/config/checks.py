@@ -85,7 +85,6 @@ def _draft_rules(config: ConfigDict) -> Iterator[tuple[bool, str]]:
     yield config.train_mask_row, "objective='draft' needs train_mask_row=false: its noise is ordinary tokens"
     is_changed = config.attention != "full" or config.logit_shift
     yield is_changed, "objective='draft' is causal: leave attention and logit_shift"
-    yield config.report.data, "report.data has no meaning with objective='draft': the text is the base's own"
     shares = (config.complementary_masks, config.on_policy, config.distillation_weight, config.anneal_steps)
     yield (
         any(shares),

@@ -31,7 +31,7 @@ def recipes(argv: Sequence[str]) -> int:
     match list(argv[1:]):
         case ["list"]:
             for path in _all():
-                print(f"{path.stem:<14}{_title(path)}")
+                print(f"{path.stem:<22}{_title(path)}")
         case ["show", name]:
             print(_find(name).read_text(encoding="utf-8"), end="")
         case ["copy", name, target]:

@@ -182,7 +182,7 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Questions that are answered at the end of the run, next to the causal base."""
+    """Questions that are answered at the end of the run, next to the causal base. A draft run compares texts."""
 
     data: str = setting("", "Questions with answers, as for evaluate; empty: no report.", path=True)
     max_new_tokens: int = setting(128, "Tokens of an answer.", within=POSITIVE)

@@ -19,7 +19,10 @@ from difflm_jax.diffusion.lossless import Draft, NoiseRows, draft_logits
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.sampling.batching import width_bucket
-from difflm_jax.sampling.drafts import LOOKUP_CONFIDENCE, LOOKUP_SUFFIXES, Drafting, most_probable
+from difflm_jax.sampling.causal import LOOKED_UP
+from difflm_jax.sampling.drafts import Drafting, most_probable
+from difflm_jax.sampling.lookup import CONFIDENCE, SUFFIXES, WITHOUT_DRAFTS
+from difflm_jax.view.pieces import printable
 
 ANCHORS = 16  # positions whose drafts are computed together
 _NOTHING = np.zeros(0, np.int32)
@@ -63,23 +66,34 @@ def draft_table(lm: LanguageModel, prompts: Sequence[np.ndarray], answers: Seque
 def passes(row: Row, drafting: Drafting) -> int:
     """The number of forward passes that a strategy needs for the answer of `row`."""
     position, end, count, ready = row.start, len(row.text) - 1, 0, (_NOTHING, _NOTHING)
+    suffixes = WITHOUT_DRAFTS if drafting.beside or drafting.strategy == "lookup" else SUFFIXES
+
+    def found_at(position: int) -> np.ndarray | None:
+        size = drafting.beside or drafting.num_nodes
+        return _looked_up(row.text[: position + 1], size, suffixes) if drafting.lookup else None
+
     while position < end:
-        found = _looked_up(row.text[: position + 1], drafting.num_nodes) if drafting.lookup else None
+        found = found_at(position)
         if drafting.drafts_first and found is None:
             count += 1
             ready = row.after(position, drafting.length)
             position += 1
             if position == end:
                 break
-            found = _looked_up(row.text[: position + 1], drafting.num_nodes) if drafting.lookup else None
+            found = found_at(position)
         count += 1
-        tokens, confidence = (found, np.full(len(found), LOOKUP_CONFIDENCE)) if found is not None else ready
+        chains = [ready]
+        if found is not None:
+            looked = (found, np.full(len(found), CONFIDENCE))
+            chains = [ready, looked] if drafting.beside else [looked]
         if drafting.strategy == "tree" and found is None:
-            right = _walked(row, position, drafting)
+            best, right = 0, _walked(row, position, drafting)
         else:
-            right = row.accepted(position, tokens)
+            rights = [row.accepted(position, tokens) for tokens, _ in chains]
+            best = int(np.argmax(rights))
+            right = rights[best]
         ready = (_NOTHING, _NOTHING)
-        if drafting.num_anchors and right in _anchors(confidence, drafting):
+        if drafting.num_anchors and (best, right) in _anchors([each for _, each in chains], drafting):
             ready = row.after(position + right, drafting.length)
         position += right + 1
     return count
@@ -88,11 +102,13 @@ def passes(row: Row, drafting: Drafting) -> int:
 def strategies(length: int) -> dict[str, Drafting]:
     """The strategies of the report, by name."""
     shorter = max(length // 2, 1)
-    named = {"prompt lookup": Drafting("lookup", max(length, 4))}
+    named = {"prompt lookup": Drafting("lookup", LOOKED_UP)}
     for strategy in ("two_pass", "one_pass", "likeliest", "tree"):
         for m in dict.fromkeys((shorter, length)):
             for lookup in (False, True):
-                named[f"{strategy} m={m}{' + lookup' if lookup else ''}"] = Drafting(strategy, m, lookup)
+                beside = LOOKED_UP if lookup and strategy in ("one_pass", "likeliest") else 0
+                name = f"{strategy} m={m}{' + lookup' if lookup else ''}"
+                named[name] = Drafting(strategy, m, lookup, beside=beside)
     return named
 
 
@@ -126,6 +142,29 @@ def print_lossless(lm: LanguageModel, prompts: Sequence[Any], max_new_tokens: in
         "seconds": {"base": base_seconds, "drafts": seconds},
         "different_rows": differences,
     }
+
+
+def print_texts(lm: LanguageModel, prompts: Sequence[Any], max_new_tokens: int) -> list[bool]:
+    """Prints the answers of the base, whether those with drafts are the same, and both numbers of forward passes.
+
+    Returns for each prompt whether the tokens are equal.
+    """
+    rows = lm.prompts.all(prompts)
+    base, drafted = (x.generate(rows, max_new_tokens, batch_size=1) for x in (lm.base(), lm))
+    equal = [_equal(*pair) for pair in zip(base.tokens, drafted.tokens, strict=True)]
+    print(f"\nThe base's text and the text with drafts ({len(rows)} prompts, at most {max_new_tokens} tokens)")
+    for i, prompt in enumerate(prompts):
+        print(f"\n  Q: {_line(prompt[-1]['content'] if not isinstance(prompt, str) else prompt)}")
+        print(f"     base    {base.steps[i]:>4} passes  {_line(base.texts[i])}")
+        text = "the same text" if equal[i] else _line(drafted.texts[i])
+        print(f"   {'=' if equal[i] else ' '} drafts  {drafted.steps[i]:>4} passes  {text}")
+    if not all(equal):
+        print(f"  a bfloat16 or rounding tie: see docs/lossless.md (dtype {lm.model.dtype.__name__})")
+    return equal
+
+
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def _timed(generate: Callable[..., Any], rows: list[np.ndarray], arguments: dict[str, Any]) -> tuple[Any, float]:
@@ -166,10 +205,10 @@ def _drafts(model, diffusion, length: int, variables, batch: CleanBatch, first: 
     return tuple(x.reshape(ANCHORS, length, -1) for x in (tokens, log_p))
 
 
-def _looked_up(text: np.ndarray, count: int) -> np.ndarray | None:
-    """`drafts.looked_up` for one row, on the host."""
+def _looked_up(text: np.ndarray, count: int, suffixes: tuple[int, ...]) -> np.ndarray | None:
+    """`lookup.looked_up` for one row, on the host."""
     last = len(text) - 1
-    for size in sorted(LOOKUP_SUFFIXES, reverse=True):
+    for size in sorted(suffixes, reverse=True):
         if len(text) <= size:
             continue
         windows = np.lib.stride_tricks.sliding_window_view(text[:-1], size)
@@ -180,14 +219,19 @@ def _looked_up(text: np.ndarray, count: int) -> np.ndarray | None:
     return None
 
 
-def _anchors(confidence: np.ndarray, drafting: Drafting) -> set[int]:
-    """`drafts.anchors` for one row, on the host."""
-    if drafting.num_anchors == drafting.length + 1:
-        return set(range(drafting.num_anchors))
-    padded = np.zeros(drafting.length)
-    padded[: len(confidence)] = confidence
-    ends = np.append(1, np.cumprod(padded)) * (1 - np.append(padded, 0))
-    return set(np.argsort(-ends, kind="stable")[: drafting.num_anchors].tolist())
+def _anchors(chains: list[np.ndarray], drafting: Drafting) -> set[tuple[int, int]]:
+    """`drafts.anchors` for one row, on the host: (chain, accepted tokens of it), for none of any (0, 0)."""
+    if drafting.num_anchors == drafting.num_nodes + 1:
+        return {(chain, right) for chain in range(2) for right in range(drafting.num_nodes + 1)}
+    sizes = [drafting.length, drafting.beside] if drafting.beside else [drafting.num_nodes]
+    padded = [np.zeros(size) for size in sizes]
+    for own, confidence in zip(padded, chains, strict=False):
+        own[: len(confidence)] = confidence
+    ends, places = [1 - max(own[0] for own in padded)], [(0, 0)]
+    for chain, own in enumerate(padded):
+        ends += (np.cumprod(own) * (1 - np.append(own[1:], 0))).tolist()
+        places += [(chain, right) for right in range(1, len(own) + 1)]
+    return {places[i] for i in np.argsort(-np.array(ends), kind="stable")[: drafting.num_anchors]}
 
 
 def _walked(row: Row, position: int, drafting: Drafting) -> int:

@@ -1,7 +1,7 @@
 """Answers to prompts that are tokens already: which way of decoding they take, and where each of them ends."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from difflm_jax.sampling.grammar.matcher import Matcher
 from difflm_jax.sampling.grammar.vocabulary import Vocabulary
 from difflm_jax.sampling.loop import Plan
 from difflm_jax.sampling.options import LEFT_TO_RIGHT, SPECULATIVE, Sampling
-from difflm_jax.sampling.text import Generation, cut_answer, stop_strings
+from difflm_jax.sampling.text import Generation, cut_answer, is_stopped, stop_strings
 from difflm_jax.sampling.watch import Host, Watcher
 
 
@@ -37,17 +37,18 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """A model and its tokenizer, as what answers rows of tokens."""
+    """A model and its tokenizer, as what answers rows of tokens. `base`: makes the decoder of its causal base."""
 
     decoder: Decoder
     tokenizer: Any
+    base: Callable[[], Decoder] | None = None
 
     def to(self, rows: Sequence[np.ndarray], sampling: Sampling, request: Request) -> Generation:
         """One answer for each prompt. Raises `UserError`."""
         if request.grammar is not None:
             _check_grammar(sampling)
         if sampling.algorithm == SPECULATIVE:
-            drafting = drafting_of(self.decoder.diffusion, sampling, request.block_length, request.on_pass)
+            drafting = drafting_of(self.decoder.diffusion, sampling, request.block_length)
             return self._continued(rows, sampling, drafting, request)
         most, steps = request.max_new_tokens, request.steps
         plan = answer_plan(self.decoder.diffusion, most, steps, request.block_length, sampling)
@@ -63,9 +64,9 @@ class Answers:
         return Generation(texts, tokens, filled.passes, filled.committed, complete=complete)
 
     def is_observed(self, sampling: Sampling) -> bool:
-        """Whether a watcher may see the passes: not those of speculative decoding, of causal draws, or of a mesh."""
+        """Whether a watcher may see the passes: not those of causal draws or of a mesh."""
         draws = is_plain(self.decoder, sampling) and sampling.temperature is not None
-        return not (draws or sampling.algorithm == SPECULATIVE or self.decoder.mesh)
+        return not (draws or self.decoder.mesh)
 
     def cut(self, row: np.ndarray, request: Request) -> np.ndarray:
         """The tokens of an answer up to where it ends."""
@@ -85,14 +86,20 @@ class Answers:
         self, rows: Sequence[np.ndarray], sampling: Sampling, drafting: Drafting, request: Request
     ) -> Generation:
         """Answers that are the causal base's own text, decoded from left to right."""
-        most, stops = request.max_new_tokens, self._stops(request)
+        most, (stops, stop_ids) = request.max_new_tokens, self._stops(request)
         self.check_length(max((len(row) for row in rows), default=0) + most)
+        decoder, drafter = self.decoder, None
+        if sampling.verify:
+            decoder, drafter = self.base(), decoder
+        ended = (lambda row: is_stopped(row, stop_ids, stops, self.decode)) if stops else None
         matchers = self._matchers(request, len(rows)) if request.grammar else None
-        how = (sampling, drafting, request.seed, request.batch_size, matchers)
-        found = continue_rows(self.decoder, rows, most, *how)
+        options = FillOptions(
+            sampling, seed=request.seed, batch_size=request.batch_size, host=Host(watch=request.on_pass)
+        )
+        found = continue_rows(decoder, rows, most, options, drafting, ended, drafter, matchers)
         committed = np.array([len(row) for row in found.rows], np.int32)
         drafts = (found.verified, found.accepted) if drafting.num_nodes else (None, None)
-        texts, tokens = self._cut(found.rows, *stops)
+        texts, tokens = self._cut(found.rows, stops, stop_ids)
         return Generation(texts, tokens, found.passes, committed, *drafts, self._complete(request, found.rows))
 
     def _matchers(self, request: Request, count: int) -> list[Matcher]:

@@ -19,7 +19,7 @@ from difflm_jax.distributed.sharding import to_host
 from difflm_jax.errors import UserError
 from difflm_jax.sampling.caches import Decoder, fill_on
 from difflm_jax.sampling.loop import Canvas, Plan
-from difflm_jax.sampling.options import Sampling
+from difflm_jax.sampling.options import SPECULATIVE, Sampling
 from difflm_jax.sampling.schedule import quotas, shares
 from difflm_jax.sampling.watch import Host, fill_stepwise
 from difflm_jax.utils.progress import Progress
@@ -110,6 +110,8 @@ def fill_answers(
 def fill_masks(decoder: Decoder, rows: Sequence[np.ndarray], options: FillOptions) -> Filled:
     """`rows` with their masks filled; what precedes the first mask of a row is its prompt. Raises `UserError`."""
     check_positive("steps", options.steps)
+    if options.sampling.algorithm == SPECULATIVE:
+        raise UserError("infill: the causal base verifies what follows a text; it fills no gaps")
     diffusion = decoder.diffusion
     masks = [np.flatnonzero(row == diffusion.mask_token_id) for row in rows]
     if diffusion.shift and any(len(at) and at[0] == 0 for at in masks):

@@ -41,13 +41,16 @@ class ColumnModel:
     variables: dict[str, Any]
     is_adapted: bool = False
 
-    def predict(self, columns: Columns, rows: Rows) -> tuple[jax.Array, Columns]:
-        """(float32 logits [B, N, V] of the token after each row, keys and values of the rows)."""
+    def predict(self, columns: Columns, rows: Rows, at_Bm: jax.Array | None = None) -> tuple[jax.Array, Columns]:
+        """(float32 logits [B, N, V] of each row, keys and values of the rows); logits [B, m, V] of rows `at_Bm`."""
         count = rows.tokens.shape[1]
         if self._prefers_two_rows and rows.tokens.size == 1:
             rows = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1) if x.ndim > 1 else x, rows)
         hidden_BND, kept = self.states(columns, rows)
-        logits = head_logits(self.model.config, self.variables["params"], None, None, hidden_BND[:, :count])
+        hidden_BND = hidden_BND[:, :count]
+        if at_Bm is not None:
+            hidden_BND = jnp.take_along_axis(hidden_BND, at_Bm[:, :, None], axis=1)
+        logits = head_logits(self.model.config, self.variables["params"], None, None, hidden_BND)
         return logits, kept
 
     def write(self, columns: Columns, kept: Columns, starts_B: jax.Array) -> Columns:

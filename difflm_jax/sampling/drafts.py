@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from flax import struct
 
 STRATEGIES = ("two_pass", "one_pass", "likeliest", "tree", "lookup")
-LOOKUP_SUFFIXES = (2, 3)  # tokens at the end of the text that must have occurred before; the longer one is preferred
-LOOKUP_CONFIDENCE = 0.7  # of each looked-up token, where places to draft from are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +21,10 @@ class Drafting:
     of these. tree: two passes, the second verifies the `nodes` most probable paths through `branches` tokens a depth.
     lookup: no drafts but looked-up ones. plain: none at all, one token per pass.
 
-    length: drafts per pass, m. lookup: where the last tokens occurred before, what followed them is proposed instead.
-    noise: the id of every noise row; None: ids uniform over the vocabulary.
+    length: drafts per pass, m. lookup: where the last tokens occurred before, what followed them is proposed instead;
+    `beside` tokens of it are proposed as a second branch, where that is not 0.
+    noise: the id of every noise row; None: ids uniform over the vocabulary. passes: diffusion passes that a draft of
+    another model takes (`verified`).
     """
 
     strategy: str = "one_pass"
@@ -33,6 +33,8 @@ class Drafting:
     noise: int | None = None
     nodes: int = 16
     branches: int = 4
+    passes: int = 1
+    beside: int = 0
 
     @property
     def drafts_first(self) -> bool:
@@ -44,12 +46,12 @@ class Drafting:
         """Tokens that a verifying pass verifies."""
         if self.strategy == "tree":
             return min(self.nodes, sum(self.branches**depth for depth in range(1, self.length + 1)))
-        return 0 if self.strategy == "plain" else self.length
+        return 0 if self.strategy == "plain" else self.length + self.beside
 
     @property
     def num_anchors(self) -> int:
         """Rows of a verifying pass that noise rows follow."""
-        return {"one_pass": self.length + 1, "likeliest": min(2, self.length + 1)}.get(self.strategy, 0)
+        return {"one_pass": self.num_nodes + 1, "likeliest": min(2, self.num_nodes + 1)}.get(self.strategy, 0)
 
     @property
     def num_rows(self) -> int:
@@ -59,7 +61,14 @@ class Drafting:
     @property
     def deepest(self) -> int:
         """The most drafts that a pass accepts."""
+        if self.beside:
+            return max(self.length, self.beside)
         return self.length if self.strategy == "tree" and not self.lookup else self.num_nodes
+
+    @property
+    def branches_out(self) -> bool:
+        """What is verified need not be a chain."""
+        return self.strategy == "tree" or self.beside > 0
 
 
 @struct.dataclass
@@ -128,47 +137,6 @@ def tree_nodes(drafts: Drafts, nodes: int) -> Nodes:
     )
 
 
-def looked_up(tokens_BT: jax.Array, lengths_B: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """(what followed the last tokens where they occurred before [B, count], whether they did [B]).
-
-    The longer suffix is preferred, then the later place. Where fewer than `count` tokens follow it, they repeat.
-    """
-    column_T = jnp.arange(tokens_BT.shape[1])
-    last_B = lengths_B - 1
-    same_BT = jnp.ones(tokens_BT.shape, bool)
-    score_BT = jnp.zeros(tokens_BT.shape, jnp.int32)
-    for back in range(max(LOOKUP_SUFFIXES)):
-        suffix_B = jnp.take_along_axis(tokens_BT, jnp.maximum(last_B - back, 0)[:, None], axis=1)
-        same_BT &= (jnp.roll(tokens_BT, back, axis=1) == suffix_B) & (column_T >= back) & (last_B >= back)[:, None]
-        if back + 1 in LOOKUP_SUFFIXES:
-            score_BT += same_BT
-    score_BT = jnp.where(column_T < last_B[:, None], score_BT, 0)
-    place_BT = jnp.where(score_BT > 0, score_BT * tokens_BT.shape[1] + column_T, -1)
-    best_B = jnp.argmax(place_BT, axis=1)
-    period_B = jnp.maximum(last_B - best_B, 1)
-    index_BQ = best_B[:, None] + 1 + jnp.arange(count) % period_B[:, None]
-    return jnp.take_along_axis(tokens_BT, index_BQ, axis=1), (score_BT > 0).any(axis=1)
-
-
-def with_lookup(nodes: Nodes, tokens_BT: jax.Array, lengths_B: jax.Array) -> Nodes:
-    """`nodes`, but a chain of looked-up tokens where there are some."""
-    count = nodes.tokens.shape[1]
-    tokens_BQ, found_B = looked_up(tokens_BT, lengths_B, count)
-    step_Q = jnp.arange(count, dtype=jnp.int32)
-
-    def either(looked_Q: jax.Array | float | bool, own_BQ: jax.Array) -> jax.Array:
-        return jnp.where(found_B[:, None], looked_Q, own_BQ)
-
-    return Nodes(
-        tokens=either(tokens_BQ, nodes.tokens),
-        parents=either(step_Q, nodes.parents),
-        depths=either(step_Q + 1, nodes.depths),
-        valid=either(True, nodes.valid),
-        confidence=either(LOOKUP_CONFIDENCE, nodes.confidence),
-        certain=nodes.certain | found_B,
-    )
-
-
 def ancestors(nodes: Nodes) -> jax.Array:
     """[B, 1 + Q, 1 + Q] bool: whether a row is the first one's ancestor or itself. Every row descends from row 0."""
     batch, count = nodes.tokens.shape
@@ -182,13 +150,15 @@ def ancestors(nodes: Nodes) -> jax.Array:
     return reached
 
 
-def anchors(confidence_Bm: jax.Array, count: int) -> jax.Array:
-    """[B, count] int32: the rows of a chain where acceptance most probably ends, by the confidence of its tokens."""
-    batch, length = confidence_Bm.shape
+def anchors(nodes: Nodes, ancestors_BNN: jax.Array, count: int) -> jax.Array:
+    """[B, count] int32: the rows of a pass where acceptance most probably ends, by the confidence of the nodes."""
+    batch, length = nodes.confidence.shape
     if count == length + 1:
         return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
-    reached_BN = jnp.concatenate([jnp.ones((batch, 1)), jnp.cumprod(confidence_Bm, axis=1)], axis=1)
-    next_BN = jnp.concatenate([confidence_Bm, jnp.zeros((batch, 1))], axis=1)
+    confidence_BN = jnp.concatenate([jnp.ones((batch, 1)), nodes.confidence], axis=1)
+    reached_BN = jnp.where(ancestors_BNN, confidence_BN[:, None, :], 1.0).prod(axis=2)
+    is_child = nodes.parents[:, None, :] == jnp.arange(length + 1)[:, None]
+    next_BN = jnp.where(is_child, nodes.confidence[:, None, :], 0.0).max(axis=2)
     return jax.lax.top_k(reached_BN * (1 - next_BN), count)[1]
 
 

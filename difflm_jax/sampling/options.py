@@ -63,6 +63,8 @@ class Sampling:
     strategy: str | None = _static(None, str, f"How speculative decoding drafts: {', '.join(STRATEGIES)}.")
     draft_length: int | None = _static(None, int, "Drafts per pass; as many as the adapter was trained for.")
     lookup: bool = _static(True, bool, "Proposes what followed where the last tokens occurred before, else drafts.")
+    verify: str | None = _static(None, str, "base: drafts by diffusion, and the text is that of the causal base.")
+    draft_passes: int | None = _static(None, int, "Diffusion passes per draft of verify=base; 1.")
 
     @property
     def commits_by_rate(self) -> bool:
@@ -88,7 +90,10 @@ SPECULATIVE = "speculative"
 LEFT_TO_RIGHT = "left_to_right"
 ALGORITHMS = (*CONFIDENCES, *PRESETS, SPECULATIVE)
 _OF_DRAFTING = ("strategy", "draft_length", "lookup")
-_WITH_DRAFTING = (*_OF_DRAFTING, "algorithm", "temperature", "top_p", "top_k", "eos_penalty", "stop_at_eos", "schedule")
+_DRAWING = ("temperature", "top_p", "top_k", "eos_penalty", "stop_at_eos")
+_WITH_DRAFTING = (*_OF_DRAFTING, *_DRAWING, "algorithm", "schedule")
+_WITH_VERIFY = ("verify", "draft_length", "draft_passes", *_DRAWING)
+VERIFIED_RULES = ("prefix", "block")  # under which the keys of a prompt do not depend on what follows it
 # Options that override an adapter's preset; only the preset's algorithm is kept.
 _INSTEAD_OF_PRESETS = {"algorithm", "schedule", "factor", "entropy_bound", "remask", "alg_temp", "eos_last"}
 
@@ -108,7 +113,11 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("top_p", "threshold"), "in (0, 1]", lambda x: 0 < x <= 1),
     (("edit_threshold", "remask_eta"), "in [0, 1]", lambda x: 0 <= x <= 1),
     (("factor", "repetition_penalty"), "a number greater than 0", lambda x: 0 < x < math.inf),
-    (("top_k", "edit_passes", "refresh_interval", "draft_length"), "a positive integer", lambda x: x > 0),
+    (
+        ("top_k", "edit_passes", "refresh_interval", "draft_length", "draft_passes"),
+        "a positive integer",
+        lambda x: x > 0,
+    ),
 )
 _CHOICES = {
     "algorithm": ALGORITHMS,
@@ -116,6 +125,7 @@ _CHOICES = {
     "remask": REMASKINGS,
     "cache": CACHES,
     "strategy": STRATEGIES,
+    "verify": ("base",),
 }
 # Values that mean the same as leaving the option out.
 _OFF = {
@@ -140,11 +150,15 @@ def sampling_options(attention: str, default_algorithm: str, options: Mapping[st
     for name, value in given.items():
         given[name] = _converted(name, value, fields[name].metadata["type"])
     given = {name: value for name, value in given.items() if not (name in _OFF and value == _OFF[name])}
+    if "verify" in given:
+        return _verified(attention, given)
     if given.get("algorithm", default_algorithm) == SPECULATIVE:
         return _speculative(attention, given)
     for name in _OF_DRAFTING:
         if name in given:
             raise UserError(f"{name}={given[name]!r}: belongs to algorithm={SPECULATIVE!r}")
+    if "draft_passes" in given:
+        raise UserError(f"draft_passes={given['draft_passes']}: belongs to verify='base'")
     if attention == "causal" and default_algorithm == "origin":
         default_algorithm = "probability"
     default_algorithm, given = _expanded(attention, default_algorithm, given)
@@ -185,6 +199,18 @@ def _speculative(attention: str, given: Mapping[str, Any]) -> Sampling:
             raise UserError(f"{name}={given[name]!r}: has no meaning in speculative decoding, whose text is the base's")
     if given.get("strategy") == "lookup" and given.get("lookup") is False:
         raise UserError("lookup=False: strategy='lookup' proposes nothing else")
+    return Sampling(**{"schedule": "even", **given, "algorithm": SPECULATIVE})
+
+
+def _verified(attention: str, given: Mapping[str, Any]) -> Sampling:
+    """The options of drafts by diffusion that the base verifies, checked. Raises `UserError`."""
+    if attention not in VERIFIED_RULES:
+        reason = "its text is the base's already" if attention == "causal" else "the keys of its prompts change"
+        rules = " or ".join(VERIFIED_RULES)
+        raise UserError(f"verify={given['verify']!r}: needs attention {rules}; it is {attention!r} here: {reason}")
+    for name in given:
+        if name not in _WITH_VERIFY and (name, given[name]) != ("algorithm", SPECULATIVE):
+            raise UserError(f"{name}={given[name]!r}: has no meaning with verify={given['verify']!r}")
     return Sampling(**{"schedule": "even", **given, "algorithm": SPECULATIVE})
 
 

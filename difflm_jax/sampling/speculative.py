@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from difflm_jax.distributed.collectives import everywhere, varying_with
-from difflm_jax.sampling import drafts, verification
+from difflm_jax.sampling import drafts, lookup, verification
 from difflm_jax.sampling.columns import Rows
 from difflm_jax.sampling.drafts import Drafting, Drafts, Nodes
 from difflm_jax.sampling.grammar.bits import where_allowed
@@ -29,6 +29,7 @@ from difflm_jax.sampling.proposal import draw, drawn_from, noise
 from difflm_jax.sampling.verification import Accepted
 
 DRAFT_STREAM, NOISE_STREAM = 4, 7
+UNLIMITED = 2**31 - 1
 
 
 @struct.dataclass
@@ -85,9 +86,16 @@ class Loop:
             cache=cache,
         )
 
-    def run(self, carry: Carry) -> Carry:
-        """Cycles until every row has ended."""
-        return jax.lax.while_loop(lambda carry: ~everywhere(carry.done.all()), self.cycle, carry)
+    def run(self, carry: Carry, most: jax.Array | int = UNLIMITED) -> Carry:
+        """Cycles until every row has ended, at most `most` of them."""
+
+        def unfinished(state: tuple[Carry, jax.Array]) -> jax.Array:
+            return ~everywhere(state[0].done.all()) & (state[1] < most)
+
+        def cycle(state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+            return self.cycle(state[0]), state[1] + 1
+
+        return jax.lax.while_loop(unfinished, cycle, (carry, jnp.zeros((), jnp.int32)))[0]
 
     def cycle(self, carry: Carry) -> Carry:
         """At most one pass that drafts and one that verifies."""
@@ -120,7 +128,7 @@ class Loop:
         """[B] bool: rows that a drafting pass drafts for."""
         needs_B = ~carry.done
         if self.drafting.lookup:
-            needs_B &= ~drafts.looked_up(carry.tokens, carry.lengths, 1)[1]
+            needs_B &= ~lookup.looked_up(carry.tokens, carry.lengths, 1)[1]
         return needs_B
 
     def rows_to_draft(self, carry: Carry) -> Rows:
@@ -153,13 +161,15 @@ class Loop:
     def rows_to_verify(self, carry: Carry) -> Rows:
         """The rows of a verifying pass: the last token, what is proposed, and noise where acceptance may end."""
         nodes = self.nodes(carry)
-        return self._rows(carry, nodes, drafts.ancestors(nodes), self._anchors(nodes), self._keys(carry))
+        ancestors = drafts.ancestors(nodes)
+        return self._rows(carry, nodes, ancestors, self._anchors(nodes, ancestors), self._keys(carry))
 
     def verified(self, carry: Carry, logits: jax.Array, kept: Any, allowed_BNW: jax.Array | None = None) -> Carry:
         """Accepts proposals, adds the base's own token, and leaves drafts for the next pass where it makes some."""
         keys_B = self._keys(carry)
         nodes = self.nodes(carry)
-        ancestors, anchors = drafts.ancestors(nodes), self._anchors(nodes)
+        ancestors = drafts.ancestors(nodes)
+        anchors = self._anchors(nodes, ancestors)
         count = 1 + nodes.tokens.shape[1]
         own = self._drawn_from(logits[:, :count], allowed_BNW)
         accepted = self._accept(carry, nodes, ancestors, own, keys_B)
@@ -171,7 +181,7 @@ class Loop:
         if anchors is not None:
             groups = self._drawn_from(logits[:, count:])
             groups = groups.reshape(len(keys_B), anchors.shape[1], self.drafting.length, -1)
-            at_end = anchors == accepted.count[:, None]
+            at_end = anchors == accepted.end[:, None]
             group_B = jnp.argmax(at_end, axis=1)
             of_end = jnp.take_along_axis(groups, group_B[:, None, None, None], axis=1)[:, 0]
             new = self._drafts(of_end, keys_B, at_end.any(axis=1))
@@ -190,17 +200,35 @@ class Loop:
 
     def nodes(self, carry: Carry) -> Nodes:
         """What the next verifying pass proposes."""
-        if self.drafting.strategy == "tree":
-            nodes = drafts.tree_nodes(carry.drafts, self.drafting.num_nodes)
+        drafting, text = self.drafting, (carry.tokens, carry.lengths)
+        if drafting.strategy == "tree":
+            nodes = drafts.tree_nodes(carry.drafts, drafting.num_nodes)
         elif carry.drafts is not None:
             nodes = drafts.chain_nodes(carry.drafts)
         else:
-            nodes = drafts.no_nodes(carry.done, self.drafting.num_nodes)
-        is_looked_up = self.drafting.lookup and self.drafting.num_nodes
-        return drafts.with_lookup(nodes, carry.tokens, carry.lengths) if is_looked_up else nodes
+            nodes = drafts.no_nodes(carry.done, drafting.num_nodes)
+        if drafting.beside:
+            return lookup.with_branch(nodes, *text, drafting.beside)
+        if not (drafting.lookup and drafting.num_nodes):
+            return nodes
+        suffixes = lookup.WITHOUT_DRAFTS if drafting.strategy == "lookup" else lookup.SUFFIXES
+        return lookup.with_lookup(nodes, *text, suffixes)
 
-    def _anchors(self, nodes: Nodes) -> jax.Array | None:
-        return drafts.anchors(nodes.confidence, self.drafting.num_anchors) if self.drafting.num_anchors else None
+    def proposals(self, carry: Carry) -> tuple[jax.Array, jax.Array]:
+        """(tokens [B, m] that the next pass verifies, how probable they are [B, m], 0 where there are none).
+
+        For a tree: the most probable token of each depth. Looked-up tokens come first, where there are some.
+        """
+        nodes = drafts.no_nodes(carry.done, self.drafting.length)
+        if carry.drafts is not None:
+            nodes = drafts.chain_nodes(carry.drafts)
+        if self.drafting.lookup:
+            nodes = lookup.with_lookup(nodes, carry.tokens, carry.lengths)
+        return nodes.tokens, jnp.where(nodes.valid & ~carry.done[:, None], nodes.confidence, 0.0)
+
+    def _anchors(self, nodes: Nodes, ancestors_BNN: jax.Array) -> jax.Array | None:
+        count = self.drafting.num_anchors
+        return drafts.anchors(nodes, ancestors_BNN, count) if count else None
 
     def _rows(self, carry: Carry, nodes: Nodes, ancestors_BNN, anchors_BG, keys_B) -> Rows:
         """The rows of a verifying pass: the last token, what is proposed, and noise after each anchor."""
@@ -309,6 +337,6 @@ def _last(carry: Carry) -> jax.Array:
 
 def _along_path(kept: jax.Array, path_BE: jax.Array, drafting: Drafting) -> jax.Array:
     """Keys or values [N, B, K, rows, E] of the accepted path in its order; of a chain it is the first rows."""
-    if drafting.strategy != "tree":
+    if not drafting.branches_out:
         return kept[..., : path_BE.shape[1], :]
     return jnp.take_along_axis(kept, path_BE[None, :, None, :, None], axis=3)

@@ -200,3 +200,11 @@ def cut_answer(
     counts = range(1, len(tokens) + 1)
     complete = next(count for count in counts if any(stop in decode(tokens[:count]) for stop in stops))
     return text[: min(found)], tokens[:complete]
+
+
+def is_stopped(
+    tokens: np.ndarray, stop_ids: Sequence[int], stops: Sequence[str], decode: Callable[[np.ndarray], str]
+) -> bool:
+    """Whether an answer of these tokens, or of more, ends in a stop string that is complete."""
+    text = decode(tokens)
+    return bool(np.isin(tokens, stop_ids).any()) or any(stop in text for stop in stops)

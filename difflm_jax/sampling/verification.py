@@ -18,6 +18,11 @@ class Accepted:
     path: jax.Array  # [B, 1 + deepest] int32, the rows of the pass on the accepted path; row 0 first and after its end
     next_token: jax.Array  # [B] int32, the base's own token after the path
 
+    @property
+    def end(self) -> jax.Array:
+        """[B] int32: the row of the pass where the path ends."""
+        return jnp.take_along_axis(self.path, self.count[:, None], axis=1)[:, 0]
+
     def emitted(self, nodes: Nodes) -> jax.Array:
         """[B, 1 + deepest] int32: the tokens of the path and the base's own; what follows them is not to be read."""
         rows_BN = jnp.concatenate([jnp.zeros_like(self.count)[:, None], nodes.tokens], axis=1)

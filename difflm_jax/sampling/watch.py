@@ -26,7 +26,8 @@ ALTERNATIVES = 5
 class Pass:
     """What a forward pass did to the rows of a batch. T: columns after the prompts; k: most likely tokens kept.
 
-    The columns of an infilled canvas begin at its first mask.
+    The columns of an infilled canvas begin at its first mask. In speculative decoding what is accepted has
+    confidence 1, and the candidates are the tokens that the next pass verifies (a mask where there is none).
     """
 
     rows: Sequence[int]  # places of the rows among all that were given

@@ -42,6 +42,8 @@ class ContinuedRow(Row):
     def __init__(self, lm: LanguageModel, request: Request):
         is_speculative = request.sampling.algorithm == SPECULATIVE
         self.drafting = drafting_of(lm.diffusion, request.sampling, request.block_length) if is_speculative else PLAIN
+        if request.logprobs is not None:  # they follow a chain
+            self.drafting = dataclasses.replace(self.drafting, beside=0)
         if request.logprobs is not None and self.drafting.strategy == "tree":
             raise UserError("logprobs: strategy='tree' keeps none: take another strategy")
         self.prompt, self.limit = len(request.tokens), len(request.tokens) + request.max_new_tokens

@@ -251,6 +251,8 @@ class Engine:
 
 def _row(lm: LanguageModel, request: Request) -> Row:
     """The row of a request, by the loop that `lm.generate` would take."""
+    if request.sampling.verify is not None:
+        raise UserError("verify: this server does not verify by a base yet; lm.generate(verify='base') does")
     if request.infill:
         return CanvasRow(lm, request)
     if request.sampling.algorithm == SPECULATIVE or is_plain(lm.decoder, request.sampling):

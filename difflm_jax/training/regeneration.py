@@ -20,7 +20,8 @@ from difflm_jax.data.examples import Example
 from difflm_jax.data.tokenised import stored_rows
 from difflm_jax.distributed.processes import is_writer
 from difflm_jax.errors import UserError
-from difflm_jax.sampling.batching import Decoder
+from difflm_jax.sampling.batching import FillOptions
+from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.causal import continue_rows
 from difflm_jax.sampling.options import Sampling
 
@@ -45,8 +46,6 @@ def regenerate(
     `file` keeps answers by prompt and settings. Answers end with an end-of-sequence token, after `answer_tokens`, or at
     `max_length`. Rows whose answer is shorter than 3 tokens are left out. Raises `UserError` if none is left.
     """
-    if decoder.mesh is not None:
-        raise UserError("draft.answers=regenerate: needs a base on one device: set draft.answers=own, or mesh.data=1")
     if count and count < len(rows):
         rows = rows.select(np.linspace(0, len(rows) - 1, count).astype(int))
     prompts = [_prompt(row["tokens"], row["prompt_length"]) for row in rows.select_columns(["tokens", "prompt_length"])]
@@ -79,7 +78,8 @@ def _answer(
     while done < len(order):
         limit = limits[order[done]]
         batch = [i for i in order[done : done + batch_size] if limits[i] == limit]
-        found = continue_rows(decoder, [prompts[i] for i in batch], limit, _GREEDY, batch_size=batch_size).rows
+        options = FillOptions(_GREEDY, batch_size=batch_size)
+        found = continue_rows(decoder, [prompts[i] for i in batch], limit, options).rows
         lines = []
         for i, answer in zip(batch, found, strict=True):
             known[names[i]] = answer.tolist()

@@ -3,7 +3,9 @@
 import pytest
 
 from difflm_jax.evaluation.lossless import draft_table, passes, print_lossless, strategies
-from difflm_jax.sampling.drafts import STRATEGIES, Drafting
+from difflm_jax.sampling.causal import drafting_of
+from difflm_jax.sampling.drafts import STRATEGIES
+from difflm_jax.sampling.options import Sampling
 from tests.sampling.test_speculative import PROMPTS, TOKENS, drafter
 from tests.tiny_checkpoint import save_tiny_model
 
@@ -26,7 +28,8 @@ def test_the_table_knows_the_passes_of_every_loop(lm, table, strategy, lookup):
     if strategy == "lookup" and not lookup:
         pytest.skip("this strategy is lookup")
     out = lm.generate(PROMPTS, max_new_tokens=TOKENS, strategy=strategy, lookup=lookup)
-    drafting = Drafting(strategy, 3, lookup)
+    drafting = drafting_of(lm.diffusion, Sampling(strategy=strategy, lookup=lookup))
+    assert drafting.beside == (8 if lookup and strategy in ("one_pass", "likeliest") else 0)
     assert [passes(row, drafting) for row in table] == out.steps.tolist()
 
 

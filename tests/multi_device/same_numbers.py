@@ -16,6 +16,7 @@ import optax
 from difflm_jax.diffusion.config import DiffusionConfig
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
 from difflm_jax.diffusion.extras.settings import Extras
+from difflm_jax.diffusion.lossless import Draft
 from difflm_jax.diffusion.weights import LossRule
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows
@@ -109,6 +110,10 @@ OBJECTIVES = {
     "distillation": {
         "extras": Extras(distillation=0.7, on_policy=0.6, on_policy_tokens="own"),
         "loss": LossRule("masked", "inverse_rate", eos_token_id=5),
+    },
+    "draft": {
+        "diffusion": DiffusionConfig("causal", 0, True, MASK, gated=True, noise="uniform", draft_length=3),
+        "draft": Draft(rows=3, curriculum=(2, 3), anchors=2, answers="own", steps=4),
     },
     "complementary": {
         "extras": Extras(complementary=True, anneal_steps=6),

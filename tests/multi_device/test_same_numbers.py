@@ -16,6 +16,7 @@ CASES = [
     {"quantization": "int8", "micro_batches": 4, "mesh": [1, 4, 2], "evaluated": False},
     {"objective": "distillation", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"objective": "complementary", "micro_batches": 2, "mesh": [2, 1, 2], "evaluated": False},
+    {"objective": "draft", "micro_batches": 2, "mesh": [2, 2, 2]},
     {"trained": "all", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"family": "olmo2", "trained": "all", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"family": "granite_swa", "micro_batches": 2, "mesh": [1, 2, 2], "evaluated": False},

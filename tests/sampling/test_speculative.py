@@ -14,6 +14,7 @@ import difflm_jax
 from difflm_jax import UserError
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.quant import QuantConfig
+from difflm_jax.sampling.cycles import BETWEEN_CHECKS
 from difflm_jax.sampling.drafts import STRATEGIES
 from tests.tiny_checkpoint import save_tiny_model
 
@@ -93,6 +94,38 @@ def test_answers_end_at_eos_and_at_stop_strings(lm):
     out, expected = (x.generate(PROMPTS, max_new_tokens=TOKENS, stop=word) for x in (lm, lm.base()))
     assert out.texts == expected.texts
     assert tokens_of(out) == tokens_of(expected)
+
+
+def test_a_stop_string_ends_the_passes(lm):
+    """A row ends within the cycles between two checks, and not at its budget."""
+    texts = lm.base().generate(PROMPTS, max_new_tokens=8).texts
+    row = max(range(len(texts)), key=lambda i: len(texts[i]))
+    for model in (lm, lm.base()):
+        stopped, whole = (model.generate(PROMPTS[row], 160, 160, stop=stop) for stop in (texts[row][:2], ()))
+        assert stopped.texts == [""]
+        assert stopped.steps[0] <= BETWEEN_CHECKS < whole.steps[0]
+
+
+@pytest.mark.parametrize("options", [{"strategy": "tree"}, {"temperature": 0.9}], ids=str)
+def test_watched_drafts_are_those_that_are_verified_and_change_nothing(lm, options):
+    seen = []
+    plain = lm.generate(PROMPTS, max_new_tokens=TOKENS, **options)
+    watched = lm.generate(PROMPTS, max_new_tokens=TOKENS, on_pass=seen.append, **options)
+    assert tokens_of(watched) == tokens_of(plain)
+    assert watched.steps.tolist() == plain.steps.tolist()
+    assert [one.number for one in seen] == list(range(1, len(seen) + 1))
+    known = drafts = kept = 0
+    for before, one in zip([None, *seen], seen, strict=False):
+        known = known + one.written
+        assert (known == (one.tokens != lm.mask_token_id)).all() and known.max() == 1
+        if before is not None:
+            drafted, guess = before.probabilities[..., 0] > 0, before.guess(lm.mask_token_id)[:, before.block]
+            became = one.tokens[:, before.block]
+            drafts += drafted.sum()
+            kept += (drafted & (guess == became)).sum()
+    assert drafts > kept > 0
+    for tokens, row in zip(plain.tokens, seen[-1].tokens, strict=True):
+        assert row[: len(tokens)].tolist() == tokens.tolist()
 
 
 def test_a_model_without_a_drafting_adapter_is_refused(model_dir):

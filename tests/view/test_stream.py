@@ -41,7 +41,7 @@ class Recorder(BaseStreamer):
         (("block", True, 4), {"steps": 6, "temperature": 0.8}, True),
         (("causal", True, None), {}, True),
         (("causal", True, None), {"temperature": 0.8}, False),
-        (("causal", True, None), {"algorithm": "speculative", "strategy": "lookup"}, False),
+        (("causal", True, None), {"algorithm": "speculative", "strategy": "lookup"}, True),
     ],
     ids=["plain", "edited", "remasked", "blocks", "causal", "causal draws", "speculative"],
 )
