@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.test_size = 0.05
     config.draft.prompts = 0
     config.draft.answer_tokens = 64
-    config.draft.anchors = 24
+    config.draft.anchors = 12
 
     config.max_length = 128
     config.length_multiple = 128
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 4
     config.gradient_accumulation_steps = 1
     config.epochs = 2
-    config.sft.max_steps = 160
+    config.sft.max_steps = 120
     config.learning_rate = 2e-3
     config.lr_schedule = "linear"
     config.warmup_steps = 10
