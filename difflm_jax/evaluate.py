@@ -109,7 +109,8 @@ def main(flag_values: flags.FlagValues) -> None:
     elif flag_values.held_out:
         raise UserError("--held_out: name the run that held rows out with --run")
     if not flag_values.data and not flag_values.text:
-        raise UserError("name the rows to score with --data, or plain text with --text")
+        own = ", --held_out for those that the run held out" if flag_values.run else ""
+        raise UserError(f"name the rows to score with --data{own}, or plain text with --text")
     tokens_per_pass = _tokens_per_pass(flag_values.tokens_per_pass)
     if flag_values.likelihood and flag_values.data and not TASKS[flag_values.task].has_answers:
         raise UserError(f"--likelihood: rows of the task {flag_values.task} hold no answer to score")

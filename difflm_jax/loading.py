@@ -297,7 +297,14 @@ def _mask_token(
 ) -> int:
     """The id of the mask token, which the tokenizer then has. Raises `UserError` for one that was not trained."""
     named = trained_for.get("mask_token") or token_of_id(tokenizer, trained_for.get("mask_token_id"))
+    is_new = spec.mask_token and spec.attention != "causal" and spec.mask_token not in tokenizer.get_vocab()
     found = choose_mask_token(tokenizer, source.config.vocab_size, spec.mask_token or named)
+    if is_new:
+        print(
+            f"note: mask_token={spec.mask_token!r} is no token of {spec.source}; it takes the free row {found} of the "
+            "embedding",
+            file=sys.stderr,
+        )
     if not spec.mask_token and found != trained_for.get("mask_token_id", found):
         raise UserError(
             f"{spec.source}: the mask token was {trained_for['mask_token_id']} in training, but the tokenizer's "

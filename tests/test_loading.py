@@ -89,3 +89,16 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused_before_training(tm
     with pytest.raises(UserError, match=r"'<\|im_end\|>' has id 258, but the model's embedding has 258 rows"):
         train(load_config(overrides=overrides))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_token_that_is_no_token_is_said(model, capsys):
+    """A typing mistake took a row that was never trained, without a word."""
+    lm = open_model(ModelSpec(str(model), mask_token="<|maks|>"))
+    assert lm.tokenizer.convert_ids_to_tokens(lm.mask_token_id) == "<|maks|>"
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"note: mask_token='<|maks|>' is no token of {model}; it takes the free row {lm.mask_token_id} "
+    )
+    for known in (ModelSpec(str(model), mask_token="<|mask|>"), ModelSpec(str(model)), ModelSpec(str(model)).causal()):
+        open_model(known)
+    assert capsys.readouterr().err == ""
