@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from difflm_jax.data.messages import Conversation, Message, parse_messages
+from difflm_jax.data.messages import Conversation, Message, check_unicode, parse_messages, parse_template_arguments
 from difflm_jax.data.templates import ANSWERS, render_joined, render_prompt
 from difflm_jax.errors import UserError
 
@@ -54,7 +54,9 @@ def encode_chat(
     `UserError` for a tokenizer without a chat template or EOS token.
     """
     conversation = _conversation(messages, tools, template_arguments)
-    return encode_rendered(tokenizer, [render_joined(tokenizer, conversation, answers)])[0]
+    rendered = render_joined(tokenizer, conversation, answers)
+    check_unicode("".join(rendered))
+    return encode_rendered(tokenizer, [rendered])[0]
 
 
 def encode_prompt(
@@ -65,11 +67,13 @@ def encode_prompt(
 ) -> np.ndarray:
     """[P] int32 tokens of a conversation that waits for an answer: those of `encode_chat` before the last answer."""
     text = render_prompt(tokenizer, _conversation(messages, tools, template_arguments))
+    check_unicode(text)
     return np.asarray(_tokenize(tokenizer, [text])[0], np.int32)
 
 
 def _conversation(messages: Sequence[Message], tools: Any, arguments: Mapping[str, Any] | None) -> Conversation:
-    return dataclasses.replace(parse_messages(messages, tools), template_arguments=dict(arguments or {}))
+    conversation = parse_messages(messages, tools)
+    return dataclasses.replace(conversation, template_arguments=parse_template_arguments(arguments or {}))
 
 
 def encode_texts(

@@ -14,6 +14,7 @@ from difflm_jax.data.chat import ANSWERS, OVERLONG, Encoded, cut, encode_rendere
 from difflm_jax.data.columns import parse_naming
 from difflm_jax.data.formats import Conversation, parse_row
 from difflm_jax.data.keys import Notes, announcement, note
+from difflm_jax.data.messages import check_unicode
 from difflm_jax.data.rows import Row, RowError, Source
 from difflm_jax.data.templates import render_answers, render_whole
 from difflm_jax.errors import UserError
@@ -227,11 +228,7 @@ def _render(
 def _content_hash(content: Conversation | str) -> int:
     plain = content if isinstance(content, str) else [content.messages, content.tools]
     text = json.dumps(plain, sort_keys=True, ensure_ascii=False, default=str)
-    try:
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    except UnicodeEncodeError as error:
-        raise RowError("its text is not Unicode (it holds half of a surrogate pair)") from error
-    return int.from_bytes(digest, signed=True)
+    return int.from_bytes(hashlib.blake2b(check_unicode(text), digest_size=8).digest(), signed=True)
 
 
 def _refuse_mask_token(row: Row, encoded: Encoded, mask_token_id: int | None) -> None:

@@ -13,8 +13,8 @@ from difflm_jax.data.messages import (
     Conversation,
     Message,
     a,
-    parse_json,
     parse_messages,
+    parse_template_arguments,
     parse_tools,
     text_of,
 )
@@ -23,7 +23,6 @@ from difflm_jax.data.rows import RowError
 __all__ = ["FORMATS", "Conversation", "Format", "Message", "parse_messages", "parse_row"]
 
 _PARTS_OF_QUESTION = ("instruction", "context", "input", "choices", "options")
-_TEMPLATE_OWN = ("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +194,9 @@ def _with_row_keys(conversation: Conversation, row: Mapping[str, Any]) -> tuple[
         conversation = _insert(conversation, 0, [_say("system", text_of(row[system_key], system_key))])
         used.add(system_key)
     if is_given(row.get("chat_template_kwargs")):
-        conversation = dataclasses.replace(conversation, template_arguments=_template_arguments(row))
+        conversation = dataclasses.replace(
+            conversation, template_arguments=parse_template_arguments(row["chat_template_kwargs"])
+        )
         used.add("chat_template_kwargs")
     return conversation, used
 
@@ -219,13 +220,6 @@ def _history(row: Mapping[str, Any]) -> list[Message]:
         for pair in history
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-
-
-def _template_arguments(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    arguments = parse_json(row["chat_template_kwargs"], "chat_template_kwargs")
-    if not isinstance(arguments, Mapping) or set(arguments) & set(_TEMPLATE_OWN):
-        raise RowError("chat_template_kwargs is not an object of arguments of the chat template")
-    return dict(arguments)
 
 
 def _plain_text(row: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ _TEXT_KEYS = ("content", "value", "text")
 SPEAKER_KEYS = ("role", "from", "speaker")
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT_PARTS = ("reasoning", "thinking")
+_TEMPLATE_OWN = ("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize")
 _CALL_SPEAKERS = ("function_call", "tool_call")  # their text is the JSON of a call
 
 
@@ -210,6 +211,14 @@ def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
+def parse_template_arguments(value: Any) -> dict[str, Any]:
+    """Arguments of the chat template, an object or the JSON of one. Raises `RowError`."""
+    arguments = parse_json(value, "chat_template_kwargs")
+    if not isinstance(arguments, Mapping) or set(arguments) & set(_TEMPLATE_OWN):
+        raise RowError("chat_template_kwargs is not an object of arguments of the chat template")
+    return dict(arguments)
+
+
 def parse_json(value: Any, where: str) -> Any:
     """`value`, parsed if it is the text of a JSON value. Raises `RowError`."""
     if not isinstance(value, str):
@@ -218,6 +227,14 @@ def parse_json(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{where} is not JSON") from error
+
+
+def check_unicode(text: str) -> bytes:
+    """`text` in UTF-8. Raises `RowError`."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("its text is not Unicode (it holds half of a surrogate pair)") from error
 
 
 def text_of(value: Any, where: str) -> str:

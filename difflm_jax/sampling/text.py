@@ -122,6 +122,8 @@ def _tokens(tokens: Sequence[int]) -> np.ndarray:
 def _is_tokens(prompt: Prompt) -> bool:
     if isinstance(prompt, (str, Mapping)):
         return False
+    if not hasattr(prompt, "__len__"):
+        raise UserError(f"a prompt is a text, messages or tokens, not {type(prompt).__name__}")
     return not len(prompt) or not isinstance(prompt[0], Mapping)
 
 

@@ -15,6 +15,7 @@ from difflm_jax.data.chat import Encoded, cut, encode_chat, encode_prompt, encod
 from difflm_jax.data.examples import Options, Report, examples
 from difflm_jax.data.sources import RowError, open_source
 from difflm_jax.errors import UserError
+from difflm_jax.sampling.text import Prompts
 from tests.byte_tokenizer import CHATML, byte_tokenizer
 
 TWO_TURNS = [
@@ -297,3 +298,22 @@ def test_thinking_template_of_qwen3(qwen: Any, shared_data: Path) -> None:
     ]
     with pytest.raises(RowError, match="changes earlier turns"):
         encode_chat(thinking, TWO_TURNS, "all")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([{"role": "user", "content": "\ud800"}], "its text is not Unicode"),
+        ({"messages": [{"role": "user", "content": "Q"}], "chat_template_kwargs": "x"}, "chat_template_kwargs is not"),
+        (
+            {"messages": [{"role": "user", "content": "Q"}], "chat_template_kwargs": {"tools": []}},
+            "is not an object of",
+        ),
+        (None, "a prompt is a text, messages or tokens, not NoneType"),
+    ],
+)
+def test_a_prompt_that_cannot_be_rendered_is_one_line(prompt: Any, message: str) -> None:
+    """These ended in a traceback of transformers or jinja2."""
+    tokenizer = byte_tokenizer()
+    with pytest.raises(UserError, match=message):
+        Prompts(tokenizer, len(tokenizer), -1).prompt(prompt)

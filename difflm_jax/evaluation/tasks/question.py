@@ -22,7 +22,8 @@ class Question:
     @property
     def prompt(self) -> dict[str, Any]:
         """The question as `LanguageModel.generate` takes it."""
-        return {"messages": self.messages, "tools": self.tools, "chat_template_kwargs": self.template_arguments}
+        arguments = {"chat_template_kwargs": self.template_arguments} if self.template_arguments else {}
+        return {"messages": self.messages, "tools": self.tools, **arguments}
 
 
 def ask(text: str) -> list[dict]:
