@@ -1,5 +1,6 @@
 """`difflm serve` as a process: curl, `transformers chat`, and a SIGTERM while it answers."""
 
+import copy
 import json
 import os
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+import difflm_jax
 from difflm_jax import serve
 from difflm_jax.cli import run_command
+from tests.serving.test_engine import adapter_of
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
 
@@ -93,6 +96,32 @@ def test_sigterm_lets_a_running_stream_end(process):
     assert started.wait(60) == -signal.SIGTERM
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
+
+
+def test_adapters_of_one_base_are_models_over_one_copy_of_its_weights(tiny_dir, tiny_lm, tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        tiny_lm.with_adapter(*adapter_of(tiny_lm, seed)).save_adapter(tmp_path / name)
+    flags = copy.deepcopy(serve.FLAGS)
+    flags(
+        [
+            "serve",
+            f"--model={tiny_dir}",
+            "--dtype=float32",
+            f"--adapter={tmp_path / 'a'}",
+            f"--adapter=other={tmp_path / 'b'}",
+        ]
+    )
+    models = serve._load(flags)
+    assert list(models) == ["a", "other", "tiny"]
+    assert models["a"].params is models["other"].params
+    assert models["tiny"].attention == "causal" and models["tiny"].lora is None
+    given = {"max_new_tokens": 8, "steps": 8}
+    for name, directory in (("a", "a"), ("other", "b")):
+        alone = difflm_jax.load(tiny_dir, adapter=tmp_path / directory, dtype="float32")
+        assert models[name].generate("Hi", **given).texts == alone.generate("Hi", **given).texts
+    flags = copy.deepcopy(serve.FLAGS)
+    flags(["serve", f"--model={tiny_dir}", "--dtype=float32", "--causal"])
+    assert {name: lm.attention for name, lm in serve._load(flags).items()} == {"tiny": "causal"}
 
 
 def test_flags_that_cannot_be_served_with_are_one_line(capsys, tiny_dir, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
+from prometheus_client.parser import text_string_to_metric_families
 
 from difflm_jax.serving.requests import Draft, TokenProbability, Update
 from tests.byte_tokenizer import byte_tokenizer
@@ -161,6 +162,24 @@ def test_what_needs_a_tool_is_told_to_the_template(tiny_lm):
         turns = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]},
                  {"role": "tool", "tool_call_id": "1", "content": "2"}]  # fmt: skip
         assert client.post("/v1/chat/completions", json={"messages": turns, "tools": [TOOL]}).status_code == 200
+
+
+def test_figures_are_counted_for_prometheus(tiny_lm):
+    with server(tiny_lm, says("abc", reason="stop")) as client:
+        body = {"messages": MESSAGES}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+        events(client, "/v1/chat/completions", **body)
+        client.get("/no/such/route")
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        found = {(one.name, *sorted(one.labels.items())): one.value for family in families for one in family.samples}
+    chat = ("route", "/v1/chat/completions")
+    assert found["difflm_requests_total", chat, ("status", "200")] == 2
+    assert found["difflm_requests_total", ("route", "other"), ("status", "404")] == 1
+    assert found["difflm_tokens_total", ("kind", "answer")] == 6
+    assert found["difflm_answers_total", ("reason", "stop")] == 2
+    assert found["difflm_time_to_first_token_seconds_count",] == 2
+    assert found["difflm_tokens_per_pass_sum",] == 2.0
+    assert found["difflm_engine_waiting",] == 0
 
 
 def test_the_body_becomes_the_request_that_is_asked_for(tiny_lm):
