@@ -13,7 +13,8 @@ from difflm_jax.sampling.options import Sampling
 TEXTS = {
     *(field.name for field in dataclasses.fields(Sampling)),
     "prompt", "stop", "revision", "mask_token", "mesh", "hyper_parameters_json", "coordinator_address", "to", "dtype",
-    "quantization", "chips", "tokens_per_pass", "host", "api_key",
+    "quantization", "chips", "tokens_per_pass", "host", "api_key", "chat_template", "columns", "roles", "regex",
+    "push_to_hub",
 }  # fmt: skip
 
 
