@@ -68,6 +68,7 @@ def main() -> None:
         for number in range(-1, options.rounds):  # the first round compiles
             for name, way in ways.items():
                 figures = way()
+                print(f"round {number}: {name}: {_summary([figures])}", flush=True)
                 if number >= 0:
                     found[name].append(figures)
     rows = [{"way": name, **_summary(rounds)} for name, rounds in found.items()]
@@ -116,6 +117,8 @@ def _asked(client: httpx.Client, model: str, number: int, options: argparse.Name
             if not line.startswith("data: {"):
                 continue
             chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise SystemExit(f"error: {chunk['error']}")
             for choice in chunk["choices"]:
                 text += choice["delta"].get("content") or ""
             first = first or (time.perf_counter() - start if text else None)
