@@ -118,7 +118,8 @@ class Continued(Table):
             self._columns = write_after(self._columns, carry.cache, before, -1)
             carry = carry.replace(cache=None)
             if matchers := self._matchers():
-                carry = kept_by(carry, np.asarray(before), matchers, self._weights.decoder.eos_token_ids)
+                carry, errors = kept_by(carry, np.asarray(before), matchers, self._weights.decoder.eos_token_ids)
+                self._fail(errors)
             if self.candidates() is not None:
                 found.append((before, _probabilities(carry.tokens, before, logits, self.candidates())))
             failed |= np.asarray(rows_with_nan(logits)) & ~np.asarray(before_done)
@@ -128,7 +129,9 @@ class Continued(Table):
     def _matchers(self) -> dict[int, tuple[Matcher, int]]:
         """(matcher, limit) of each row under a grammar."""
         rows = {slot: work.row for slot, work in enumerate(self.slots) if work is not None}
-        return {slot: (row.matcher, row.limit) for slot, row in rows.items() if row.matcher and not row.done}
+        return {
+            slot: (row.matcher, row.limit) for slot, row in rows.items() if row.matcher and not (row.done or row.error)
+        }
 
     def _within(self, logits: jax.Array, carry: Carry, rows: "RowData", drafts_now: bool) -> jax.Array:
         """Logits of what the grammars of the rows allow."""
@@ -143,8 +146,15 @@ class Continued(Table):
             own = tuple(x[slot] for x in nodes) or (np.zeros(0, np.int32),) * 3
             left = limit - int(lengths[slot])
             if left > 0 and not np.asarray(carry.done)[slot]:
-                masks[slot] = allowed(matcher, left, own, spec.vocabulary, self._weights.decoder.eos_token_ids)
+                try:
+                    masks[slot] = allowed(matcher, left, own, spec.vocabulary, self._weights.decoder.eos_token_ids)
+                except (UserError, ValueError) as error:
+                    self._fail({slot: str(error)})
         return within(logits, masks)
+
+    def _fail(self, errors: dict[int, str]) -> None:
+        for slot, error in errors.items():
+            self.slots[slot].row.error = error
 
     def _take(self, carry: Carry, found: list[tuple], failed: np.ndarray) -> None:
         for slot, work in enumerate(self.slots):
@@ -152,7 +162,8 @@ class Continued(Table):
                 continue
             row = work.row
             if failed[slot]:
-                row.error = "the model computed a number that is not one (NaN)"
+                row.error = row.error or "the model computed a number that is not one (NaN)"
+            if row.error is not None:
                 continue
             length = int(carry.lengths[slot])
             row.tokens = carry.tokens[slot, :length].copy()

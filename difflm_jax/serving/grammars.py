@@ -46,18 +46,29 @@ def allowed(matcher: Matcher, left: int, nodes: tuple[np.ndarray, ...], vocabula
     return np.stack(masks)
 
 
-def kept(carry: Carry, before_B: np.ndarray, rows: Mapping[int, tuple[Matcher, int]], ends: tuple[int, ...]) -> Carry:
-    """The carry after a pass, with the tokens that the matchers of `rows` {row: (matcher, limit)} keep."""
+def kept(
+    carry: Carry, before_B: np.ndarray, rows: Mapping[int, tuple[Matcher, int]], ends: tuple[int, ...]
+) -> tuple[Carry, dict[int, str]]:
+    """(the carry after a pass, with the tokens that the matchers of `rows` {row: (matcher, limit)} keep, what failed).
+
+    What failed is {row: why}; the row's tokens are left as the pass made them.
+    """
     tokens, lengths, done = (np.array(x) for x in (carry.tokens, carry.lengths, carry.done))
+    failed: dict[int, str] = {}
     for row, (matcher, limit) in rows.items():
         start = int(before_B[row])
         new = tokens[row, start : lengths[row]].tolist()
-        if new:
+        if not new:
+            continue
+        try:
             taken = matcher.take(new, limit - start)
-            lengths[row] = start + len(taken)
-            tokens[row, start : lengths[row]] = taken
-            done[row] = taken[-1] in ends or lengths[row] >= limit
-    return carry.replace(tokens=tokens, lengths=lengths, done=done)
+        except (UserError, ValueError) as error:
+            failed[row] = str(error)
+            continue
+        lengths[row] = start + len(taken)
+        tokens[row, start : lengths[row]] = taken
+        done[row] = taken[-1] in ends or lengths[row] >= limit
+    return carry.replace(tokens=tokens, lengths=lengths, done=done), failed
 
 
 @jax.jit
