@@ -211,7 +211,7 @@ class LanguageModel:
         """
         rows = self.prompts.all(as_list(prompts))
         if algorithm is None and grammar is not None and not grammar.is_regular and self.attention != "causal":
-            algorithm = LEFT_TO_RIGHT
+            algorithm, steps = LEFT_TO_RIGHT, steps or max_new_tokens
         preset = left_of_preset(self.diffusion.preset_options, {"algorithm": algorithm, **options})
         block_length = block_length or preset.get("block_length")
         if steps is None:

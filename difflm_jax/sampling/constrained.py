@@ -87,10 +87,10 @@ def run_within(passes: Passes, rows: Rows, carry: Carry) -> Carry:
     """Cycles until every row has ended."""
     while not np.asarray(carry.done).all():
         if passes.draft is not None:
-            before = np.asarray(carry.lengths)
+            before = np.array(carry.lengths)  # a copy: the pass is given the buffer
             carry = rows.kept(before, passes.draft(carry, rows.masks(carry)))
             if np.asarray(carry.done).all():
                 break
-        before, nodes = np.asarray(carry.lengths), jax.device_get(passes.nodes(carry))
+        before, nodes = np.array(carry.lengths), jax.device_get(passes.nodes(carry))
         carry = rows.kept(before, passes.verify(carry, rows.masks(carry, nodes)))
     return carry

@@ -184,7 +184,11 @@ def of_sampling(preset: Mapping[str, Any]) -> dict[str, Any]:
 def left_of_preset(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What of a measured preset counts beside options that were given: nothing beside another rule of committing."""
     names = {name for name, value in given.items() if value is not None}
-    return {} if names & _INSTEAD_OF_PRESETS else {name: x for name, x in preset.items() if name not in names}
+    return (
+        {}
+        if names & {*_INSTEAD_OF_PRESETS, *_OF_DRAFTING}
+        else {name: x for name, x in preset.items() if name not in names}
+    )
 
 
 def _speculative(attention: str, given: Mapping[str, Any]) -> Sampling:
