@@ -7,6 +7,7 @@ Command:   bash scripts/quickstart.sh     (makes the environment, fetches the mo
 Hardware:  2 CPU cores without an accelerator, 3 GB of memory; with the environment, in float32,
            3 min (EPYC, AVX512_BF16) or 9 to 10 min (EPYC, AVX2).
            Where the processor multiplies bfloat16 (AMX) this recipe was not timed; an earlier one took a third.
+           `dtype=auto` takes bfloat16 there and with AVX512_BF16; scores of both dtypes are in docs/quickstart.md.
 Expect:    masked NLL of answers from about 3 to 0.6; at the end, on 60 held-out questions, the causal base's greedy
            exact match (0.70) beside the converted model's at 1, 2 and 4 tokens a forward pass. README.md shows it all.
 
@@ -26,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.dataset = "builtin:quickstart"
     config.output_dir = "runs/quickstart"
-    config.dtype = "auto"  # bfloat16, nearly twice as fast as float32, where the processor multiplies it (AMX)
+    config.dtype = "auto"  # bfloat16, up to twice as fast as float32, where the processor multiplies it
     config.remat = "save_dots"  # faster than to keep everything: less memory to touch
 
     config.attention = "prefix"

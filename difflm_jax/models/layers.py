@@ -19,6 +19,8 @@ from difflm_jax.models.rope import Rotation, rotate
 from difflm_jax.ops.attention import attend_beside
 from difflm_jax.ops.attention_kernels import attend_with, scaled
 from difflm_jax.ops.cpu import floats_of, kept
+from difflm_jax.ops.few_rows import InStack
+from difflm_jax.ops.few_rows import attend_beside as attend_in_stacks
 from difflm_jax.ops.matmul import matmul
 from difflm_jax.ops.random import fold_seeds
 
@@ -73,7 +75,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, low_BLR: jax.Array | None) -> jax.Array:
-        y = matmul(x_BLD, gathered(self.variable("params", "weight", stored).value))
+        weight = self.variable("params", "weight", stored).value
+        if self.has_variable("stacks", "weight"):  # `weight` is the index of the layer
+            weight = InStack(self.get_variable("stacks", "weight"), weight)
+        y = matmul(x_BLD, gathered(weight))
         if low_BLR is not None:
             y = y + lora_up(low_BLR, self.variable("lora", "lora_B", stored).value, self.lora)
         if self.name in ROW_PARALLEL:
@@ -160,7 +165,10 @@ class Attention(nn.Module):
             self.put_variable("rows", "k", jnp.swapaxes(k_BSKE, 1, 2))
             self.put_variable("rows", "v", jnp.swapaxes(v_BSKE, 1, 2))
         sinks_H = self._sinks(q_BTHE.shape[2:3])
-        if self.has_variable("columns", "k"):
+        if self.has_variable("stacks", "k"):
+            in_stacks = [InStack(self.get_variable("stacks", x), self.get_variable("columns", x)) for x in ("k", "v")]
+            y_BTHE = attend_in_stacks(q_BTHE, in_stacks, (k_BSKE, v_BSKE), view.mask, config.attention_softcap)
+        elif self.has_variable("columns", "k"):
             columns_BKSE = tuple(floats_of(self.get_variable("columns", name)) for name in ("k", "v"))
             own = (k_BSKE, v_BSKE)
             y_BTHE = attend_beside(q_BTHE, columns_BKSE, own, view.mask, config.attention_softcap, sinks_H)

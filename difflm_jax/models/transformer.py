@@ -15,10 +15,12 @@ from difflm_jax.models.layers import LOW_RANK, MLP, PROJECTION, Attention, norm,
 from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.moe import MoE
 from difflm_jax.models.rope import Rotation, rotation
+from difflm_jax.ops import few_rows
 from difflm_jax.ops.attention import ATTENTION_OUTPUT
 from difflm_jax.ops.attention_kernels import FUSED_FORWARD
-from difflm_jax.ops.cpu import bits_of
+from difflm_jax.ops.cpu import bits_of, floats_of
 from difflm_jax.ops.cross_entropy import capped
+from difflm_jax.ops.few_rows import InStack
 from difflm_jax.ops.matmul import matmul
 from difflm_jax.ops.random import fold_seeds
 
@@ -132,7 +134,8 @@ class Transformer(nn.Module):
         `positions_BT` [B, T] int32 are those of RoPE; `view` says which keys each token sees. `seeds_BT` are those of
         `difflm_jax.models.lora.dropout` (None: no dropout). `window` places the tokens among columns whose keys are in
         the `cache` collection. `gate_BT` bool is False at tokens without the adapter (None: all have it); see
-        `lora.lora_down` for other shapes. Collections `columns` and `rows` are those of `layers.Attention`.
+        `lora.lora_down` for other shapes. Collections `columns` and `rows` are those of `layers.Attention`, `stacks` is
+        that of `models.stacks`.
         """
         rope = rotation(self.config.ropes, self.config.head_dim, positions_BT)
 
@@ -146,6 +149,7 @@ class Transformer(nn.Module):
             layers = nn.scan(
                 layer,
                 variable_axes={"params": 0, "lora": 0, "cache": 0, "columns": 0, "rows": 0, "routing": 0},
+                variable_broadcast="stacks",
                 split_rngs={},
                 in_axes=(0, *[nn.broadcast] * 5),
                 length=len(members),
@@ -194,7 +198,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return lookup(self.variable("params", "weight", stored).value, tokens_BT)
+        return floats_of(lookup(self.variable("params", "weight", stored).value, tokens_BT))
 
 
 def head_weight(config: ModelConfig, params: dict[str, Any]) -> jax.Array:
@@ -208,13 +212,17 @@ def head_logits(
     lora: dict[str, Any] | None,
     mask_token_id: int | None,
     hidden: jax.Array,
+    in_place: bool = False,
 ) -> jax.Array:
     """float32 logits [..., V] of `hidden` [..., D], which the model's `logit_scale` is in; capped if it has a cap.
 
-    With tied embeddings a trained mask row is an output row too, as in `peft` and in a merged export.
+    With tied embeddings a trained mask row is an output row too, as in `peft` and in a merged export. `in_place`: the
+    matrix is read as it is stored, by `ops.few_rows` if that reads such weights.
     """
     head_VD = head_weight(config, params)
-    logits = matmul(rows_together(hidden, head_VD), head_VD, jnp.float32)
+    is_read = in_place and few_rows.suits(head_VD[None], hidden.size // hidden.shape[-1])
+    matrix = InStack(head_VD[None], jnp.int32(0)) if is_read else head_VD
+    logits = matmul(rows_together(hidden, head_VD), matrix, jnp.float32)
     logits = whole_vocabulary(logits, head_VD, config.vocab_size)
     if lora is not None and "mask_row" in lora and mask_token_id is not None and config.tie_word_embeddings:
         own = matmul(hidden, lora["mask_row"][None], jnp.float32)

@@ -13,19 +13,24 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from difflm_jax.distributed.collectives import varying_with
+from difflm_jax.ops import few_rows
 from difflm_jax.ops.cpu import floats_of
+from difflm_jax.ops.few_rows import InStack
 from difflm_jax.ops.gradients import is_differentiated, values
 from difflm_jax.quant.qtensor import QTensor, dequantize, own_scales
 
 
-def matmul(x: jax.Array, w: jax.Array | QTensor, dtype: Any = None) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array | QTensor | InStack, dtype: Any = None) -> jax.Array:
     """`x` [..., in] times `w` [out, in] -> [..., out] in `dtype`, that of `x` by default.
 
     Weights keep Hugging Face's [out, in] order: the contraction is over the last axis of both, which costs no more than
     [in, out] (measured on CPU), and neither import nor export transposes. `w` is cast to the dtype of `x`. It has a
     gradient, in its own dtype, if it is differentiated (a factor of LoRA, a weight that is trained in full). A frozen
-    one costs neither that matmul nor the memory for `x`, and may be quantised or stored as `ops.cpu` bits.
+    one costs neither that matmul nor the memory for `x`, and may be quantised or stored as `ops.cpu` bits. One that is
+    left in its stack has no gradient.
     """
+    if isinstance(w, InStack):
+        return few_rows.product(_rows(x), w).astype(dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
     w = own_scales(w) if isinstance(w, QTensor) else varying_with(w, x)
     rows = _rows(varying_with(x, w))
     return _product(jnp.dtype(dtype or x.dtype), x.dtype, rows, w).reshape(*x.shape[:-1], w.shape[0])

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from difflm_jax.diffusion.config import DiffusionConfig, Layout
 from difflm_jax.distributed.sharding import over_rows
 from difflm_jax.models.attention import Window, positions_of
+from difflm_jax.models.stacks import in_stacks, stay_in_stacks
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.sampling.loop import Canvas, Carry, Loop, Plan, Predict
 from difflm_jax.sampling.options import Sampling
@@ -47,7 +48,12 @@ class Decoder:
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
         params, lora = self.variables["params"], self.variables.get("lora")
-        return head_logits(self.model.config, params, lora, self.model.mask_token_id, hidden)
+        in_place = self.reads_in_place(hidden.size // hidden.shape[-1])
+        return head_logits(self.model.config, params, lora, self.model.mask_token_id, hidden, in_place)
+
+    def reads_in_place(self, rows: int) -> bool:
+        """Whether passes over `rows` tokens leave the weights in their stacks."""
+        return self.mesh is None and stay_in_stacks(self.model, rows)
 
 
 def fill(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> Carry:
@@ -171,6 +177,8 @@ class _Runner:
         """Hidden states [B, T, D]; with `keep` also the collections that hold the keys and values."""
         decoder = self._decoder
         variables, mutable = {**decoder.variables, **dict(cached)}, ["cache"] if keep else False
+        if decoder.reads_in_place(tokens_BT.size):
+            variables = in_stacks(variables, decoder.model.config, tokens_BT.size)
         view = decoder.diffusion.view(rows, keys)
         return decoder.model.apply(variables, tokens_BT, rows.positions, view, None, window, mutable=mutable)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from difflm_jax.models.attention import View
+from difflm_jax.models.stacks import in_stacks, stay_in_stacks
 from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.ops.cpu import bits_of
 
@@ -50,8 +51,8 @@ class ColumnModel:
         hidden_BND = hidden_BND[:, :count]
         if at_Bm is not None:
             hidden_BND = jnp.take_along_axis(hidden_BND, at_Bm[:, :, None], axis=1)
-        logits = head_logits(self.model.config, self.variables["params"], None, None, hidden_BND)
-        return logits, kept
+        in_place = stay_in_stacks(self.model, rows.tokens.size)
+        return head_logits(self.model.config, self.variables["params"], None, None, hidden_BND, in_place), kept
 
     def write(self, columns: Columns, kept: Columns, starts_B: jax.Array) -> Columns:
         """`columns` with those of `kept`, in their order, from each row's start on."""
@@ -94,7 +95,7 @@ class ColumnModel:
     @property
     def _prefers_two_rows(self) -> bool:
         # XLA's CPU backend multiplies one row of bfloat16 more slowly than two (SmolLM2-135M: 47 ms and 39 ms a pass).
-        return self.model.on_cpu and self.model.dtype == jnp.bfloat16
+        return self.model.on_cpu and self.model.dtype == jnp.bfloat16 and not stay_in_stacks(self.model, 1)
 
     def states(self, columns: Columns | None, rows: Rows) -> tuple[jax.Array, Columns]:
         """(hidden states [B, N, D], keys and values) of the rows; without columns they see each other alone."""
@@ -111,6 +112,8 @@ class ColumnModel:
             variables |= self.variables
         elif rows.gate is not None:
             variables["lora"] = {name: leaf for name, leaf in self.variables["lora"].items() if name != "mask_row"}
+        if stay_in_stacks(self.model, rows.tokens.size):
+            variables = in_stacks(variables, self.model.config, rows.tokens.size)
         hidden, updated = self.model.apply(
             variables, rows.tokens, rows.positions, view, gate_BT=rows.gate, mutable=["rows"]
         )

@@ -21,19 +21,32 @@ def keep_compiled() -> None:
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    directory = caches / "difflm_jax" / "compiled" / _processor()
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, "getuid") and directory.stat().st_uid != os.getuid():
-            raise PermissionError("it belongs to another user")
-        directory.chmod(0o700)
+        directory = own_directory("compiled")
     except OSError as error:
-        print(f"compiled programs are not kept: {directory} cannot be used ({error.strerror or error})", flush=True)
+        print(
+            f"compiled programs are not kept: {_path('compiled')} cannot be used ({error.strerror or error})",
+            flush=True,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+
+
+def own_directory(name: str) -> Path:
+    """A directory of code for this kind of processor that only the user can write to. Raises `OSError`."""
+    directory = _path(name)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and directory.stat().st_uid != os.getuid():
+        raise PermissionError("it belongs to another user")
+    directory.chmod(0o700)
+    return directory
+
+
+def _path(name: str) -> Path:
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return caches / "difflm_jax" / name / _processor()
 
 
 def _processor() -> str:

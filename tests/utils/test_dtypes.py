@@ -16,6 +16,7 @@ from tests.tiny_run import make_model
     [
         ("cpu", "flags : fpu avx2 fma", "float32"),
         ("cpu", "flags : fpu avx512f amx_bf16 amx_tile", "bfloat16"),
+        ("cpu", "flags : fpu avx512f avx512_bf16", "bfloat16"),
         ("cpu", None, "float32"),
         ("tpu", "flags : fpu avx2", "bfloat16"),
     ],

@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.gguf.header import check_header
+from difflm_jax.checkpoint.gguf.reader import Reader
 from difflm_jax.checkpoint.gguf.tokenizer import build_tokenizer
 from difflm_jax.checkpoint.safetensors import TensorFiles
 from difflm_jax.errors import UserError, one_line
@@ -71,7 +72,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
     """
     try:
         check_header(path)
-        reader = GGUFReader(path)
+        reader = Reader(path)
     except Exception as error:  # the reader checks little: a damaged file raises whatever numpy makes of it
         raise UserError(f"{path}: not a complete GGUF file ({one_line(error)}); fetch it again") from error
     metadata = _Metadata(path, reader)

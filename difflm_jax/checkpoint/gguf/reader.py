@@ -1,0 +1,35 @@
+"""`gguf.GGUFReader` with long arrays read at once: vocabulary and merges took it most of the time of opening a file."""
+
+from typing import Any
+
+from gguf import GGUFReader, GGUFValueType
+
+
+class Reader(GGUFReader):
+    """Its fields and tensors are those of `GGUFReader`; the strings of an array are views of the file's bytes."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+        if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)
+        head = [self._get(orig_offs, "u4"), self._get(orig_offs + 4, "u8")]
+        kind, count, start = GGUFValueType(int(head[0][0])), int(head[1][0]), orig_offs + 12
+        if (dtype := self.gguf_scalar_to_np.get(kind)) is not None:
+            values = self._get(start, dtype, count)
+            parts, places, size = list(values.reshape(-1, 1)), range(2, 2 + count), values.nbytes
+        elif kind == GGUFValueType.STRING:
+            parts, size = self._strings(start, count)
+            places = range(3, 3 + 2 * count, 2)
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        types = [GGUFValueType.ARRAY, *([kind] if count else [])]
+        return 12 + size, [*head, *parts], list(places), types
+
+    def _strings(self, start: int, count: int) -> tuple[list[memoryview], int]:
+        """The lengths and bytes of `count` strings in turn, and how many bytes that is."""
+        data, at, parts = memoryview(self.data), start, []
+        for _ in range(count):
+            text = at + 8
+            end = text + int.from_bytes(data[at:text], "little")
+            parts += (data[at:text], data[text:end])
+            at = end
+        return parts, at - start

@@ -1,0 +1,59 @@
+"""C++ functions for XLA on CPUs: built once by the machine's own compiler, kept in the user's cache directory."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+from difflm_jax.utils.compilation import own_directory
+
+SWITCH = "DIFFLM_NATIVE"  # "0" in the environment: none are built, XLA computes everything
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-ffp-contract=fast", "-w", "-shared", "-fPIC")
+
+
+@functools.cache
+def has_native(source: Path, functions: tuple[str, ...]) -> bool:
+    """Whether XLA can call `functions` of the C++ file `source`, which is built if it was not yet.
+
+    False without a compiler, without permission to keep the result, or with DIFFLM_NATIVE=0. A build that fails says so
+    in one line.
+    """
+    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
+    if os.environ.get(SWITCH) == "0" or os.name != "posix" or compiler is None:
+        return False
+    try:
+        library = ctypes.CDLL(str(_built(source, compiler)))
+        addresses = [getattr(library, function) for function in functions]
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else "unknown")
+        print(f"note: {source.name} was not built, XLA computes instead ({reason})", file=sys.stderr)
+        return False
+    for function, address in zip(functions, addresses, strict=True):
+        jax.ffi.register_ffi_target(function, jax.ffi.pycapsule(address), platform="cpu")
+    return True
+
+
+def _built(source: Path, compiler: str) -> Path:
+    """The shared library of `source` for this processor, this compiler and this jaxlib."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    described = [source.read_text(encoding="utf-8"), version, *FLAGS, jax.lib.__version__]
+    name = hashlib.blake2b("\0".join(described).encode(), digest_size=12).hexdigest()
+    library = own_directory("native") / f"{source.stem}-{name}.so"
+    if library.is_file():
+        return library
+    print(f"building {source.name} for this processor, once (a few seconds)", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        made = Path(directory) / library.name
+        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(made)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        made.replace(library)  # whole or not at all, whoever else builds it now
+    return library
