@@ -19,7 +19,7 @@ from difflm_jax.errors import UserError, one_line
 __all__ = ["Row", "RowError", "Source", "open_source"]
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
-_UNREAD_ENDINGS = (".tsv", ".gz", ".zst", ".zip", ".arrow")
+_UNREAD_ENDINGS = (".xlsx", ".gz", ".zst", ".zip", ".arrow")
 _LOCAL_ALTERNATIVES = "a local .jsonl, .json, .parquet, .csv or .txt file, a directory of these, or builtin:NAME"
 
 _Rows = Callable[[], Iterator[Row]]

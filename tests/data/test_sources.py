@@ -173,9 +173,9 @@ def test_csv_rows_are_texts_under_the_names_of_the_first_line(tmp_path: Path) ->
 
 
 def test_unread_ending(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").touch()
-    with pytest.raises(UserError, match=r"files that end in \.tsv are not read; give \.jsonl"):
-        open_source(str(tmp_path / "a.tsv"))
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match=r"files that end in \.zip are not read; give \.jsonl"):
+        open_source(str(tmp_path / "a.zip"))
 
 
 def test_unknown_builtin_lists_the_known() -> None:
