@@ -1,6 +1,6 @@
 """Tokens per second of speculative decoding and of its base's own greedy decoding: same weights, dtype and prompts.
 
-    python benchmarks/lossless.py --model=MODEL --adapter=RUN/sft_model --data=FILE [--rows=8 --max_new_tokens=96]
+    python -m benchmarks.lossless --model=MODEL --adapter=RUN/sft_model --data=FILE [--rows=8 --max_new_tokens=96]
 
 Both decode the same prompts at batch 1 with their caches, one after the other, in turns; the median over `--rounds`
 counts, after a first round that compiles. `--bases=dense:bfloat16,int8:bfloat16,nf4:bfloat16` names formats and dtypes.

@@ -1,6 +1,6 @@
 """Whether speculative decoding writes its base's text: by prompt, strategy, batch size and base.
 
-    python benchmarks/lossless_equality.py --model=MODEL --adapter=RUN/sft_model --data=FILE [--rows=50]
+    python -m benchmarks.lossless_equality --model=MODEL --adapter=RUN/sft_model --data=FILE [--rows=50]
 
 The reference is plain greedy decoding of the same base, one token a pass at batch 1. A row that differs is listed with
 the gap of the base's two best logits at the first difference, recomputed in one pass over the row: a difference at a

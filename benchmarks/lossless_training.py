@@ -1,6 +1,6 @@
 """Noise rows per second of the draft objective: a step here, and of the same objective in torch + peft.
 
-    python benchmarks/lossless_training.py --model=DIRECTORY_OR_GGUF [--batch=4 --length=192 --anchors=8 --rows=4]
+    python -m benchmarks.lossless_training --model=DIRECTORY_OR_GGUF [--batch=4 --length=192 --anchors=8 --rows=4]
 
 The peer is what one writes with transformers and peft: the clean rows without the adapter and without a gradient, their
 key-value cache, and then the noise rows after each anchor under a mask of four dimensions; the loss is the

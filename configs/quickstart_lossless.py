@@ -1,7 +1,7 @@
 """The quickstart's second act: SmolLM2-135M-Instruct writes its own text in fewer forward passes, on two CPU cores.
 
 Command:   bash scripts/quickstart.sh --config=configs/quickstart_lossless.py
-Hardware:  2 CPU cores without an accelerator, 3 GB of memory. docs/lossless.md has its times.
+Hardware:  2 CPU cores without an accelerator, 3 GB of memory; not timed on an idle machine.
 Expect:    the base answers all prompts of the built-in rows, an adapter learns to draft these answers, and three
            held-out questions are answered by the base and with drafts: the same text, and the passes of both.
 """
