@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from difflm_jax.distributed.processes import connect
+from difflm_jax.distributed.processes import connect, told_by_one_process
 from difflm_jax.training.checkpoints import Checkpoints
 
 
@@ -32,6 +32,7 @@ def main(directory: str, process: str, *flags: str) -> None:
     checkpoints.__dict__.pop("_has_room", None)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     checkpoints.save(2, state)
+    assert told_by_one_process(lambda: {"from": jax.process_index()}, "it") == {"from": 0}
     print(f"process {jax.process_index()} has {checkpoints.steps()}", file=sys.stderr, flush=True)
     checkpoints.close()
 
