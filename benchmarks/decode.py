@@ -18,7 +18,7 @@ import numpy as np
 import difflm_jax
 from benchmarks.common import add_report_flags, alternating, median_of, report
 from difflm_jax.ops import few_rows
-from difflm_jax.sampling import causal
+from difflm_jax.sampling import cycles
 
 Rows = list[list[int]]
 
@@ -88,16 +88,16 @@ def _ours(lm: difflm_jax.LanguageModel) -> Callable[[Rows, int], Rows]:
 
 def _by_xla(way: Callable[[Rows, int], Rows]) -> Callable[[Rows, int], Rows]:
     """`way` with programs of its own, in which `ops.few_rows` has no part."""
-    decode = causal._continue.__wrapped__
-    compiled = jax.jit(lambda *arguments: decode(*arguments), static_argnums=0)
+    begin = jax.jit(lambda task, batch: task.begin(batch)[1])
+    run = jax.jit(lambda task, batch, carry, most: task.loop(batch).run(carry, most), donate_argnums=2)
 
     def generate(prompts: Rows, tokens: int) -> Rows:
-        own, available = causal._continue, few_rows.is_available
-        causal._continue, few_rows.is_available = compiled, lambda: False
+        own, available = (cycles._begin, cycles._cycles), few_rows.is_available
+        cycles._begin, cycles._cycles, few_rows.is_available = begin, run, lambda: False
         try:
             return way(prompts, tokens)
         finally:
-            causal._continue, few_rows.is_available = own, available
+            (cycles._begin, cycles._cycles), few_rows.is_available = own, available
 
     return generate
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difflm_jax.distributed.collectives import COLUMN_PARALLEL, ROW_PARALLEL
+from difflm_jax.distributed.collectives import COLUMN_PARALLEL, DATA, FSDP, ROW_PARALLEL, TENSOR, axes_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.ops import few_rows
@@ -15,9 +15,10 @@ from difflm_jax.quant.qtensor import QTensor
 _PROJECTIONS = (*COLUMN_PARALLEL, *ROW_PARALLEL)
 
 
-def stay_in_stacks(model: Transformer, rows: int) -> bool:
-    """Whether `ops.few_rows` serves passes of `model` over `rows` tokens on one device."""
-    return model.on_cpu and rows <= few_rows.MAX_ROWS and few_rows.is_available()
+def stay_in_stacks(model: Transformer, x: jax.Array, rows: int) -> bool:
+    """Whether `ops.few_rows` serves passes of `model` over `rows` tokens. `x`, which has them, is on one device."""
+    is_divided = axes_of(x, (DATA, FSDP, TENSOR)) != ()
+    return model.on_cpu and not is_divided and rows <= few_rows.MAX_ROWS and few_rows.is_available()
 
 
 def in_stacks(variables: dict[str, Any], config: ModelConfig, rows: int) -> dict[str, Any]:

@@ -48,12 +48,12 @@ class Decoder:
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
         params, lora = self.variables["params"], self.variables.get("lora")
-        in_place = self.reads_in_place(hidden.size // hidden.shape[-1])
+        in_place = self.reads_in_place(hidden, hidden.size // hidden.shape[-1])
         return head_logits(self.model.config, params, lora, self.model.mask_token_id, hidden, in_place)
 
-    def reads_in_place(self, rows: int) -> bool:
-        """Whether passes over `rows` tokens leave the weights in their stacks."""
-        return self.mesh is None and stay_in_stacks(self.model, rows)
+    def reads_in_place(self, x: jax.Array, rows: int) -> bool:
+        """Whether passes over `rows` tokens, of which `x` is made, leave the weights in their stacks."""
+        return self.mesh is None and stay_in_stacks(self.model, x, rows)
 
 
 def fill(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> Carry:
@@ -177,7 +177,7 @@ class _Runner:
         """Hidden states [B, T, D]; with `keep` also the collections that hold the keys and values."""
         decoder = self._decoder
         variables, mutable = {**decoder.variables, **dict(cached)}, ["cache"] if keep else False
-        if decoder.reads_in_place(tokens_BT.size):
+        if decoder.reads_in_place(tokens_BT, tokens_BT.size):
             variables = in_stacks(variables, decoder.model.config, tokens_BT.size)
         view = decoder.diffusion.view(rows, keys)
         return decoder.model.apply(variables, tokens_BT, rows.positions, view, None, window, mutable=mutable)

@@ -45,13 +45,13 @@ class ColumnModel:
     def predict(self, columns: Columns, rows: Rows, at_Bm: jax.Array | None = None) -> tuple[jax.Array, Columns]:
         """(float32 logits [B, N, V] of each row, keys and values of the rows); logits [B, m, V] of rows `at_Bm`."""
         count = rows.tokens.shape[1]
-        if self._prefers_two_rows and rows.tokens.size == 1:
+        if rows.tokens.size == 1 and self._prefers_two_rows(rows.tokens):
             rows = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1) if x.ndim > 1 else x, rows)
         hidden_BND, kept = self.states(columns, rows)
         hidden_BND = hidden_BND[:, :count]
         if at_Bm is not None:
             hidden_BND = jnp.take_along_axis(hidden_BND, at_Bm[:, :, None], axis=1)
-        in_place = stay_in_stacks(self.model, rows.tokens.size)
+        in_place = stay_in_stacks(self.model, rows.tokens, rows.tokens.size)
         return head_logits(self.model.config, self.variables["params"], None, None, hidden_BND, in_place), kept
 
     def write(self, columns: Columns, kept: Columns, starts_B: jax.Array) -> Columns:
@@ -92,10 +92,9 @@ class ColumnModel:
 
         return jax.lax.fori_loop(1, -(-length // chunk), one_chunk, whole)
 
-    @property
-    def _prefers_two_rows(self) -> bool:
+    def _prefers_two_rows(self, token_11: jax.Array) -> bool:
         # XLA's CPU backend multiplies one row of bfloat16 more slowly than two (SmolLM2-135M: 47 ms and 39 ms a pass).
-        return self.model.on_cpu and self.model.dtype == jnp.bfloat16 and not stay_in_stacks(self.model, 1)
+        return self.model.on_cpu and self.model.dtype == jnp.bfloat16 and not stay_in_stacks(self.model, token_11, 1)
 
     def states(self, columns: Columns | None, rows: Rows) -> tuple[jax.Array, Columns]:
         """(hidden states [B, N, D], keys and values) of the rows; without columns they see each other alone."""
@@ -112,7 +111,7 @@ class ColumnModel:
             variables |= self.variables
         elif rows.gate is not None:
             variables["lora"] = {name: leaf for name, leaf in self.variables["lora"].items() if name != "mask_row"}
-        if stay_in_stacks(self.model, rows.tokens.size):
+        if stay_in_stacks(self.model, rows.tokens, rows.tokens.size):
             variables = in_stacks(variables, self.model.config, rows.tokens.size)
         hidden, updated = self.model.apply(
             variables, rows.tokens, rows.positions, view, gate_BT=rows.gate, mutable=["rows"]

@@ -10,6 +10,7 @@ from difflm_jax.models.transformer import Transformer
 from difflm_jax.ops import few_rows
 from difflm_jax.quant.qtensor import QuantConfig, quantize
 from difflm_jax.sampling import causal
+from difflm_jax.sampling.batching import FillOptions
 from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.options import Sampling
 from tests.tiny import tiny_config, tiny_params
@@ -28,6 +29,7 @@ MIXTURE = tiny_config(
     head_dim=32,
     vocab_size=160,
 )  # two stacks: a dense layer, then sparse ones
+OPTIONS = FillOptions(Sampling(), batch_size=2)
 PROMPTS = [np.arange(3, 9), np.array([5, 8, 5, 8, 5, 11, 40])]
 
 
@@ -49,10 +51,10 @@ def decoder(dtype, quantization: str | None = None, config=CONFIG) -> Decoder:
 )
 def test_greedy_tokens_are_those_of_xla(quantization: str | None, config, monkeypatch) -> None:
     model = decoder(jnp.float32, quantization, config)
-    own = causal.continue_rows(model, PROMPTS, 12, Sampling(), batch_size=2)
+    own = causal.continue_rows(model, PROMPTS, 12, OPTIONS)
     monkeypatch.setattr(few_rows, "is_available", lambda: False)
-    causal._continue.clear_cache()
-    expected = causal.continue_rows(model, PROMPTS, 12, Sampling(), batch_size=2)
-    causal._continue.clear_cache()
+    jax.clear_caches()
+    expected = causal.continue_rows(model, PROMPTS, 12, OPTIONS)
+    jax.clear_caches()
     assert [row.tolist() for row in own.rows] == [row.tolist() for row in expected.rows]
     assert len({*map(int, np.concatenate(own.rows))}) > 3
