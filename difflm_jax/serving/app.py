@@ -92,7 +92,8 @@ class Server:
         return HTMLResponse(page, headers={"X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"})
 
     async def _health(self, _: HttpRequest) -> Response:
-        return JSONResponse({"status": "ok"})
+        alive = self.engine.is_alive
+        return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
 
     async def _ready(self, _: HttpRequest) -> Response:
         ready = self.engine.stats()["waiting"] < self.engine.options.queue

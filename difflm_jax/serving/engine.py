@@ -112,6 +112,11 @@ class Engine:
                     ticket.result()
                 rows *= 2
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no further requests and waits for those that it has; False if the time was too short."""
         with self._changed:

@@ -18,7 +18,7 @@ class ScriptedEngine:
         self, models: Mapping[str, Any], script: Callable[[Ticket], None], options: EngineOptions | None = None
     ):
         self.models, self.options = dict(models), options or EngineOptions()
-        self._script, self.tickets = script, []
+        self._script, self.tickets, self.is_alive = script, [], True
 
     def submit(self, request: Request) -> Ticket:
         ticket = Ticket(request)

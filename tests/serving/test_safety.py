@@ -202,6 +202,19 @@ def test_a_full_queue_says_when_to_come_again(tiny_lm):
             )
 
 
+def test_health_says_whether_the_engine_lives_and_ready_whether_it_has_room(tiny_lm):
+    with serving(ScriptedEngine({"tiny": tiny_lm}, answer)) as client:
+        assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 200)
+        client.engine.stats = lambda: {"waiting": client.engine.options.queue}
+        assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 503)
+        client.engine.is_alive = False
+        assert client.get("/health").status_code == 503
+    engine = Engine({"tiny": tiny_lm})
+    assert engine.is_alive
+    engine.close()
+    assert not engine.is_alive
+
+
 def test_a_request_that_fails_ends_alone(tiny_lm):
     def script(ticket):
         if ticket.request.max_new_tokens == 7:
