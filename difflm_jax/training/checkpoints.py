@@ -243,8 +243,14 @@ class Checkpoints:
 
         A process that an error ends calls it alone. The end of a phase has settled before.
         """
-        with self._errors("a checkpoint could not be written"):
+        try:
             self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # which must not hide the one that ends the process
+            print(f"{self._directory}: checkpoint {self._writing} could not be written ({_reason(error)})", flush=True)
+            with contextlib.suppress(OSError, ValueError):
+                self._manager.close()
+            return
+        with self._errors("a checkpoint could not be written"):
             self._manager.close()
 
     def _first_whole(self, choose: Callable[[], int | None], abstract_state: Tree) -> Restored | None:

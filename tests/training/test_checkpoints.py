@@ -206,6 +206,19 @@ def test_a_directory_that_cannot_be_is_said_by_name(tmp_path, capfd):
             assert not thread.is_alive()
 
 
+def test_a_save_that_failed_does_not_hide_the_error_that_ends_the_process(tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path / "ck", keep=2)
+    checkpoints.save(1, _state())
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    checkpoints._manager.wait_until_finished = full
+    with pytest.raises(UserError, match="what ended it"), contextlib.closing(checkpoints):
+        raise UserError("what ended it")
+    assert "ck: checkpoint 1 could not be written ([Errno 28] No space left on device)" in capfd.readouterr().out
+
+
 def test_orbax_says_nothing(tmp_path, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     logging.getLogger("absl").setLevel(logging.DEBUG)  # as under absl's own command-line runner
