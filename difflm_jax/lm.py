@@ -207,7 +207,7 @@ class LanguageModel:
         over devices are not observed: it then gets the whole answer at the end.
         An adapter that drafts (`objective=draft`) decodes speculatively: at temperature 0 the tokens are those of
         `base().generate`, above it they are distributed as its draws; `steps` has no effect. So are those of other
-        models with `verify="base"` (attention "prefix" or "block").
+        models with `verify="base"` (attention "prefix", "block" or "causal_context").
         """
         rows = self.prompts.all(as_list(prompts))
         if algorithm is None and grammar is not None and not grammar.is_regular and self.attention != "causal":

@@ -12,7 +12,7 @@ from typing import Any
 
 from flax import struct
 
-from difflm_jax.diffusion.config import BLOCK_RULES
+from difflm_jax.diffusion.config import BLOCK_RULES, PROMPT_RULES
 from difflm_jax.errors import UserError
 from difflm_jax.sampling.confidence import CONFIDENCES
 from difflm_jax.sampling.drafts import STRATEGIES
@@ -93,7 +93,7 @@ _OF_DRAFTING = ("strategy", "draft_length", "lookup")
 _DRAWING = ("temperature", "top_p", "top_k", "eos_penalty", "stop_at_eos")
 _WITH_DRAFTING = (*_OF_DRAFTING, *_DRAWING, "algorithm", "schedule")
 _WITH_VERIFY = ("verify", "draft_length", "draft_passes", *_DRAWING)
-VERIFIED_RULES = ("prefix", "block")  # under which the keys of a prompt do not depend on what follows it
+VERIFIED_RULES = PROMPT_RULES  # the keys of a prompt do not depend on what follows it
 # Options that override an adapter's preset; only the preset's algorithm is kept.
 _INSTEAD_OF_PRESETS = {"algorithm", "schedule", "factor", "entropy_bound", "remask", "alg_temp", "eos_last"}
 

@@ -3,10 +3,10 @@
 A cycle of `DiffusionLoop` fills a block of masks after the known text by diffusion passes; then the base verifies the
 block in one pass, and keeps its longest equal prefix with one token of its own.
 
-To the drafter the known text is a prompt. Under the attention rules "prefix" and "block" a prompt's keys and values
-depend on nothing that follows it. So both caches are exact: a draft runs the tokens that are new since the last one and
-the masks. Drafts are not drawn but the most probable tokens, whatever the temperature: the base draws, and accepts a
-draft where its own draw is the same.
+To the drafter the known text is a prompt. Under the attention rules "prefix", "block" and "causal_context" a prompt's
+keys and values depend on nothing that follows it. So both caches are exact: a draft runs the tokens that are new since
+the last one and the masks. Drafts are not drawn but the most probable tokens, whatever the temperature: the base draws,
+and accepts a draft where its own draw is the same.
 """
 
 import dataclasses

@@ -163,6 +163,19 @@ def test_nemotrons_finished_blocks_join_the_causal_context(nemotron, cache):
     assert any(a.tolist() != b.tolist() for a, b in zip(out.tokens, as_block.tokens, strict=True))  # the rule matters
 
 
+def test_nemotron_verifies_its_own_blocks_and_writes_what_transformers_writes(nemotron):
+    """Its linear self-speculation: the text is that of the same weights decoded from left to right."""
+    model, directory = nemotron
+    lm = difflm_jax.load(directory, dtype="float32")
+    prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :3].tolist()]
+    out = lm.generate(prompts, max_new_tokens=10, verify="base")
+    limits = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    for prompt, found in zip(prompts, out.tokens, strict=True):
+        tokens = torch.tensor([prompt])
+        expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), **limits)[0, len(prompt) :].tolist()
+        assert found.tolist() == expected
+
+
 def test_likelihood_under_a_causal_context_is_that_of_its_training_mask(nemotron):
     """The published mask of training: a noisy block sees itself and the clean tokens before it, which are causal."""
     length, block = 12, 3
