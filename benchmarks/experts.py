@@ -129,7 +129,7 @@ def _products(options: argparse.Namespace) -> None:
         sizes = jnp.bincount(chosen, length=experts)
         rows = jax.random.normal(jax.random.key(2), (len(chosen), hidden))
         ways = {
-            "loop over groups": (grouped_matmul, rows, w, sizes),
+            "loop over groups": (lambda x, w, sizes: grouped_matmul(x, [w], sizes), rows, w, sizes),
             "jax.lax.ragged_dot": (
                 lambda x, w, sizes: jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), sizes),
                 rows,

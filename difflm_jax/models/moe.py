@@ -4,6 +4,7 @@ Tokens are sorted by expert, so that the rows of each are together (`ops.grouped
 divided over `tensor`, a device computes what its own experts give to all tokens, and the results are summed.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -53,24 +54,46 @@ def within_groups(scores_MX: jax.Array, groups: int, per_token: int) -> jax.Arra
 
 
 class GroupedLinear(nn.Module):
-    """A projection [X, out, in] of sorted rows, each with the weight of its expert, and its low-rank update."""
+    """A projection [X, out, in] of sorted rows, each with the weight of its expert; see `projected`."""
 
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, rows: jax.Array, sizes_X: jax.Array, gate: jax.Array | None) -> jax.Array:
-        y = grouped_matmul(rows, gathered_experts(self.variable("params", "weight", stored).value), sizes_X)
-        if self.lora is not None and self.has_variable("lora", "lora_A"):
-            low = grouped_matmul(rows, self.get_variable("lora", "lora_A"), sizes_X)
-            if gate is not None:
-                low = jnp.where(gate, low, jnp.zeros((), low.dtype))
+    def __call__(self, y: jax.Array, low: jax.Array | None, sizes_X: jax.Array) -> jax.Array:
+        """`y`, the product with the weight, plus the low-rank update of the inner values `low`, and the bias."""
+        if low is not None:
             low = kept(low * jnp.asarray(self.lora.scaling, low.dtype), LOW_RANK)
-            y = y + grouped_matmul(low, self.get_variable("lora", "lora_B"), sizes_X)
+            y = y + grouped_matmul(low, [self.get_variable("lora", "lora_B")], sizes_X)[0]
         if self.has_variable("params", "bias"):
             bias_XF = gathered_experts(floats_of(self.variable("params", "bias", stored).value))
-            of_row = jnp.repeat(jnp.arange(len(bias_XF)), sizes_X, total_repeat_length=len(rows))
+            of_row = jnp.repeat(jnp.arange(len(bias_XF)), sizes_X, total_repeat_length=len(y))
             y = y + bias_XF[of_row].astype(y.dtype)
         return kept(y, PROJECTION)
+
+    def weight(self) -> Any:
+        return gathered_experts(self.get_variable("params", "weight"))
+
+    def down_factor(self) -> jax.Array | None:
+        """The factor that reads the input; None where experts are not adapted."""
+        is_adapted = self.lora is not None and self.has_variable("lora", "lora_A")
+        return self.get_variable("lora", "lora_A") if is_adapted else None
+
+
+def projected(
+    projections: Sequence[GroupedLinear], rows: jax.Array, sizes_X: jax.Array, gate: jax.Array | None
+) -> list[jax.Array]:
+    """The results of `projections`, which share their rows; `gate` [M, R or 1] turns the low-rank updates off."""
+    products = grouped_matmul(rows, [projection.weight() for projection in projections], sizes_X)
+    factors = [projection.down_factor() for projection in projections]
+    adapted = [factor for factor in factors if factor is not None]
+    lows = iter(grouped_matmul(rows, adapted, sizes_X) if adapted else ())
+    found = []
+    for projection, y, factor in zip(projections, products, factors, strict=True):
+        low = None if factor is None else next(lows)
+        if low is not None and gate is not None:
+            low = jnp.where(gate, low, jnp.zeros((), low.dtype))
+        found.append(projection(y, low, sizes_X))
+    return found
 
 
 class RoutedExperts(nn.Module):
@@ -96,8 +119,8 @@ class RoutedExperts(nn.Module):
         sizes_X = jnp.bincount(here, length=count).astype(jnp.int32)
         rows = _permuted(jnp.repeat(x_MD, experts.per_token, axis=0), order, back)
         gates = None if gate_MR is None else jnp.repeat(gate_MR, experts.per_token, axis=0)[order]
-        inner = _activated(self.config, *(each(rows, sizes_X, gates).astype(jnp.float32) for each in (gate, up)))
-        y = down(inner.astype(x_MD.dtype), sizes_X, gates)
+        inner = _activated(self.config, *(y.astype(jnp.float32) for y in projected([gate, up], rows, sizes_X, gates)))
+        y = projected([down], inner.astype(x_MD.dtype), sizes_X, gates)[0]
         y_MKD = _permuted(y, back, order).reshape(*chosen_MK.shape, -1)
         is_here = (here < count).reshape(chosen_MK.shape)
         weights_MK = jnp.where(is_here, weights_MK, 0)

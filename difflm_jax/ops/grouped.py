@@ -6,11 +6,12 @@ the groups that have rows, and runs each in blocks.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from difflm_jax.distributed.collectives import varying_with
 from difflm_jax.ops.gradients import is_differentiated, values
@@ -23,70 +24,96 @@ _RESTS = 4  # blocks of that fraction take what is left of a group, so that less
 Weight = Any  # array or QTensor [X, out, in]
 
 
-def grouped_matmul(rows: jax.Array, w: Weight, sizes_X: jax.Array) -> jax.Array:
-    """Rows [M, in], the first `sizes_X[0]` of them times `w[0]` [out, in], the next ones times `w[1]`, ...: [M, out].
+def grouped_matmul(rows: jax.Array, weights: Sequence[Weight], sizes_X: jax.Array) -> list[jax.Array]:
+    """Rows [M, in] times each of `weights`: a list of [M, out], made in one loop.
 
-    Sums are made in float32 and rounded to the dtype of `rows`. Rows after the last group give zeros. `w` has a
-    gradient if it is differentiated, in its own dtype; a frozen one may be quantised, and one group of it is decoded at
-    a time.
+    The first `sizes_X[0]` rows are multiplied by `w[0]` [out, in], the next ones by `w[1]`, ...; rows after the last
+    group give zeros. Sums are made in float32 and rounded to the dtype of `rows`. A weight has a gradient if it is
+    differentiated, in its own dtype; a frozen one may be quantised, and one group of it is decoded at a time.
     """
-    w = w if isinstance(w, QTensor) else varying_with(w, rows)
-    rows = varying_with(rows, w)
-    return _product(rows, w, varying_with(sizes_X, rows))
+    weights = tuple(w if isinstance(w, QTensor) else varying_with(w, rows) for w in weights)
+    rows = varying_with(rows, weights)
+    return list(_products(rows, weights, varying_with(sizes_X, rows)))
 
 
 @jax.custom_vjp
-def _product(rows: jax.Array, w: Weight, sizes_X: jax.Array) -> jax.Array:
-    return _grouped(rows, w, sizes_X, transposed=False)
+def _products(rows: jax.Array, weights: tuple[Weight, ...], sizes_X: jax.Array) -> tuple[jax.Array, ...]:
+    return _grouped((rows,), weights, sizes_X, transposed=False)
 
 
-def _forward(rows, w, sizes_X):
-    is_trained = is_differentiated(w)
-    rows, w, sizes_X = values(rows, w, sizes_X)
-    return _product(rows, w, sizes_X), (rows if is_trained else None, w, sizes_X)
+def _forward(rows, weights, sizes_X):
+    is_trained = [is_differentiated(w) for w in weights]
+    rows, weights, sizes_X = values(rows, weights, sizes_X)
+    saved = tuple(rows if trained else None for trained in is_trained)
+    return _products(rows, weights, sizes_X), (saved, weights, sizes_X)
 
 
-def _backward(saved, gradient):
-    rows, w, sizes_X = saved
-    of_rows = _grouped(gradient, w, sizes_X, transposed=True)
-    return of_rows, None if rows is None else _weight_gradient(gradient, rows, w, sizes_X), None
+def _backward(saved, gradients):
+    rows, weights, sizes_X = saved
+    gradients = tuple(jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g for g in gradients)
+    of_weights = tuple(
+        None if x is None else _weight_gradient(gradient, x, w, sizes_X)
+        for gradient, x, w in zip(gradients, rows, weights, strict=True)
+    )
+    return _grouped(gradients, weights, sizes_X, transposed=True)[0], of_weights, None
 
 
-_product.defvjp(_forward, _backward, symbolic_zeros=True)
+_products.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _grouped(rows: jax.Array, w: Weight, sizes_X: jax.Array, transposed: bool) -> jax.Array:
-    """The product with each weight, or with its transpose."""
+def _grouped(
+    rows: tuple[jax.Array, ...], weights: tuple[Weight, ...], sizes_X: jax.Array, transposed: bool
+) -> tuple[jax.Array, ...]:
+    """The products of the one array of rows; `transposed`: the one sum of each array times its transposed weight."""
     return jax.lax.platform_dependent(
         rows,
-        w,
+        weights,
         sizes_X,
         tpu=functools.partial(_by_instruction, transposed),
         default=functools.partial(_by_loop, transposed),
     )
 
 
-def _by_instruction(transposed: bool, rows: jax.Array, w: Weight, sizes_X: jax.Array) -> jax.Array:
-    w = dense(w, rows.dtype)
-    y = jax.lax.ragged_dot(
-        rows, w if transposed else jnp.swapaxes(w, 1, 2), sizes_X, preferred_element_type=jnp.float32
-    )
-    return _of_groups(y.astype(rows.dtype), sizes_X)
+def _by_instruction(
+    transposed: bool, rows: tuple[jax.Array, ...], weights: tuple[Weight, ...], sizes_X: jax.Array
+) -> tuple[jax.Array, ...]:
+    dtype = rows[0].dtype
+
+    def product(x: jax.Array, w: Weight) -> jax.Array:
+        w = dense(w, dtype)
+        w = w if transposed else jnp.swapaxes(w, 1, 2)
+        return jax.lax.ragged_dot(x, w, sizes_X, preferred_element_type=jnp.float32)
+
+    if transposed:
+        found = (sum(product(x, w) for x, w in zip(rows, weights, strict=True)),)
+    else:
+        found = tuple(product(rows[0], w) for w in weights)
+    return tuple(_of_groups(y.astype(dtype), sizes_X) for y in found)
 
 
-def _by_loop(transposed: bool, rows: jax.Array, w: Weight, sizes_X: jax.Array) -> jax.Array:
-    block = _block(len(rows), len(sizes_X))
-    padded = jnp.pad(rows, ((0, block), (0, 0)))
-    over = (1, 0 if transposed else 1)
+def _by_loop(
+    transposed: bool, rows: tuple[jax.Array, ...], weights: tuple[Weight, ...], sizes_X: jax.Array
+) -> tuple[jax.Array, ...]:
+    length, dtype = len(rows[0]), rows[0].dtype
+    block = _block(length, len(sizes_X))
+    padded = [jnp.pad(x, ((0, block), (0, 0))) for x in rows]
 
-    def one_block(weight, group, at, count, end, result):
-        y = _dot(jax.lax.dynamic_slice_in_dim(padded, at, count), weight, over).astype(rows.dtype)
+    def one_block(dense_weights, group, at, count, end, results):
+        parts = [jax.lax.dynamic_slice_in_dim(x, at, count) for x in padded]
+        if transposed:
+            products = [sum(_dot(x, w, (1, 0)) for x, w in zip(parts, dense_weights, strict=True))]
+        else:
+            products = [_dot(parts[0], w, (1, 1)) for w in dense_weights]
         # What is written beyond the group is overwritten by the next one.
-        return jax.lax.dynamic_update_slice_in_dim(result, y, at, axis=0)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(result, y.astype(dtype), at, axis=0)
+            for result, y in zip(results, products, strict=True)
+        )
 
-    zeros = jnp.zeros((len(padded), w.shape[2 if transposed else 1]), rows.dtype)
-    result = _over_groups(w, rows.dtype, sizes_X, block, one_block, varying_with(zeros, (rows, w)))
-    return _of_groups(result[: len(rows)], sizes_X)
+    widths = [weights[0].shape[2]] if transposed else [w.shape[1] for w in weights]
+    zeros = tuple(varying_with(jnp.zeros((length + block, width), dtype), (rows, weights)) for width in widths)
+    results = _over_groups(weights, dtype, sizes_X, block, one_block, zeros)
+    return tuple(_of_groups(result[:length], sizes_X) for result in results)
 
 
 def _weight_gradient(gradient: jax.Array, rows: jax.Array, w: jax.Array, sizes_X: jax.Array) -> jax.Array:
@@ -101,25 +128,25 @@ def _weight_gradient(gradient: jax.Array, rows: jax.Array, w: jax.Array, sizes_X
         return jax.lax.dynamic_update_index_in_dim(result, own + _dot(dy, x, (0, 0)), group, axis=0)
 
     zeros = varying_with(jnp.zeros(w.shape, jnp.float32), (rows, gradient, w))
-    return _over_groups(None, None, sizes_X, block, one_block, zeros).astype(w.dtype)
+    return _over_groups((), None, sizes_X, block, one_block, zeros).astype(w.dtype)
 
 
 def _over_groups(
-    w: Weight | None, dtype: Any, sizes_X: jax.Array, block: int, one_block: Callable[..., jax.Array], result: jax.Array
-) -> jax.Array:
-    """`result` after `one_block(weight, group, first row, rows, end of the group, result)` of every block, in order."""
+    weights: tuple[Weight, ...], dtype: Any, sizes_X: jax.Array, block: int, one_block: Callable[..., Any], result: Any
+) -> Any:
+    """`result` after `one_block(weights, group, first row, rows, end of the group, result)` of every block in order."""
     ends = jnp.cumsum(sizes_X)
     with_rows = jnp.argsort(sizes_X == 0, stable=True)
 
     def one_group(index, result):
         group = with_rows[index]
-        own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group, keepdims=False), w)
-        weight = None if w is None else dense(own, dtype)
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group, keepdims=False), weights)
+        dense_weights = [dense(w, dtype) for w in own]
         end, start = ends[group], ends[group] - sizes_X[group]
 
         def blocks(first, count, number, result):
             def body(index, result):
-                return one_block(weight, group, first + index * count, count, end, result)
+                return one_block(dense_weights, group, first + index * count, count, end, result)
 
             return jax.lax.fori_loop(0, number, body, result)
 

@@ -29,17 +29,19 @@ def arrays():
 
 @jax.jit
 def product_and_gradients(rows, w, sizes, direction):
-    y, back = jax.vjp(lambda rows, w: grouped_matmul(rows, w, sizes), rows, w)
-    return y, *back(direction)
+    """Of `w` next to a weight that is not differentiated."""
+    (y, other), back = jax.vjp(lambda rows, w: grouped_matmul(rows, [w, 2 * jax.lax.stop_gradient(w)], sizes), rows, w)
+    return y, other, *back([direction, direction])
 
 
 def test_each_group_of_rows_has_its_own_weight_and_both_have_gradients(arrays):
     rows, w = arrays
     direction = np.random.default_rng(1).normal(size=(ROWS, OUT)).astype(np.float32)
     for sizes in SIZES:
-        y, of_rows, of_w = product_and_gradients(rows, w, jnp.array(sizes), direction)
+        y, other, of_rows, of_w = product_and_gradients(rows, w, jnp.array(sizes), direction)
         np.testing.assert_allclose(y, expected(rows, w, sizes), atol=2e-5)
-        np.testing.assert_allclose(of_rows, expected(direction, np.swapaxes(w, 1, 2), sizes), atol=2e-5)
+        np.testing.assert_allclose(other, 2 * y, atol=2e-5)
+        np.testing.assert_allclose(of_rows, 3 * expected(direction, np.swapaxes(w, 1, 2), sizes), atol=6e-5)
         for group, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
             own = slice(end - size, end)
             np.testing.assert_allclose(of_w[group], direction[own].T @ rows[own], atol=2e-5)
@@ -49,5 +51,5 @@ def test_each_group_of_rows_has_its_own_weight_and_both_have_gradients(arrays):
 def test_quantised_weights_are_decoded_group_by_group(arrays, form):
     rows, w = arrays
     stored = jax.vmap(lambda each: quantize(each, QuantConfig(form, 16)))(jnp.asarray(w))
-    y = jax.jit(grouped_matmul)(rows, stored, jnp.array(SIZES[0]))
+    y = jax.jit(grouped_matmul)(rows, [stored], jnp.array(SIZES[0]))[0]
     np.testing.assert_allclose(y, expected(rows, np.asarray(dequantize(stored, jnp.float32)), SIZES[0]), atol=2e-5)
