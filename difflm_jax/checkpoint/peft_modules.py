@@ -108,8 +108,8 @@ def adapted_modules(config: ModelConfig, lora_config: LoraConfig) -> tuple[PeftM
 def peft_targets(config: ModelConfig, lora_config: LoraConfig) -> dict[str, list[str]]:
     """`target_modules` and `target_parameters` of an adapter of ours.
 
-    PEFT 0.21.2 takes `gate_proj`, `up_proj` and `down_proj` among the modules of a model with experts for the routed
-    ones, whatever comes before these names. Those of dense layers and shared experts are named as parameters there.
+    PEFT 0.21.2 takes `gate_proj`, `up_proj` and `down_proj` among the modules of most models with experts for the
+    routed ones, whatever comes before these names. Those of dense layers and shared experts are named as parameters there.
     """
     modules, parameters = set(), set()
     for module in adapted_modules(config, lora_config):
