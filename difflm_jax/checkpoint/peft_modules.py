@@ -109,7 +109,7 @@ def peft_targets(config: ModelConfig, lora_config: LoraConfig) -> dict[str, list
     """`target_modules` and `target_parameters` of an adapter of ours.
 
     PEFT 0.21.2 takes `gate_proj`, `up_proj` and `down_proj` among the modules of most models with experts for the
-    routed ones, whatever comes before these names. Those of dense layers and shared experts are named as parameters there.
+    routed ones, whatever comes before these names. So those of dense layers and shared experts are named as parameters.
     """
     modules, parameters = set(), set()
     for module in adapted_modules(config, lora_config):
