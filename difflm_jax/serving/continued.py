@@ -13,6 +13,7 @@ import numpy as np
 
 from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
+from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.causal import PLAIN, drafting_of
 from difflm_jax.sampling.columns import ColumnModel, Columns
 from difflm_jax.sampling.drafts import Drafting, Drafts
@@ -42,6 +43,8 @@ class ContinuedRow(Row):
     def __init__(self, lm: LanguageModel, request: Request):
         is_speculative = request.sampling.algorithm == SPECULATIVE
         self.drafting = drafting_of(lm.diffusion, request.sampling, request.block_length) if is_speculative else PLAIN
+        if not is_speculative:  # refuses what `generate` does
+            answer_plan(lm.diffusion, request.max_new_tokens, request.steps, request.block_length, request.sampling)
         if request.logprobs is not None:  # they follow a chain
             self.drafting = dataclasses.replace(self.drafting, beside=0)
         if request.logprobs is not None and self.drafting.strategy == "tree":

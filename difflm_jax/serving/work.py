@@ -65,7 +65,8 @@ class Work:
             return self.ended("failed", row.final(), row.error)
         reason = self.why_to_cancel()
         if reason is not None:
-            return self.ended("cancelled", row.final(), reason)
+            final = row.final()
+            return self.ended("cancelled", final if request.infill else self._up_to_end(final), reason)
         if request.infill:
             return self.ended("stop", row.answer()) if row.done else self._tell(row.final())
         final = row.answer() if row.done else row.final()
@@ -122,6 +123,9 @@ class Work:
                 stop in self._decode(final) for stop in self._stops
             )
         return cut_answer(final, self._ends, self._stops, self._decode)[1] if ends else None
+
+    def _up_to_end(self, final: np.ndarray) -> np.ndarray:
+        return cut_answer(final, self._ends, (), self._decode)[1]
 
     def _stops_in(self, tokens: np.ndarray) -> bool:
         text = self._decode(tokens)
