@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -218,7 +219,8 @@ void InChunks(ffi::ThreadPool pool, int64_t count, int64_t chunk, F part) {
   const int64_t helpers = std::min(pool.num_threads(), chunks) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
   work();
-  while (state->done.load(std::memory_order_acquire) < chunks) std::atomic_signal_fence(std::memory_order_seq_cst);
+  for (int turns = 0; state->done.load(std::memory_order_acquire) < chunks; ++turns)
+    if (turns > 1000) std::this_thread::yield();  // a helper has lost its core
 }
 
 template <typename Format>
