@@ -32,7 +32,7 @@ def waiting(*arguments):
 run.check_kernel = waiting
 sys.exit(command(sys.argv[3:]))
 """
-SHORT = ("--config.phases=sft", "--config.max_steps=1", "--config.sample_prompts=0")
+SHORT = ("--config.phases=sft", "--config.max_steps=1")
 
 
 @pytest.mark.slow
