@@ -10,7 +10,7 @@ import numpy as np
 
 from difflm_jax.sampling.text import cut_answer, stop_strings
 from difflm_jax.serving.asking import Asked
-from difflm_jax.serving.requests import Finished, TokenProbability
+from difflm_jax.serving.requests import Event, Finished, TokenProbability
 from difflm_jax.serving.schemas import ChatRequest
 from difflm_jax.serving.tools import Call, parse_calls
 from difflm_jax.view.pieces import Pieces
@@ -130,15 +130,21 @@ def _chat_choice(asked: Asked, index: int, answer: Answer) -> dict[str, Any]:
         message |= {"content": answer.text or None, "tool_calls": message_calls(answer.calls)}
     said = None
     if asked.requests[index].logprobs is not None:
-        said = chat_logprobs(asked, answer.finished.logprobs)
+        said = chat_logprobs(asked, scored(asked, index, answer.finished))
     return {"index": index, "message": message, "finish_reason": answer.reason, "logprobs": said}
 
 
 def _text_choice(asked: Asked, index: int, answer: Answer) -> dict[str, Any]:
     said = None
     if asked.requests[index].logprobs is not None:
-        said = text_logprobs(asked, answer.finished.logprobs)
+        said = text_logprobs(asked, scored(asked, index, answer.finished))
     return {"index": index, "text": answer.text, "finish_reason": answer.reason, "logprobs": said}
+
+
+def scored(asked: Asked, index: int, event: Event) -> Sequence[TokenProbability]:
+    """The probabilities of what choice `index` shows; of an infilled canvas those of its gap."""
+    gap = asked.gaps[index]
+    return event.logprobs if gap is None else event.logprobs[gap]
 
 
 def chat_logprobs(asked: Asked, found: Sequence[TokenProbability]) -> dict[str, Any]:
@@ -161,13 +167,15 @@ def chat_logprobs(asked: Asked, found: Sequence[TokenProbability]) -> dict[str, 
 def text_logprobs(asked: Asked, found: Sequence[TokenProbability], first: int = 0) -> dict[str, Any]:
     """The same in the older form, of the tokens from `first` on; `found` begins with the answer."""
     pieces = Pieces(asked.lm.tokenizer, asked.lm.mask_token_id)
-    shown = [one for one in found if one.token not in asked.lm.eos_token_ids]
-    tokens = np.array([one.token for one in shown], np.int32)
-    texts = [decoded(asked, tokens[:place]) for place in range(first, len(shown))]
+    before, new = (
+        [one for one in part if one.token not in asked.lm.eos_token_ids] for part in (found[:first], found[first:])
+    )
+    tokens = np.array([one.token for one in (*before, *new)], np.int32)
+    texts = [decoded(asked, tokens[:place]) for place in range(len(before), len(tokens))]
     return {
-        "tokens": [pieces(one.token) for one in shown[first:]],
-        "token_logprobs": [_finite(one.logprob) for one in shown[first:]],
-        "top_logprobs": [{pieces(token): _finite(value) for token, value in one.candidates} for one in shown[first:]],
+        "tokens": [pieces(one.token) for one in new],
+        "token_logprobs": [_finite(one.logprob) for one in new],
+        "top_logprobs": [{pieces(token): _finite(value) for token, value in one.candidates} for one in new],
         "text_offset": [len(text.rstrip("\N{REPLACEMENT CHARACTER}")) for text in texts],
     }
 

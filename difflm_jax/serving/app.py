@@ -96,7 +96,7 @@ class Server:
         return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
 
     async def _ready(self, _: HttpRequest) -> Response:
-        ready = self.engine.stats()["waiting"] < self.engine.options.queue
+        ready = self.engine.is_alive and self.engine.stats()["ready"]
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     async def _metrics(self, _: HttpRequest) -> Response:

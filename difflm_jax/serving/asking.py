@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.grammar.grammar import Grammar
-from difflm_jax.sampling.options import SPECULATIVE, Sampling, sampling_options
+from difflm_jax.sampling.options import SPECULATIVE, Sampling, left_of_preset, of_sampling, sampling_options
 from difflm_jax.serving.constraints import grammar_of
 from difflm_jax.serving.options import ServeOptions
 from difflm_jax.serving.prompts import canvas_tokens, chat_text, chat_tokens, prompt_tokens
@@ -20,6 +21,7 @@ from difflm_jax.serving.schemas import BadRequestError, ChatRequest, CompletionR
 from difflm_jax.serving.tools import TOOL_CALL
 
 _SEEDS = 2**31
+_MOST_DIGITS = 10  # of a token; Python refuses to read thousands
 _OF_ALL = ("temperature", "top_p", "top_k", "repetition_penalty", "eos_penalty")  # options of every way to decode
 
 
@@ -111,7 +113,7 @@ class _Asking:
             infill=gap is not None,
             max_new_tokens=length,
             steps=self._steps(sampling, length, gap),
-            block_length=None if gap is not None else diffusion.block_length or self.options.block_length,
+            block_length=None if gap is not None else self._block_length(length),
             seed=self.seed,
             copy=copy,
             stop=self.body.stops,
@@ -131,14 +133,31 @@ class _Asking:
         )
 
     def _sampling(self) -> Sampling:
+        try:
+            return sampling_options(
+                self.lm.attention, self.lm.algorithm, {**of_sampling(self._preset), **self._given_options}
+            )
+        except UserError as error:
+            raise BadRequestError(f"diffusion: {error}", "diffusion") from error
+
+    @functools.cached_property
+    def _given_options(self) -> dict[str, Any]:
+        """The options of decoding of the server's flags, and of the body, which replaces them."""
         defaults = self.options.sampling
         if self._is_causal:  # the flags of the server are meant for the model that fills masks
             defaults = {name: value for name, value in defaults.items() if name in _OF_ALL}
-        given = {**defaults, **self.body.sampling()}
-        try:
-            return sampling_options(self.lm.attention, self.lm.algorithm, given)
-        except UserError as error:
-            raise BadRequestError(f"diffusion: {error}", "diffusion") from error
+        return {**defaults, **self.body.sampling()}
+
+    @functools.cached_property
+    def _preset(self) -> dict[str, Any]:
+        """What `difflm tune` chose, as `generate` takes it, but for caches that are not exact."""
+        preset = left_of_preset(self.lm.diffusion.preset_options, self._given_options)
+        return {name: value for name, value in preset.items() if name != "cache"}
+
+    def _block_length(self, length: int) -> int | None:
+        asked = self.body.diffusion.block_length or self.options.block_length
+        tuned = self._preset.get("block_length")
+        return asked or (tuned if tuned and length % tuned == 0 else None)
 
     def _length(self, tokens: np.ndarray, gap: slice | None) -> int:
         """Tokens of the answer. Raises `BadRequestError` if they do not fit next to the prompt."""
@@ -185,9 +204,12 @@ class _Asking:
     def _steps(self, sampling: Sampling, length: int, gap: slice | None) -> int:
         """The budget of forward passes: as asked for, else one for each place. Raises `BadRequestError`."""
         diffusion, defaults = self.body.diffusion, self.options
-        block_length = diffusion.block_length or defaults.block_length
+        block_length = None if gap else self._block_length(length)
         block = block_length or self.lm.diffusion.decoding_block or 1
         steps = diffusion.steps or (not self._is_causal and defaults.steps) or -(-length // block) * block
+        if "tokens_per_pass" in self._preset and not (gap or diffusion.steps or defaults.steps):
+            tuned = -(-length // self._preset["tokens_per_pass"])
+            steps = max(tuned, self.lm.diffusion.fewest_passes(length, block_length))
         if gap is None and sampling.algorithm != SPECULATIVE:
             try:
                 answer_plan(self.lm.diffusion, length, steps, block_length, sampling)
@@ -195,7 +217,7 @@ class _Asking:
                 raise BadRequestError(f"diffusion: {error}", "diffusion") from error
         if gap is not None and self.lm.diffusion.gated:
             raise BadRequestError("suffix: this model drafts the next tokens of a text; it fills no gaps", "suffix")
-        if gap is not None and (block_length or self.body.stops):
+        if gap is not None and (diffusion.block_length or self.body.stops):
             what = "stop" if self.body.stops else "diffusion.block_length"
             raise BadRequestError(f"{what}: has no meaning for an infilling, which fills every mask", what)
         return steps
@@ -203,7 +225,8 @@ class _Asking:
     def _logit_bias(self) -> tuple[tuple[int, float], ...]:
         biases = []
         for token, bias in (self.body.logit_bias or {}).items():
-            if not token.isascii() or not token.isdigit() or int(token) >= self.lm.config.vocab_size:
+            is_number = token.isascii() and token.isdigit() and len(token) <= _MOST_DIGITS
+            if not is_number or int(token) >= self.lm.config.vocab_size:
                 raise BadRequestError(
                     f"logit_bias: {token[:20]!r} is not a token below {self.lm.config.vocab_size}", "logit_bias"
                 )

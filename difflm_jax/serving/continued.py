@@ -124,7 +124,8 @@ class Continued(Table):
                 carry, errors = kept_by(carry, np.asarray(before), matchers, self._weights.decoder.eos_token_ids)
                 self._fail(errors)
             if self.candidates() is not None:
-                found.append((before, _probabilities(carry.tokens, before, logits, self.candidates())))
+                new = carry.lengths - before  # a pass that verifies appends further ones
+                found.append((before, new, _probabilities(carry.tokens, before, logits, self.candidates())))
             failed |= np.asarray(rows_with_nan(logits)) & ~np.asarray(before_done)
         self._drafts = carry.drafts
         self._take(jax.device_get(carry.replace(drafts=None)), jax.device_get(found), failed)
@@ -174,11 +175,10 @@ class Continued(Table):
             row.verified, row.accepted = int(carry.verified[slot]), carry.accepted[slot]
             if work.request.logprobs is None:
                 continue
-            for before, probabilities in found:
-                for place in range(min(length - int(before[slot]), probabilities[0].shape[1])):
-                    at, token = (slot, place), row.tokens[before[slot] + place]
-                    if len(row.logprobs) < length - row.prompt:
-                        row.logprobs += (token_probability(work, token, probabilities, at),)
+            for before, new, probabilities in found:
+                for place in range(int(new[slot])):
+                    token = row.tokens[before[slot] + place]
+                    row.logprobs += (token_probability(work, token, probabilities, (slot, place)),)
 
     def _carry(self) -> Carry:
         tokens = np.zeros((len(self.slots), self._room), np.int32)

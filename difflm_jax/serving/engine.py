@@ -70,7 +70,7 @@ class Engine:
         with self._changed:
             if not self._accepts:
                 raise Busy("the server is shutting down", retry_after=30.0)
-            if len(self._waiting) >= self.options.queue:
+            if not self._has_room():
                 raise Busy(f"{len(self._waiting)} requests are waiting already", retry_after=self._guess())
             self._counts["requests"] += 1
             self._waiting.append(work)
@@ -87,6 +87,7 @@ class Engine:
         with self._changed:
             return {
                 **self._counts,
+                "ready": self._accepts and self._has_room(),
                 "waiting": len(self._waiting),
                 "running": len(self._running),
                 "batches": dict(self._batches),
@@ -103,7 +104,7 @@ class Engine:
             sampling = sampling_options(lm.attention, lm.algorithm, {})
             request = Request(name, np.array([lm.pad_token_id], np.int32), sampling)
             rows = 1
-            while rows <= min(self.options.rows, self.options.queue):
+            while rows <= self.options.rows:
                 tickets = [self.submit(dataclasses.replace(request, copy=copy)) for copy in range(rows)]
                 for ticket in tickets:
                     next(iter(ticket))  # after a pass all is compiled
@@ -152,6 +153,10 @@ class Engine:
         if request.infill:  # an end of sequence ends an answer, but not a text with gaps
             request = dataclasses.replace(request, sampling=request.sampling.replace(stop_at_eos=False))
         return Work(Ticket(request), lm, family, family.index(request.model), _row(lm, request))
+
+    def _has_room(self) -> bool:
+        """Whether a request would get a row or a place in the queue; those that are about to get a row take none."""
+        return len(self._waiting) + len(self._running) < self.options.rows + self.options.queue
 
     def _guess(self) -> float:
         """Seconds until the queue is shorter, from how long the running requests have taken so far."""

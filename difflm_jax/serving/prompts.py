@@ -47,6 +47,10 @@ def chat_text(
         raise BadRequestError(f"messages: the chat template took longer than {seconds:g} s", "messages") from None
     except UserError as error:
         raise BadRequestError(f"messages: {error}", "messages") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # the JSON of a tool call may hold half of a surrogate pair
+        raise BadRequestError(f"messages: not text in UTF-8 ({error.reason})", "messages") from error
     for i, message in enumerate(messages):
         if message.name is not None and message.name not in text:
             raise BadRequestError(f"messages.{i}.name: the chat template does not show it", f"messages.{i}.name")

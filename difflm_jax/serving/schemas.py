@@ -41,6 +41,7 @@ _FORM = re.compile(r"str|int|float|bool|(list|dict|constrained|literal|function)
 _STAMPS = ("transformers_version", "_from_model_config")
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Scalar = bool | Annotated[int, Field(ge=-(10**6), le=10**6)] | Annotated[str, Field(max_length=64)]
 
 
@@ -156,7 +157,7 @@ class _Generation(_Strict):
     stop: Name | Annotated[list[Name], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     user: Name | None = None  # goes to the log
     diffusion: Diffusion = Diffusion()
     generation_config: str | None = None  # of `transformers chat`
@@ -299,7 +300,8 @@ def _of_transformers(text: str) -> dict[str, Any]:
         fields["top_p"] = config.pop("top_p")
     inner = {name: config.pop(name) for name in ("top_k", "repetition_penalty") if name in config}
     if config:
-        raise ValueError(f"generation_config: {', '.join(sorted(config))} not supported")
+        names = ", ".join(sorted(config)).encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
+        raise ValueError(f"generation_config: {names} not supported")
     return fields | ({"diffusion": inner} if inner else {})
 
 

@@ -17,6 +17,7 @@ from difflm_jax.serving.answers import (
     chat_logprobs,
     message_calls,
     passes,
+    scored,
     text_logprobs,
     usage,
 )
@@ -52,7 +53,8 @@ class Chunks:
         gap = self._asked.gaps[index]
         tokens = update.tokens if gap is None else update.tokens[gap]
         said = self._deltas[index].feed(tokens.tolist())
-        chunks = [self._content(index, said, update.logprobs[: len(tokens)])] if said else []
+        found = scored(self._asked, index, update)
+        chunks = [self._content(index, said, found[: len(tokens)])] if said else []
         if update.draft is not None:
             chunk = self._content(index, "", ())
             chunks.append(chunk | {"diffusion": {"passes": update.passes, "draft": self._canvas(update.draft, gap)}})
@@ -62,9 +64,9 @@ class Chunks:
         """The rest of choice `index`, its tool calls, and why it ended."""
         answer = answer_of(self._asked, index, finished)
         said = self._deltas[index].finish(answer.text.removeprefix(self._asked.echoes[index]))
-        chunks = []
-        if said or self._unsent(index, finished.logprobs):
-            chunks.append(self._content(index, said, finished.logprobs))
+        chunks, found = [], scored(self._asked, index, finished)
+        if said or self._unsent(index, found):
+            chunks.append(self._content(index, said, found))
         if answer.calls:
             calls = [{"index": place, **call} for place, call in enumerate(message_calls(answer.calls))]
             chunks.append(self._delta(index, {"tool_calls": calls}))

@@ -8,7 +8,7 @@ import json
 import re
 
 TOOL_CALL = "<tool_call>"
-_CALLS = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_CALLS = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ def parse_calls(text: str) -> tuple[str, list[Call]]:
 
 def _call(text: str) -> Call | None:
     try:
-        call = json.loads(text)
+        call = json.loads(text.strip(), parse_constant=_refuse)
+        json.dumps(call, ensure_ascii=False).encode()  # half of a surrogate pair is no text in UTF-8
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -44,3 +45,7 @@ def _call(text: str) -> Call | None:
     if isinstance(arguments, str):
         return Call(call["name"], arguments)
     return Call(call["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

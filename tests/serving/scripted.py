@@ -27,7 +27,7 @@ class ScriptedEngine:
         return ticket
 
     def stats(self) -> dict[str, int]:
-        return {"waiting": 0}
+        return {"ready": True, "waiting": 0}
 
     def close(self) -> None:
         for ticket in self.tickets:

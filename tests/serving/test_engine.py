@@ -125,9 +125,26 @@ def test_updates_only_ever_add_to_what_is_final(models):
     assert len(events[-1].logprobs) == len(events[-1].tokens)
     for probability, token in zip(events[-1].logprobs, events[-1].tokens, strict=True):
         assert probability.token == token == probability.candidates[0][0]
-        assert probability.logprob == pytest.approx(probability.candidates[0][1]) < 0
+        assert probability.logprob == pytest.approx(probability.candidates[0][1])
+        assert probability.logprob < 0
     for before, after in itertools.pairwise(events):
         np.testing.assert_array_equal(before.tokens, after.tokens[: len(before.tokens)])
+
+
+@pytest.mark.parametrize("strategy", ["two_pass", pytest.param("one_pass", marks=pytest.mark.slow)])
+def test_probabilities_of_drafted_tokens_are_those_of_the_base(models, base, strategy):
+    """A cycle of two passes gave accepted tokens what the drafting pass thought of them."""
+    drafter = models["speculative"]
+    weak = drafter.with_adapter(jax.tree.map(lambda x: 0.01 * x, drafter.lora), drafter.model.lora)
+    with Engine({"base": base, "weak": weak}) as engine:
+        expected = engine.submit(request(base, "base", "Hi", logprobs=1)).result(60)
+        found = engine.submit(request(weak, "weak", "Hi", logprobs=1, strategy=strategy)).result(60)
+    assert found.acceptance > 0.5
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert [one.token for one in found.logprobs] == found.tokens.tolist()
+    np.testing.assert_allclose(
+        [one.logprob for one in found.logprobs], [one.logprob for one in expected.logprobs], atol=1e-3
+    )
 
 
 def test_an_infilled_canvas_is_that_of_infill(models):
@@ -215,6 +232,20 @@ def test_a_row_that_fails_does_not_end_the_others(models):
     assert [one.finish_reason for one in found] == ["length", "failed", "length"]
     assert "NaN" in found[1].error
     assert_same(found[2], generated(lm, good))
+
+
+def test_rows_that_are_free_take_requests_that_come_at_once(models):
+    """A queue shorter than the answers of one request refused it on an idle engine."""
+    with Engine(models, EngineOptions(rows=3, queue=0)) as engine:
+        asked = request(models["causal"], "causal", "Hi", max_new_tokens=400, steps=400)
+        tickets = [engine.submit(dataclasses.replace(asked, copy=copy)) for copy in range(3)]
+        assert not engine.stats()["ready"]
+        with pytest.raises(Busy):
+            engine.submit(asked)
+        for ticket in tickets:
+            ticket.cancel()
+        assert {ticket.result(60).finish_reason for ticket in tickets} == {"cancelled"}
+        assert engine.stats()["ready"]
 
 
 def test_a_full_queue_refuses_and_cancelled_rows_make_room(models):

@@ -113,6 +113,9 @@ def test_a_page_of_another_site_cannot_speak_to_a_local_server(tiny_lm):
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"logit_bias": {"264": 1}}, "logit_bias"),
         ({"logit_bias": {"1": float("inf")}}, "logit_bias.1"),
+        ({"logit_bias": {"1": float("nan")}}, "logit_bias.1"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+        ({"generation_config": '{"\\ud800": 1}'}, "generation_config"),
         ({"temperature": float("nan")}, "temperature"),
         ({"diffusion": {"steps": 10**9}}, "diffusion.steps"),
         ({"diffusion": {"block_length": 10**12}}, "diffusion.block_length"),
@@ -123,6 +126,8 @@ def test_a_page_of_another_site_cannot_speak_to_a_local_server(tiny_lm):
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template"),
         ({"chat_template_kwargs": {"a": {"b": 1}}}, "chat_template_kwargs.a"),
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [
+            {"id": "a", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages"),
         ({"messages": [{"role": "user", "content": "<|mask|>"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
@@ -205,10 +210,10 @@ def test_a_full_queue_says_when_to_come_again(tiny_lm):
 def test_health_says_whether_the_engine_lives_and_ready_whether_it_has_room(tiny_lm):
     with serving(ScriptedEngine({"tiny": tiny_lm}, answer)) as client:
         assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 200)
-        client.engine.stats = lambda: {"waiting": client.engine.options.queue}
+        client.engine.stats = lambda: {"ready": False, "waiting": client.engine.options.queue}
         assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 503)
-        client.engine.is_alive = False
-        assert client.get("/health").status_code == 503
+        client.engine.stats, client.engine.is_alive = lambda: {"ready": True, "waiting": 0}, False
+        assert (client.get("/health").status_code, client.get("/ready").status_code) == (503, 503)
     engine = Engine({"tiny": tiny_lm})
     assert engine.is_alive
     engine.close()

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import time
 
 import numpy as np
@@ -145,7 +146,57 @@ def test_tool_calls_are_parsed(tiny_lm, stream):
         assert len({call.id for call in calls}) == 2
 
 
-@pytest.mark.parametrize("text", ['<tool_call>{"name": 1}</tool_call>', "<tool_call>{}", "a <tool_call>{} b"])
+def test_log_probabilities_of_an_infilling_are_those_of_its_gap(client):
+    asked = {"prompt": "Hi", "suffix": " you", "max_tokens": 6, "logprobs": 1}
+    whole = client.post("/v1/completions", json=asked).json()["choices"][0]
+    assert len(whole["logprobs"]["tokens"]) == 6 and max(whole["logprobs"]["token_logprobs"]) < 0
+    assert whole["logprobs"]["text_offset"][0] == 0
+    parts = [chunk["choices"][0]["logprobs"] for chunk in events(client, "/v1/completions", **asked)]
+    for name, values in whole["logprobs"].items():
+        assert [value for part in parts if part for value in part[name]] == values
+
+
+def test_what_tune_chose_is_the_default_of_a_server(tiny_lm):
+    """But for caches that are not exact, and a block length that does not divide the answer."""
+    options = {"algorithm": "probability", "threshold": 0.8, "block_length": 4, "cache": "dual"}
+    tuned = tiny_lm.with_diffusion(preset=json.dumps({"options": options}))
+    paced = tiny_lm.with_diffusion(preset=json.dumps({"options": {"algorithm": "entropy", "tokens_per_pass": 3}}))
+    engine = ScriptedEngine({"tuned": tuned, "paced": paced}, lambda ticket: ticket.finish(finished([97])))
+    with serving(engine) as client:
+
+        def asked(model="tuned", **more):
+            body = {"model": model, "prompt": "Hi", "max_tokens": 12, **more}
+            response = client.post("/v1/completions", json=body)
+            assert response.status_code == 200, response.text
+            return engine.tickets[-1].request
+
+        one = asked()
+        assert (one.sampling.algorithm, one.sampling.threshold, one.block_length) == ("probability", 0.8, 4)
+        assert one.sampling.cache not in ("prefix", "dual")
+        assert asked(max_tokens=13).block_length is None
+        assert asked(diffusion={"threshold": 0.9}).sampling.threshold == 0.9
+        assert asked(suffix="x").block_length is None
+        assert (asked("paced").steps, asked("paced").sampling.algorithm) == (4, "entropy")
+        assert asked("paced", diffusion={"steps": 7}).steps == 7
+
+
+def test_a_default_block_length_leaves_infilling_as_it_is(tiny_lm):
+    engine = ScriptedEngine({"tiny": tiny_lm}, lambda ticket: ticket.finish(finished([97])))
+    with serving(engine, block_length=4) as client:
+        response = client.post("/v1/completions", json={"prompt": "Hi", "suffix": "x", "max_tokens": 6})
+    assert response.status_code == 200 and engine.tickets[-1].request.block_length is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>{"name": 1}</tool_call>',
+        "<tool_call>{}",
+        "a <tool_call>{} b",
+        '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',
+    ],
+)
 def test_what_is_no_call_is_content(tiny_lm, text):
     with server(tiny_lm, says(text)) as client:
         chunks = events(client, "/v1/chat/completions", messages=MESSAGES, tools=[TOOL])
@@ -164,12 +215,13 @@ def test_what_needs_a_tool_is_told_to_the_template(tiny_lm):
         assert client.post("/v1/chat/completions", json={"messages": turns, "tools": [TOOL]}).status_code == 200
 
 
-def test_figures_are_counted_for_prometheus(tiny_lm):
+def test_figures_are_counted_for_prometheus(tiny_lm, wait):
     with server(tiny_lm, says("abc", reason="stop")) as client:
         body = {"messages": MESSAGES}
         assert client.post("/v1/chat/completions", json=body).status_code == 200
         events(client, "/v1/chat/completions", **body)
         client.get("/no/such/route")
+        wait(lambda: re.search(r'requests_total{.*chat.*"200"} 2', client.get("/metrics").text))  # counted at its end
         families = text_string_to_metric_families(client.get("/metrics").text)
         found = {(one.name, *sorted(one.labels.items())): one.value for family in families for one in family.samples}
     chat = ("route", "/v1/chat/completions")
