@@ -31,7 +31,7 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int8_t Signed __attribute__((vector_size(16)));
 
 constexpr int64_t kLanes = 16, kOutputs = 4, kChunkBytes = 64 << 10;
-constexpr float kUnseen = -1e30f;
+constexpr float kUnseen = -std::numeric_limits<float>::infinity();  // the score of a key that is not seen
 
 template <typename To, typename From>
 inline To Load(const From* from) {
@@ -280,9 +280,9 @@ ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   return ffi::Error::Success();
 }
 
-// e^x for x <= 0, to the last bits of a float: 2^n times a polynomial of the rest.
+// e^x for x <= 0, to the last bits of a float: 2^n times a polynomial of the rest. NaN stays NaN.
 inline Floats Exp(Floats x) {
-  x = x > -87.0f ? x : Splat(-87.0f);
+  x = x < -87.0f ? Splat(-87.0f) : x;
   const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // truncated: the nearest, as x <= 0
   const Floats whole = __builtin_convertvector(n, Floats);
   const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -328,7 +328,7 @@ struct Attention {
         Floats sum = {};
         for (int64_t s = 0; s < width; s += kLanes) {
           const Floats x = Load<Floats>(&scores[s]);
-          const Floats p = x > kUnseen ? Exp(x - largest) : Floats{};
+          const Floats p = x == kUnseen ? Floats{} : Exp(x - largest);
           std::memcpy(&scores[s], &p, sizeof p);
           sum += p;
         }

@@ -1,5 +1,6 @@
 """Compiled programs on disk: the second run of a command reuses what the first compiled."""
 
+import errno
 import hashlib
 import os
 import platform
@@ -24,10 +25,7 @@ def keep_compiled() -> None:
     try:
         directory = own_directory("compiled")
     except OSError as error:
-        print(
-            f"compiled programs are not kept: {_path('compiled')} cannot be used ({error.strerror or error})",
-            flush=True,
-        )
+        print(f"compiled programs are not kept: {error.filename} cannot be used ({error.strerror})", flush=True)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
@@ -39,13 +37,17 @@ def own_directory(name: str) -> Path:
     directory = _path(name)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid") and directory.stat().st_uid != os.getuid():
-        raise PermissionError("it belongs to another user")
+        raise PermissionError(errno.EPERM, "it belongs to another user", str(directory))
     directory.chmod(0o700)
     return directory
 
 
 def _path(name: str) -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    named = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        caches = Path(named).expanduser()
+    except RuntimeError:  # a user without a home, as in some containers
+        raise OSError(errno.ENOENT, "there is no home directory: set XDG_CACHE_HOME", named) from None
     return caches / "difflm_jax" / name / _processor()
 
 

@@ -16,6 +16,7 @@ from difflm_jax.utils.compilation import own_directory
 
 SWITCH = "DIFFLM_NATIVE"  # "0" in the environment: none are built, XLA computes everything
 COMPILERS = ("g++", "clang++", "c++")
+SECONDS = 300  # the most that a build may take
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-ffp-contract=fast", "-w", "-shared", "-fPIC")
 
 
@@ -33,7 +34,8 @@ def has_native(source: Path, functions: tuple[str, ...]) -> bool:
         library = ctypes.CDLL(str(_built(source, compiler)))
         addresses = [getattr(library, function) for function in functions]
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        said = getattr(error, "stderr", None) or str(error)  # bytes if the compiler was stopped
+        lines = (said if isinstance(said, str) else said.decode(errors="replace")).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0] if lines else "unknown")
         print(f"note: {source.name} was not built, XLA computes instead ({reason})", file=sys.stderr)
         return False
@@ -44,7 +46,7 @@ def has_native(source: Path, functions: tuple[str, ...]) -> bool:
 
 def _built(source: Path, compiler: str) -> Path:
     """The shared library of `source` for this processor, this compiler and this jaxlib."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    version = _said([compiler, "--version"], 60)
     described = [source.read_text(encoding="utf-8"), version, *FLAGS, jax.lib.__version__]
     name = hashlib.blake2b("\0".join(described).encode(), digest_size=12).hexdigest()
     library = own_directory("native") / f"{source.stem}-{name}.so"
@@ -54,6 +56,11 @@ def _built(source: Path, compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         made = Path(directory) / library.name
         command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(made)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        _said(command, SECONDS)
         made.replace(library)  # whole or not at all, whoever else builds it now
     return library
+
+
+def _said(command: list[str], seconds: float) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=seconds)
+    return run.stdout

@@ -71,6 +71,29 @@ def test_attention_beside_columns_is_that_of_xla(dtype, softcap: float | None) -
 
 
 @needs_compiler
+@pytest.mark.parametrize("part", ("q", "k", "v"))
+def test_a_nan_in_attention_is_not_hidden(part: str) -> None:
+    """Keys that are seen count even if their scores are NaN; those that are not seen never do."""
+    shapes = {"q": (1, 2, 4, 32), "k": (1, 1, 2, 21, 32), "v": (1, 1, 2, 21, 32)}
+    arrays = {name: jax.random.normal(jax.random.key(0), shape) for name, shape in shapes.items()}
+    own = (jnp.ones((1, 2, 2, 32)),) * 2
+    mask = jnp.ones((1, 2, 23), bool).at[0, 0, 3].set(False)
+
+    def attended(at: tuple[int, ...]) -> np.ndarray:
+        q, k, v = (x.at[at].set(jnp.nan) if name == part else x for name, x in arrays.items())
+        found = few_rows.attend_beside(q, tuple(InStack(x, jnp.int32(0)) for x in (k, v)), own, mask)
+        return np.isfinite(found)
+
+    seen = attended((0, 0, 0, 0) if part == "q" else (0, 0, 0, 5, 0))
+    assert not seen[0, 0, 0].all()
+    assert seen[0, 0, 2:].all()  # heads of the other key
+    if part != "q":
+        unseen = attended((0, 0, 0, 3, 0))
+        assert unseen[0, 0].all()
+        assert not unseen[0, 1, 0].all()
+
+
+@needs_compiler
 def test_a_layer_is_read_in_place() -> None:
     """The compiled loop copies no weights out of their stack."""
     stack = jnp.zeros((LAYERS, WIDTH, WIDTH))
@@ -108,6 +131,20 @@ def test_a_build_that_fails_is_announced_once(monkeypatch, tmp_path, capsys) -> 
     assert not native.has_native(source, ("nothing",))
     assert capsys.readouterr().err.count("wrong.cc was not built") == 1
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="nothing is built there")
+def test_a_compiler_that_talks_and_never_ends_is_announced(monkeypatch, tmp_path, capsys) -> None:
+    compiler = tmp_path / "slow"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\necho error: waits for a licence >&2\nexec sleep 60\n')
+    compiler.chmod(0o700)
+    source = tmp_path / "some.cc"
+    source.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "COMPILERS", (str(compiler),))
+    monkeypatch.setattr(native, "SECONDS", 0.5)
+    assert not native.has_native(source, ("nothing",))
+    assert "some.cc was not built, XLA computes instead (error: waits for a licence)" in capsys.readouterr().err
 
 
 @needs_compiler

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from difflm_jax.utils.compilation import MAX_BYTES, keep_compiled
+from difflm_jax.utils.compilation import MAX_BYTES, keep_compiled, own_directory
 
 KEYS = (
     "jax_compilation_cache_dir",
@@ -52,3 +52,16 @@ def test_a_directory_that_cannot_be_made_is_announced(no_cache: Path, capsys) ->
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir is None
     assert "compiled programs are not kept" in capsys.readouterr().out
+
+
+def test_a_user_without_a_home_is_told_what_to_set(no_cache: Path, monkeypatch, capsys) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert "there is no home directory: set XDG_CACHE_HOME" in capsys.readouterr().out
+    with pytest.raises(OSError, match="XDG_CACHE_HOME"):
+        own_directory("native")
