@@ -116,9 +116,10 @@ class Work:
         new = final[self._examined :]
         ends = bool(np.isin(new, self._ends).any())
         if not ends and self._stops and len(new):
-            # A stop string may begin in tokens that were seen before; each of them has a byte at least.
+            # A stop string may begin in tokens that were seen before. Each of them has at least one byte, except for
+            # special tokens: a whole answer is therefore examined whole.
             back = _MOST_BYTES * (max(map(len, self._stops)) + 2)
-            text = self._decode(final[max(0, self._examined - back) :])
+            text = self._decode(final[0 if self.row.done else max(0, self._examined - back) :])
             ends = any(stop in text for stop in self._stops) and any(
                 stop in self._decode(final) for stop in self._stops
             )

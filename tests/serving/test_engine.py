@@ -16,7 +16,8 @@ from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.sampling.grammar.grammar import Grammar
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.serving.engine import Engine, EngineOptions
-from difflm_jax.serving.requests import Busy, Finished, Request
+from difflm_jax.serving.requests import Busy, Finished, Request, Ticket
+from difflm_jax.serving.work import Row, Work
 from tests.tiny_checkpoint import save_tiny_model
 
 PROMPTS = ["Hi", "A rather longer prompt than the first one, of several chunks.", "42?", "What is it? " * 4]
@@ -167,6 +168,20 @@ def test_a_stop_string_ends_the_work_at_once(models):
     np.testing.assert_array_equal(finished.tokens, generated(lm, asked).tokens[0])
     assert finished.finish_reason == "stop"
     assert finished.passes == len(finished.tokens)
+
+
+def test_a_stop_string_around_many_special_tokens_ends_an_answer(models):
+    """They have no text, so the string began further back than was looked; the answer was told to be too long."""
+    lm = models["causal"]
+    special = next(i for i in lm.tokenizer.all_special_ids if i not in (*lm.eos_token_ids, lm.mask_token_id))
+    work = Work(Ticket(request(lm, "causal", "Hi", stop=("ab",))), lm, None, 0, Row())
+    ends = [lm.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "ab"]
+    whole = np.array([*ends[0], *[special] * 60, *ends[1]], np.int32)
+    work.row.final = lambda: whole[:-1]
+    assert work.told() is None
+    work.row.done, work.row.answer = True, lambda: whole
+    finished = work.told()
+    assert (finished.finish_reason, len(finished.tokens)) == ("stop", len(whole))
 
 
 def test_a_shared_beginning_is_computed_once_and_changes_nothing(models):
