@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import urllib.request
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_run_that_lacks_its_data_fails_and_one_that_fits_passes(tmp_path, caps
 
 def test_recipes_are_listed_shown_and_copied(tmp_path, capsys):
     assert difflm(["difflm", "recipes", "list"]) == 0
-    assert "small_data    A few hundred rows of your own" in capsys.readouterr().out
+    assert re.search(r"^ *small_data +A few hundred rows of your own", capsys.readouterr().out, re.MULTILINE)
     assert difflm(["difflm", "recipes", "show", "quickstart"]) == 0
     assert capsys.readouterr().out == (recipes.CONFIGS / "quickstart.py").read_text()
     copy = tmp_path / "mine.py"

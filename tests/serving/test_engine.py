@@ -114,7 +114,8 @@ def test_a_full_batch_of_mixed_options_gives_what_each_request_gives_alone(model
         together = [engine.submit(one) for one in asked]
         for one, ticket in zip(asked, together, strict=True):
             assert_same(ticket.result(60), generated(lm, one), one.copy)
-        assert max(engine.stats()["batches"]) > 2
+        apart = name in ("shifted", "prefix")  # rows of one block length share passes, and these ask for several
+        assert max(engine.stats()["batches"]) > (1 if apart else 2)
 
 
 def test_updates_only_ever_add_to_what_is_final(models):
