@@ -60,7 +60,7 @@ def _of_way(way: str) -> tuple[Any, QuantConfig | None]:
 
 def _pass(config: ModelConfig, params: Any, dtype: Any, count: int, columns: int) -> Any:
     """A call that runs one pass of `count` rows and returns the tokens that they choose."""
-    model = Transformer(config, None, config.vocab_size - 1, dtype)
+    model = Transformer(config, None, config.vocab_size - 1, dtype, on_cpu=jax.default_backend() == "cpu")
 
     @functools.partial(jax.jit, static_argnums=2)
     def prefill(params: Any, tokens_BP: jax.Array, room: int) -> Any:

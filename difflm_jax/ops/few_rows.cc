@@ -49,18 +49,42 @@ inline Floats Rounded(Floats x) {
   return (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 
-// How weights are stored, and how many bytes before their use they are fetched.
+// How weights are stored, how many bytes before their use they are fetched, and how many meet their inputs at a time.
 struct F32 {
   using Stored = float;
-  static constexpr int64_t kAhead = 4096;
-  static Floats At(const float* w) { return Load<Floats>(w); }
+  using Input = float;
+  static constexpr int64_t kAhead = 4096, kStep = kLanes;
+  static Floats At(const float* w, int64_t = kStep) { return Load<Floats>(w); }
+  static void Add(Floats& sum, Floats weight, Floats input) { sum += weight * input; }
 };
 struct Bf16 {
   using Stored = uint16_t;
-  static constexpr int64_t kAhead = 4096;
-  static Floats At(const uint16_t* w) { return Wide(Load<Halves>(w)); }
+  using Input = float;
+  static constexpr int64_t kAhead = 4096, kStep = kLanes;
+  static Floats At(const uint16_t* w, int64_t = kStep) { return Wide(Load<Halves>(w)); }
+  static Floats At(const float* x, int64_t = kStep) { return Load<Floats>(x); }
+  static void Add(Floats& sum, Floats weight, Floats input) { sum += weight * input; }
 };
-struct InCache : F32 {
+#ifdef __AVX512BF16__
+// Weights and inputs in bfloat16: one instruction adds two products to each lane.
+struct Bf16Pairs {
+  using Stored = uint16_t;
+  using Input = uint16_t;
+  static constexpr int64_t kAhead = 4096, kStep = 2 * kLanes;
+  static __m512bh At(const uint16_t* w, int64_t left = kStep) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(left >= kStep ? ~0u : 0xffffu, w);
+  }
+  static void Add(Floats& sum, __m512bh weight, __m512bh input) {
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, weight, input);
+  }
+};
+constexpr bool kHasPairs = true;
+#else
+using Bf16Pairs = Bf16;
+constexpr bool kHasPairs = false;
+#endif
+template <typename Format>
+struct InCache : Format {
   static constexpr int64_t kAhead = 0;
 };
 
@@ -134,8 +158,14 @@ struct Quantised {
     std::memcpy(to, &values, sizeof values);
   }
 
-  // Row `row` as float32.
-  void Decode(int64_t row, float* to) const {
+  void Put(Floats values, float by, uint16_t* to) const {
+    const Halves halves = __builtin_convertvector((Bits)Rounded(values * by) >> 16, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+  }
+
+  // Row `row` as float32, or as bfloat16.
+  template <typename To>
+  void Decode(int64_t row, To* to) const {
     for (int64_t g = 0; g < groups; ++g, to += group) {
       float by = Scale(row * groups + g);
       if (format == kInt8) {
@@ -167,23 +197,24 @@ void ByRows(int64_t rows, F run) {
 
 struct Product {
   int64_t rows, width, outputs;
-  const float* x;
+  const void* x;  // [rows, width], of Format::Input
   float* y;
 
   // Outputs `output` ... of rows `row` ...; `w` is the weight's row of the first of them.
   template <typename Format, int O, int R>
   void Tile(const typename Format::Stored* w, int64_t output, int64_t row) const {
+    const auto* inputs = static_cast<const typename Format::Input*>(x) + row * width;
     Floats sums[O][R] = {};
-    for (int64_t i = 0; i < width; i += kLanes) {
+    for (int64_t i = 0; i < width; i += Format::kStep) {
       if constexpr (Format::kAhead > 0) {  // in the order of memory, which the processor does not see in that of O rows
         const char* ahead = reinterpret_cast<const char*>(w + i * O) + Format::kAhead;
-        for (size_t line = 0; line < O * kLanes * sizeof(*w); line += 64) __builtin_prefetch(ahead + line);
+        for (size_t line = 0; line < O * Format::kStep * sizeof(*w); line += 64) __builtin_prefetch(ahead + line);
       }
-      Floats weight[O];
-      for (int o = 0; o < O; ++o) weight[o] = Format::At(w + o * width + i);
+      decltype(Format::At(w)) weight[O];
+      for (int o = 0; o < O; ++o) weight[o] = Format::At(w + o * width + i, width - i);
       for (int r = 0; r < R; ++r) {
-        const Floats input = Load<Floats>(x + (row + r) * width + i);
-        for (int o = 0; o < O; ++o) sums[o][r] += weight[o] * input;
+        const auto input = Format::At(inputs + r * width + i, width - i);
+        for (int o = 0; o < O; ++o) Format::Add(sums[o][r], weight[o], input);
       }
     }
     for (int o = 0; o < O; ++o)
@@ -232,13 +263,14 @@ void Dense(ffi::ThreadPool pool, Product product, const typename Format::Stored*
   });
 }
 
+template <typename Format>
 void Decoded(ffi::ThreadPool pool, Product product, Quantised w) {
   InChunks(pool, product.outputs, 4 * kOutputs, [product, w](int64_t first, int64_t last) {
-    std::vector<float> decoded(kOutputs * product.width);
+    std::vector<typename Format::Stored> decoded(kOutputs * product.width);
     for (int64_t output = first; output < last; output += kOutputs) {
       const int64_t count = std::min(kOutputs, last - output);
       for (int64_t o = 0; o < count; ++o) w.Decode(output + o, decoded.data() + o * product.width);
-      product.Outputs<InCache>(decoded.data(), output, count);
+      product.Outputs<InCache<Format>>(decoded.data(), output, count);
     }
   });
 }
@@ -252,7 +284,7 @@ ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
                    ffi::RemainingArgs leaves, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t format, int64_t scales,
                    int64_t group, bool rounds) {
   const auto rows = x.dimensions()[0], width = x.dimensions()[1];
-  const Product product{rows, width, y->dimensions()[1], x.typed_data(), y->typed_data()};
+  Product product{rows, width, y->dimensions()[1], x.typed_data(), y->typed_data()};
   std::vector<ffi::AnyBuffer> parts;
   for (size_t i = 0; i < leaves.size(); ++i) {
     auto part = leaves.get<ffi::AnyBuffer>(i);
@@ -261,8 +293,16 @@ ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   }
   const int64_t layer = index.typed_data()[0];
   if (layer < 0 || layer >= parts[0].dimensions()[0]) return ffi::Error::InvalidArgument("no such layer");
+  const bool pairs = kHasPairs && rounds && format != kFloat32;
+  std::vector<uint16_t> halves(pairs ? rows * width : 0);
+  if (pairs) {  // the inputs have bfloat16 values
+    for (int64_t i = 0; i < rows * width; ++i) halves[i] = Load<uint32_t>(x.typed_data() + i) >> 16;
+    product.x = halves.data();
+  }
   if (format == kFloat32) {
     Dense<F32>(pool, product, Layer<float>(parts[0], layer));
+  } else if (format == kBfloat16 && pairs) {
+    Dense<Bf16Pairs>(pool, product, Layer<uint16_t>(parts[0], layer));
   } else if (format == kBfloat16) {
     Dense<Bf16>(pool, product, Layer<uint16_t>(parts[0], layer));
   } else {
@@ -275,7 +315,10 @@ ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
       w.offset = *Layer<float>(parts[3], layer);
       w.map = Layer<float>(parts[4], layer);
     }
-    Decoded(pool, product, w);
+    if (pairs)
+      Decoded<Bf16Pairs>(pool, product, w);
+    else
+      Decoded<F32>(pool, product, w);
   }
   return ffi::Error::Success();
 }
