@@ -44,12 +44,22 @@ def test_the_products_are_those_of_xla(name: str, dtype) -> None:
 
 
 @needs_compiler
-def test_a_row_does_not_depend_on_how_many_there_are() -> None:
-    w = InStack(stack_of("nf4-64"), jnp.int32(0))
-    x = jax.random.normal(jax.random.key(0), (few_rows.MAX_ROWS, WIDTH))
+@pytest.mark.parametrize(("name", "dtype"), [("nf4-64", "float32"), ("int8-32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_a_row_does_not_depend_on_how_many_there_are(name: str, dtype: str) -> None:
+    w = InStack(stack_of(name), jnp.int32(0))
+    x = jax.random.normal(jax.random.key(0), (few_rows.MAX_ROWS, WIDTH)).astype(dtype)
     together = np.asarray(few_rows.product(x, w))
     for count in (1, 2, 3, 7, 8, 9, 15):
         np.testing.assert_array_equal(few_rows.product(x[:count], w), together[:count])
+
+
+@needs_compiler
+def test_inputs_that_end_within_a_vector_of_pairs_meet_no_neighbour() -> None:
+    """In bfloat16 32 inputs are read at a time; of 208 the last vector has half of them."""
+    w = jax.random.normal(jax.random.key(1), (2, OUTPUTS, 208)).astype(jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (5, 208)).astype(jnp.bfloat16)
+    own, expected = few_rows.product(x, InStack(w, jnp.int32(0))), few_rows.reference(x, InStack(w, jnp.int32(0)))
+    np.testing.assert_allclose(own, expected, rtol=1e-6, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
 @needs_compiler
