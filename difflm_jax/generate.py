@@ -25,6 +25,7 @@ from difflm_jax.cli import (
 )
 from difflm_jax.errors import UserError
 from difflm_jax.lm import Generation, LanguageModel
+from difflm_jax.planning.memory import check_weights
 from difflm_jax.sampling.grammar.grammar import Grammar
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.sampling.watch import Watcher
@@ -59,6 +60,7 @@ flags.DEFINE_bool("json_object", False, "Answers are JSON objects.", flag_values
 flags.DEFINE_string("regex", None, "Answers are what this expression matches, whole.", flag_values=FLAGS)
 flags.DEFINE_multi_string("choice", [], "Answers are one of these; once for each text.", flag_values=FLAGS)
 flags.DEFINE_string("lark", None, "A file: answers are texts of its Lark grammar.", flag_values=FLAGS)
+flags.DEFINE_bool("check_fit", True, "Refuse weights that exceed the memory of this machine.", flag_values=FLAGS)
 define_sampling_flags(FLAGS)
 
 
@@ -111,6 +113,10 @@ def _check(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list[str])
     limit, answer = lm.config.max_position_embeddings, flag_values.max_new_tokens
     if not flag_values.infill and answer > limit:
         raise UserError(f"--max_new_tokens={answer}: is more than the model's max_position_embeddings={limit}")
+    if flag_values.check_fit:
+        note = check_weights(lm, "--quantization", "--nocheck_fit", is_divided=bool(flag_values.mesh))
+        if note:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _notes(lm: LanguageModel, flag_values: flags.FlagValues) -> list[str]:

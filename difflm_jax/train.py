@@ -32,6 +32,7 @@ flags.DEFINE_string("config", "", "A .py, .yaml or .json file; without it the de
 flags.DEFINE_string("hyper_parameters_json", "", "Keys as JSON, as the original system takes them.", flag_values=FLAGS)
 define_host_flags(FLAGS)
 flags.DEFINE_bool("force", False, "Resume although configuration or data have changed.", flag_values=FLAGS)
+flags.DEFINE_bool("check_fit", True, "Refuse weights that exceed the memory of this machine.", flag_values=FLAGS)
 flags.DEFINE_bool("preview", False, "Show what training would see, and end.", flag_values=FLAGS)
 
 
@@ -52,7 +53,7 @@ def command(argv: Sequence[str]) -> int:
             preview(config)
             suggest_next("the same command without --preview trains")
             return
-        lm = train(config, flag_values.force)
+        lm = train(config, flag_values.force, flag_values.check_fit)
         if questions:
             if lm is None:  # the run was finished before
                 lm = load_model(spec_of_names(model=config.model, run=config.output_dir), with_base=True)

@@ -5,7 +5,6 @@ The arithmetic is that of `difflm plan`; here the model is one that was opened, 
 
 import contextlib
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.planning.chips import GIB
 from difflm_jax.planning.estimate import device_bytes, sampling_estimate
 from difflm_jax.planning.jobs import Generation, sampling_job
+from difflm_jax.planning.memory import free_bytes
 from difflm_jax.quant import QuantConfig
 
 _TIGHT = 0.85  # of what is free
@@ -74,28 +74,6 @@ def check_fit(lm: LanguageModel, rows: int, columns: int, override: str) -> str 
     ways = [flag for flag, other in _smaller(lm, rows, columns) if generation_fit(*other).verdict != "will not fit"]
     advice = f"try {' or '.join(ways)}" if ways else "take a smaller model or a larger machine"
     raise UserError(f"{lm.source.name}: {fit}; {advice}; {override} loads it all the same")
-
-
-def free_bytes() -> int | None:
-    """Bytes of the first device that are free: what jax may still take, or for a CPU what the host has."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-    try:
-        return _available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError):
-        return None
-
-
-def _available() -> int | None:
-    """Linux's own estimate, which counts the page cache as free; the free pages alone would be too few."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
-            found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        return None
-    return int(found[0]) * 1024 if found else None
 
 
 def _described(lm: LanguageModel) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import open_model, spec_of_config
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.ops.attention_kernels import check_kernel
+from difflm_jax.planning.memory import check_weights
 from difflm_jax.quant import QuantConfig
 from difflm_jax.sampling.options import SPECULATIVE
 from difflm_jax.training.checkpoints import Checkpoints, shapes_of
@@ -48,11 +49,11 @@ from difflm_jax.training.tracking import Tracker
 from difflm_jax.utils.files import write_whole
 
 
-def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
+def train(config: ConfigDict, force: bool = False, check_fit: bool = True) -> LanguageModel | None:
     """Runs every phase of `config` that is not finished; returns the trained model, None if nothing was left to do.
 
     Nothing is written to `output_dir` before the model, the adapter and all data have been read and found good.
-    `force` resumes a run whose configuration or data have changed.
+    `force` resumes a run whose configuration or data have changed; `check_fit` refuses weights that memory cannot hold.
     """
     directory = Path(config.output_dir)
     config = settle_dtype(config)
@@ -64,16 +65,18 @@ def train(config: ConfigDict, force: bool = False) -> LanguageModel | None:
     try:
         if directory.is_dir():  # else it is made, and locked, when the data were found good
             lock.take()
-        return _train(config, lock, force)
+        return _train(config, lock, force, check_fit)
     finally:
         lock.release()
 
 
-def _train(config: ConfigDict, lock: RunLock, force: bool) -> LanguageModel:
+def _train(config: ConfigDict, lock: RunLock, force: bool, check_fit: bool) -> LanguageModel:
     directory = Path(config.output_dir)
     for note in notes(config):
         print(note)
     lm = open_configured(config)
+    if check_fit:
+        _check_fit(lm, config)
     rows = {phase: read_rows(config, phase, lm) for phase in config.phases}
     data = describe_rows(rows)
     check_data(directory, data, force)
@@ -116,6 +119,14 @@ def _train(config: ConfigDict, lock: RunLock, force: bool) -> LanguageModel:
     finally:
         tracker.finish()
     return with_trained(lm, state.trained)
+
+
+def _check_fit(lm: LanguageModel, config: ConfigDict) -> None:
+    """Raises `UserError` for weights that the memory of this machine, or of the mesh, cannot hold."""
+    is_divided = config.mesh.fsdp != 1 or config.mesh.tensor != 1
+    note = check_weights(lm, "--config.quantization", "--nocheck_fit", is_divided, config.trained == "all")
+    if note:
+        print(f"note: {note}")
 
 
 def open_configured(config: ConfigDict) -> LanguageModel:
