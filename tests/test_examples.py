@@ -9,7 +9,13 @@ import pytest
 from tests.tiny_checkpoint import save_tiny_model
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-SAID = {"ask": " passes", "infill": "The capital of Italy is", "watch": "masks left", "score": "nats, base"}
+SAID = {
+    "ask": " passes",
+    "infill": "The capital of Italy is",
+    "watch": "masks left",
+    "score": "nats, base",
+    "serve_and_ask": " passes",
+}
 
 
 @pytest.fixture(scope="module")
