@@ -127,6 +127,13 @@ class Answers:
         matchers = self._matchers(request, len(rows))
         return [MatcherRow(matcher, most, at, self._vocabulary) for matcher, at in zip(matchers, offsets, strict=True)]
 
+    def canvas_row(self, row: np.ndarray, sampling: Sampling, request: Any, plan: Plan) -> CanvasRow | None:
+        """What keeps the answer to `row` to the grammar of `request`, if it has one. Raises `UserError`."""
+        if request.grammar is None:
+            return None
+        _check_grammar(sampling)
+        return self._canvas_rows([row], sampling, request, plan)[0]
+
     def _complete(self, request: Request, rows: Sequence[np.ndarray]) -> np.ndarray | None:
         """[rows] bool: whether each answer is all that the grammar asks for; None without one."""
         if request.grammar is None:

@@ -12,7 +12,14 @@ from difflm_jax.errors import UserError
 from difflm_jax.lm import LanguageModel
 from difflm_jax.sampling.batching import answer_plan
 from difflm_jax.sampling.grammar.grammar import Grammar
-from difflm_jax.sampling.options import SPECULATIVE, Sampling, left_of_preset, of_sampling, sampling_options
+from difflm_jax.sampling.options import (
+    LEFT_TO_RIGHT,
+    SPECULATIVE,
+    Sampling,
+    left_of_preset,
+    of_sampling,
+    sampling_options,
+)
 from difflm_jax.serving.constraints import grammar_of
 from difflm_jax.serving.options import ServeOptions
 from difflm_jax.serving.prompts import canvas_tokens, chat_text, chat_tokens, prompt_tokens
@@ -146,7 +153,10 @@ class _Asking:
         defaults = self.options.sampling
         if self._is_causal:  # the flags of the server are meant for the model that fills masks
             defaults = {name: value for name, value in defaults.items() if name in _OF_ALL}
-        return {**defaults, **self.body.sampling()}
+        given = {**defaults, **self.body.sampling()}
+        if self.lm.attention != "causal" and self.grammar is not None and not self.grammar.is_regular:
+            given.setdefault("algorithm", LEFT_TO_RIGHT)  # as `lm.generate`: a parser knows places from the left only
+        return given
 
     @functools.cached_property
     def _preset(self) -> dict[str, Any]:

@@ -33,10 +33,8 @@ class CanvasRow(Row):
     def __init__(self, lm: LanguageModel, request: Request):
         self.sampling, diffusion = request.sampling, lm.diffusion
         check_seed(request.seed)
-        if request.grammar is not None:
-            raise UserError(
-                "grammar: this server keeps to one where text comes from left to right: take a causal model"
-            )
+        if request.grammar is not None and request.infill:
+            raise UserError("grammar: belongs to answers, not to an infilling")
         if self.sampling.cache in ("prefix", "dual"):
             raise UserError(f"cache={self.sampling.cache!r}: the server keeps exact caches only: leave it at auto")
         prefix, rest, plan = _infilled(lm, request) if request.infill else _answered(lm, request)
@@ -44,6 +42,7 @@ class CanvasRow(Row):
         self.prefix, self._rest, self._is_infill = prefix, rest, request.infill
         self._most = len(rest) if request.infill else request.max_new_tokens
         lm.answers.check_length(len(prefix) + len(rest))
+        self.grammar = lm.answers.canvas_row(request.tokens, self.sampling, request, plan)
         self.key = key_of(request, np.concatenate([prefix, rest]))
         masks_J = masks_of_blocks(rest == self._mask, plan)
         self.steps = steps_of_blocks(masks_J[None], plan, FillOptions(self.sampling, request.steps))
@@ -58,6 +57,11 @@ class CanvasRow(Row):
     @property
     def num_blocks(self) -> int:
         return self._plan.num_blocks
+
+    @property
+    def block_length(self) -> int:
+        """Of the row's own blocks, at most the table's."""
+        return self._plan.block_length
 
     @property
     def is_guided(self) -> bool:
@@ -78,6 +82,10 @@ class CanvasRow(Row):
 
     def answer(self) -> np.ndarray:
         return self._answer(self._own(self.tokens), len(self._rest))
+
+    def whole_answer(self) -> np.ndarray:
+        """Every place of the answer of a prompt, masks where nothing is committed."""
+        return self._own(self.tokens)[self._given : self._given + self._most]
 
     def draft(self) -> Draft:
         tokens, guess = self._own(self.tokens), self._own(self.guess)

@@ -21,8 +21,10 @@ from flax import struct
 from difflm_jax.diffusion.config import Layout
 from difflm_jax.models.attention import positions_of
 from difflm_jax.sampling.columns import Columns, Rows
-from difflm_jax.sampling.loop import Canvas, Carry, Loop, Plan
+from difflm_jax.sampling.confidence import log_odds
+from difflm_jax.sampling.loop import Attempt, Canvas, Carry, Loop, Plan
 from difflm_jax.sampling.options import Sampling
+from difflm_jax.serving import constrained
 from difflm_jax.serving.beginnings import Prefill, empty_columns, insert_row, model_of, moved, write_after
 from difflm_jax.serving.canvas import BLOCKS, PROMPT, WHOLE
 from difflm_jax.serving.family import Weights
@@ -79,12 +81,23 @@ class Filled(Table):
         for is_in, sampling in self.groups():
             active = is_in & ~is_behind
             step = (rows, sampling, logits, active)
-            carry, found = _advanced(self._weights, plan, carry, step, self.candidates())
+            if any(self.slots[slot].row.grammar is not None for slot in np.flatnonzero(active)):
+                carry, found = self._constrained(plan, carry, step)
+            else:
+                carry, found = _advanced(self._weights, plan, carry, step, self.candidates())
             self._take(jax.device_get((carry, found)), active, plan)
         if self._mode == BLOCKS:
             for slot, work in enumerate(self.slots):
                 if work is not None:  # of a block that is not finished only the token before it is final
                     work.row.written = int(starts[slot]) + work.row.shift + self._width * int(is_behind[slot])
+
+    def _constrained(self, plan: Plan, carry: Carry, step: tuple) -> tuple[Carry, "Found"]:
+        """`_advanced` where rows have grammars: the host has its say between what a pass proposes and what it does."""
+        *_, logits, active = step
+        bits = constrained.allowed(self.slots, active, self._width, logits.shape[-1])
+        attempt = _attempted(self._weights, plan, carry, step, bits)
+        choice = constrained.settled(self.slots, active, attempt)
+        return _settled(self._weights, plan, carry, step, (attempt, *choice), self.candidates())
 
     def _take(self, result: tuple[Carry, "Found"], active: np.ndarray, plan: Plan) -> None:
         """Hands each row of a group what its pass made of it."""
@@ -304,30 +317,75 @@ def _advanced(weights: Weights, plan: Plan, carry: Carry, step: tuple, candidate
     `step`: (rows, options with a value per row, logits [B, T, V], active [B]).
     """
     rows, sampling, logits_BTV, active_B = step
-    decoder = weights.decoder
-    mask_token_id, eos_token_ids = decoder.diffusion.mask_token_id, decoder.eos_token_ids
 
     def one(carry: Carry, row: FilledRows, sampling: Sampling, logits_TV: jax.Array) -> tuple[Carry, Any, jax.Array]:
-        key = jax.random.wrap_key_data(row.keys)
-        tokens, *batch = (
-            x[None] for x in (carry.tokens, row.valid, row.fillable, row.prompt_lengths, row.steps, row.quotas, key)
-        )
-        loop = Loop(
-            predict=lambda cache, *_: (logits_TV[None], cache),
-            canvas=Canvas(tokens, *batch),
-            plan=plan,
-            sampling=sampling,
-            mask_token_id=mask_token_id,
-            eos_token_ids=eos_token_ids,
-        )
-        alone = jax.tree.map(lambda x: x[None], carry).replace(block=carry.block, step=carry.step)
+        loop, alone = _loop(weights, plan, carry, (row, sampling, logits_TV))
         after, proposal = loop.observed_step(alone)
-        unfinished = loop.unfinished(after)
-        block, step = after.block, after.step
-        after = jax.tree.map(lambda x: x[0], after.replace(block=block[None], step=step[None]))
-        return after, (proposal.tokens[0], proposal.logits[0]), unfinished
+        return _of_row(after), (proposal.tokens[0], proposal.logits[0]), loop.unfinished(after)
 
     after, (tokens, distributions), unfinished = jax.vmap(one)(carry, rows, sampling, logits_BTV)
+    return _found(carry, after, (tokens, distributions, unfinished), (logits_BTV, active_B), candidates)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _attempted(weights: Weights, plan: Plan, carry: Carry, step: tuple, allowed_BTW: jax.Array) -> Attempt:
+    """What a pass would do to the active blocks within what is allowed there; `step` as for `_advanced`."""
+    rows, sampling, logits_BTV, _ = step
+
+    def one(carry: Carry, row: FilledRows, sampling: Sampling, logits_TV: jax.Array, allowed_TW: jax.Array) -> Attempt:
+        loop, alone = _loop(weights, plan, carry, (row, sampling, logits_TV))
+        attempt = loop.attempt(alone, allowed_TW[None])
+        return Attempt(jax.tree.map(lambda x: x[0], attempt.proposal), attempt.commit[0], None)
+
+    return jax.vmap(one)(carry, rows, sampling, logits_BTV, allowed_BTW)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "candidates"))
+def _settled(weights, plan: Plan, carry: Carry, step: tuple, choice: tuple, candidates: int | None):
+    """`_advanced` from the attempt on. `choice`: (attempt, what is committed [B, T] bool, tokens [B, T])."""
+    rows, sampling, logits_BTV, active_B = step
+    attempt, commit_BT, tokens_BT = choice
+    probability_BT = jax.nn.sigmoid(log_odds(attempt.proposal.logits, tokens_BT, None))
+    proposal = attempt.proposal.replace(tokens=tokens_BT, probability=probability_BT)
+
+    def one(carry: Carry, row: FilledRows, sampling: Sampling, logits_TV: jax.Array, attempt: Attempt) -> tuple:
+        loop, alone = _loop(weights, plan, carry, (row, sampling, logits_TV))
+        after = loop.settle(alone, jax.tree.map(lambda x: x[None], attempt))
+        return _of_row(after), loop.unfinished(after)
+
+    chosen = Attempt(proposal, commit_BT, None)
+    after, unfinished = jax.vmap(one)(carry, rows, sampling, logits_BTV, chosen)
+    return _found(carry, after, (tokens_BT, proposal.logits, unfinished), (logits_BTV, active_B), candidates)
+
+
+def _loop(weights: Weights, plan: Plan, carry: Carry, of_row: tuple) -> tuple[Loop, Carry]:
+    """The loop of one row, (row, options, logits [T, V]), as a batch of its own, and the row's carry."""
+    row, sampling, logits_TV = of_row
+    decoder = weights.decoder
+    key = jax.random.wrap_key_data(row.keys)
+    tokens, *batch = (
+        x[None] for x in (carry.tokens, row.valid, row.fillable, row.prompt_lengths, row.steps, row.quotas, key)
+    )
+    loop = Loop(
+        predict=lambda cache, *_: (logits_TV[None], cache),
+        canvas=Canvas(tokens, *batch),
+        plan=plan,
+        sampling=sampling,
+        mask_token_id=decoder.diffusion.mask_token_id,
+        eos_token_ids=decoder.eos_token_ids,
+    )
+    return loop, jax.tree.map(lambda x: x[None], carry).replace(block=carry.block, step=carry.step)
+
+
+def _of_row(carry: Carry) -> Carry:
+    """The carry of a batch of one as that of its row."""
+    return jax.tree.map(lambda x: x[0], carry.replace(block=carry.block[None], step=carry.step[None]))
+
+
+def _found(carry: Carry, after: Carry, proposed: tuple, step: tuple, candidates: int | None) -> tuple[Carry, Found]:
+    """(`after` in the active rows, else `carry`; what was found)."""
+    tokens, distributions, unfinished = proposed
+    logits_BTV, active_B = step
     after = jax.tree.map(
         lambda new, old: jnp.where(active_B.reshape(-1, *[1] * (new.ndim - 1)), new, old), after, carry
     )

@@ -30,7 +30,8 @@ def client(tmp_path_factory):
     """A causal model with room for descriptions of tools in bytes."""
     directory = save_tiny_model(tmp_path_factory.mktemp("long"), max_position_embeddings=1024)
     lm = difflm_jax.load(directory, causal=True, dtype="float32")
-    with serving(Engine({"tiny:base": lm}), max_length=1024) as found:
+    canvas = difflm_jax.load(directory, attention="full", dtype="float32")
+    with serving(Engine({"tiny:base": lm, "tiny": canvas}), max_length=1024) as found:
         yield found
 
 
@@ -77,6 +78,19 @@ def test_a_pattern_and_a_choice_are_kept_to(sdk):
     said = ask(sdk, seed=0, extra_body={"diffusion": {"regex": r"\d{3}-[ab]+x"}}, max_tokens=24).message.content
     assert re.fullmatch(r"\d{3}-[ab]+x", said)
     assert ask(sdk, seed=0, extra_body={"diffusion": {"choice": ["yes", "no"]}}).message.content in ("yes", "no")
+
+
+@pytest.mark.slow
+def test_a_model_that_fills_masks_keeps_to_a_form_too(sdk, client):
+    said = ask(
+        sdk, model="tiny", seed=0, extra_body={"diffusion": {"regex": r"\d{3}-[ab]+x", "steps": 8}}, max_tokens=16
+    )
+    assert re.fullmatch(r"\d{3}-[ab]+x", said.message.content)
+    place = ask(sdk, model="tiny", seed=0, response_format=FORMAT, max_tokens=48).message.content
+    assert is_place(json.loads(place))
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 48, "temperature": 1.0, "response_format": FORMAT}
+    chunks = events(client, "/v1/chat/completions", **body, seed=0)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == place
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 import gc
 import itertools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,7 @@ def generated(lm, request):
     if sampling["algorithm"] == "speculative" or lm.attention == "causal" or "threshold" in sampling:
         sampling.pop("schedule", None)
     given = {"steps": request.steps, "block_length": request.block_length, "seed": request.seed}
+    given["grammar"] = request.grammar
     return lm.generate(
         [request.tokens] * (request.copy + 1), request.max_new_tokens, stop=request.stop, **given, **sampling
     )
@@ -368,3 +371,43 @@ def test_rows_under_a_grammar_share_a_batch_with_others(models):
         for finished in found[1:]:
             assert finished.finish_reason == "stop"
             assert lm.answers.decode(finished.tokens) in choices
+
+
+@pytest.mark.slow
+def test_canvases_keep_to_a_grammar_as_generate_does_and_leave_other_rows_alone(models):
+    """Proves, for each rule of attention, greedy and drawn, the tokens of `lm.generate` under the same grammar."""
+    regular = Grammar.regex(r"(\d{2,3}-)+[ab]{3}x?")
+    schema = {"type": "object", "properties": {"size": {"enum": [1, 22]}}, "required": ["size"]}
+    parsed = Grammar.json_schema({**schema, "additionalProperties": False})
+    asked = []
+    for name in ("full", "shifted", "prefix", "block", "shifted block", "block_causal"):
+        lm = models[name]
+        free = request(lm, name, "Hi there", max_new_tokens=16, steps=8)
+        bound = dataclasses.replace(free, grammar=regular, logprobs=0)
+        drawn = sampling_options(lm.attention, lm.algorithm, {"temperature": 1.5})
+        left = sampling_options(lm.attention, lm.algorithm, {"algorithm": "left_to_right"})
+        asked += [free, bound, dataclasses.replace(bound, sampling=drawn, seed=3)]
+        if name in ("full", "block"):
+            asked.append(dataclasses.replace(free, grammar=parsed, sampling=left, steps=16))
+    expected = [generated(models[one.model], one) for one in asked]
+    with Engine(models, EngineOptions(rows=4)) as engine:
+        tickets = [engine.submit(one) for one in asked]
+        found = [ticket.result(300) for ticket in tickets]
+    for one, finished, alone in zip(asked, found, expected, strict=True):
+        assert_same(finished, alone)
+        if one.grammar is regular:
+            assert re.fullmatch(r"(\d{2,3}-)+[ab]{3}x?", models[one.model].answers.decode(finished.tokens))
+        elif one.grammar is parsed:
+            assert json.loads(models[one.model].answers.decode(finished.tokens))["size"] in (1, 22)
+
+
+def test_a_canvas_refuses_a_grammar_that_it_cannot_keep_to(models):
+    lm = models["full"]
+    asked = dataclasses.replace(request(lm, "full", "Hi"), grammar=Grammar.json_object())
+    with Engine({"full": lm}) as engine:
+        with pytest.raises(UserError, match="give algorithm='left_to_right'"):
+            engine.submit(asked)
+        with pytest.raises(UserError, match="not to an infilling"):
+            engine.submit(dataclasses.replace(asked, infill=True))
+        with pytest.raises(UserError, match="shortest answer has 30 tokens"):
+            engine.submit(dataclasses.replace(asked, grammar=Grammar.choice(["x" * 30])))
