@@ -215,6 +215,7 @@ def test_the_models_know_nothing_of_diffusion():
     """Masks, prompts and blocks are those of `diffusion.config`; the transformer takes a view."""
     folder = Path(models.__file__).parent
     words = re.compile("diffusion|prompt|noisy|denois|corrupt|block_length", re.IGNORECASE)
-    told = [f"{path.name}: {line}" for path in folder.glob("*.py") for line in path.read_text().splitlines()
-            if words.search(line) and path.name != "__init__.py"]  # fmt: skip
+    lines = [(path.name, line) for path in folder.glob("*.py") for line in path.read_text().splitlines()]
+    refused = re.compile('"diffusion_gemma(_text)?"')  # kinds of others that are refused by name
+    told = [(name, line) for name, line in lines if name != "__init__.py" and words.search(refused.sub("", line))]
     assert not told
