@@ -107,6 +107,8 @@ def _check(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list[str])
         except UserError as error:
             name = str(error).split()[0].partition("=")[0].rstrip(":")
             raise UserError(f"--{error}" if name in flag_values else str(error)) from error
+    if flag_values.infill and (flag_values.stop or flag_values.block_length):
+        raise UserError("--stop and --block_length belong to answers, not to --infill")
     for prompt in prompts if flag_values.infill else ():
         if lm.mask_token_id not in lm.prompts.canvas(prompt):
             raise UserError(f"--infill: {prompt[:60]!r} does not hold the mask token {lm.tokenizer.mask_token!r}")
@@ -209,8 +211,6 @@ def _answers(
     options = {**options, "on_pass": _watcher(lm, flag_values, page)}
     start = time.perf_counter()
     if flag_values.infill:
-        if flag_values.stop or flag_values.block_length:
-            raise UserError("--stop and --block_length belong to answers, not to --infill")
         out = lm.infill(prompts, steps=_steps(lm, flag_values), **options)
     else:
         block_length = flag_values.block_length or None
