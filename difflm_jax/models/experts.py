@@ -118,6 +118,8 @@ def experts_of(hf: Mapping[str, Any], family: ExpertFamily | None, layers: int) 
     groups = tuple(_positive(hf, key) for key in family.groups) if family.groups else (1, 1)
     if count % groups[0] or groups[1] > groups[0] or count // groups[0] * groups[1] < per_token:
         raise UserError(f"config.json: {family.groups}={groups} do not divide {count} experts, {per_token} a token")
+    if groups[1] < groups[0] == count:  # a group is ranked by its two best experts
+        raise UserError(f"config.json: {family.groups[0]}={groups[0]}: groups of one expert cannot be ranked")
     sparse = _SPARSE[family.layers].read(hf, layers)
     if not any(sparse):
         raise UserError(f"config.json: no layer has experts; such a model cannot be represented as {hf['model_type']}")

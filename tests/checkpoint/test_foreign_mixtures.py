@@ -91,6 +91,7 @@ def test_llada_2_is_saved_as_a_model_that_transformers_has(tmp_path):
         ("llada2_moe", {"score_function": "softmax"}, "score_function=softmax"),
         ("llada2_moe", {"use_qkv_bias": True}, "use_qkv_bias=True"),
         ("llada2_moe", {"topk_group": 5}, "do not divide"),
+        ("llada2_moe", {"n_group": 8, "topk_group": 4}, "n_group=8: groups of one expert"),
         ("lladamoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("lladamoe", {"norm_topk_prob": True}, "norm_topk_prob=True"),
         ("lladamoe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
