@@ -1,9 +1,8 @@
 """Products of few rows with what stays in its stack over layers, by C++ functions on CPUs (`few_rows.cc`).
 
 XLA's CPU backend copies each layer's weights out of their stack before it multiplies, and decodes a quantised weight
-into memory first. With few rows that is most of the time of a pass, which takes as long as reading the weights once.
-The functions read them, and cached
-keys and values, in place and in their own format.
+into memory first. With few rows that takes most of a pass: the rest is one read of the weights. The functions read
+weights, and cached keys and values, in place and in their own format.
 """
 
 from pathlib import Path
