@@ -1,6 +1,6 @@
-"""From tokenised rows to batches: the split into training and test rows, and the batch of any step by its number.
+"""From tokenised rows to batches: the train/test split, and random access to the batch of any step.
 
-`batches(...)[step]` is a pure function of the rows, the plan and the step. The position of a run is one integer, and a
+`batches(...)[step]` is a pure function of the rows, the plan and the step. The position of a run is one integer, so a
 resumed run needs no iterator state.
 """
 
@@ -26,11 +26,12 @@ _READ_ROWS = 10_000
 
 
 def split(dataset: datasets.Dataset, test_size: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(train, test): a row is a test row if its draw in [0, 1), made from its content and `seed`, is below `test_size`.
+    """Splits `dataset` into (train, test) by a hash of each row's content and `seed`.
 
-    Equal rows are on the same side in every data set, and adding rows moves none. To keep both sides non-empty, the row
-    content with the lowest draw always goes to the test split and the one with the highest never does. `test_size` 0
-    tests nothing. Raises `UserError` if all rows have the same content.
+    The hash is a draw in [0, 1); a row is a test row if it is below `test_size`. Equal rows are on the same side in
+    every data set, and adding rows moves none. To keep both sides non-empty, the content with the lowest draw always
+    goes to the test split and the one with the highest never does. With `test_size=0` the test split is empty. Raises
+    `UserError` if all rows have the same content.
     """
     if not 0 <= test_size < 1:
         raise UserError(f"test_size={test_size}: is a share of the rows, at least 0 and below 1")
@@ -57,7 +58,7 @@ def _draws(content_hash: np.ndarray, seed: int) -> np.ndarray:
 
 
 def plan_batches(rows: datasets.Dataset, options: BatchOptions) -> BatchPlan:
-    """The plan of the batches of tokenised `rows`. Make it once; it is what is costly about `batches`."""
+    """Plans the batches of tokenised `rows`. This is the costly part of `batches`, so call it once."""
     lengths, added = _lengths(rows, options.answer_padding, options.max_length)
     if len(lengths) and (longest := int(lengths.max())) > options.max_length:
         raise ValueError(f"a row of {longest} tokens was not made for max_length={options.max_length}")
@@ -65,7 +66,7 @@ def plan_batches(rows: datasets.Dataset, options: BatchOptions) -> BatchPlan:
 
 
 def _lengths(rows: datasets.Dataset, answer_padding: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens of each example, EOS tokens that extend the answer at its end)."""
+    """Returns two arrays [examples]: tokens of each example, and EOS tokens that extend its last answer."""
     table = rows.select_columns(["length", "final_answer_length"]).with_format("arrow")[:]
     length, answer = (table[name].to_numpy().astype(np.int64) for name in table.column_names)
     if not answer_padding:
@@ -81,16 +82,16 @@ def batches(
     strata: str = "step",
     local_rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
-    """The batches of a run by `plan`: element `step` is what one optimiser step needs, for all devices.
+    """Returns the batches of a run: element `step` holds the data of one optimiser step, for all devices.
 
     An element is a dict of arrays [A, B, L] (and one [A, B]), the fields of `difflm_jax.data.fields`. A is the number
-    of micro-batches and B their rows. L is the width of the step's longest row, or that of all rows if they are packed.
-    Every epoch has its own permutation and ends with its own step, completed by filler rows. How the rows of a step
-    are divided into A times B changes nothing else.
+    of micro-batches and B the rows of each. L is the width of the step's longest row, or `row_length` if rows are
+    packed. Every epoch has its own permutation, and its last step is completed with filler rows. The division of a
+    step's rows into A times B changes nothing else.
 
-    strata: the place of an example in [0, 1) is that among the examples of the "step", or its index among all "rows".
-    local_rows: the rows of every micro-batch to read (one process of several reads its own); by default all. They are
-      the same as among all rows.
+    strata: whether an example's stratum in [0, 1) is its place among the examples of the "step" or among all "rows".
+    local_rows: the rows of every micro-batch to read, all by default. In a run with several processes, each reads its
+      own. The contents of a row do not depend on which others are read.
     """
     if epochs < 1:
         raise UserError(f"epochs={epochs}: must be at least 1")
@@ -104,7 +105,7 @@ def batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Collate:
-    """From the number of a step to its arrays."""
+    """Maps the number of a step to its arrays."""
 
     table: datasets.Dataset
     plan: BatchPlan
@@ -137,7 +138,7 @@ class _Collate:
         return -(-int(self.plan.lengths[ids].max()) // options.length_multiple) * options.length_multiple
 
     def _fill(self, batch: dict[str, np.ndarray], row: int, ids: np.ndarray, places: range) -> None:
-        """Writes the examples at `places` of the step, whose examples are `ids`, one after another into row `row`."""
+        """Writes the examples `ids[places]`, one after another, into row `row`. `ids` are those of the whole step."""
         start = shared = self.plan.shared
         examples = ids[places.start : places.stop]
         for segment, (place, text) in enumerate(zip(places, _read_rows(self.table, examples), strict=True), start=1):
@@ -167,7 +168,7 @@ class _Collate:
 
 
 def _read_rows(table: datasets.Dataset, ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """(tokens, answer mask, length of the prompt) of the rows `ids`, read together."""
+    """Returns (tokens, answer mask, prompt length) for each of the rows `ids`, read in one go."""
     if not len(ids):
         return []
     found: pa.Table = table[[int(i) for i in ids]]
@@ -184,7 +185,7 @@ def _read_rows(table: datasets.Dataset, ids: np.ndarray) -> list[tuple[np.ndarra
 
 
 def prefetch(dataset: grain.MapDataset, start_step: int = 0, num_threads: int = 2) -> Iterator[dict[str, np.ndarray]]:
-    """The elements of `dataset` from `start_step` on, prepared ahead by `num_threads` threads (0: on demand)."""
+    """Iterates over `dataset` from `start_step` on, prefetched by `num_threads` threads (0: on demand)."""
     import grain
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
@@ -192,7 +193,7 @@ def prefetch(dataset: grain.MapDataset, start_step: int = 0, num_threads: int = 
 
 
 def describe(dataset: datasets.Dataset) -> str:
-    """One line: rows, tokens, answer tokens, and percentiles of the lengths."""
+    """Summarises a data set in one line: rows, tokens, answer tokens, and percentiles of the lengths."""
     if not len(dataset):
         return "0 rows"
     answer_tokens = 0

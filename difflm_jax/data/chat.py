@@ -1,7 +1,7 @@
-"""From messages and texts to tokens, with the answers marked, by the tokenizer's own chat template.
+"""From messages and texts to tokens with an answer mask, using the tokenizer's own chat template.
 
-`templates` says where an answer begins and ends in the text. The prompt is tokenised alone, as generation does it, so
-training sees exactly its tokens.
+`templates` finds where an answer begins and ends in the text. The prompt is tokenised on its own, as in generation, so
+training sees exactly the same prompt tokens.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ _CONTEXT_CHARS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A row: `tokens` [L] int32, and `answer_mask` [L] bool, true on the tokens of answers and their ends."""
+    """A row: `tokens` [L] int32, and `answer_mask` [L] bool, true on the tokens of answers and their end tokens."""
 
     tokens: np.ndarray
     answer_mask: np.ndarray
 
     @property
     def prompt_length(self) -> int:
-        """Index of the first token of an answer; the length where there is no answer."""
+        """Index of the first answer token; the length of the row if it has no answer."""
         return int(self.answer_mask.argmax()) if self.answer_mask.any() else len(self.tokens)
 
     def __getitem__(self, part: slice) -> "Encoded":
@@ -47,11 +47,11 @@ def encode_chat(
     tools: Any = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Encoded:
-    """Tokens of a conversation with its last answer marked, or with `answers="all"` every one.
+    """Tokenises a conversation and marks its last answer, or every answer with `answers="all"`.
 
-    What follows the last answer is left out. Raises `RowError` for a conversation without an answer, with an empty
-    one, or which the template refuses or shows only in part, and with "all" for one whose earlier turns it changes;
-    `UserError` for a tokenizer without a chat template or EOS token.
+    What follows the last answer is left out. Raises `RowError` if an answer is missing or empty, or if the template
+    refuses the conversation or shows only part of it. With "all", it also raises `RowError` if the template changes
+    earlier turns. Raises `UserError` for a tokenizer without a chat template or EOS token.
     """
     conversation = _conversation(messages, tools, template_arguments)
     rendered = render_joined(tokenizer, conversation, answers)
@@ -65,7 +65,7 @@ def encode_prompt(
     tools: Any = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
-    """[P] int32 tokens of a conversation that waits for an answer: those of `encode_chat` before the last answer."""
+    """Returns the prompt tokens [P] int32 of a conversation: those that `encode_chat` has before the last answer."""
     text = render_prompt(tokenizer, _conversation(messages, tools, template_arguments))
     check_unicode(text)
     return np.asarray(_tokenize(tokenizer, [text])[0], np.int32)
@@ -79,9 +79,9 @@ def _conversation(messages: Sequence[Message], tools: Any, arguments: Mapping[st
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[bool], begins: Sequence[bool]
 ) -> list[Encoded]:
-    """Tokens of plain texts as the tokenizer makes them, none of them an answer.
+    """Tokenises plain texts, with no token marked as answer.
 
-    A BOS that the tokenizer adds stays where a text `begins`; EOS follows where one `ends`.
+    A BOS that the tokenizer adds is kept where `begins` is true; an EOS is appended where `ends` is true.
     """
     eos_id = tokenizer.eos_token_id
     encoded = []
@@ -89,18 +89,18 @@ def encode_texts(
         if ids and not is_begin and ids[0] == tokenizer.bos_token_id:
             ids = ids[1:]
         if ids and eos_id is not None:
-            # A tokenizer may add EOS by itself; a text that continues has none, one that ends has one.
+            # Some tokenizers add EOS themselves. Keep exactly one if the text ends here, and none if it continues.
             ids = (ids[:-1] if ids[-1:] == [eos_id] else ids) + [eos_id] * is_end
         encoded.append(Encoded(np.asarray(ids, np.int32), np.zeros(len(ids), bool)))
     return encoded
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[tuple[str, ...]]) -> list[Encoded]:
-    """Tokens of many rendered conversations at once (`templates`). A row that ends in an answer ends in EOS.
+    """Tokenises many conversations that `templates` rendered. A row that ends in an answer ends in EOS.
 
-    Templates of Qwen, SmolLM2, Llama 3 and Mistral end an answer with the tokenizer's EOS (`<|im_end|>`,
-    `<|eot_id|>`, `</s>`). Where one does not (ChatML on a base model whose EOS is `<|endoftext|>`), EOS follows the
-    last answer, since it is where generation stops.
+    The templates of Qwen, SmolLM2, Llama 3 and Mistral end an answer with the tokenizer's EOS (`<|im_end|>`,
+    `<|eot_id|>`, `</s>`). If a template does not (ChatML on a base model whose EOS is `<|endoftext|>`), EOS is added
+    after the last answer, because generation stops at it.
     """
     texts: list[str] = []
     for pieces in rendered:
@@ -112,10 +112,11 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[tuple
 
 
 def _assemble(tokenizer: PreTrainedTokenizerBase, pieces: tuple[str, ...], ids: Iterator[list[int]]) -> Encoded:
-    """One row from the ids of its first piece and, for each later one, of its context without and with it.
+    """Joins the token ids of `pieces` into one row.
 
-    The tokens of a piece are those it has after its context (a tokenizer that marks the beginning of a text would
-    mark a piece that stands alone). Where a token would span the seam, it is tokenised alone.
+    `ids` yields the ids of the first piece, then two lists per later piece: its context, and context plus piece. The
+    context is needed because some tokenizers mark the beginning of a text. If a token would span the seam, the piece
+    is tokenised alone.
     """
     parts = [next(ids)]
     for piece in pieces[1:]:
@@ -135,16 +136,16 @@ def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def windows(encoded: Encoded, max_length: int) -> list[Encoded]:
-    """A long text as consecutive rows of at most `max_length` tokens."""
+    """Splits a long text into consecutive rows of at most `max_length` tokens."""
     return [encoded[start : start + max_length] for start in range(0, len(encoded.tokens), max_length)]
 
 
 def cut(encoded: Encoded, max_length: int, overlong: str = "cut") -> Encoded | None:
-    """`encoded` within `max_length` tokens, always with some of an answer if it has any; None if it is dropped.
+    """Cuts `encoded` to `max_length` tokens and keeps part of an answer if it has any; None if it is dropped.
 
-    The prompt is kept whole and the tail cut if that leaves the answer half of `max_length`; otherwise the prompt is
-    cut from the left until the answer has that half, or all it needs. A row with several answers is treated as if
-    all from the first on were one. `overlong="drop"` gives None for whatever is too long.
+    If a whole prompt leaves half of `max_length` to the answer, only the tail is cut. Otherwise the prompt is cut from
+    the left until the answer has that half, or all it needs. In a row with several answers, everything from the first
+    one on is treated as one answer. `overlong="drop"` returns None for any row that is too long.
     """
     length = len(encoded.tokens)
     if length <= max_length:
@@ -158,13 +159,13 @@ def cut(encoded: Encoded, max_length: int, overlong: str = "cut") -> Encoded | N
         return encoded[:max_length]
     answer_kept = min(length - prompt, max(max_length - prompt, (max_length + 1) // 2))
     kept = encoded[prompt + answer_kept - max_length : prompt + answer_kept]
-    return kept[: int(np.flatnonzero(kept.answer_mask)[-1]) + 1]  # no row ends in half a question
+    return kept[: int(np.flatnonzero(kept.answer_mask)[-1]) + 1]  # a row must not end in half a question
 
 
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = False
 ) -> list[list[int]]:
-    """Token ids of each text. Templates write special tokens out, so by default none is added."""
+    """Returns the token ids of each text. Templates spell out special tokens, so none is added by default."""
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[

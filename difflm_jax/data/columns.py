@@ -1,6 +1,6 @@
-"""What a data set calls its columns and speakers, for those that are named otherwise than the known formats.
+"""Maps a data set's own column and speaker names to the known ones.
 
-The keys `data.columns` and `data.roles` are written 'known=own, known=own'; both may name an own name once.
+The keys `data.columns` and `data.roles` are written 'known=own, known=own'. Each own name may appear once per key.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ SPEAKERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """Own names of columns and roles, as pairs (own, known)."""
+    """A data set's own names of columns and roles, as pairs (own, known)."""
 
     columns: tuple[tuple[str, str], ...] = ()
     roles: tuple[tuple[str, str], ...] = ()
 
     def rename(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`row` with known names. An own column replaces one that has the known name already."""
+        """Returns `row` with known names. A mapped column replaces one that already has the known name."""
         if not self.columns:
             return row
         own = dict(self.columns)
@@ -54,7 +54,7 @@ class Naming:
         return kept | {known: row[name] for name, known in own.items() if name in row}
 
     def role(self, speaker: Any) -> str | None:
-        """The role of a speaker, None for one that is not known."""
+        """The role of a speaker; None if it is unknown."""
         if not isinstance(speaker, str):
             return None
         return dict(self.roles).get(speaker) or SPEAKERS.get(speaker.strip().lower())
@@ -65,7 +65,7 @@ KNOWN_NAMES = Naming()
 
 @functools.lru_cache
 def parse_naming(columns: str, roles: str) -> Naming:
-    """The naming that the keys `data.columns` and `data.roles` describe. Raises `UserError`."""
+    """Parses the keys `data.columns` and `data.roles`. Raises `UserError`."""
     found = Naming(_pairs("data.columns", columns), _pairs("data.roles", roles))
     for _, role in found.roles:
         if role not in ROLES:

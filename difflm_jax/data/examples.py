@@ -29,13 +29,13 @@ _PROGRESS_ROWS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the examples next to the rows and the tokenizer.
+    """The options that, with the rows and the tokenizer, determine the examples.
 
     phase: "sft" requires conversations with an answer; "pretrain" also takes conversations without one, and plain text,
       which it cuts into windows of `max_length`.
     answers: which assistant turns are marked, the "last" or "all".
     overlong: "cut" (see `difflm_jax.data.chat.cut`) or "drop".
-    bad_row_budget: share of bad rows that is left out and announced; more is an error.
+    bad_row_budget: largest share of bad rows that may be left out with a notice; more is an error.
     mask_token_id: a token that no row may hold.
     debug: 100 examples, chosen by `seed`.
     columns, roles: the data set's own names (`difflm_jax.data.columns`).
@@ -65,7 +65,7 @@ class Options:
 
 @dataclasses.dataclass
 class Report:
-    """Counts of what became of the rows of `name`."""
+    """Counts how the rows of `name` were used."""
 
     name: str
     rows: int = 0
@@ -125,7 +125,7 @@ def examples(
 ) -> Iterator[list[Example]]:
     """Yields the examples of `source` in chunks of a few hundred rows; `report` counts them.
 
-    Bad rows are left out and counted; `Report.check` tells at the end whether there are too many. A row that holds the
+    Bad rows are left out and counted; `Report.check` raises at the end if there are too many. A row that contains the
     mask token raises `UserError` at once.
     """
     rows = source.rows()
@@ -142,7 +142,7 @@ def examples(
 
 
 def _choose(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
-    """`count` rows in random order, each equally likely (reservoir sampling, which parses no row)."""
+    """Draws `count` rows uniformly, in random order, by reservoir sampling. No row is parsed."""
     generator = random.Random(seed)
     chosen: list[Row] = []
     for i, row in enumerate(rows):
@@ -157,7 +157,7 @@ def _choose(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
 def _examples_of_chunk(
     chunk: list[Row], tokenizer: PreTrainedTokenizerBase, options: Options, report: Report
 ) -> list[Example]:
-    """Parses each row alone, tokenises all texts of a kind in one call, and fits each to `max_length`."""
+    """Parses each row on its own, tokenises all texts of a kind in one call, and fits each to `max_length`."""
     read = [found for row in chunk if (found := _read(row, tokenizer, options, report)) is not None]
     plain = [(text, found.row) for found in read for text in found.texts if isinstance(text, str)]
     ends, begins = ([not row.continues for _, row in plain], [not row.continued for _, row in plain])
@@ -240,7 +240,7 @@ def _refuse_mask_token(row: Row, encoded: Encoded, mask_token_id: int | None) ->
 
 
 def _fit(encoded: Encoded, options: Options, report: Report) -> list[Encoded]:
-    """A conversation within `max_length`; nothing if it is too long and `overlong` is "drop"."""
+    """Fits a conversation to `max_length`; an empty list if it is too long and `overlong` is "drop"."""
     fitted = cut(encoded, options.max_length, options.overlong)
     if fitted is None:
         report.dropped += 1

@@ -1,4 +1,4 @@
-"""Hashes of data files. A large file is read whole once; later starts know it by its size, times and samples."""
+"""Hashes of data files. A large file is read whole once; later runs recognise it by its size, times and samples."""
 
 import contextlib
 import hashlib
@@ -8,13 +8,13 @@ import tempfile
 import time
 from pathlib import Path
 
-_SMALL = 8 << 20  # bytes up to which a file is simply read
-_SAMPLE, _SAMPLES = 64 << 10, 8  # bytes, and places spread over the file
-_SETTLED = 10.0  # seconds after the last change from which on the file's times tell of the next one
+_SMALL = 8 << 20  # bytes up to which a file is always read whole
+_SAMPLE, _SAMPLES = 64 << 10, 8  # bytes per sample, and samples spread over the file
+_SETTLED = 10.0  # seconds since the last change: for a younger file, the next change might not alter its times
 
 
 def file_hash(path: Path) -> str:
-    """A hash of the content of `path`. Raises `OSError` for a file that cannot be read."""
+    """Returns a hash of the content of `path`. Raises `OSError` if it cannot be read."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         if status.st_size <= _SMALL:
@@ -35,13 +35,13 @@ def file_hash(path: Path) -> str:
 
 
 def _folder() -> Path:
-    """Where `datasets` caches, without importing it, which takes a second."""
+    """The cache folder of `datasets`, found without importing it, which takes a second."""
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     return Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser() / "difflm_jax_files"
 
 
 def _keep(known: Path, found: str) -> None:
-    with contextlib.suppress(OSError):  # it only saves time
+    with contextlib.suppress(OSError):  # the cache only saves time
         known.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=known.parent)
         with os.fdopen(descriptor, "w") as file:

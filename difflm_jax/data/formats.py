@@ -1,4 +1,4 @@
-"""What a row means: from one of the known formats, told by its keys, to a conversation or a plain text."""
+"""Parses a row into a conversation or a plain text. Its keys tell which of the known formats it has."""
 
 import dataclasses
 import string
@@ -27,7 +27,7 @@ _PARTS_OF_QUESTION = ("instruction", "context", "input", "choices", "options")
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Rows that have values under the keys `needed`; `used` are the keys it reads next to those of any chat."""
+    """Rows that have values under the keys `needed`; `used` are the keys it reads in addition to those of any chat."""
 
     needed: tuple[str, ...]
     source: str
@@ -42,7 +42,7 @@ def _asked(question: str, answer: str, source: str) -> Format:
     return Format((question, answer), source, _PARTS_OF_QUESTION)
 
 
-# The first whose keys have values is that of a row.
+# In order of precedence: a row has the first format whose keys all have values.
 FORMATS = (
     Format(("messages",), keys.OPENAI),
     Format(("conversations",), keys.SHAREGPT),
@@ -69,7 +69,7 @@ _NAMED = 7  # formats that an error lists
 
 
 def parse_row(row: Any, naming: Naming = KNOWN_NAMES, notes: Notes | None = None) -> tuple[str, Conversation | str]:
-    """(name of the format, conversation or text) of a row; the first of `FORMATS` whose keys have values.
+    """Returns (format name, conversation or text) of a row, by the first of `FORMATS` whose keys have values.
 
     `naming`: the data set's own names of columns and roles. `notes` counts keys that have a value and are not used.
     Raises `RowError`.
@@ -79,7 +79,7 @@ def parse_row(row: Any, naming: Naming = KNOWN_NAMES, notes: Notes | None = None
     row = naming.rename(row)
     found = _format_of({key for key, value in row.items() if is_given(value)})
     present = {key for key, value in row.items() if value is not None}
-    found = found or _format_of(present)  # an empty value is told of better than a key that is not there
+    found = found or _format_of(present)  # "is empty" helps more than "unknown format"
     if found is None:
         raise RowError(_unknown(present))
     if found.needed == ("text",):
@@ -105,7 +105,7 @@ def _unknown(present: set[Any]) -> str:
 
 
 def _messages(row: Mapping[str, Any], found: Format, notes: Notes | None) -> tuple[Any, set[str]]:
-    """(messages as the row has them, keys that went into them)."""
+    """Returns (messages as the row has them, keys that they came from)."""
     if len(found.needed) == 1:
         return row[found.needed[0]], set()
     question_key, answer_key = found.needed
@@ -118,7 +118,7 @@ def _messages(row: Mapping[str, Any], found: Format, notes: Notes | None) -> tup
 
 
 def _question(row: Mapping[str, Any], question_key: str, labels: list[tuple[str, str]]) -> tuple[str, set[str]]:
-    """The question with what the row has next to it, and the keys of that."""
+    """Returns (question with its context, input and choices, keys that they came from)."""
     before = ("context", "instruction") if question_key != "instruction" else ()
     order = dict.fromkeys((*before, question_key, "input", "context"))
     pieces = {key: text_of(row[key], key) for key in order if is_given(row.get(key))}
@@ -130,7 +130,7 @@ def _question(row: Mapping[str, Any], question_key: str, labels: list[tuple[str,
 
 
 def _choices(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) of each choice: of a list, of {"text": [...], "label": [...]}, or of {"A": ...}."""
+    """Returns (label, text) of each choice, from a list, {"text": [...], "label": [...]} or {"A": ...}."""
     key = next((key for key in ("choices", "options") if is_given(row.get(key))), None)
     if key is None:
         return []
@@ -152,7 +152,7 @@ def _choices(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _answer(answer: Any, where: str, labels: list[tuple[str, str]], notes: Notes | None) -> list[Message]:
-    """The answer's turns; the number of a choice becomes its label, and of several answers the first is taken."""
+    """Returns the answer's turns. A choice's number becomes its label; only the first of several answers is used."""
     if where == "answers":
         answers = answer.get("text") if isinstance(answer, Mapping) else answer
         if not isinstance(answers, list) or not answers:
@@ -168,7 +168,7 @@ def _answer(answer: Any, where: str, labels: list[tuple[str, str]], notes: Notes
 
 
 def _turns(value: Any, role: str, where: str) -> list[Message]:
-    """A text or typed parts as a turn of `role`; a list of messages as it is."""
+    """Wraps a text or typed parts in a turn of `role`; returns a list of messages unchanged."""
     if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
         return [_say(role, text_of(value, where))]
     are_parts = all("type" in each and not each.keys() & set(SPEAKER_KEYS) for each in value)
@@ -180,7 +180,7 @@ def _say(role: str, content: Any) -> Message:
 
 
 def _with_row_keys(conversation: Conversation, row: Mapping[str, Any]) -> tuple[Conversation, set[str]]:
-    """`conversation` with what the row says of it as a whole, and the keys of that."""
+    """Adds the row's tools, history, system message and template arguments; returns it with the keys used."""
     used = {"tools"}
     if conversation.tools is None and is_given(row.get("functions")):
         conversation = dataclasses.replace(conversation, tools=parse_tools(row["functions"]))
@@ -202,7 +202,7 @@ def _with_row_keys(conversation: Conversation, row: Mapping[str, Any]) -> tuple[
 
 
 def _insert(conversation: Conversation, at: int, messages: list[Message]) -> Conversation:
-    """`conversation` with `messages` before message `at`."""
+    """Inserts `messages` before message `at`."""
     untrained = frozenset(i + len(messages) if i >= at else i for i in conversation.untrained)
     whole = [*conversation.messages[:at], *messages, *conversation.messages[at:]]
     return dataclasses.replace(conversation, messages=whole, untrained=untrained)

@@ -1,7 +1,7 @@
-"""The keys of rows and messages that are known, in one place: what each means, where it is from, what becomes of it.
+"""All known keys of rows and messages: what each means, where it comes from, and what happens to it.
 
 Every key that has a value is *used*, *announced* (once per data set, with the number of rows), or its row is *refused*.
-A key that is in no table is announced. docs/compatibility.md is made from these tables.
+A key that is in no table is announced. docs/compatibility.md is generated from these tables.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ GPT_OSS = "https://cookbook.openai.com/articles/openai-harmony"
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What becomes of a key; `effect` says it in words, and is part of what is announced."""
+    """How a key is treated. `effect` describes it in words and is part of the announcement."""
 
     use: str
     effect: str
     source: str
 
 
-# Keys of a row, next to those that make its format (`difflm_jax.data.formats.FORMATS`).
+# Keys of a row, in addition to those that determine its format (`difflm_jax.data.formats.FORMATS`).
 ROW_KEYS = {
     "tools": Key(USED, "functions for the chat template; a list, or the JSON of one", TRANSFORMERS),
     "functions": Key(USED, "the older name of tools", OPENAI),
@@ -97,7 +97,7 @@ MESSAGE_KEYS = {
 
 
 def is_given(value: Any) -> bool:
-    """Whether a key has a value; null and what is empty count as absent, 0 and false do not."""
+    """Whether a key has a value. Null and empty values count as absent; 0 and false do not."""
     return value is not None and not (isinstance(value, (str, list, tuple, Mapping)) and not value)
 
 
@@ -113,7 +113,7 @@ def account(row: Mapping[str, Any], used: Collection[str], notes: Notes | None) 
 
 
 def account_message(message: Mapping[str, Any], where: str, notes: Notes | None) -> None:
-    """The same for a message."""
+    """Announces each key of `message` that has a value and no use. Raises `RowError` for one that is refused."""
     for key in message:
         known = MESSAGE_KEYS.get(key)
         if not is_given(message[key]) or (known is not None and known.use == USED):
@@ -124,13 +124,13 @@ def account_message(message: Mapping[str, Any], where: str, notes: Notes | None)
 
 
 def note(notes: Notes | None, what: str) -> None:
-    """Counts the announcement `what`, a clause; callers that announce nothing give None."""
+    """Counts the announcement `what`, a clause. Does nothing if `notes` is None."""
     if notes is not None:
         notes[what] += 1
 
 
 def announcement(notes: Notes) -> str:
-    """All of `notes` in one line, the most frequent first; empty if there are none."""
+    """Lists `notes` in one line, the most frequent first; empty if there are none."""
     listed = [f"{what} (in {count})" for what, count in notes.most_common(_SHOWN)]
     more = len(notes) - len(listed)
     return ", ".join(listed) + (f", and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Which token is the mask: one free embedding row, or a reserved token, and never a resized table."""
+"""Chooses the mask token: a free embedding row or a reserved token. The embedding is never resized."""
 
 from typing import Any
 
@@ -6,24 +6,23 @@ from difflm_jax.errors import UserError
 
 DEFAULT_MASK_TOKEN = "<|mask|>"
 
-# Tokens that families set aside and that chat data does not hold, in order of preference.
+# Tokens that model families reserve and that chat data does not contain, in order of preference.
 _RESERVED = ("<file_sep>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<unused0>", "[control_8]", "<reserved_0>")
 
 
 def token_of_id(tokenizer: Any, token_id: int | None) -> str:
-    """The token with that id, or "" where the tokenizer has none (or no id is given)."""
+    """The token with that id, or "" if the id is None or the tokenizer has no such token."""
     if token_id is None or not 0 <= token_id < len(tokenizer):
         return ""
     return tokenizer.convert_ids_to_tokens(token_id) or ""
 
 
 def choose_mask_token(tokenizer: Any, embedding_rows: int, override: str = "") -> int:
-    """Returns the id of the mask token and makes it `tokenizer.mask_token`, so that a saved tokenizer names it.
+    """Returns the id of the mask token and sets `tokenizer.mask_token`, so that a saved tokenizer names it.
 
-    The rule: `override`; else the tokenizer's own mask token; else `<|mask|>` on the first embedding row that the
-    tokenizer leaves free (151669 for Qwen3, as SDAR and dLLM use it); else a reserved token; else the unknown token
-    of a tokenizer that can spell everything. Raises `UserError` for a token without an embedding row, or one that is
-    the padding or end-of-sequence token.
+    In order of preference: `override`, the tokenizer's own mask token, `<|mask|>` on the first embedding row that the
+    tokenizer leaves free (151669 for Qwen3, as in SDAR and dLLM), a reserved token, and the unknown token. Raises
+    `UserError` for a token without an embedding row, or one that is the padding or end-of-sequence token.
     """
     vocabulary = tokenizer.get_vocab()
     free_row = len(tokenizer) if len(tokenizer) < embedding_rows else None

@@ -1,4 +1,4 @@
-"""Messages as chat templates take them, from the forms in which data sets store conversations."""
+"""Normalises the forms in which data sets store conversations to the messages that chat templates take."""
 
 import dataclasses
 import json
@@ -21,11 +21,11 @@ _CALL_SPEAKERS = ("function_call", "tool_call")  # their text is the JSON of a c
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages in the form of OpenAI's interface, as chat templates take them.
+    """Messages in OpenAI's format, as chat templates take them.
 
-    A content is a str; a thought is `reasoning_content`; tool calls have parsed arguments. `tools` is a list of
-    function descriptions or None. `untrained`: indices of answers that are context. `template_arguments` go to the
-    template.
+    `content` is a str, a thought is in `reasoning_content`, and tool calls have parsed arguments. `tools` is a list of
+    function descriptions or None. `untrained` holds the indices of answers that serve only as context.
+    `template_arguments` are passed to the template.
     """
 
     messages: list[Message]
@@ -39,7 +39,7 @@ def parse_messages(
 ) -> Conversation:
     """Checks and normalises messages: a list of objects, the JSON text of one, or an object of lists.
 
-    Null contents become empty, typed parts are joined, tool calls are parsed. `name` is what errors call the messages;
+    Null contents become empty, typed parts are joined, tool calls are parsed. Errors refer to the messages as `name`;
     `notes` counts keys that are not used. Raises `RowError`.
     """
     messages = _as_list(messages, name)
@@ -94,7 +94,7 @@ def _message(message: Any, i: int, naming: Naming, notes: Notes | None) -> Messa
 
 
 def _role(message: Mapping[str, Any], i: int, naming: Naming) -> tuple[str, Any]:
-    """(role, speaker as the row says it)."""
+    """Returns (role, speaker as written in the row)."""
     given = [key for key in SPEAKER_KEYS if message.get(key) is not None]
     key = given[0] if given else "role"
     speaker = message.get(key)
@@ -109,7 +109,7 @@ def _role(message: Mapping[str, Any], i: int, naming: Naming) -> tuple[str, Any]
 
 
 def _text_of(message: Mapping[str, Any], i: int) -> Any:
-    """What the message says, under any of the keys; two that differ are refused."""
+    """Returns the message's content, under whichever key it is. Raises `RowError` if two keys differ."""
     given = [message[key] for key in _TEXT_KEYS if is_given(message.get(key))]
     if any(value != given[0] for value in given[1:]):
         raise RowError(f"message {i} has more than one of {', '.join(_TEXT_KEYS)}, and they differ")
@@ -127,7 +127,7 @@ def _thought(message: Mapping[str, Any], i: int, notes: Notes | None) -> str | N
 
 
 def _is_untrained(message: Mapping[str, Any], i: int, role: str, notes: Notes | None) -> bool:
-    """Whether `weight`, `train`, `training` or `loss` says that the message is context."""
+    """Whether `weight`, `train`, `training` or `loss` marks the message as context."""
     untrained = False
     for key in ("weight", "train", "training", "loss"):
         value = message.get(key)
@@ -143,7 +143,7 @@ def _is_untrained(message: Mapping[str, Any], i: int, role: str, notes: Notes | 
 
 
 def _content(content: Any, where: str) -> Message:
-    """The fields of a message that its content holds: text, and thoughts and tool calls if it is a list of parts."""
+    """Returns the message fields found in `content`: text and, in a list of parts, thoughts and tool calls."""
     if content is None:
         return {"content": ""}
     if isinstance(content, str):
@@ -200,7 +200,7 @@ def _tool_call(call: Any, where: str) -> Message:
 
 
 def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Function descriptions from a list or the JSON of one, each in the wrapper that templates expect."""
+    """Parses function descriptions (a list or JSON) and adds the wrapper that templates expect. Raises `RowError`."""
     tools = parse_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
     if not is_given(tools):
         return None
@@ -212,7 +212,7 @@ def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def parse_template_arguments(value: Any) -> dict[str, Any]:
-    """Arguments of the chat template, an object or the JSON of one. Raises `RowError`."""
+    """Parses arguments of the chat template, an object or its JSON. Raises `RowError`."""
     arguments = parse_json(value, "chat_template_kwargs")
     if not isinstance(arguments, Mapping) or set(arguments) & set(_TEMPLATE_OWN):
         raise RowError("chat_template_kwargs is not an object of arguments of the chat template")
@@ -220,7 +220,7 @@ def parse_template_arguments(value: Any) -> dict[str, Any]:
 
 
 def parse_json(value: Any, where: str) -> Any:
-    """`value`, parsed if it is the text of a JSON value. Raises `RowError`."""
+    """Parses `value` as JSON if it is a str; returns it unchanged otherwise. Raises `RowError`."""
     if not isinstance(value, str):
         return value
     try:
@@ -230,7 +230,7 @@ def parse_json(value: Any, where: str) -> Any:
 
 
 def check_unicode(text: str) -> bytes:
-    """`text` in UTF-8. Raises `RowError`."""
+    """Encodes `text` as UTF-8. Raises `RowError`."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -238,13 +238,13 @@ def check_unicode(text: str) -> bytes:
 
 
 def text_of(value: Any, where: str) -> str:
-    """`value` if it is a text. Raises `RowError`."""
+    """Returns `value`. Raises `RowError` if it is not a str."""
     if not isinstance(value, str):
         raise RowError(f"{where} is {a(value)}, not a text")
     return value
 
 
 def a(value: Any) -> str:
-    """The type of a value, with its article."""
+    """The name of a value's type with its article, such as "an int"; "null" for None."""
     name = type(value).__name__
     return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,4 +1,4 @@
-"""Which examples share a row, and which rows share a step. Plans follow from lengths, a seed and an epoch alone."""
+"""Plans which examples share a row and which rows share a step, from lengths, a seed and an epoch alone."""
 
 import dataclasses
 import functools
@@ -9,12 +9,12 @@ from difflm_jax.errors import UserError
 
 BATCHING = ("rows", "grouped", "packed", "shared")
 PACKED = ("packed", "shared")  # rows hold several examples
-GROUPED_STEPS = 64  # "grouped" sorts by length within the rows of so many steps
+GROUPED_STEPS = 64  # "grouped" sorts by length within the rows of this many steps
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochPlan:
-    """The rows of an epoch: row r holds the examples `ids[starts[r]:starts[r + 1]]` one after another."""
+    """The rows of an epoch: row r holds the examples `ids[starts[r]:starts[r + 1]]`, one after another."""
 
     ids: np.ndarray  # [examples]
     starts: np.ndarray  # [rows + 1]
@@ -30,15 +30,15 @@ class BatchOptions:
 
     A step holds `accumulation` micro-batches of `batch_size` rows, over all devices. `batching` is one of:
 
-    rows: one example per row, in the order of a permutation of each epoch. A step is as wide as its longest row.
+    rows: one example per row, in a new permutation each epoch. A step is as wide as its longest row.
     grouped: the same, but within every `GROUPED_STEPS` steps, rows of similar length share a step.
-    packed: as many examples as fit into rows that are all `row_length` wide (best fit, longest first; examples of equal
-      length swap places from epoch to epoch). Then the rows are permuted.
+    packed: rows of width `row_length`, each with as many examples as fit (best fit, longest first). Examples of equal
+      length swap places between epochs, and the rows are permuted.
     shared: packed, and the tokens that all examples begin with are stored once per row.
 
-    Widths are rounded up to a multiple of `length_multiple`. Rows are padded on the right with `pad_id`.
-    `answer_padding` n > 0 extends an answer that ends a row with `eos_id` until its length is a multiple of n or the
-    row's is `max_length`. These tokens count as answer.
+    Widths are rounded up to a multiple of `length_multiple`. Rows are padded on the right with `pad_id`. With
+    `answer_padding` n > 0, an answer at the end of an example is extended with `eos_id` until its length is a multiple
+    of n or the example has `max_length` tokens. These tokens count as answer.
     """
 
     batch_size: int
@@ -79,10 +79,10 @@ class BatchOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Which examples of the given `lengths` share a row, and which rows share a step.
+    """Plans which examples, given their `lengths`, share a row and which rows share a step.
 
     The first `shared` tokens, which all examples have in common, are stored once per row. The number of rows is the
-    same in every epoch, because a best fit depends on the lengths alone.
+    same in every epoch, because best fit depends on the lengths alone.
     """
 
     lengths: np.ndarray  # [examples], with `answer_padding`
@@ -95,7 +95,7 @@ class BatchPlan:
 
     @functools.cached_property
     def real_share(self) -> float:
-        """Share of real tokens in the rows of an epoch as they are padded. Filler rows do not count."""
+        """Share of real tokens among all tokens of an epoch, padding included. Filler rows do not count."""
         plan = self.epoch(0)
         if self.options.is_packed:
             tokens = (self.lengths - self.shared).sum() + plan.num_rows * self.shared
@@ -123,13 +123,13 @@ class BatchPlan:
         window = GROUPED_STEPS * rows_per_step
         parts = [ids[first : first + window] for first in range(0, len(ids), window)]
         ids = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts] or [ids])
-        whole = len(ids) // rows_per_step * rows_per_step  # a shorter step stays last
+        whole = len(ids) // rows_per_step * rows_per_step  # an incomplete step stays last
         steps = ids[:whole].reshape(-1, rows_per_step)
         order = generator.permutation(len(steps)) if self.options.shuffle else np.arange(len(steps))
         return np.concatenate([steps[order].reshape(-1), ids[whole:]])
 
     def _packed(self, ids: np.ndarray, generator: np.random.Generator) -> EpochPlan:
-        ids = ids[np.argsort(-self.lengths[ids], kind="stable")]  # longest first, equal ones in the order drawn
+        ids = ids[np.argsort(-self.lengths[ids], kind="stable")]  # longest first, ties in the order drawn
         row_of = best_fit(self.lengths[ids] - self.shared, self.options.row_length - self.shared)
         sizes = np.bincount(row_of)
         order = generator.permutation(len(sizes)) if self.options.shuffle else np.arange(len(sizes))
@@ -140,13 +140,13 @@ class BatchPlan:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Assigns each length in turn to the fullest row that still has room for it, else to a new row.
+    """Assigns each length in turn to the fullest row with room for it, else to a new row. Returns the row indices.
 
-    Lengths in descending order give best-fit decreasing, which needs at most 11/9 of the fewest possible rows
+    Lengths in descending order give best-fit decreasing, which needs about 11/9 of the optimal number of rows at most
     (Johnson, "Near-optimal bin packing algorithms", 1973). The cost per length does not depend on the number of rows.
     """
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room left in them
-    rooms = 0  # bit r: there are rows with room r
+    rooms = 0  # bit r is set if some row has room r left
     rows = 0
     row_of = np.empty(len(lengths), np.int64)
     for index, length in enumerate(lengths.tolist()):

@@ -1,6 +1,6 @@
-"""Files of rows, by their ending: .jsonl, .json, .parquet, .txt, .csv and .tsv, the text ones also as .gz and .zst.
+"""Reads files of rows by extension: .jsonl, .json, .parquet, .txt, .csv, .tsv; the text ones also as .gz and .zst.
 
-Rows are streamed, and a bad line fails alone.
+Rows are streamed. A bad line is an error of its row only.
 """
 
 import csv
@@ -22,11 +22,11 @@ _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _TEXT_PIECE_BYTES = 1 << 16
 _DOCUMENT_END = b"<|endoftext|>"
 
-csv.field_size_limit(2**31 - 1)  # its own limit, 131,072 characters, is less than a document
+csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is too small for documents
 
 
 def read_file(name: str, path: Path) -> Iterator[Row]:
-    """The rows of a file; `name` is what errors and origins call it. Raises `UserError` for one that cannot be read."""
+    """Yields the rows of a file, called `name` in errors and origins. Raises `UserError` if it cannot be read."""
     try:
         yield from READERS[ending(path)](name, path)
     except OSError as error:
@@ -34,7 +34,7 @@ def read_file(name: str, path: Path) -> Iterator[Row]:
 
 
 def ending(path: Path) -> str | None:
-    """The ending that says how `path` is read, without that of a compression; None if it is not read."""
+    """The extension that determines how `path` is read, ignoring a compression suffix; None if it is not read."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if len(suffixes) == 2 and suffixes[1] in _COMPRESSION and suffixes[0] != ".parquet":
         suffixes.pop()
@@ -42,7 +42,7 @@ def ending(path: Path) -> str | None:
 
 
 def endings() -> str:
-    """The endings that are read, as text."""
+    """The supported extensions, as text."""
     return ", ".join(READERS)
 
 
@@ -69,12 +69,12 @@ def _parse_json(line: bytes, is_first: bool) -> Any:
         return json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError) as error:  # ValueError itself: a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # plain ValueError: a number with thousands of digits
         raise RowError(f"not JSON ({one_line(error)})") from error
 
 
 def _read_json(name: str, path: Path) -> Iterator[Row]:
-    """The elements of a JSON list, or one object per line, as `datasets` reads both.
+    """Yields the elements of a JSON list, or one object per line; `datasets` reads both too.
 
     The text of a list is kept in memory; its parsed elements are not.
     """
@@ -92,7 +92,7 @@ def _read_json(name: str, path: Path) -> Iterator[Row]:
 
 
 def _is_json_lines(content: bytes) -> bool:
-    """Whether the first line that is not blank is a whole JSON object."""
+    """Whether the first non-blank line is a complete JSON object."""
     first = next((line for line in io.BytesIO(content) if line.strip()), b"").decode("utf-8-sig", "replace").strip()
     if not first.startswith("{"):
         return False
@@ -129,7 +129,7 @@ def _identity(value: Any) -> Any:
 
 
 def _read_csv(name: str, path: Path, delimiter: str = ",") -> Iterator[Row]:
-    """Rows of texts under the names of the first line."""
+    """Yields rows of strings, keyed by the names in the first line."""
     reader = None
     try:
         with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
@@ -149,9 +149,9 @@ def _csv_row(row: dict[str | None, Any], columns: int) -> dict[str, str]:
 
 
 def _read_txt(name: str, path: Path) -> Iterator[Row]:
-    """One document, or several that lines of `<|endoftext|>` separate.
+    """Yields the text of one document, or of several separated by lines of `<|endoftext|>`.
 
-    Documents are given in pieces of some 64 thousand bytes that end where a line does.
+    Documents are yielded in pieces of about 64 thousand bytes, each ending at the end of a line.
     """
     piece: list[bytes] = []
     size, start, continued = 0, 1, False
@@ -166,7 +166,7 @@ def _read_txt(name: str, path: Path) -> Iterator[Row]:
             if size and (is_end or size >= _TEXT_PIECE_BYTES):
                 yield row(continues=not is_end)
                 piece, size, continued = [], 0, not is_end
-            if not is_end and (size or line.strip()):  # no piece begins with empty lines
+            if not is_end and (size or line.strip()):  # a piece must not begin with empty lines
                 start = start if size else number
                 piece.append(line)
                 size += len(line)

@@ -1,4 +1,4 @@
-"""What a source yields: rows that are not parsed yet, each with its origin."""
+"""Sources and the unparsed rows that they yield, each with its origin."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -8,15 +8,15 @@ from difflm_jax.errors import UserError
 
 
 class RowError(UserError):
-    """What is wrong with one row; whoever knows the row's origin adds it."""
+    """An error in one row. The caller that knows the row's origin adds it to the message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row that is not parsed yet: `load()` returns its value or raises `RowError`.
+    """An unparsed row: `load()` returns its value or raises `RowError`.
 
     `origin` is 'file:line', 'file[index]' or 'hubid[index]'. `continues`: the text continues in the next row, so no
-    document ends here. `continued`: it began in an earlier row.
+    document ends here. `continued`: the text began in an earlier row.
     """
 
     origin: str
@@ -27,7 +27,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set that was found: `rows()` streams it from the start; `fingerprint` changes with its contents."""
+    """An opened data set: `rows()` streams it from the start; `fingerprint` changes with its contents."""
 
     name: str
     fingerprint: str

@@ -1,4 +1,4 @@
-"""What all prompts of a data set begin with: a system prompt, instructions, worked examples."""
+"""Finds the common beginning of all prompts of a data set: a system prompt, instructions, worked examples."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _READ_ROWS = 10_000
 
 
 def shared_prefix(rows: datasets.Dataset) -> int:
-    """How many tokens all examples of tokenised rows begin with, before the last token of any prompt.
+    """Returns the number of tokens that all tokenised examples begin with, not counting a prompt's last token.
 
-    The last token of a prompt never counts: with the logit shift its state predicts the answer's first token, and the
-    answers differ.
+    The last token of a prompt never counts: with the logit shift, its state predicts the answer's first token, which
+    differs between examples.
     """
     prefix = None
     for table in rows.select_columns(["tokens", "prompt_length"]).with_format("arrow").iter(batch_size=_READ_ROWS):

@@ -1,4 +1,4 @@
-"""Where rows come from: local files and folders, the built-in sets, or the hub. Rows are streamed."""
+"""Opens data sets: local files and folders, built-in ones, or those of the hub. Rows are streamed."""
 
 import functools
 import hashlib
@@ -26,11 +26,11 @@ _Rows = Callable[[], Iterator[Row]]
 
 
 def open_source(dataset: str) -> Source:
-    """Finds the data set that `dataset` names: a file, a directory, 'builtin:NAME', or a hub id.
+    """Opens the data set that `dataset` names: a file, a directory, 'builtin:NAME', or a hub id.
 
-    A name may end in a configuration and a split, 'NAME:CONFIG@SPLIT', where the split is written as for `datasets`
-    ('test', 'train[:10%]', 'train+test'); it is 'train' otherwise. Raises `UserError` for what is not there or not
-    readable.
+    A name may end in a configuration and a split, 'NAME:CONFIG@SPLIT', with the split syntax of `datasets` ('test',
+    'train[:10%]', 'train+test'). The default split is 'train'. Raises `UserError` if the data set is missing or
+    unreadable.
     """
     if not dataset:
         raise UserError(f"dataset: is empty; give {_LOCAL_ALTERNATIVES}, or a hub id")
@@ -50,7 +50,7 @@ def open_source(dataset: str) -> Source:
 
 
 def _open_local(dataset: str, name: str, splits: str) -> Source | None:
-    """The source `name` on this machine, None if there is none; `splits` are those asked for, as text."""
+    """Opens `name` on this machine; None if it does not exist. `splits` is the text of the requested splits."""
     path = Path(name).expanduser()
     parts = parse_splits(splits, dataset) if splits else [Part("train")]
     if path.is_file():
@@ -66,7 +66,7 @@ def _open_local(dataset: str, name: str, splits: str) -> Source | None:
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether a name that is no file was more likely meant as one than as a hub id."""
+    """Whether a name that does not exist looks more like a path than like a hub id."""
     path = Path(name)
     return (
         name.startswith((".", "/", "~"))
@@ -84,7 +84,7 @@ def _builtin_file(name: str) -> Path:
 
 
 def _folder_source(dataset: str, name: str, folder: Path, config: str | None, parts: list[Part]) -> Source:
-    """A folder of files, or one that `save_to_disk` wrote."""
+    """Opens a folder of data files, or one that `save_to_disk` wrote."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved_source(dataset, name, folder, parts)
     files = files_by_split(name, folder, config)
@@ -97,7 +97,7 @@ def _folder_source(dataset: str, name: str, folder: Path, config: str | None, pa
 
 
 def _announce(name: str, folder: Path, files: Files, parts: list[Part]) -> None:
-    """Says which splits there are, and what lies in the folder and is of none."""
+    """Prints which split is read, and which entries of the folder belong to no split."""
     if len(files) > 1:
         counts = ", ".join(f"{split} ({len(paths)} file{'s' * (len(paths) > 1)})" for split, paths in files.items())
         print(f"data: {name}: reads the split {'+'.join(part.split for part in parts)} of {counts}", flush=True)
@@ -109,7 +109,7 @@ def _announce(name: str, folder: Path, files: Files, parts: list[Part]) -> None:
 
 
 def _files_source(name: str, files: dict[str, list[tuple[str, Path]]], parts: list[Part]) -> Source:
-    """Rows of the files of `parts`, of all splits there are if that is empty."""
+    """Opens the files of `parts`, or of all splits if `parts` is empty."""
     splits = {split: functools.partial(_rows_of_files, paths) for split, paths in files.items()}
     parts = parts or [Part(split) for split in splits]
     rows = _rows_of_parts(name, splits, parts)
@@ -130,7 +130,7 @@ def _rows_of_files(files: Iterable[tuple[str, Path]]) -> Iterator[Row]:
 
 
 def _rows_of_parts(name: str, splits: dict[str, _Rows], parts: list[Part]) -> _Rows:
-    """Rows of several parts, one after the other. Raises `UserError` for a split that is not there."""
+    """Chains the rows of several parts. Raises `UserError` for a split that does not exist."""
     for part in parts:
         if part.split not in splits:
             source = name.rpartition("@")[0] or name
@@ -153,12 +153,12 @@ def _count(rows: _Rows) -> int:
 
 
 def _saved_source(dataset: str, name: str, folder: Path, parts: list[Part]) -> Source:
-    """What `save_to_disk` of a `Dataset` or `DatasetDict` wrote."""
+    """Opens a `Dataset` or `DatasetDict` that `save_to_disk` wrote."""
     import datasets  # a second of every start of `generate`, which reads no rows
 
     try:
         found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # anything at all comes out of the library's code
+    except Exception as error:  # the library raises errors of any type
         raise UserError(
             f"{name}: `datasets` saved this folder, and cannot load it ({one_line(error)[:300]})"
         ) from error
@@ -178,7 +178,7 @@ def _hub_source(dataset: str, hub_id: str, config: str | None, split: str) -> So
 
     try:
         table = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # anything at all comes out of the hub's and the builders' code
+    except Exception as error:  # the hub client and dataset builders raise errors of any type
         raise UserError(
             f"{dataset}: there is no local file or directory of this name, and as a data set of the hub it cannot be "
             f"fetched ({one_line(error)[:300]}); give {_LOCAL_ALTERNATIVES}"

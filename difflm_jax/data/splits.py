@@ -1,8 +1,8 @@
-"""Which files of a folder belong to which split, and which part of a split a name asks for.
+"""Assigns the files of a folder to splits, and parses which part of a split a name asks for.
 
-The rules are those of `datasets`, so that a clone of a hub data set gives what `load_dataset(folder, split=...)` gives:
-the `configs` of the README's YAML; else files `data/SPLIT-00000-of-00002.*`; else the words train, validation and test
-(and their synonyms) in the names of folders; else in the names of files; else every file is of the split train.
+A clone of a hub data set gives the same rows as `load_dataset(folder, split=...)`. The first of these rules that
+matches applies: the `configs` of the README's YAML; files `data/SPLIT-00000-of-00002.*`; the words train, validation
+and test (and their synonyms) in folder names; the same in file names; every file belongs to the split train.
 Source: https://huggingface.co/docs/hub/datasets-file-names-and-splits, and `datasets/data_files.py` (5.2).
 """
 
@@ -18,9 +18,9 @@ import yaml
 from difflm_jax.data.readers import ending
 from difflm_jax.errors import UserError, one_line
 
-Files = dict[str, list[Path]]  # of each split, as paths relative to the folder
+Files = dict[str, list[Path]]  # split to paths relative to the folder
 
-# Descriptions that lie next to rows and are none.
+# Files that describe a data set and hold no rows.
 METADATA_FILES = {
     "README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
 }  # fmt: skip
@@ -37,14 +37,14 @@ _PART = re.compile(r"(?P<split>[\w.-]+)(\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A split, or a stretch of it: `first` and `last` are None, an index ('10', '-5') or a share ('10%')."""
+    """A split or a slice of it: `first` and `last` are None, an index ('10', '-5') or a percentage ('10%')."""
 
     split: str
     first: str | None = None
     last: str | None = None
 
     def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
-        """Indices of the stretch, rounded as `datasets` rounds; `count()` gives the rows of the split if needed."""
+        """Returns the slice's indices, rounded as in `datasets`. `count()` counts the split's rows, only if needed."""
         first, last = (self._index(bound, count) for bound in (self.first, self.last))
         return first or 0, last
 
@@ -59,11 +59,11 @@ class Part:
             return int(bound)
         else:
             total, at = count(), int(bound)
-        return min(max(at + total if at < 0 else at, 0), total)  # -0 is 0, as for `datasets`
+        return min(max(at + total if at < 0 else at, 0), total)  # -0 is 0, as in `datasets`
 
 
 def parse_splits(text: str, where: str) -> list[Part]:
-    """The parts of 'train', 'train[:10%]' or 'train+test'. Raises `UserError`."""
+    """Parses a split such as 'train', 'train[:10%]' or 'train+test'. Raises `UserError`."""
     parts = [_PART.fullmatch(part.strip()) for part in text.split("+")]
     if not all(parts):
         raise UserError(f"{where}: cannot read the split {text!r}; write train, train[:10%], train[100:200] or a+b")
@@ -75,7 +75,7 @@ def parse_splits(text: str, where: str) -> list[Part]:
 
 
 def files_by_split(name: str, folder: Path, config: str | None = None) -> Files:
-    """The data files of `folder` for each split. Raises `UserError` that begins with `name`."""
+    """Returns the data files of `folder` by split. Raises `UserError`, with a message that begins with `name`."""
     known = _configs(name, folder)
     if known:
         chosen = known[_choose(name, known, config)]
@@ -89,13 +89,13 @@ def files_by_split(name: str, folder: Path, config: str | None = None) -> Files:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Files at any depth that hold rows, sorted: neither hidden, nor in a folder of `__`, nor metadata."""
+    """Returns the sorted files at any depth that hold rows. Hidden, `__*` and metadata files are skipped."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if ending(path) is not None and path.is_file())
     return sorted(path for path in found if not _is_ignored(path))
 
 
 def by_file_names(files: Iterable[Path]) -> Files:
-    """Splits by the first rule that finds one; a file may be of two splits, as for `datasets`."""
+    """Assigns splits by the first rule that finds one. A file may belong to two splits, as in `datasets`."""
     files = list(files)
     shards: Files = {}
     for path in files:
@@ -163,7 +163,7 @@ def _choose(name: str, configs: Mapping[str, Mapping[str, Any]], wanted: str | N
 
 
 def _matching(name: str, folder: Path, entries: Any) -> Files:
-    """Files for `data_files` of the YAML: a pattern, a list of patterns, or a list of {split, path}."""
+    """Resolves the YAML's `data_files`: a pattern, a list of patterns, or a list of {split, path}."""
     entries = entries if isinstance(entries, list) else [entries]
     if not all(isinstance(entry, Mapping) for entry in entries):
         entries = [{"split": "train", "path": entries}]

@@ -1,7 +1,7 @@
 """Rows of Arrow tables: parquet files, data sets of the hub, and what `datasets` saved to disk.
 
-A column holds every field of all its rows, so a row gets nulls that it never had; they are removed where they would be
-learnt. Columns of `datasets`' type Json (Arrow's `arrow.json`) hold JSON text, which is decoded wherever it is nested.
+A column has the fields of all its rows, so a row gets nulls that it never had. They are removed where a model would
+learn them. Columns of type Json in `datasets` (`arrow.json` in Arrow) hold JSON text, which is decoded at any depth.
 """
 
 import functools
@@ -18,22 +18,22 @@ from difflm_jax.errors import UserError, one_line
 
 BATCH_ROWS = 1000
 
-# Fields whose keys are the row's own, whatever other rows have.
+# Fields whose keys differ from row to row.
 _FREE_FORM = ("arguments", "tools", "functions", "parameters", "chat_template_kwargs")
 
-# What such a field becomes after `to_pylist`; None where nothing is to be done.
+# Decodes the values of a column after `to_pylist`; None if they need no decoding.
 Decode = Callable[[Any], Any] | None
 
 
 class RowBatch(NamedTuple):
-    """A few rows of a table, and how the values of its columns are decoded."""
+    """A few rows of a table, with the decoders of its columns."""
 
     table: pa.RecordBatch | pa.Table
     decoders: dict[str, Callable[[Any], Any]]
 
 
 def read_parquet(name: str, path: Path) -> Iterator[Row]:
-    """The rows of a parquet file. Raises `UserError` for a file that is not parquet."""
+    """Yields the rows of a parquet file. Raises `UserError` for a file that is not parquet."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from table_rows(name, file.iter_batches(batch_size=BATCH_ROWS))
@@ -42,7 +42,7 @@ def read_parquet(name: str, path: Path) -> Iterator[Row]:
 
 
 def table_rows(name: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Row]:
-    """Rows 'name[index]', numbered across batches."""
+    """Yields rows with origins 'name[index]', numbered across batches."""
     index = 0
     for table in batches:
         decoders = {field.name: decode for field in table.schema if (decode := _decoder(field.type)) is not None}
@@ -63,7 +63,7 @@ def _load(batch: RowBatch, i: int) -> dict[str, Any]:
 
 
 def _decoder(kind: pa.DataType) -> Decode:
-    """How a Python value of type `kind` is decoded: JSON columns are parsed, maps become dictionaries."""
+    """Returns the decoder for values of type `kind`: it parses JSON and turns maps into dictionaries."""
     if isinstance(kind, pa.JsonType):
         return _parse_json
     if pa.types.is_map(kind):
@@ -98,7 +98,7 @@ def _parse_json(text: str | None) -> Any:
 
 
 def _without_added_nulls(value: Any, free_form: bool = False) -> Any:
-    """`value` without nulls in arguments and tools, which have the fields of all rows of their column."""
+    """Removes the nulls that Arrow adds to arguments and tools, which get the fields of all rows of their column."""
     if isinstance(value, list):
         return [_without_added_nulls(each, free_form) for each in value]
     if not isinstance(value, dict):

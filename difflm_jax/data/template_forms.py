@@ -1,4 +1,4 @@
-"""What a chat template takes: where thoughts stand in a message, and in which form tool calls are."""
+"""Adapts messages to a chat template: the key of thoughts, and the form of tool-call arguments."""
 
 import functools
 import json
@@ -13,15 +13,15 @@ from difflm_jax.data.messages import Message
 from difflm_jax.errors import UserError, one_line
 
 _PROBE_CALL = {"id": "call00001", "type": "function", "function": {"name": "probe_name", "arguments": {"key": "v"}}}
-_GENERATION_MARK = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # of transformers; no tag of Jinja
+_GENERATION_MARK = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # a tag of transformers, not of Jinja
 TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _TEXT_ARGUMENTS: dict[str, bool] = {}  # found so far, by template
 
 
 def read_template(value: str) -> str:
-    """The chat template that the key `chat_template` gives: the text of one, or the file that holds it.
+    """Returns the chat template that the key `chat_template` gives, as Jinja text or as the name of a file.
 
-    Raises `UserError` for a name that is neither, and for text that is not Jinja.
+    Raises `UserError` for a file that cannot be read, and for text that is not Jinja.
     """
     text = value
     if "{" not in value:
@@ -36,20 +36,20 @@ def read_template(value: str) -> str:
     return text
 
 
-# What transformers gives a template itself; an argument of these names would replace it.
+# Variables that transformers passes to a template; an argument of the same name would replace them.
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 
 
 @functools.lru_cache(maxsize=64)
 def template_arguments(template: str) -> frozenset[str]:
-    """The variables that a chat template reads and that nobody gives it but the caller: `enable_thinking`, say."""
+    """Returns the variables of a chat template that only the caller can set, such as `enable_thinking`."""
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     read = jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION_MARK.sub("", template)))
     return frozenset(name for name in read - {*environment.globals, *_GIVEN} if not name.endswith("_token"))
 
 
 def adapted(tokenizer: PreTrainedTokenizerBase, template: str, message: Message) -> Message:
-    """`message` with its thought under the key that the template reads, and calls in the form that it takes."""
+    """Returns `message` with its thought under the key that the template reads, and its calls in the form it takes."""
     if "reasoning_content" in message and (key := _thought_key(template)) != "reasoning_content":
         message = {key if name == "reasoning_content" else name: value for name, value in message.items()}
     if message.get("tool_calls") and _takes_text(tokenizer, template):
@@ -66,7 +66,7 @@ def _thought_key(template: str) -> str:
 
 
 def _with_text(message: Message) -> Message:
-    """`message` with the arguments of its calls as JSON text."""
+    """Returns `message` with the arguments of its tool calls as JSON text."""
     calls = (call["function"] for call in message["tool_calls"])
     texts = [function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)} for function in calls]
     pairs = zip(message["tool_calls"], texts, strict=True)
@@ -74,9 +74,9 @@ def _with_text(message: Message) -> Message:
 
 
 def _takes_text(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether arguments of tool calls must be JSON text, tried on a small conversation once for each template.
+    """Whether the template needs tool-call arguments as JSON text. Tried once per template on a small conversation.
 
-    Templates that add the arguments to a text refuse an object; those that print it would show Python's form of it.
+    Templates that concatenate the arguments refuse an object; those that print it would show its Python repr.
     """
     if template not in _TEXT_ARGUMENTS:
         call = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}

@@ -1,10 +1,10 @@
-"""Conversations as text, by the tokenizer's chat template, cut where answers begin and end.
+"""Renders conversations with the tokenizer's chat template and cuts the text where answers begin and end.
 
-An answer is what the template writes after the prompt that generation starts from. Where the rendering with the answer
-begins with that prompt, which is the rule, the two are cut there. Some templates render a prompt otherwise once there
-is an answer: Mistral's move the system text to the last user turn, those of R1 distillations open a thought in the
-generation prompt and remove thoughts from answers. There the prompt is still the one of generation, and the answer is
-what the template writes for it.
+An answer is what the template writes after the prompt that generation starts from. Usually the rendering with the
+answer begins with that prompt, and is cut there. Some templates render the prompt differently once there is an answer.
+Mistral's move the system text to the last user turn. Those of R1 distillations open a thought in the generation prompt
+and remove thoughts from answers. In these cases the prompt is still the generation prompt, and the answer is what the
+template writes for it.
 """
 
 import itertools
@@ -30,18 +30,18 @@ _CHANGED = "the chat template changes earlier turns, or the prompt, once there i
 
 
 class PromptChangedError(RowError):
-    """The template renders the prompt otherwise once there is an answer."""
+    """The template renders the prompt differently once there is an answer."""
 
 
 def render_answers(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, answers: str, notes: Notes | None = None
 ) -> list[tuple[str, ...]]:
-    """`conversation` up to its last trained answer, in pieces: a prompt, an answer, what lies between, and so on.
+    """Renders `conversation` up to its last trained answer in pieces: prompt, answer, text up to the next, ...
 
-    answers: "last" cuts out the last trained answer, "all" each of them. It is one text, or with "all" one for each
-    answer if the template changes earlier turns as the conversation grows. An assistant turn that nothing precedes
-    answers nothing, and one in `conversation.untrained` is context. `notes` counts what the template does not show.
-    Raises `RowError`.
+    With `answers="last"` only the last trained answer is a piece of its own, with "all" every one is. The result is
+    one tuple of pieces. With "all" it is one per answer if the template changes earlier turns as the conversation
+    grows. An assistant turn at the very beginning is not an answer, and one in `conversation.untrained` is context.
+    `notes` counts what the template does not show. Raises `RowError`.
     """
     turns = _trained_turns(conversation, answers)
     try:
@@ -57,7 +57,7 @@ def render_answers(
 
 
 def render_joined(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, answers: str) -> tuple[str, ...]:
-    """`render_answers` as one text. Raises `RowError` where there would be several."""
+    """`render_answers` as one tuple of pieces. Raises `RowError` if there would be several."""
     try:
         return _pieces(tokenizer, conversation, _trained_turns(conversation, answers))
     except PromptChangedError as error:
@@ -67,14 +67,14 @@ def render_joined(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 
 
 def render_whole(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tuple[str]:
-    """The text of all of `conversation`, nothing of it an answer."""
+    """Renders all of `conversation` as one piece that holds no answer."""
     text = render(tokenizer, conversation, len(conversation.messages), add_generation_prompt=False)
     _check_complete(conversation, len(conversation.messages), text)
     return (text.rstrip(),)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
-    """The text of a conversation that waits for an answer."""
+    """Renders a conversation with the generation prompt at its end."""
     text = render(tokenizer, conversation, len(conversation.messages), add_generation_prompt=True)
     _check_complete(conversation, len(conversation.messages), text)
     return text
@@ -83,7 +83,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 def render(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, count: int, add_generation_prompt: bool
 ) -> str:
-    """The text of the first `count` messages, in the forms that the template takes. Raises `RowError`."""
+    """Renders the first `count` messages, in the forms that the template takes. Raises `RowError`."""
     if not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template, which conversations need; name one with chat_template, use a chat "
@@ -116,7 +116,7 @@ def _trained_turns(conversation: Conversation, answers: str) -> list[int]:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turns: list[int]) -> tuple[str, ...]:
-    """The text up to the last of `turns`, cut before and after each of them."""
+    """Renders the text up to the last of `turns`, cut before and after each of them."""
     last = turns[-1]
     text = render(tokenizer, conversation, last + 1, add_generation_prompt=False)
     pieces: list[str] = []
@@ -142,7 +142,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn
 def _moved_answer(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, i: int, prompt: str, text: str
 ) -> str:
-    """What `text` has of answer `i`, where `text` does not begin with `prompt`."""
+    """Finds answer `i` in a `text` that does not begin with `prompt`."""
     thought = _OPEN_THOUGHT.search(prompt) or _NO_THOUGHT.search(prompt)
     bare_prompt = prompt[: thought.start()] if thought else prompt
     before = render(tokenizer, conversation, i, add_generation_prompt=False)
@@ -161,7 +161,7 @@ def _moved_answer(
 
 
 def _head(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, i: int, text: str) -> str:
-    """What `text` has before the content of message `i`: what it shares with the text of another content."""
+    """Returns the part of `text` before the content of message `i`: what stays the same if that content changes."""
     other = "Y" if conversation.messages[i]["content"].lstrip().startswith("Z") else "Z"
     messages = [*conversation.messages[:i], {"role": "assistant", "content": other}]
     changed = Conversation(messages, conversation.tools, template_arguments=conversation.template_arguments)
@@ -169,7 +169,7 @@ def _head(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, i: int
 
 
 def _answer_start(head: str, header: str, prompt: str) -> int | None:
-    """Where the answer begins: after the last header of an assistant turn, else where `head` ends as `prompt` does."""
+    """Where the answer begins: after the last assistant header, else at the end of `head` if `prompt` ends like it."""
     if header.strip() and (found := head.rfind(header)) >= 0:
         return found + len(header)
     bare, bare_prompt = head.rstrip(), prompt.rstrip()
@@ -180,13 +180,13 @@ def _answer_start(head: str, header: str, prompt: str) -> int | None:
 
 
 def _shared_start(a: str, b: str) -> str:
-    """The longest beginning of both."""
+    """The longest common prefix."""
     end = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return a[:end]
 
 
 def _thought_of(message: Message) -> str:
-    """The thought of an answer after a prompt that has opened one, with its end; an empty one if it has none."""
+    """The thought of an answer, with its end tag, for a prompt that has already opened it; may be empty."""
     thought, end, _ = message["content"].rpartition(_THOUGHT_END)
     if end:
         return thought.lstrip().removeprefix("<think>").lstrip() + end
@@ -218,12 +218,12 @@ def _check_complete(conversation: Conversation, count: int, text: str) -> None:
 
 
 def _shows(text: str, content: str) -> bool:
-    """Templates write a content as it is, or as JSON."""
+    """Whether `text` contains `content`, verbatim or as JSON, the two forms in which templates write it."""
     return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text or json.dumps(content)[1:-1] in text
 
 
 def _note_hidden(conversation: Conversation, turns: list[int], texts: list[tuple[str, ...]], notes: Notes) -> None:
-    """Announces what the template does not show: names, and thoughts of trained answers; and thoughts that it adds."""
+    """Notes names and thoughts of trained answers that the template does not show, and thoughts that it adds."""
     text = "".join(itertools.chain(*texts))
     answers = [conversation.messages[i] for i in turns]
     thoughts = [_own_thought(answer) for answer in answers]
@@ -237,6 +237,6 @@ def _note_hidden(conversation: Conversation, turns: list[int], texts: list[tuple
 
 
 def _own_thought(message: Message) -> str:
-    """The thought of a message, from its field or its content, without spaces around it."""
+    """The stripped thought of a message, from its field or its content."""
     inline = message["content"].rpartition(_THOUGHT_END)[0].strip().removeprefix("<think>")
     return message.get("reasoning_content", "").strip() or inline.strip()

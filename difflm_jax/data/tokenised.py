@@ -1,4 +1,4 @@
-"""A data set as tokens on disk: made once for a set of options, found again by its fingerprint."""
+"""Caches a data set as tokens on disk: written once per set of options, found again by its fingerprint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from difflm_jax.utils.progress import Progress
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT_VERSION = 5  # of what is stored and of how rows become tokens: a change of either requires a new number
+_FORMAT_VERSION = 5  # increase it when the stored format changes, or the way rows become tokens
 _ROWS_FILE, _SUMMARY_FILE = "rows.arrow", "summary.json"
 _SCHEMA = pa.schema(
     {
@@ -44,7 +44,7 @@ _SCHEMA = pa.schema(
 def tokenize(
     dataset: str, tokenizer: PreTrainedTokenizerBase, options: Options, cache_dir: str | Path | None = None
 ) -> datasets.Dataset:
-    """The rows of `dataset` as tokens, memory-mapped from the cache, where the first call puts them.
+    """Returns the rows of `dataset` as tokens, memory-mapped from the cache. The first call writes the cache.
 
     dataset: see `difflm_jax.data.sources.open_source`. cache_dir: the default is the cache of `datasets`.
 
@@ -52,16 +52,16 @@ def tokenize(
     final_answer_length (int32, see `record_batch`), content_hash (int64, of the messages or text before tokenisation),
     origin (str, 'file:line', 'file[index]' or 'hubid[index]').
 
-    Raises `UserError` for a source that is not there, too many bad rows, no usable row, and a row that holds the token
+    Raises `UserError` for a missing source, too many bad rows, no usable row, and a row that contains the token
     `options.mask_token_id`.
     """
-    if not options.debug:  # then the seed decides nothing, and must not make a second copy
+    if not options.debug:  # the seed then has no effect, so it must not cause a second copy
         options = dataclasses.replace(options, seed=0)
     source = open_source(dataset)
     folder = _cache_folder(cache_dir)
     stored = folder / _fingerprint(source, tokenizer, options)
     if (rows := _read(stored)) is None:
-        with locked(stored.with_suffix(".lock")):  # of several processes one tokenises, the others wait
+        with locked(stored.with_suffix(".lock")):  # one process tokenises, the others wait
             if (rows := _read(stored, remove_damaged=True)) is None:
                 print(f"{_make(source, tokenizer, options, stored)}; kept in {stored} ({options.phase})", flush=True)
                 return _read(stored)
@@ -71,7 +71,7 @@ def tokenize(
 
 
 def _read(stored: Path, remove_damaged: bool = False) -> datasets.Dataset | None:
-    """The rows in the folder `stored`; None if it is not there or damaged. Removing it is for who has the lock."""
+    """Reads the rows in the folder `stored`; None if it is missing or damaged. `remove_damaged` requires the lock."""
     if not stored.is_dir():
         return None
     import datasets
@@ -84,7 +84,7 @@ def _read(stored: Path, remove_damaged: bool = False) -> datasets.Dataset | None
         rows = datasets.Dataset.from_file(str(stored / _ROWS_FILE))
         if len(rows) != about["rows"]:
             raise ValueError(f"{_ROWS_FILE} has {len(rows)} rows of {about['rows']}")
-    except Exception as error:  # pyarrow raises anything for a file that it cannot read
+    except Exception as error:  # pyarrow raises errors of any type for an unreadable file
         if remove_damaged:
             print(f"data: {stored}: is damaged ({one_line(error)[:200]}) and made again", flush=True)
             shutil.rmtree(stored, ignore_errors=True)
@@ -104,11 +104,11 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
 
 
 def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options) -> str:
-    """Changes with the rows, the tokenizer, its template, any option, and the way rows become tokens."""
+    """A hash of the rows, the tokenizer, its template, the options, and the format version."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    else:  # before the tokens stand the truncation and padding that an earlier call left behind; each call sets its own
+    else:  # skip the truncation and padding before the tokens: they are left from an earlier call
         vocabulary = backend.to_str().partition('"added_tokens":')[2]
     parts = [
         _FORMAT_VERSION,
@@ -123,7 +123,7 @@ def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerBase, options: Op
 
 
 def _make(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, stored: Path) -> str:
-    """Makes the folder `stored`, whole or not at all, and returns the summary of what is in it."""
+    """Writes the folder `stored` atomically and returns a summary of its contents."""
     report = Report(source.name)
     try:
         with tempfile.TemporaryDirectory(dir=stored.parent, prefix=f"{stored.name}.") as temporary:
@@ -138,7 +138,7 @@ def _make(source: Source, tokenizer: PreTrainedTokenizerBase, options: Options, 
             try:
                 made.rename(stored)
             except OSError:
-                if not stored.is_dir():  # else another process has made the same in the meantime
+                if not stored.is_dir():  # otherwise another process has written the same meanwhile
                     raise
             synced(stored.parent)
     except OSError as error:
@@ -160,7 +160,7 @@ def _write_rows(path: Path, chunks: Iterable[list[Example]]) -> int:
 
 
 def _shown(chunks: Iterator[list[Example]], name: str) -> Iterator[list[Example]]:
-    """`chunks`, with progress while they are made."""
+    """Yields `chunks` and shows progress."""
     with Progress(f"tokenising {name}", "examples") as progress:
         while (chunk := _next(chunks, name)) is not None:
             yield chunk
@@ -168,7 +168,7 @@ def _shown(chunks: Iterator[list[Example]], name: str) -> Iterator[list[Example]
 
 
 def _next(chunks: Iterator[list[Example]], name: str) -> list[Example] | None:
-    """The next chunk. An error of the disk here is one of reading, and not of the folder that is written."""
+    """The next chunk. An `OSError` here is one of reading the source, not of writing the cache."""
     try:
         return next(chunks, None)
     except OSError as error:
@@ -176,14 +176,14 @@ def _next(chunks: Iterator[list[Example]], name: str) -> list[Example] | None:
 
 
 def stored_rows(made: list[Example]) -> datasets.Dataset:
-    """Examples in memory, as `tokenize` returns them from disk."""
+    """Returns examples in memory in the form that `tokenize` returns from disk."""
     import datasets
 
     return datasets.Dataset(pa.Table.from_batches([record_batch(made)]))
 
 
 def record_batch(chunk: list[Example]) -> pa.RecordBatch:
-    """Examples as they are stored, with what plans and batches need to know of them.
+    """Returns examples in the stored format, with the columns that plans and batches need.
 
     length: tokens of the example. prompt_length: index of the first token of an answer, `length` if there is none.
     final_answer_length: tokens of the answer that ends the example, 0 if its last token is in no answer.
