@@ -1,4 +1,4 @@
-"""The config: every key with its default and what it may be, and the ways to set it.
+"""The config: every key with its default and allowed values, and the ways to set it.
 
 A config file starts from `default_config`. `python -m difflm_jax.config` prints docs/configuration.md. Nothing here
 trains or loads anything.

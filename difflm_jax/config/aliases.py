@@ -1,6 +1,6 @@
 """Other names for keys: those of the original system, and those of our own earlier versions.
 
-Users write any of them. A loaded config, and with it `config.json`, holds only the keys that they stand for.
+Users may write any of them. A loaded config, and so `config.json`, has only the keys that they stand for.
 """
 
 import dataclasses
@@ -14,16 +14,20 @@ from difflm_jax.errors import UserError
 from difflm_jax.models.lora import ADAPTABLE
 
 VERSION_KEY = "config_version"  # in config.json
-VERSION = 2  # 1, without the key: before `double_quantization`; quantised bases by use_qlora and qlora_config
+VERSION = 2  # 1: no version key, no `double_quantization`; use_qlora and qlora_config select a quantised base
 
-# Keys of version 1 that no longer exist: a run trained with none of them.
+# Keys of version 1 that no longer exist. None of them affected training.
 RETIRED = ("eval_batches",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Alias:
-    """`values` maps a value of the alias to the value of `key`; None leaves `key` unchanged. Other values are refused;
-    without `values` they are the same. The alias counts only where the key `when` is true."""
+    """Another name of `key`.
+
+    values: maps each allowed value of the alias to the value of `key`, or to None, which leaves `key` unchanged. If
+      `values` is None, the alias and the key have the same values.
+    when: a key; the alias applies only if that key is true.
+    """
 
     key: str
     values: Mapping[Any, Any] | None = None
@@ -39,13 +43,13 @@ ALIASES = {
     "lora_config.bias": Alias("", {"none": None}),
 }
 ALL_LINEAR = ("all-linear",)  # PEFT's name for every projection
-_UNDECIDED = ("", "auto", True)  # values of a key that an alias may decide
+_UNDECIDED = ("", "auto", True)  # values of a key that an alias may override
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """`config` with the keys that its aliases stand for, and without the aliases.
+    """Returns a copy of `config` in which the aliases are replaced by the keys that they stand for.
 
-    Raises `UserError` for a value that an alias cannot have, and for an alias that contradicts its key.
+    Raises `UserError` for a value that an alias does not accept, and for an alias that contradicts its key.
     """
     flat = flatten(config.to_dict())
     given = {name: flat[name] for name in ALIASES if name in flat}
@@ -71,7 +75,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _meaning(name: str, alias: Alias, value: Any) -> Any:
-    """The value of the alias's key; None where it leaves the key unchanged."""
+    """Returns the value for the alias's key; None leaves the key unchanged."""
     if alias.values is None:
         return value
     if value not in alias.values:
@@ -86,9 +90,9 @@ def _said(value: Any) -> str:
 
 
 def current(values: Mapping[str, Any], where: str, of_run: bool = False) -> dict[str, Any]:
-    """The flat keys of a file without its version. Raises `UserError` for a later version.
+    """Returns the flat `values` of a file without the version key. Raises `UserError` for an unknown version.
 
-    `of_run`: the file is the `config.json` that this or an earlier version wrote, which may hold keys of its time.
+    of_run: the file is a `config.json` that this or an earlier version wrote; retired keys in it are dropped.
     """
     version = values.get(VERSION_KEY, 1)
     if type(version) is not int or not 1 <= version <= VERSION:

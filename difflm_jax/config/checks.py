@@ -1,4 +1,4 @@
-"""What the values of a config must satisfy: each by its own setting, and all of them together."""
+"""Validation of a config: each value against its own setting, then the rules on several keys."""
 
 from collections.abc import Iterator
 
@@ -10,19 +10,19 @@ from difflm_jax.quant import QuantConfig
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises `UserError` that names the first key whose value is not allowed, alone or together with another's."""
+    """Raises `UserError` naming the first key whose value is not allowed, alone or combined with another key's."""
     flat = flatten(config.to_dict())
     for name, key in KEYS.items():
-        if flat.get(name) is not None:  # not an alias, which a loaded config lacks, and set for this phase
+        if flat.get(name) is not None:  # a loaded config has no aliases, and keys of a phase may be unset
             key.setting.check(name, flat[name])
-    QuantConfig(config.quantization or "nf4", config.quantization_block_size)  # raises for what it cannot be
+    QuantConfig(config.quantization or "nf4", config.quantization_block_size)  # raises if they are invalid
     for broken, message in _rules(config):
         if broken:
             raise UserError(message)
 
 
 def _rules(config: ConfigDict) -> Iterator[tuple[bool, str]]:
-    """(whether it is broken, what to say) for each rule on several keys; a rule may rely on those before it."""
+    """Yields (whether the rule is broken, message) for rules on several keys. A rule may rely on those before it."""
     lowest, highest = config.min_mask_probability, config.max_mask_probability
     attention, block_length, padding = config.attention, config.block_length, config.answer_padding
     yield lowest > highest, f"min_mask_probability={lowest} must not exceed max_mask_probability={highest}"

@@ -9,7 +9,7 @@ from typing import Any
 from difflm_jax.config.schema import KEYS, PHASE_KEYS, Key
 from difflm_jax.utils.settings import DEVICES, NOT_NEGATIVE, POSITIVE
 
-_OBVIOUS = (POSITIVE, NOT_NEGATIVE, DEVICES)  # ranges that a reader of the help expects
+_OBVIOUS = (POSITIVE, NOT_NEGATIVE, DEVICES)  # ranges that the help need not mention
 
 _INTRODUCTION = f"""# Configuration
 
@@ -30,7 +30,7 @@ This page is generated: `python -m difflm_jax.config > docs/configuration.md`.
 
 
 def markdown() -> str:
-    """docs/configuration.md."""
+    """Returns the text of docs/configuration.md."""
     sections = [_INTRODUCTION]
     for title, keys in _sections():
         rows = [f"| `{key.name}` | {_code(_shown(key.default))} | {key.setting.help} {_allowed(key)} |" for key in keys]
@@ -39,7 +39,7 @@ def markdown() -> str:
 
 
 def help_text() -> str:
-    """Every key with its default and meaning, for a terminal."""
+    """Returns every key with its default and meaning, formatted for a terminal."""
     lines = []
     for title, keys in _sections():
         lines.append(f"{title}:")

@@ -1,7 +1,7 @@
-"""The config of a run: read from its sources, checked, and written.
+"""Reads the config of a run from its sources, checks it, and writes it.
 
 Values come from the defaults, a file (`--config`: .py, .yaml or .json), `--hyper_parameters_json` and
-`--config.key=value`. Later sources win. All go through `_set`: one set of rules and one wording of errors.
+`--config.key=value`. Later sources win. All go through `_set`, so rules and error messages are the same for all.
 """
 
 import difflib
@@ -25,14 +25,14 @@ from difflm_jax.models.lora import LoraConfig
 from difflm_jax.quant import QuantConfig
 from difflm_jax.utils.files import expanded
 
-CONVERTED = "converted"  # directory of a run where its quantised base is kept
+CONVERTED = "converted"  # subdirectory of a run for its quantised base
 
 
 def load_config(path: str = "", overrides: Sequence[str] = (), hyper_parameters_json: str = "") -> ConfigDict:
-    """The validated, locked config of a run; an empty `path` means the defaults. It holds no aliases.
+    """Loads the config of a run, validated, locked and without aliases. An empty `path` means the defaults.
 
-    `overrides` are "key=value" (a leading "--config." may be there), see `take_overrides`. Raises `UserError` for a
-    file that cannot be read, an unknown key, a wrong type or a value out of range.
+    overrides: "key=value", with or without a leading "--config." (see `take_overrides`).
+    Raises `UserError` for a file that cannot be read, an unknown key, a wrong type or a value out of range.
     """
     config = default_config()
     if path:
@@ -49,14 +49,14 @@ def load_config(path: str = "", overrides: Sequence[str] = (), hyper_parameters_
 
 
 def load_run_config(path: str | Path) -> ConfigDict:
-    """The config that a run wrote, whichever version wrote it. Raises `UserError`."""
+    """Loads the `config.json` that this or an earlier version wrote. Raises `UserError` if it is missing or invalid."""
     return from_json(_text(str(path)), f"{path}: ")
 
 
 def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Splits a command line into (overrides as "key=value", all other arguments).
 
-    Understands `--config.key=value`, `--config.key value` and, for a key that is true or false, `--config.key` alone.
+    Accepts `--config.key=value`, `--config.key value` and, for a boolean key, `--config.key` alone.
     """
     overrides, others = [], []
     waiting = list(arguments)
@@ -79,7 +79,7 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def phase_config(config: ConfigDict, phase: str) -> ConfigDict:
-    """The config of one phase: its own values in place of the common ones, and no `pretrain` or `sft` left."""
+    """Returns the config of one phase: its own values replace the common ones; `pretrain` and `sft` are removed."""
     resolved = config.copy_and_resolve_references()
     with resolved.unlocked():
         for key in PHASE_KEYS:
@@ -91,17 +91,17 @@ def phase_config(config: ConfigDict, phase: str) -> ConfigDict:
 
 
 def quantization(config: ConfigDict) -> QuantConfig | None:
-    """How the frozen projections are stored; None if they are not quantised."""
+    """Returns how the frozen projections are quantised; None if they are not."""
     return build(QuantConfig, config) if config.quantization else None
 
 
 def lora_config(config: ConfigDict) -> LoraConfig:
-    """The shape of the adapters that are trained."""
+    """Returns the LoRA settings of the trained adapter."""
     return build(LoraConfig, config)
 
 
 def notes(config: ConfigDict) -> list[str]:
-    """Lines to announce at the start of a run: keys that were set and have no effect here."""
+    """Returns lines to print at the start of a run, about keys that were set but have no effect."""
     found = []
     if not config.pin_memory:
         found.append("pin_memory has no effect here: JAX has no pinned host buffers to choose")
@@ -111,14 +111,14 @@ def notes(config: ConfigDict) -> list[str]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON, sorted and stable; `from_json` reads it."""
+    """Returns the config as JSON with sorted keys; `from_json` reads it."""
     return json.dumps({VERSION_KEY: VERSION, **config.to_dict()}, sort_keys=True, indent=2) + "\n"
 
 
 def from_json(text: str, where: str = "config.json: ") -> ConfigDict:
-    """The validated, locked config that `to_json` of this or an earlier version wrote.
+    """Parses, validates and locks a config that `to_json` of this or an earlier version wrote.
 
-    Missing keys have their defaults. Raises `UserError` that begins with `where`.
+    Missing keys have their defaults. Raises `UserError` with a message that begins with `where`.
     """
     config = default_config()
     _update(config, _parse_json(text, where), where, of_run=True)
@@ -126,7 +126,7 @@ def from_json(text: str, where: str = "config.json: ") -> ConfigDict:
 
 
 def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Lines "key: old -> new" for every key whose value differs, sorted by key."""
+    """Returns a line "key: old -> new" for every key whose value differs, sorted by key. Aliases are resolved first."""
     a, b = (flatten(resolve(config).to_dict()) for config in (old, new))
     return [
         f"{key}: {json.dumps(a.get(key))} -> {json.dumps(b.get(key))}"
@@ -150,7 +150,7 @@ def _update(config: ConfigDict, values: Mapping[str, Any], where: str, of_run: b
 
 
 def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
-    """Sets a dotted key; `where` begins the message of an error."""
+    """Sets a dotted key. Raises `UserError` with a message that begins with `where`."""
     known = KEYS.get(key)
     if known is None:
         inside = [name for name in KEYS if name.startswith(f"{key}.")]
@@ -170,9 +170,9 @@ def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
 
 
 def _convert(kind: type, element: type | None, value: Any) -> Any:
-    """`value` as `kind`; text is read as on the command line, wherever it comes from.
+    """Converts `value` to `kind`. Text is parsed as on the command line, whatever its source.
 
-    Raises ValueError, TypeError or OverflowError if it is none.
+    Raises ValueError, TypeError or OverflowError if it cannot be converted.
     """
     if kind is tuple:
         if isinstance(value, str):
@@ -197,7 +197,7 @@ def _convert(kind: type, element: type | None, value: Any) -> Any:
 
 
 def _nearest(key: str) -> str:
-    """The known key most like `key`, by its whole name and by its last part."""
+    """Returns the known key most similar to `key`, comparing whole names and last parts."""
 
     def likeness(known: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, known, key).ratio()
@@ -208,7 +208,7 @@ def _nearest(key: str) -> str:
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    """The values that a config file sets."""
+    """Returns the values that a config file sets."""
     suffix = Path(path).suffix
     if suffix not in (".py", ".yaml", ".yml", ".json"):
         raise UserError(f"--config={path}: a config file ends in .py, .yaml or .json")
@@ -238,13 +238,13 @@ def _text(path: str) -> str:
 
 
 def _run(path: str) -> Mapping[str, Any]:
-    """Runs `get_config()` of a Python config file."""
+    """Runs `get_config()` of a Python config file and returns its values."""
     spec = importlib.util.spec_from_file_location("difflm_jax_config_file", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # the file is the user's own program: whatever it raises is said about the file
+    except Exception as error:  # user code may raise anything: report it as an error of the file
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
         raise UserError(f"{path}:{line}: {type(error).__name__}: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Recipes: the config files of the repository, listed, shown, copied, and made into a directory of one's own.
+"""Recipes are the config files of the repository: list them, show one, copy one, or start a directory from one.
 
 difflm recipes list | show NAME | copy NAME FILE.py
 difflm init DIR --data=FILE [--model=DIR_OR_HUB_ID] [--recipe=small_data]
@@ -44,9 +44,10 @@ def recipes(argv: Sequence[str]) -> int:
 
 
 def init(argv: Sequence[str]) -> Path | None:
-    """`difflm init DIR ...`: writes DIR/config.py and reads it back; returns its path (None: only help was asked for).
+    """`difflm init DIR ...`: writes DIR/config.py, reads it back and returns its path; with --help returns None.
 
-    Raises `UserError`, before anything is written, for data or a directory that cannot be used.
+    Raises `UserError`, before anything is written, for invalid flags, an unknown recipe or a directory that cannot be
+    used. The data are not read.
     """
     if any(word in _HELP for word in argv[1:]):
         print(help_text(__doc__, FLAGS, {}))
@@ -81,7 +82,7 @@ def init(argv: Sequence[str]) -> Path | None:
 
 
 def _anywhere(name: str) -> str:
-    """A path that is found from every directory, if `name` is a file here or in the repository; else `name`."""
+    """Returns the absolute path of `name` if it exists here or in the repository, else `name` unchanged."""
     for path in (Path(name).expanduser(), CONFIGS.parent / name):
         if path.exists():
             return str(path.absolute())
@@ -89,7 +90,7 @@ def _anywhere(name: str) -> str:
 
 
 def _with_keys(path: Path, keys: dict[str, str]) -> str:
-    """The text of a recipe whose `get_config` sets `keys` last."""
+    """Returns the text of the recipe at `path`, changed so that its `get_config` sets `keys` last."""
     before, found, after = path.read_text(encoding="utf-8").rpartition("    return config\n")
     if not found:
         raise UserError(f"{path}: does not end in `return config`, so nothing can be set in a copy")
@@ -121,5 +122,5 @@ def _find(name: str) -> Path:
 
 
 def _title(path: Path) -> str:
-    """The first line of a recipe's docstring."""
+    """Returns the first line of a recipe's docstring."""
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]

@@ -1,7 +1,7 @@
 """Every key of the config: the settings of the components, and of the run itself.
 
-A component that is written elsewhere declares its own settings (`difflm_jax.utils.settings`); those that belong to the
-run as a whole are declared here. `SECTIONS` puts them together; defaults, checks, help and docs are made from it.
+Each component declares its own settings (`difflm_jax.utils.settings`); those of the run as a whole are declared here.
+`SECTIONS` joins them. Defaults, checks, help and docs are generated from it.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from difflm_jax.utils.settings import (
     setting,
 )
 
-# Keys that a phase may set for itself in the sections `pretrain` and `sft`; none there means: the common value.
+# Keys that a phase may override in the sections `pretrain` and `sft`. None there means the common value.
 PHASE_KEYS = ("dataset", "epochs", "learning_rate", "max_steps", "batch_size")
 
 
@@ -69,7 +69,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """How the model is loaded and computed."""
+    """How the model is loaded and run."""
 
     dtype: str = setting(
         "bfloat16",
@@ -182,7 +182,7 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Questions that are answered at the end of the run, next to the causal base. A draft run compares texts."""
+    """Questions that the model and its causal base answer at the end of the run. A draft run compares their texts."""
 
     data: str = setting("", "Questions with answers, as for evaluate; empty: no report.", path=True)
     max_new_tokens: int = setting(128, "Tokens of an answer.", within=POSITIVE)
@@ -194,7 +194,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Wandb:
-    """Weights & Biases, or trackio, which takes the same calls and stays on this machine."""
+    """Weights & Biases, or trackio, which has the same API and stays on this machine."""
 
     service: str = setting("wandb", "wandb or trackio (pip install trackio; local).", choices=("wandb", "trackio"))
     project: str = setting("llm-diffusion", "Project; empty: off.")
@@ -208,7 +208,7 @@ class Wandb:
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """Keys of the original system that say what another key says, or that accept one value (`config.aliases`)."""
+    """Keys of the original system: aliases (`config.aliases`), and keys with one allowed value or no effect."""
 
     use_qlora: bool = setting(False, "Alias of quantization=nf4.")
     load_in_4bit: bool = setting(True, "With use_qlora only true.", key="qlora_config.load_in_4bit")
@@ -243,9 +243,9 @@ SECTIONS: tuple[tuple[type, str, str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of the config: where it comes from, its default and what is allowed.
+    """A key of the config: its origin, default and allowed values.
 
-    `kind` is its type, `element` that of a list's elements; `optional` allows none (the sections of the phases).
+    kind: its type. element: the type of a list's elements. optional: None is allowed (in the sections of the phases).
     """
 
     name: str
@@ -286,7 +286,7 @@ KEYS: dict[str, Key] = _keys()
 
 
 def default_config() -> ConfigDict:
-    """Every key with its default. Config files start from this and change what they need."""
+    """Returns a config with every key at its default. Config files start from this and change what they need."""
     config = ConfigDict()
     for key in KEYS.values():
         value = config_dict.placeholder(key.kind) if key.optional else key.default
@@ -298,14 +298,14 @@ def default_config() -> ConfigDict:
 
 
 def build(owner: type, config: ConfigDict, **others: Any) -> Any:
-    """The component `owner` with the settings that `config` has for it; `others` are fields that are no settings."""
+    """Builds the component `owner` from its settings in `config`. `others` are its fields that are not settings."""
     flat = flatten(config.to_dict())
     values = {key.field: flat[name] for name, key in KEYS.items() if key.owner is owner and not key.optional}
     return owner(**values, **others)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys. An empty dictionary stays a value."""
+    """Flattens nested dictionaries into one with dotted keys. An empty dictionary is kept as a value."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
