@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, how arrays lie on it, and what devices exchange."""
+"""Devices and processes: the mesh, how arrays are sharded over it, and what devices exchange."""

@@ -1,13 +1,13 @@
-"""Barriers that break, in all processes at once, when one of them failed on its way.
+"""Barriers that fail in all processes at once if one process failed before it reached them.
 
-A library that saves in the background has its processes meet several times, under a name each time. A process that
-failed skips meetings: the next one that it comes to has another name than the one where the others are.
+A library that saves in the background synchronises its processes at several named barriers. A process that failed skips
+some of them: the next barrier that it reaches has a different name from the one where the others wait.
 """
 
 import itertools
 
 import jax
-from jax._src import distributed  # the store of the processes that were joined has no public name
+from jax._src import distributed  # the key-value store has no public API
 
 from difflm_jax.errors import one_line
 
@@ -15,13 +15,13 @@ _counter = itertools.count()
 
 
 class BrokenBarrierError(OSError):
-    """Another process did not come to this barrier: it failed before."""
+    """Another process failed before it reached this barrier."""
 
 
 class Barriers:
-    """The barriers of one operation that every process takes part in, passed in the same order by each.
+    """The barriers of one operation that all processes take part in. Pass it to orbax as `barrier_sync_fn`.
 
-    Every process makes its objects in the same order. Used as orbax's `barrier_sync_fn`.
+    All processes must create their objects, and reach the barriers, in the same order.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,9 @@ class Barriers:
         self._is_broken = False
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Waits for all processes. Raises `BrokenBarrierError` in each if they are not all at `key`.
+        """Waits for all processes. Raises `BrokenBarrierError` in each of them if they are not all at `key`.
 
-        Raises `TimeoutError` if one does not come.
+        Raises `TimeoutError` if a process does not arrive within `timeout_ms`.
         """
         if jax.process_count() == 1:
             return
@@ -49,5 +49,5 @@ class Barriers:
         if int(client.key_value_try_get(f"{place}/{key}")) < jax.process_count():
             self._is_broken = True
             raise BrokenBarrierError("another process failed")
-        if jax.process_index() == 0:  # all are here, so all have read what stands at the one before
+        if jax.process_index() == 0:  # all are here, so all have read the previous barrier's keys
             client.key_value_delete(f"{self._prefix}/{here - 1}/")

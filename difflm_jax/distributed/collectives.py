@@ -1,17 +1,17 @@
-"""What devices exchange where weights are divided over them. Without a mesh, and on one device, nothing.
+"""What devices exchange if weights are divided over them. Without a mesh, and on one device, nothing is exchanged.
 
 The axes are those of `difflm_jax.distributed.mesh`.
   - Rows of a batch are divided over `data` and `fsdp`.
-  - Matrices are divided over `fsdp` along their output rows, as stored, and gathered where a layer uses them.
-  - Heads and MLP are divided over `tensor`: q, k, v, gate and up along their output; o and down along their input,
-    whose results are summed.
-  - Routed experts are divided over `tensor` and `fsdp` whole: those of `fsdp` are gathered where a layer uses them, and
-    the results of those of `tensor` are summed.
-  - Embedding and output head are divided along the vocabulary over `fsdp` and `tensor`. Hidden states and tokens
-    travel; the table does not.
+  - Matrices are divided over `fsdp` along their output rows, in stored form, and gathered in the layer that uses them.
+  - Heads and MLP are divided over `tensor`: q, k, v, gate and up along their output, o and down along their input. The
+    results of o and down are summed.
+  - Routed experts are divided over `tensor` and `fsdp`, each expert whole. They are gathered over `fsdp` in the layer
+    that uses them; their results are summed over `tensor`.
+  - Embedding and output head are divided along the vocabulary over `fsdp` and `tensor`. Hidden states and tokens are
+    exchanged; the tables are not.
 
-How an array is divided is read from its type: inside `jax.shard_map` it names the axes along which devices hold
-different values. So the model has one path for every mesh, and knows of none.
+The type of an array says how it is divided: inside `jax.shard_map` it names the axes along which devices have different
+values. So the model code is the same for every mesh and never refers to one.
 """
 
 from typing import Any
@@ -27,24 +27,24 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def varies(x: Any, axis: str) -> bool:
-    """Whether devices along `axis` hold different values of `x`."""
+    """Whether devices along `axis` may have different values of `x`."""
     return axis in jax.typeof(x).manual_axis_type.varying
 
 
 def divided(x: Any, axis: str) -> bool:
-    """Whether `x` is one of several parts along `axis`: an axis of one device divides nothing."""
+    """Whether `x` is one of several parts along `axis`. An axis of one device divides nothing."""
     return varies(x, axis) and jax.lax.axis_size(axis) > 1
 
 
 def axes_of(x: Any, among: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of `among` along which `x` differs, in their order."""
+    """Returns the axes of `among` along which `x` varies, in their order."""
     return tuple(axis for axis in among if varies(x, axis))
 
 
 def gathered(weight: Any) -> Any:
-    """A weight of one layer (an array, or a pytree of packed codes and scales) whole along `fsdp`.
+    """Gathers a weight of one layer (an array, or a pytree of packed codes and scales) over `fsdp`.
 
-    Only matrices are divided: every leaf of two dimensions along its output rows, the last axis but one.
+    Only matrices are divided: leaves with two or more dimensions, along their output rows (axis -2).
     """
 
     def gather(leaf: jax.Array) -> jax.Array:
@@ -56,8 +56,10 @@ def gathered(weight: Any) -> Any:
 
 
 def gathered_experts(weight: Any) -> Any:
-    """The experts of one layer (every leaf has their axis first) that this device has along `tensor`: its own ones and
-    those of the other devices along `fsdp`."""
+    """Gathers over `fsdp` the experts of one layer that belong to this device's part of `tensor`.
+
+    The first axis of every leaf is that of the experts.
+    """
 
     def gather(leaf: jax.Array) -> jax.Array:
         return jax.lax.all_gather(leaf, FSDP, axis=0, tiled=True) if divided(leaf, FSDP) else leaf
@@ -66,7 +68,7 @@ def gathered_experts(weight: Any) -> Any:
 
 
 def own_experts(weight: Any, count: int) -> tuple[jax.Array | int, int]:
-    """(the first, how many) of `count` experts that `gathered_experts` gives this device."""
+    """Returns (index of the first, number) of those of `count` experts that `gathered_experts` gives this device."""
     leaf = jax.tree.leaves(weight)[0]
     if not divided(leaf, TENSOR):
         return 0, count
@@ -85,37 +87,37 @@ def varying_with(x: jax.Array, weight: Any) -> jax.Array:
 
 
 def summed(x: jax.Array) -> jax.Array:
-    """The sum over `tensor` of partial results; `x` itself where they are whole."""
+    """Sums partial results over `tensor`; returns `x` unchanged if it does not vary over `tensor`."""
     return jax.lax.psum(x, TENSOR) if varies(x, TENSOR) else x
 
 
 def own_heads(weight: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """This device's part, of `shape`, along the first axis of a small weight that every device has whole."""
+    """Returns this device's part, of `shape`, along axis 0 of a small weight that is whole on every device."""
     if weight.shape == shape:
         return weight
     return jax.lax.dynamic_slice_in_dim(weight, jax.lax.axis_index(TENSOR) * shape[0], shape[0])
 
 
 def mean_of_heads(x: jax.Array, is_divided: bool) -> jax.Array:
-    """The mean over the last axis, kept; over that axis of all devices along `tensor` if `is_divided`."""
+    """Returns the mean over the last axis, keeping the axis; over all devices along `tensor` too if `is_divided`."""
     mean = jnp.mean(x, axis=-1, keepdims=True)
     return jax.lax.pmean(mean, TENSOR) if is_divided else mean
 
 
 def everywhere(flag: jax.Array) -> jax.Array:
-    """bool []: whether `flag` is true on all devices, which must agree on it in loops that contain communication."""
+    """Returns bool []: whether `flag` is true on all devices. Loops that communicate need the same condition on all."""
     axes = axes_of(flag, (DATA, FSDP, TENSOR))
     return jax.lax.pmin(flag.astype(jnp.int32), axes) > 0 if axes else flag
 
 
 def largest(count: jax.Array) -> jax.Array:
-    """The largest `count` of any device."""
+    """Returns the largest `count` over all devices."""
     axes = axes_of(count, (DATA, FSDP, TENSOR))
     return jax.lax.pmax(count, axes) if axes else count
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Rows [B, T, D] of a table that may be divided along its rows."""
+    """Returns the rows [B, T, D] of `tokens_BT` from a table that may be divided along its rows."""
     axes = _parts_of(table_VD)
     if not axes:
         return table_VD[tokens_BT]
@@ -126,7 +128,7 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def first_row(table_VD: jax.Array) -> jax.Array:
-    """Index in the vocabulary of the first row that this device holds."""
+    """Returns the index in the vocabulary of the first row on this device."""
     index = 0
     for axis in _parts_of(table_VD):
         index = index * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
@@ -134,19 +136,19 @@ def first_row(table_VD: jax.Array) -> jax.Array:
 
 
 def rows_together(x: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """`x` of all devices that share a divided table along `fsdp`, joined along axis 0."""
+    """Gathers `x` along axis 0 over `fsdp` if the table is divided there; else returns it unchanged."""
     return jax.lax.all_gather(x, FSDP, axis=0, tiled=True) if divided(table_VD, FSDP) else x
 
 
 def rows_apart(x: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """The inverse of `rows_together`: sums partial results over the parts of the table; each device gets its rows."""
+    """Sums partial results over the parts of the table and gives each device its rows: undoes `rows_together`."""
     if divided(table_VD, TENSOR):
         x = jax.lax.psum(x, TENSOR)
     return jax.lax.psum_scatter(x, FSDP, scatter_dimension=0, tiled=True) if divided(table_VD, FSDP) else x
 
 
 def own_rows(x: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """This device's part along axis 0 of an array that all devices sharing a table have computed alike."""
+    """Returns this device's rows (axis 0) of an array that is equal on all devices that share a divided table."""
     if not divided(table_VD, FSDP):
         return x
     count = x.shape[0] // jax.lax.axis_size(FSDP)
@@ -154,13 +156,13 @@ def own_rows(x: jax.Array, table_VD: jax.Array) -> jax.Array:
 
 
 def over_vocabulary(reduce: Any, x: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """`reduce` (`jax.lax.psum`, `pmax` or `pmin`) of `x` over the devices that share a divided table."""
+    """Reduces `x` with `reduce` (`jax.lax.psum`, `pmax` or `pmin`) over the devices that share a divided table."""
     axes = _parts_of(table_VD)
     return reduce(x, axes) if axes else x
 
 
 def whole_vocabulary(logits_BTV: jax.Array, table_VD: jax.Array, vocab_size: int) -> jax.Array:
-    """[B, T, V] logits of this device's rows, from the logits of all rows for its part of the vocabulary."""
+    """Returns logits [B, T, V] of this device's rows, given the logits of all rows for its part of the vocabulary."""
     parts = logits_BTV
     if divided(table_VD, TENSOR):  # not an all-gather: its result would count as differing over `tensor`
         size, width = jax.lax.axis_size(TENSOR), parts.shape[-1]
@@ -174,5 +176,5 @@ def whole_vocabulary(logits_BTV: jax.Array, table_VD: jax.Array, vocab_size: int
 
 
 def _parts_of(table_VD: jax.Array) -> tuple[str, ...]:
-    """The axes along which a table is divided."""
+    """Returns the axes of the mesh over which a table is divided."""
     return tuple(axis for axis in VOCABULARY_AXES if divided(table_VD, axis))

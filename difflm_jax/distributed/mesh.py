@@ -1,4 +1,4 @@
-"""The device mesh `data` x `fsdp` x `tensor`. One device is the mesh of size one.
+"""The device mesh `data` x `fsdp` x `tensor`. A single device is a mesh of size one.
 
 `sharding` says how arrays are divided over it, `collectives` what its devices exchange, `processes` how hosts join it.
 """
@@ -20,9 +20,10 @@ AnyMesh = Mesh | AbstractMesh
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of `data` x `fsdp` x `tensor` devices of all processes; one of them may be -1: what is left.
+    """Builds a mesh of `data` x `fsdp` x `tensor` devices of all processes. One size may be -1: all devices left.
 
-    `tensor` varies fastest, so that the devices that talk most are neighbours, on one host where it has enough.
+    `tensor` varies fastest. So the devices that communicate most are neighbours, on one host if it has enough. Raises
+    `UserError` for sizes that do not match the devices.
     """
     devices = jax.devices()
     sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
@@ -43,30 +44,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def mesh_of(devices: np.ndarray) -> Mesh:
-    """The mesh of devices [data, fsdp, tensor]."""
+    """Builds the mesh of an array of devices [data, fsdp, tensor]."""
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def by_links(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
-    """The devices of one slice in `shape`, so that each axis of the mesh follows links of the torus."""
+    """Arranges the devices of one slice in `shape` so that each axis of the mesh follows links of the torus."""
     # Not `jax.make_mesh`: it refuses a shape that splits an axis of the slice, as 2,4,2 does on 4x4 chips.
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
-    """A mesh without devices."""
+    """Builds a mesh of these sizes without devices."""
     return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def row_shards(mesh: AnyMesh) -> int:
-    """The number of parts that the rows of a batch are divided into."""
+    """Returns the number of parts that the rows of a batch are divided into."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
-    """Raises `UserError` where a model (its `ModelConfig`) does not divide over the mesh.
+    """Raises `UserError` if a model (its `ModelConfig`) does not divide evenly over the mesh.
 
-    `block_size` is that of a quantised base, else 1: a quantisation block is never divided.
+    block_size: that of a quantised base, else 1. A quantisation block is never divided.
     """
     tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
     if config.experts is not None and config.experts.count % (tensor * fsdp):
@@ -94,7 +95,7 @@ def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
 
 
 def _mlp_width(config: Any) -> int:
-    """The widths of dense layers and shared experts as one that divides where they do; 0 where there are none."""
+    """Returns the greatest common divisor of the widths of dense MLPs and shared experts; 0 if there are neither."""
     experts = config.experts
     if experts is None:
         return config.intermediate_size

@@ -1,4 +1,4 @@
-"""How arrays lie on a mesh: the specs of parameters and rows, and the ways on and off the devices."""
+"""How arrays are sharded over a mesh: specs of parameters and rows, and transfers to and from the devices."""
 
 import math
 from collections.abc import Callable
@@ -18,29 +18,33 @@ Tree = Any
 
 
 def rows_spec(leading: int = 1) -> PartitionSpec:
-    """The spec of arrays whose rows are the axis after `leading` undivided ones."""
+    """Returns the spec of arrays whose row axis comes after `leading` undivided axes."""
     return PartitionSpec(*(None,) * leading, ROW_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays [A, B, ...]: micro-batches in sequence, rows over the devices."""
+    """Returns the sharding of arrays [A, B, ...]: rows (axis 1) are divided over devices, micro-batches are not."""
     return NamedSharding(mesh, rows_spec())
 
 
 def specs(tree: Tree, mesh: Mesh) -> Tree:
-    """The spec of each leaf of parameters, adapters, or a tree of their structure (Adam's moments).
+    """Returns the spec of each leaf of parameters, adapters, or a tree of their structure (Adam's moments).
 
-    Leaves of a layer have the layer axis first. A matrix [N, out, in], dense or a leaf of a quantised one, is divided
-    along its output over `fsdp`, and over `tensor` along its output or input as `collectives` says. A factor of LoRA is
-    divided over `tensor` alone. Leaves of routed experts are divided along these, over both. Everything else is
-    replicated; nested scales are whole along `tensor`. An axis of one device divides nothing: gathering a weight from
-    itself would copy it (4 % of a training step on a CPU).
+    Leaves of a layer have the layer axis first.
+      - A matrix [N, out, in], dense or a leaf of a quantised one, is divided along its output over `fsdp`, and along
+        its output or input over `tensor` (`collectives`). Codes of nested scales are divided over `fsdp` alone.
+      - Factors of LoRA and biases are divided over `tensor` alone.
+      - Leaves of routed experts are divided along the expert axis over both, and factors of LoRA over `tensor`.
+      - Embedding and head are divided along the vocabulary over both.
+      - Everything else is replicated.
+    An axis of one device divides nothing: gathering a weight from itself would copy it (4 % of a training step on a
+    CPU).
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf, mesh), tree)
 
 
 def abstract(tree: Tree, mesh: Mesh) -> Tree:
-    """Shapes, dtypes and shardings of `place(tree, mesh)`, from a tree of shapes."""
+    """Returns the shapes, dtypes and shardings of `place(tree, mesh)`, from a tree of shapes."""
 
     def leaf_of(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         spec = _spec(path, leaf, mesh)
@@ -51,17 +55,17 @@ def abstract(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def place(tree: Tree, mesh: Mesh) -> Tree:
-    """`tree` (the same on every process) on the mesh. Tables are padded so that their rows divide."""
+    """Places `tree`, the same on every process, on the mesh. Tables are padded so that their rows divide evenly."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _place(path, leaf, mesh), tree)
 
 
 def place_leaf(path: tuple[str, ...], leaf: Tree, mesh: Mesh) -> Tree:
-    """`place` of the leaf, or the quantised weight, at `path` of a tree of parameters."""
+    """Like `place`, for the leaf or quantised weight at `path` of a tree of parameters."""
     return jax.tree_util.tree_map_with_path(lambda rest, part: _place((*path, *rest), part, mesh), leaf)
 
 
 def shardings_of(path: tuple[str, ...], leaf: Tree, mesh: Mesh) -> Tree:
-    """The shardings of the leaf at `path` of a tree of parameters, in the structure of that leaf."""
+    """Returns the shardings of the leaf at `path` of a tree of parameters, in the structure of that leaf."""
 
     def sharding(rest: tuple[Any, ...], part: Any) -> NamedSharding:
         return NamedSharding(mesh, _spec((*path, *rest), part, mesh))
@@ -70,9 +74,9 @@ def shardings_of(path: tuple[str, ...], leaf: Tree, mesh: Mesh) -> Tree:
 
 
 def to_mesh(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """An array of the host or of one device, the same on every process, divided as `sharding` says."""
-    # An array on one device but on no mesh is moved too: a step returns arrays of the mesh, and would be compiled twice
-    # if it were given one kind and then the other.
+    """Shards an array of the host or of one device, the same on every process, according to `sharding`."""
+    # An array on a single device without a mesh is moved too. A step returns arrays of the mesh; given the other kind
+    # first, it would compile twice.
     on_a_mesh = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
     if on_a_mesh and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
@@ -83,21 +87,21 @@ def to_mesh(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def to_host(leaf: Any) -> np.ndarray:
-    """The whole of an array of the mesh (or of the host), on every process. All processes must call this."""
+    """Returns an array of the mesh (or the host) in whole, on every process. All processes must call this."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def place_rows(tree: Tree, sharding: NamedSharding) -> Tree:
-    """Arrays of the mesh from host arrays that hold this process's rows (a single process holds all)."""
+    """Builds arrays of the mesh from host arrays with this process's rows (all rows if there is one process)."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def over_rows(function: Callable[..., Tree], mesh: Mesh | None, variables: Tree, *rows: Any) -> Tree:
-    """Calls `function(variables, *rows)` on the mesh. All arguments but the first, and all results, have rows first.
+    """Calls `function(variables, *rows)` on the mesh, with `rows` and the results divided along axis 0.
 
-    `variables` are the model's collections. Without a mesh this is the plain call.
+    `variables` are the model's collections. If `mesh` is None, this is a plain call.
     """
     if mesh is None:
         return function(variables, *rows)
@@ -109,7 +113,7 @@ def over_rows(function: Callable[..., Tree], mesh: Mesh | None, variables: Tree,
 
 
 def rows_of_process(mesh: Mesh, count: int) -> np.ndarray:
-    """Indices of the `count` rows of a micro-batch that this process holds, ascending; all on a single process."""
+    """Returns the ascending indices of this process's rows, out of the `count` rows of a micro-batch."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((1, count)).values()
     return np.unique(np.concatenate([np.arange(count)[rows] for _, rows in indices]))
 
@@ -124,7 +128,7 @@ def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> PartitionSpec:
 
 
 def _axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | tuple[str, ...] | None, ...]:
-    """The axes of the mesh over which each axis of a leaf is divided."""
+    """Returns, for each axis of a leaf, the axes of the mesh over which it is divided."""
     names = _names(path)
     module = next((name for name in names if name in COLUMN_PARALLEL + ROW_PARALLEL), None)
     is_factor = "lora_A" in names or "lora_B" in names
@@ -157,7 +161,7 @@ def _is_table(path: tuple[Any, ...]) -> bool:
 
 
 def _padding(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> int:
-    """How many rows a table is padded by, so that its rows divide."""
+    """Returns how many rows to pad a table with, so that its rows divide evenly; 0 for other leaves."""
     return -leaf.shape[0] % math.prod(mesh.shape[axis] for axis in VOCABULARY_AXES) if _is_table(path) else 0
 
 
