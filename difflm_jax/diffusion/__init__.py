@@ -1,1 +1,1 @@
-"""Masked diffusion: corruption, objective, schedules, confidences, the sampler. Knows models, and no files."""
+"""Training objectives of diffusion models: config, corruption, loss weights and losses. Uses models; reads no files."""

@@ -1,7 +1,7 @@
-"""How a diffusion model sees and predicts: one record, which is `diffusion_config.json`.
+"""How a diffusion model attends and predicts: one record, stored as `diffusion_config.json`.
 
-Loss, evaluation, likelihood, sampler, caches and export take the whole of it. It makes the attention mask, it says
-which hidden state predicts which token (the logit shift), what a block is, and which keys and values never change.
+Loss, evaluation, likelihood, sampler, caches and export take the whole record. It builds the attention mask. It also
+defines which hidden state predicts which token (the logit shift), the blocks, and which keys and values never change.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ PROMPT_RULES = ("prefix", "block", "causal_context")  # the rules that depend on
 
 @struct.dataclass
 class Layout:
-    """Where the tokens of a batch stand, for the attention rules."""
+    """Positions of the tokens of a batch, as the attention rules need them."""
 
     positions: jax.Array  # [B, L] int32, counts real tokens from 0; in packed rows from the start of each example
     valid: jax.Array  # [B, L] bool, False at padding
@@ -31,40 +31,41 @@ class Layout:
     segments: jax.Array | None = None  # [B, L] int32, number of the example; None: one example per row
 
     def part(self, start: jax.Array | int, length: int) -> "Layout":
-        """Columns `start`, ..., `start + length - 1` of rows that hold one example each."""
+        """Returns columns `start`, ..., `start + length - 1` of rows with one example each."""
         positions, valid = (
             jax.lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in (self.positions, self.valid)
         )
         return Layout(positions, valid, self.prompt_lengths)
 
     def twice(self) -> "Layout":
-        """Each row followed by a copy of itself, in one row (`prompt_lengths` are [B, L])."""
+        """Returns [B, 2 L]: each row followed by a copy of itself. `prompt_lengths` must be [B, L]."""
         return jax.tree.map(lambda x_BL: jnp.concatenate([x_BL, x_BL], axis=1), self)
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """Attention rule, logit shift, mask token and preset of a model. Frozen and hashable: static to `jax.jit`.
+    """Attention rule, logit shift, mask token and preset of a model. Frozen and hashable, so static to `jax.jit`.
 
-    attention: who sees whom.
+    attention: which tokens a token attends to ("sees").
       "full": every real token sees every real token.
-      "causal": a token sees itself and what precedes it.
-      "prefix": a prompt token sees what "causal" shows it, an answer token sees everything. Keys and values of a prompt
-        do not depend on its answer.
-      "block": an answer is cut into blocks of `block_length` from its start. A token sees its own block and what
-        precedes the block, so neither a prompt nor a finished block depends on what follows.
+      "causal": a token sees itself and the tokens before it.
+      "prefix": the prompt is causal, and an answer token sees everything. Keys and values of a prompt do not depend on
+        its answer.
+      "block": an answer is cut into blocks of `block_length` from its start. A token sees its own block and all that
+        precedes the block, so neither a prompt nor a finished block depends on what follows. The prompt is causal.
       "block_causal": the same, with blocks counted from the first token of the row (SDAR, arXiv:2510.06303).
-      "causal_context": as "block", but once a block is finished its tokens see what "causal" shows them, as those of
-        the prompt do (Nemotron-Labs-Diffusion). So the prompt of a pass is all that precedes the block it fills.
-    block_length: of the rules in blocks; else 0. (A traced scalar while blocks grow, `extras.annealing`.)
-    logit_shift: the state of position i - 1 predicts token i, as in the causal base; else state i does.
-    mask_token, mask_token_id: the token that stands for "hidden".
+      "causal_context": as "block", but the tokens of a finished block are causal, like the prompt
+        (Nemotron-Labs-Diffusion). So everything before the block that a pass fills acts as its prompt.
+    block_length: tokens per block under the block rules, else 0. (A traced scalar while blocks grow:
+      `extras.annealing`.)
+    logit_shift: the state of position i - 1 predicts token i, as in the causal base; if False, state i does.
+    mask_token, mask_token_id: the token that marks hidden positions.
     algorithm: the sampler's preset.
     mask_is_trained: the embedding itself has a trained row for the mask token.
-    gated, noise: the adapter is on at noisy tokens only; what stands at hidden positions ("mask": the mask token;
-      "uniform": any token).
+    gated: the adapter is on at noisy tokens only.
+    noise: the token at hidden positions. "mask": the mask token; "uniform": any token.
     draft_length: tokens that a gated adapter drafts after the last one; else 0.
-    preset: options of decoding that were measured (`difflm tune`), with their figures, as JSON; "": none.
+    preset: decoding options that `difflm tune` measured, with their figures, as JSON; "": none.
     """
 
     attention: str = setting(
@@ -90,7 +91,7 @@ class DiffusionConfig:
             raise ValueError(f"attention rule {self.attention!r} needs a block length, not {self.block_length}")
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of `diffusion_config.json`; keys that say nothing beyond their default are left out."""
+        """Returns the contents of `diffusion_config.json`. Keys in `_WRITTEN_IF_NOT` are left out at their default."""
         values = {name: getattr(self, name) for name in _ALWAYS_WRITTEN}
         if self.has_blocks:
             values["block_length"] = self.block_length
@@ -101,7 +102,7 @@ class DiffusionConfig:
         }
 
     def causal(self) -> "DiffusionConfig":
-        """The rule of the causal base: next-token prediction."""
+        """Returns the config of the causal base: next-token prediction, without gate, drafts or preset."""
         return dataclasses.replace(
             self,
             attention="causal",
@@ -116,63 +117,63 @@ class DiffusionConfig:
 
     @property
     def preset_options(self) -> dict[str, Any]:
-        """The options of `preset`."""
+        """The decoding options in `preset`; empty if there is none."""
         return json.loads(self.preset)["options"] if self.preset else {}
 
     # Blocks
 
     @property
     def has_blocks(self) -> bool:
-        """The attention rule has a block length."""
+        """Whether the attention rule has a block length."""
         return self.attention in BLOCK_RULES
 
     @property
     def decoding_block(self) -> int:
-        """Tokens per block when text is generated: 1 for a causal model, 0 where the rule names no blocks."""
+        """Tokens per block in generation: 1 for a causal model, 0 if the rule has no blocks."""
         return 1 if self.attention == "causal" else self.block_length
 
     @property
     def blocks_include_prompt(self) -> bool:
-        """Blocks are counted from the first token of the row, so a prompt may end within one."""
+        """Whether blocks are counted from the first token of the row. If so, a prompt may end within a block."""
         return self.attention == "block_causal"
 
     @property
     def finished_is_prompt(self) -> bool:
-        """The tokens of a finished block see what those of a prompt do, so that its keys change once."""
+        """Whether the tokens of a finished block attend like those of a prompt. If so, its keys change once."""
         return self.attention == "causal_context"
 
     @property
     def exact_cache(self) -> str:
-        """Whose keys and values never change: those of the "prompt", of finished "blocks" too, or of "none"."""
+        """Which keys and values never change: "prompt", "blocks" (the prompt and finished blocks), or "none"."""
         if self.decoding_block:
             return "blocks"
         return "prompt" if self.attention == "prefix" else "none"
 
     def fewest_passes(self, max_new_tokens: int, block_length: int | None = None) -> int:
-        """Forward passes that an answer takes at least: one per block."""
+        """Returns the least number of forward passes for an answer: one per block."""
         return -(-max_new_tokens // (self.decoding_block or block_length or max_new_tokens))
 
     def settled(self, given: int) -> int:
-        """How many of the `given` first tokens of a row lie before the block that holds the first mask."""
+        """Returns how many of the first `given` tokens of a row precede the block with the first mask."""
         return given - given % self.block_length if self.blocks_include_prompt else given
 
     def block_starts(self, positions_BL: jax.Array, prompt_lengths: jax.Array) -> jax.Array:
-        """[B, L] first position of the block of each token; under "block" a prompt token is a block of its own."""
+        """Returns [B, L]: first position of each token's block. Under "block", each prompt token is its own block."""
         return self._own_block(positions_BL, _at_tokens(prompt_lengths))[0]
 
     # Which state predicts which token
 
     @property
     def shift(self) -> int:
-        """The state of column i - `shift` predicts the token of column i."""
+        """1 with the logit shift, else 0: the state of column i - `shift` predicts the token of column i."""
         return int(self.logit_shift)
 
     def predictable(self, positions_BL: jax.Array) -> jax.Array:
-        """[B, L] bool: whether a state predicts the token. With the shift none predicts the first of an example."""
+        """Returns [B, L] bool: whether a state predicts the token; with the shift, none does for an example's first."""
         return positions_BL >= self.shift
 
     def predicting(self, hidden_BLD: jax.Array) -> jax.Array:
-        """The states that predict the token of each column, from the states of the columns."""
+        """Returns the state [B, L, D] that predicts the token of each column, given the state of each column."""
         return jnp.roll(hidden_BLD, self.shift, axis=1) if self.shift else hidden_BLD
 
     # Who attends to whom
@@ -185,14 +186,14 @@ class DiffusionConfig:
         open_BTS: jax.Array | None = None,
         lengths_B: jax.Array | None = None,
     ) -> View:
-        """The attention mask of `queries` on `keys` (None: on themselves), as the transformer takes it.
+        """Returns the attention mask of `queries` on `keys` (None: on themselves), in the form the transformer takes.
 
-        `queries.segments`: a token sees its own example and what all examples of the row begin with.
-        `noisy_T` [T] bool is for the training input of block diffusion, a noisy and a clean copy of each row in one
-        (BD3-LM, arXiv:2503.09573): a noisy token sees its own noisy block and the clean tokens before that block; a
-        clean token sees clean tokens by the rule.
-        `open_BTS` bool is for attention annealing: a later token that the rule allows is seen only where it is True.
-        `lengths_B`: real tokens of rows that hold one example each, padded on the right (None: of other rows).
+        queries.segments: a token sees its own example and the prefix that all examples of the row share.
+        noisy_T: [T] bool, for training block diffusion on a noisy and a clean copy of each row in one row (BD3-LM,
+          arXiv:2503.09573). A noisy token sees its own noisy block and the clean tokens before that block; a clean
+          token sees clean tokens according to the rule.
+        open_BTS: bool, for attention annealing. A later token that the rule allows is seen only where this is True.
+        lengths_B: real tokens of each row, if rows have one example each and are padded on the right; else None.
         """
         keys = queries if keys is None else keys
         query_positions_BT, key_positions_BS = queries.positions, keys.positions
@@ -203,7 +204,7 @@ class DiffusionConfig:
             mask_BTS &= (key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]) | open_BTS
         if self.attention != "full":
             mask_BTS = self._by_rule(mask_BTS, queries, key_positions_BS[:, None, :], noisy_T)
-        whole_rows = self.attention == "full" and open_BTS is None  # then the lengths say all that the mask does
+        whole_rows = self.attention == "full" and open_BTS is None  # then the lengths alone determine the mask
         return View(mask_BTS, query_positions_BT, key_positions_BS, lengths_B if whole_rows else None)
 
     def _by_rule(
@@ -221,7 +222,7 @@ class DiffusionConfig:
         return mask_BTS & jnp.where(noisy_key, own_BTS, clean_BTS)
 
     def _own_block(self, positions_BT: jax.Array, prompts_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(first, last) position of the span in which a token sees everything, besides all that precedes the span."""
+        """Returns the (first, last) position of a token's block: it sees the whole block and all that precedes it."""
         if self.attention == "causal":
             return positions_BT, positions_BT
         if self.attention == "block_causal":
@@ -241,5 +242,5 @@ _WRITTEN_IF_NOT = {"mask_is_trained": False, "gated": False, "noise": "mask", "d
 
 
 def _at_tokens(prompt_lengths: jax.Array) -> jax.Array:
-    """Prompt lengths of rows [B] as [B, 1]; those of tokens [B, T] unchanged."""
+    """Returns prompt lengths per row [B] as [B, 1], and those per token [B, T] unchanged."""
     return prompt_lengths[:, None] if prompt_lengths.ndim == 1 else prompt_lengths

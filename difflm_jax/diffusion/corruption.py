@@ -1,7 +1,7 @@
-"""From clean tokens to (noisy tokens, weights): which tokens are hidden, and what each counts in the loss.
+"""From clean tokens to (noisy tokens, weights): which tokens are hidden, and the weight of each in the loss.
 
-All noise is a function of (key of the step, example id), never of the device, the micro-batch or the padding, so that
-the same step on another mesh hides the same tokens.
+All noise is a function of (key of the step, example id), never of the device, the micro-batch or the padding. So the
+same step on another mesh hides the same tokens.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from difflm_jax.utils.settings import RATE, setting
 if TYPE_CHECKING:
     from difflm_jax.diffusion.lossless import Draft
 
-# Streams folded into the key of a step; the example id is folded in after them. (6 to 8 are those of `lossless`.)
+# Streams folded into the key of a step, before the example id. `lossless` uses 6 to 8.
 RATE_STREAM, MASK_STREAM, PREFIX_STREAM, DROPOUT_STREAM, POLICY_STREAM, OPENING_STREAM = range(6)
 
 _GOLDEN_RATIO = 0.6180339887
@@ -29,16 +29,16 @@ _GOLDEN_RATIO = 0.6180339887
 
 @dataclasses.dataclass(frozen=True)
 class Corruption:
-    """What is hidden and what is scored. The defaults are the original system's pretraining rule.
+    """Which tokens are hidden and how they are scored. The defaults are the original system's pretraining rule.
 
     scope: "all" hides any real token (pretraining), "answer" only tokens of answers (SFT).
     mask_rate: "batch" draws one rate per step, uniform in [min_rate, max_rate]. "row" draws one per row, stratified
-      over the step (arXiv:2107.00630, section I.1), so that every step sees low and high rates. "block" draws one per
-      block, stratified over rows and over the blocks of a row (BD3-LM, arXiv:2503.09573).
-    loss: what each token counts. extras: objectives whose gain was not shown.
-    draft: the rules of the draft objective (`lossless`), under which nothing is hidden; None: masked diffusion.
-    diffusion: the model that is trained. Under attention "prefix" and "block" a row without a prompt of its own (scope
-      "all") is cut at a random place, and what precedes the cut is its clean prompt.
+      over the step (arXiv:2107.00630, section I.1), so every step sees low and high rates. "block" draws one per block,
+      stratified over rows and over the blocks of a row (BD3-LM, arXiv:2503.09573).
+    loss: the weight of each token. extras: objectives whose gain was not shown.
+    draft: the rules of the draft objective (`lossless`), which hides nothing; None: masked diffusion.
+    diffusion: the config of the trained model. With attention "prefix" or "block" and scope "all", each example is cut
+      at a random place, and the part before the cut is its clean prompt.
     """
 
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
@@ -53,7 +53,7 @@ class Corruption:
     draft: "Draft | None" = None
 
     def for_evaluation(self) -> "Corruption":
-        """What evaluations hide and score: random masks at rates over all examples, against the reference alone."""
+        """Returns the rule of evaluations: mask rates per row, and no extras (the reference is the only target)."""
         return dataclasses.replace(self, mask_rate="row", extras=Extras())
 
 
@@ -64,11 +64,11 @@ _Fields = dataclasses.make_dataclass("_Fields", [(name, jax.Array) for name in F
 class CleanBatch(_Fields):
     """Rows of one or several examples, padded on the right: arrays [B, L] named as `difflm_jax.data.fields.FIELDS`."""
 
-    row_lengths: jax.Array | None = None  # [B] int32, real tokens of rows that hold one example; None: of several
+    row_lengths: jax.Array | None = None  # [B] int32, real tokens if each row is one example; None: packed rows
 
     @classmethod
     def of_rows(cls, tokens, lengths, answer_mask, prompt_lengths, example_ids, strata) -> "CleanBatch":
-        """A batch with one example per row, of arrays [..., L] (tokens, answer mask) and [...] (the others)."""
+        """Builds a batch with one example per row from arrays [..., L] (tokens, answer mask) and [...] (the others)."""
         position = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
         valid = position < lengths[..., None]
 
@@ -89,19 +89,19 @@ class CleanBatch(_Fields):
 
 @struct.dataclass
 class NoisyBatch:
-    """What the model sees and what it is scored on. `weights` is zero where a position is not scored."""
+    """The input of the model and what it is scored on. `weights` is zero at positions that are not scored."""
 
-    tokens: jax.Array  # [B, L] int32 with mask ids in it
+    tokens: jax.Array  # [B, L] int32, with the mask id at hidden positions
     clean: jax.Array  # [B, L] int32, the same without masks
     segments: jax.Array  # [B, L] int32, as in `CleanBatch`
     positions: jax.Array  # [B, L] int32, as in `CleanBatch`
     prompt_lengths: jax.Array  # [B, L] int32, of the clean prompt of the token's example
-    candidates: jax.Array  # [B, L] bool, what could have been hidden
-    masked: jax.Array  # [B, L] bool
-    rates: jax.Array  # [B, L] float32, the mask rate that each position was drawn with
+    candidates: jax.Array  # [B, L] bool, tokens that could have been hidden
+    masked: jax.Array  # [B, L] bool, tokens that are hidden
+    rates: jax.Array  # [B, L] float32, mask rate with which each position was drawn
     weights: jax.Array  # [B, L] float32, of the cross-entropy with `clean`
     teacher_weights: jax.Array  # [B, L] float32, of the divergence from the teacher
-    counts: jax.Array  # [B, L] float32, what each position adds to the divisor of the loss
+    counts: jax.Array  # [B, L] float32, each position's part of the divisor of the loss
     dropout_seeds: jax.Array | None = None  # [B, L]; None: no dropout
     open: jax.Array | None = None  # [B, L, L] bool, `open_BTS` of the attention mask
     row_lengths: jax.Array | None = None  # [B] int32, as in `CleanBatch`
@@ -112,10 +112,10 @@ class NoisyBatch:
 
 
 def mask_rates(key: jax.Array, corruption: Corruption, strata_BL: jax.Array, block_BL: jax.Array) -> jax.Array:
-    """[B, L] float32 mask rates of examples at places `strata_BL` (in [0, 1)) among those of a step.
+    """Returns the mask rate [B, L] float32 of each position.
 
-    `block_BL` numbers the block of each position. The rates of successive blocks are a golden ratio apart: of any few
-    neighbours some are low and some are high.
+    strata_BL: place in [0, 1) of the token's example among those of the step. block_BL: number of the token's block.
+    The rates of successive blocks are a golden ratio apart, so any few neighbours include low and high rates.
     """
     t_BL = jnp.broadcast_to(jax.random.uniform(jax.random.fold_in(key, RATE_STREAM)), block_BL.shape)
     if corruption.mask_rate != "batch":
@@ -126,7 +126,7 @@ def mask_rates(key: jax.Array, corruption: Corruption, strata_BL: jax.Array, blo
 
 
 def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> NoisyBatch:
-    """Hides tokens of `batch` by the rule `corruption`; `key` is that of the step."""
+    """Hides tokens of `batch` according to `corruption`. `key` is the key of the step."""
     candidates, prompt_lengths = _candidates(key, batch, corruption)
     block_BL = (batch.positions - prompt_lengths) // jnp.maximum(corruption.diffusion.block_length, 1)
     rates = mask_rates(key, corruption, batch.strata, block_BL)
@@ -152,9 +152,9 @@ def corrupt(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> NoisyB
 
 
 def hide(noisy: NoisyBatch, masked_BL: jax.Array, rates_BL: jax.Array, corruption: Corruption) -> NoisyBatch:
-    """The same rows with another choice of hidden tokens, drawn at `rates_BL`."""
+    """Returns `noisy` with the tokens `masked_BL` hidden instead, drawn at `rates_BL`; recomputes all weights."""
     weights_BL = loss_weights(noisy.replace(masked=masked_BL, rates=rates_BL), corruption.loss)
-    # The base never saw an answer filled up with end-of-sequence tokens: after the first it has nothing to teach.
+    # The base never saw answers padded with end-of-sequence tokens: after the first it cannot teach.
     taught_BL = masked_BL & ~after_eos(noisy.clean, noisy.candidates, noisy.segments, corruption.loss.eos_token_id)
     return noisy.replace(
         tokens=jnp.where(masked_BL, corruption.diffusion.mask_token_id, noisy.clean),
@@ -167,12 +167,12 @@ def hide(noisy: NoisyBatch, masked_BL: jax.Array, rates_BL: jax.Array, corruptio
 
 
 def _candidates(key: jax.Array, batch: CleanBatch, corruption: Corruption) -> tuple[jax.Array, jax.Array]:
-    """(positions that may be hidden, lengths of the clean prompts), both [B, L]."""
+    """Returns (positions that may be hidden, lengths of the clean prompts), both [B, L]."""
     valid = batch.segments != 0
     if corruption.scope == "answer":
         candidates, prompt_lengths = valid & batch.answer_mask, batch.prompt_lengths
     elif corruption.diffusion.attention in PROMPT_RULES:
-        # One draw per example: that of its first token, at each of its tokens.
+        # One draw per example: every token uses the draw of the example's first token.
         first = jnp.zeros_like(batch.positions)
         draw = uniform(token_seeds(jax.random.fold_in(key, PREFIX_STREAM), batch.example_ids, first))
         prompt_lengths = (draw * batch.lengths).astype(jnp.int32)  # below the length: something is left to hide

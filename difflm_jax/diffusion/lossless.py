@@ -1,8 +1,8 @@
 """The draft objective: noise rows after a clean text learn what the causal base says there (Uno, arXiv:2609.04010).
 
 Row j after column p sees the base's keys and values of columns 0..p and the noise rows before it. It learns the base's
-token p + j + 1. The clean copy is never differentiated: it runs once, without the adapter, and only its keys and values
-are read. So a step costs a forward pass of the clean rows, and a training step of the noise rows.
+token p + j + 1. The clean copy runs once, without the adapter and without gradient. So a step costs a forward pass of
+the clean rows and a training step of the noise rows.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from difflm_jax.ops.random import fold_seeds, token_seeds, uniform
 from difflm_jax.utils.settings import NOT_NEGATIVE, POSITIVE, setting
 
 DEPTH_BUCKETS = 5  # depths are reported as 1, 2, 3, 4, and 5 or more
-DEPTH_DECAY = 0.8  # a row's weight is this to the power of its depth - 1: later rows count only after earlier ones
+DEPTH_DECAY = 0.8  # weight of a row: DEPTH_DECAY ** (depth - 1), as a draft counts only if all before it are right
 _ANCHOR_STREAM, _NOISE_STREAM, _DROPOUT_STREAM = 6, 7, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """What a drafting adapter is trained for. `steps`: those of the phase, over which the curriculum is spread."""
+    """Settings of the draft objective. `steps`: steps of the phase, over which the curriculum is spread."""
 
     rows: int = setting(4, "Noise rows after the last token, m: the most drafts per pass.", within=POSITIVE)
     curriculum: tuple[int, ...] = setting(
@@ -55,40 +55,40 @@ class Draft:
     steps: int = 1
 
     def rows_at(self, index: jax.Array | int) -> jax.Array:
-        """[] int32: noise rows after an anchor at step `index`."""
+        """Returns int32 []: noise rows after an anchor at step `index`."""
         stages = jnp.minimum(jnp.array(self.curriculum, jnp.int32), self.rows)
         return stages[jnp.minimum(index * len(self.curriculum) // self.steps, len(self.curriculum) - 1)]
 
     def most_anchors(self, train: bool) -> int:
-        """Anchors of a row if each had as few noise rows as the curriculum allows."""
+        """Returns the largest number of anchors per row: that with the fewest noise rows of the curriculum."""
         return self.anchors * self.rows // min(*self.curriculum, self.rows) if train else self.anchors
 
 
 @struct.dataclass
 class NoiseRows:
-    """Noise rows of a batch. M per row: those of an anchor follow each other."""
+    """Noise rows of a batch, M per row. Those of an anchor are contiguous."""
 
     columns: jax.Array  # [B, M] int32, the anchor's column
     anchors: jax.Array  # [M] int32, number of the anchor
     depths: jax.Array  # [M] int32, from 1
-    valid: jax.Array  # [B, M] bool, False without an anchor, and where the example has no token to learn
+    valid: jax.Array  # [B, M] bool, False if there is no anchor, or no token to learn in the example
 
     def at(self, x_BL: jax.Array, ahead: jax.Array | int = 0) -> jax.Array:
-        """[B, M, ...] `x` at the anchors' columns, or columns `ahead` of them."""
+        """Returns `x` [B, M, ...] at the anchors' columns, or `ahead` columns after them."""
         index = jnp.minimum(self.columns + ahead, x_BL.shape[1] - 1)
         return jnp.take_along_axis(x_BL, index.reshape(*index.shape, *(1,) * (x_BL.ndim - 2)), axis=1)
 
     @property
     def sees(self) -> jax.Array:
-        """[M, M] bool: itself and the earlier rows of its anchor."""
+        """[M, M] bool: a noise row (query) sees itself and the earlier rows of its anchor (keys)."""
         step = jnp.arange(len(self.anchors))
         return (self.anchors == self.anchors[:, None]) & (step <= step[:, None])
 
 
 def noise_rows(batch: CleanBatch, scope: str, draft: Draft, key: jax.Array, index, train: bool) -> NoiseRows:
-    """Where noise rows stand in a step: anchors are drawn without replacement among the columns of each row.
+    """Draws the noise rows of a step. Anchors are drawn without replacement among the columns of each row.
 
-    An anchor is followed by a token of an answer (with `scope` "all": any) and by one more to learn.
+    An anchor is followed by a token of an answer (with `scope` "all": any token) and by one more token to learn.
     """
     is_scored = batch.answer_mask if scope == "answer" else batch.segments != 0
     learns = (batch.segments > 0) & (batch.positions + 2 < batch.lengths) & jnp.roll(is_scored, -1, axis=1)
@@ -114,10 +114,10 @@ def draft_sums(
     train: bool,
     index: jax.Array | int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(the loss as a sum, the fields of `objective.LossSums`).
+    """Returns (the loss as a sum, the fields of `objective.LossSums`).
 
-    Buckets are depths; `masked_correct` counts the rows where a draft and all before it are the base's choice, so that
-    its sum divided by the count of depth 1 is the number of accepted drafts.
+    Buckets are depths. `masked_correct` counts the rows whose draft and all drafts before it are the base's choice: its
+    sum divided by the count of depth 1 is the mean number of accepted drafts.
     """
     diffusion, draft = corruption.diffusion, corruption.draft
     rows = noise_rows(batch, corruption.scope, draft, key, index, train)
@@ -171,7 +171,7 @@ def draft_sums(
 
 
 def _work(rows: NoiseRows, batch: CleanBatch) -> Work:
-    """What passes with a gradient: noise rows, each after the clean text up to its anchor."""
+    """Returns the work of the pass with a gradient: noise rows, each after the clean text up to its anchor."""
     valid_BM = rows.valid.astype(jnp.float32)
     seen_BM = rows.at(batch.positions) + 1 + rows.depths
     return Work(valid_BM.sum(), (valid_BM * seen_BM).sum(), valid_BM.sum())
@@ -186,7 +186,7 @@ def draft_logits(
     draft: Draft,
     key: jax.Array,
 ) -> jax.Array:
-    """float32 logits [B, M, V] of the noise `rows` after clean text, as a drafting pass has them."""
+    """Returns float32 logits [B, M, V] of the noise `rows` after clean text, as in a drafting pass."""
     _, columns = _clean_copy(model, diffusion, variables["params"], batch)
     noise = _noise(rows, batch, draft, diffusion, key, model.config.vocab_size)
     positions = rows.at(batch.positions) + rows.depths
@@ -195,7 +195,11 @@ def draft_logits(
 
 
 def accepted_drafts(reached: Any, count: Any) -> dict[str, Any]:
-    """What `masked_correct` and `masked_count` of a test split say about decoding in two passes."""
+    """Returns the accepted drafts of decoding with two passes per cycle, from sums over a test split.
+
+    `reached` and `count` are `masked_correct` and `masked_count` of `draft_sums`. Values are None if there are no
+    anchors.
+    """
     anchors = float(count[0])
     by_depth = [float(x) / anchors if anchors else None for x in reached]
     accepted = sum(by_depth) if anchors else None
@@ -207,7 +211,7 @@ def accepted_drafts(reached: Any, count: Any) -> dict[str, Any]:
 
 
 def _clean_copy(model: Transformer, diffusion: DiffusionConfig, params: Any, batch: CleanBatch):
-    """(hidden states [B, L, D] of the base, its keys and values as columns), neither of them differentiated."""
+    """Returns (hidden states [B, L, D] of the base, its keys and values as columns), both without gradient."""
     layout = Layout(batch.positions, batch.segments != 0, batch.prompt_lengths, batch.segments)
     base = model.clone(lora=None, remat="none")
     hidden_BLD, kept = base.apply(
@@ -217,7 +221,8 @@ def _clean_copy(model: Transformer, diffusion: DiffusionConfig, params: Any, bat
 
 
 def _view(rows: NoiseRows, batch: CleanBatch) -> View:
-    """The clean columns up to the anchor, of its example and of what all examples begin with; and the rows' own."""
+    """Returns the view of noise rows: the clean columns of their example and its shared prefix up to the anchor, and
+    the earlier noise rows."""
     position_BM, segment_BM = rows.at(batch.positions), rows.at(batch.segments)
     key_segment = batch.segments[:, None, :]
     known = (key_segment == segment_BM[..., None]) | (key_segment == SHARED_SEGMENT)
@@ -228,7 +233,7 @@ def _view(rows: NoiseRows, batch: CleanBatch) -> View:
 
 
 def _noise(rows: NoiseRows, batch: CleanBatch, draft: Draft, diffusion: DiffusionConfig, key, vocabulary: int):
-    """[B, M] int32 tokens of the noise rows, a function of the example and the place in it."""
+    """Returns tokens [B, M] int32 of the noise rows: mask tokens, or draws seeded by example, anchor and depth."""
     if draft.noise == "mask":
         return jnp.full(rows.valid.shape, diffusion.mask_token_id, jnp.int32)
     seeds = _row_seeds(rows, batch, jax.random.fold_in(key, _NOISE_STREAM))
@@ -244,7 +249,7 @@ def _row_seeds(rows: NoiseRows, batch: CleanBatch, key: jax.Array) -> jax.Array:
 
 
 def _outputs(model: Transformer, diffusion: DiffusionConfig, variables: dict[str, Any], hidden_BMD: jax.Array):
-    """float32 logits [B, M, V] without the mask token."""
+    """Returns float32 logits [B, M, V], with -inf for the mask token."""
     logits = head_logits(model.config, variables["params"], None, None, hidden_BMD)
     return jnp.where(jnp.arange(logits.shape[-1]) == diffusion.mask_token_id, -jnp.inf, logits)
 

@@ -1,4 +1,4 @@
-"""The loss of a corrupted batch, as sums: what is divided, and by what, is for the caller who sees all devices."""
+"""The loss of a corrupted batch, as sums. The caller adds those of all devices and divides."""
 
 import functools
 from typing import Any
@@ -26,17 +26,17 @@ RATE_BUCKETS = 5  # mask rates are reported in [0, 0.2), [0.2, 0.4), ... [0.8, 1
 
 @struct.dataclass
 class LossSums:
-    """Sums over the positions of a batch; adding two of them gives those of both batches. All float32."""
+    """Sums over the positions of a batch, all float32. Adding two `LossSums` gives those of both batches."""
 
-    loss: jax.Array  # [] sum of weight * cross-entropy, and of what a teacher adds
+    loss: jax.Array  # [] sum of weight * cross-entropy, plus the teacher's part
     weight: jax.Array  # [] sum of weights
-    masked_nll: jax.Array  # [RATE_BUCKETS] nats, over hidden tokens by the mask rate that they were drawn with
+    masked_nll: jax.Array  # [RATE_BUCKETS] nats, of hidden tokens by the mask rate of their draw
     masked_correct: jax.Array  # [RATE_BUCKETS]
     masked_count: jax.Array  # [RATE_BUCKETS]
     tokens: jax.Array  # [] real tokens
     work: Work | None = None  # of the pass with a gradient, without padding
-    frozen_work: Work | None = None  # of the pass of the frozen base without a gradient: a teacher, a clean copy
-    expert_tokens: jax.Array | None = None  # [layers with experts, X] real tokens that each expert is given
+    frozen_work: Work | None = None  # of the frozen base's pass without gradient (teacher or clean copy)
+    expert_tokens: jax.Array | None = None  # [layers with experts, X] real tokens routed to each expert
 
 
 def loss_sums(
@@ -49,9 +49,10 @@ def loss_sums(
     train: bool,
     index: jax.Array | int = 0,
 ) -> tuple[jax.Array, LossSums]:
-    """(the loss as a sum, all sums); the first is differentiable with respect to collections of `variables` in float32.
+    """Returns (the loss as a sum, all sums). The loss is differentiable in the float32 collections of `variables`.
 
-    `key` is that of the step; `train` turns dropout on; `index` is the number of the step, for what changes on the way.
+    key: the key of the step. chunk: positions whose logits exist at once. train: turns dropout on. index: number of the
+    step, for rules that change during training.
     """
     if corruption.draft is not None:
         loss, sums = draft_sums(model, corruption, variables, batch, key, chunk, train, index)
@@ -95,7 +96,7 @@ def loss_sums(
 
 
 def _tokens_of_experts(chosen_NBTK: jax.Array, noisy: NoisyBatch, count: int) -> jax.Array:
-    """float32 [N, X]: how many real tokens each expert is given."""
+    """Returns float32 [N, X]: real tokens routed to each expert."""
     real_BL = (noisy.segments != 0).astype(jnp.float32)
     copies = chosen_NBTK.shape[2] // real_BL.shape[1]
     weights_BTK = jnp.broadcast_to(jnp.tile(real_BL, (1, copies))[:, :, None], chosen_NBTK.shape[1:])
@@ -107,7 +108,7 @@ def _tokens_of_experts(chosen_NBTK: jax.Array, noisy: NoisyBatch, count: int) ->
 
 
 def _work(batch: CleanBatch, noisy: NoisyBatch, diffusion: DiffusionConfig) -> Work:
-    """What `predicting_states` and the head compute for `noisy`, made from `batch`."""
+    """Returns the work of `predicting_states` and the head on `noisy`, the corrupted `batch`."""
     once = _teacher_work(batch, noisy)
     copies = 2 if diffusion.has_blocks else 1  # a noisy and a clean one in the same row
     scored = ((noisy.weights != 0) | (noisy.teacher_weights != 0)).sum().astype(jnp.float32)
@@ -115,7 +116,7 @@ def _work(batch: CleanBatch, noisy: NoisyBatch, diffusion: DiffusionConfig) -> W
 
 
 def _teacher_work(batch: CleanBatch, noisy: NoisyBatch) -> Work:
-    """One pass over the rows of `noisy`: those of `batch`, or twice as many under complementary masks."""
+    """Returns the work of one pass over the rows of `noisy`: those of `batch`, twice with complementary masks."""
     repeats = noisy.tokens.shape[0] // batch.tokens.shape[0]
     return jax.tree.map(lambda x: repeats * x, work_of_examples(batch.segments, batch.lengths))
 
@@ -129,8 +130,10 @@ def _score(
     noisy: NoisyBatch,
     weights_BL: jax.Array,
 ) -> tuple[jax.Array, Scores, jax.Array | None]:
-    """(the loss as a sum, scores [B, L], the experts chosen) of the model on `noisy`, against its clean tokens by
-    `weights_BL`."""
+    """Returns (the loss as a sum, scores [B, L], chosen experts) of the model on `noisy`.
+
+    The targets are the clean tokens, weighted with `weights_BL`.
+    """
     hidden_BLD, chosen = _states(model, corruption.diffusion, variables, noisy)
     loss, scores = scored_cross_entropy(
         _flat(hidden_BLD),
@@ -145,19 +148,19 @@ def _score(
 
 
 def _flat(x_BL: jax.Array) -> jax.Array:
-    """[B, L, ...] as [M, ...]."""
+    """Reshapes [B, L, ...] to [M, ...]."""
     return x_BL.reshape(-1, *x_BL.shape[2:])
 
 
 def predicting_states(
     model: Transformer, diffusion: DiffusionConfig, variables: dict[str, Any], noisy: NoisyBatch
 ) -> jax.Array:
-    """[B, L, D] the states that predict each token of a corrupted batch."""
+    """Returns the states [B, L, D] that predict each token of a corrupted batch."""
     return _states(model, diffusion, variables, noisy)[0]
 
 
 def _states(model, diffusion, variables, noisy: NoisyBatch) -> tuple[jax.Array, jax.Array | None]:
-    """(the same, the experts that were chosen for each token: int32 [N, B, T, K], None without experts)."""
+    """Returns (`predicting_states`, experts chosen for each token: int32 [N, B, T, K], or None without experts)."""
     if diffusion.has_blocks:
         return _block_states(model, diffusion, variables, noisy)
     view = diffusion.view(noisy.layout, open_BTS=noisy.open, lengths_B=noisy.row_lengths)
@@ -173,10 +176,10 @@ def _run(model, variables, *rows: Any) -> tuple[jax.Array, jax.Array | None]:
 
 
 def _block_states(model, diffusion, variables, noisy: NoisyBatch) -> tuple[jax.Array, jax.Array | None]:
-    """The same under attention in blocks: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
+    """`_states` for block attention: a noisy and a clean copy of each row run together (BD3-LM, arXiv:2503.09573).
 
-    A noisy block sees the clean blocks before it, as it does when text is generated. With the shift the first token of
-    a block is predicted from the block before it, which is finished by then: from its clean copy.
+    A noisy block sees the clean blocks before it, as in generation. With the shift, the first token of a block is
+    predicted from the clean copy of the block before it, which is finished by then.
     """
     length, seeds_BL = noisy.clean.shape[1], noisy.dropout_seeds
     rows = noisy.layout.twice()

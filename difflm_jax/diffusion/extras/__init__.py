@@ -1,1 +1,1 @@
-"""Objectives whose gain was not shown (docs/recipes.md): each changes a `NoisyBatch` or adds a teacher."""
+"""Objectives whose gain was not shown (docs/recipes.md). Each changes the batch or the rule, or adds a teacher."""

@@ -1,7 +1,7 @@
-"""From causal to bidirectional by degrees: edges to later tokens opened at random, or blocks that grow.
+"""Gradual change from causal to bidirectional attention: edges to later tokens open at random, or blocks grow.
 
-Both are functions of the number of the step, traced, so that nothing is compiled again on the way; evaluations and
-generation use the rule that they lead to.
+Both are functions of the step number, which is traced, so no step is recompiled. Evaluations and generation use the
+final rule.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from difflm_jax.ops.random import fold_seeds, uniform
 
 
 def annealed(noisy: NoisyBatch, step: Step) -> NoisyBatch:
-    """The batch with the edges to later tokens that are open at this step, if annealing is on."""
+    """Returns `noisy` with the edges to later tokens that are open at this step; unchanged if annealing is off."""
     extras = step.corruption.extras
     if not extras.anneal_steps:
         return noisy
@@ -24,7 +24,7 @@ def annealed(noisy: NoisyBatch, step: Step) -> NoisyBatch:
 
 
 def grown(corruption: Corruption, index: jax.Array | int) -> Corruption:
-    """The rule with the blocks that there are at step `index`, if blocks grow."""
+    """Returns `corruption` with the block length of step `index`; unchanged if blocks do not grow."""
     diffusion, steps = corruption.diffusion, corruption.extras.block_growth_steps
     if not steps:
         return corruption
@@ -33,18 +33,18 @@ def grown(corruption: Corruption, index: jax.Array | int) -> Corruption:
 
 
 def open_share(index: jax.Array | int, steps: int, power: float) -> jax.Array:
-    """Share of the edges to later tokens that are open at step `index` (from 0): min(1, (index + 1) / steps) ** power.
+    """Returns the share of edges to later tokens that are open at step `index`: min(1, (index + 1) / steps) ** power.
 
-    Power 1 is DiffuLLaMA's line (arXiv:2410.17891); above 1 the curve opens slowly first, which is gentler: the first
-    percent of open edges does a third of the damage.
+    `index` counts from 0. Power 1 is the linear schedule of DiffuLLaMA (arXiv:2410.17891). A power above 1 opens edges
+    slowly at first, which is gentler: the first percent of open edges does a third of the damage.
     """
     return jnp.minimum(1.0, (jnp.asarray(index, jnp.float32) + 1.0) / steps) ** power
 
 
 def open_edges(seeds_BL: jax.Array, positions_BL: jax.Array, share: jax.Array) -> jax.Array:
-    """[B, L, L] bool (query, key): True with probability `share`, one draw for all layers and heads.
+    """Returns [B, L, L] bool (query, key): True with probability `share`, one draw for all layers and heads.
 
-    A draw is a function of (seed of the query's token, position of the key) alone: padding and packing change none.
+    A draw depends only on (seed of the query's token, position of the key), so padding and packing do not change it.
     """
     return (
         jax.vmap(lambda seeds_L, positions_L: uniform(fold_seeds(seeds_L[:, None], positions_L[None, :])))(
@@ -55,9 +55,9 @@ def open_edges(seeds_BL: jax.Array, positions_BL: jax.Array, share: jax.Array) -
 
 
 def grown_block_length(index: jax.Array | int, steps: int, block_length: int) -> jax.Array:
-    """int32 []: 1, 2, 4, ... and `block_length` from step `steps` on, equally long at each length before.
+    """Returns the block length int32 [] at step `index`: 1, 2, 4, ..., and `block_length` from step `steps` on.
 
-    Block length 1 with the logit shift is the causal base itself.
+    Each smaller length lasts equally many steps. Block length 1 with the logit shift is the causal base itself.
     """
     doublings = (block_length - 1).bit_length()
     stage = jnp.minimum(jnp.asarray(index, jnp.int32) * doublings // steps, doublings)

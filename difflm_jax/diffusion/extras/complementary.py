@@ -13,12 +13,12 @@ from difflm_jax.ops.random import fold_seeds
 
 
 def paired(noisy: NoisyBatch, step: Step) -> NoisyBatch:
-    """`complementary_pairs`, if they are on."""
+    """Applies `complementary_pairs` if they are on."""
     return complementary_pairs(noisy, step.corruption) if step.corruption.extras.complementary else noisy
 
 
 def complementary_pairs(noisy: NoisyBatch, corruption: Corruption) -> NoisyBatch:
-    """[2 B, L]: the rows of `noisy`, then the same rows with the complement hidden, at rates 1 - rate."""
+    """Returns [2 B, L]: the rows of `noisy`, then the same rows with the complement hidden, at rates 1 - rate."""
     complement = noisy.candidates & ~noisy.masked
     other = hide(noisy, complement, 1.0 - noisy.rates, corruption)
     if noisy.dropout_seeds is not None:

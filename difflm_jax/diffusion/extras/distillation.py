@@ -1,8 +1,8 @@
 """Self-distillation: the frozen base, causal and without adapter, teaches the diffusion model made from it.
 
-At a hidden position i of a clean sequence x the teacher's distribution is the base's p(x_i | x_<i); the loss is
-CE + weight * KL(teacher || model) there. The weights are the same arrays, so that the teacher costs a forward pass and
-no memory of its own (OPDLM distils an adapted model in this way).
+At a hidden position i of a clean sequence x, the teacher's distribution is the base's p(x_i | x_<i), and the loss is
+CE + weight * KL(teacher || model). Teacher and model share the weight arrays, so the teacher costs a forward pass but
+no extra weights (OPDLM distils an adapted model in this way).
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from difflm_jax.ops.cross_entropy import Teacher
 
 
 def teacher_of(model: Transformer, diffusion: DiffusionConfig, params: dict[str, Any], noisy: NoisyBatch) -> Teacher:
-    """The base's states [B, L, D] that predict each clean token, and the weights [B, L] of the divergence from it.
+    """Returns the base's states [B, L, D] that predict each clean token, and the weights [B, L] of the divergence.
 
-    The first token of an example has no teacher: nothing precedes it.
+    The weight is 0 at the first token of an example, because nothing precedes it.
     """
     base, rule = model.clone(lora=None, remat="none"), diffusion.causal()
     hidden_BLD = base.apply({"params": params}, noisy.clean, noisy.positions, rule.view(noisy.layout))

@@ -1,8 +1,8 @@
-"""Training on states of the model's own decoding: which tokens are hidden is what it would have left open.
+"""Training on states of the model's own decoding: the hidden tokens are those that it would not yet have committed.
 
-Chance hides any token; a sampler leaves those that the model is least sure of, and a model that commits several tokens
-per pass meets only these. So here all candidates are hidden first. The model commits the most confident in a few passes
-without gradient, until as many are left as the drawn mask rate says. It is trained on those.
+Random masks hide any token. A sampler leaves the least confident tokens, and a model that commits several tokens per
+pass sees only those. So here all candidates are hidden first. The model commits the most confident ones in a few passes
+without gradient, until the drawn mask rate is reached. It is trained on the rest.
 """
 
 import jax
@@ -15,7 +15,7 @@ from difflm_jax.ops.random import uniform
 
 
 def on_policy(noisy: NoisyBatch, step: Step) -> NoisyBatch:
-    """`on_policy_states`, if they are on."""
+    """Applies `on_policy_states` if they are on."""
     if not step.corruption.extras.on_policy:
         return noisy
     draws_BL = uniform(step.example_seeds(POLICY_STREAM))
@@ -29,12 +29,12 @@ def on_policy_states(
     own_scores: OwnScores,
     corruption: Corruption,
 ) -> NoisyBatch:
-    """`noisy` with a share `on_policy` of its examples in states of decoding, reached in `on_policy_passes` passes.
+    """Returns `noisy` with a share `on_policy` of its examples in decoding states, after `on_policy_passes` passes.
 
-    These are the examples whose `draws_BL` (uniform in [0, 1), one an example) are below the share. Tokens are
-    committed within each group of equal `group_BL` (a block, an answer) by their probability. With `on_policy_tokens`
-    "reference" the clean tokens are put there; with "own" the model's own choices (OPDLM). An example that they lead
-    away from its reference has no target any more: only the teacher judges it, on its completion by the model.
+    These are the examples whose `draws_BL` (uniform in [0, 1), one per example) are below the share. Within each group
+    of equal `group_BL` (a block, an answer), the most probable tokens are committed first. With `on_policy_tokens`
+    "reference" the clean tokens are committed, with "own" the model's choices (OPDLM). An example whose committed
+    choices differ from its reference has no target any more: only the teacher scores it, on the model's completion.
     """
     masked_BL, own_BL, choice_BL = noisy.candidates, noisy.clean, noisy.clean
     count_BL = in_group(group_BL, noisy.candidates)
@@ -59,7 +59,7 @@ def on_policy_states(
 
 
 def _groups(noisy: NoisyBatch, corruption: Corruption) -> jax.Array:
-    """[B, L] int32: what a sampler fills together, a block or all of an answer, numbered within the row."""
+    """Returns [B, L] int32: the number of each token's group. A sampler fills a group (block or answer) together."""
     if corruption.diffusion.attention != "block":
         return noisy.segments
     first_BL = corruption.diffusion.block_starts(noisy.positions, noisy.prompt_lengths)
@@ -69,7 +69,7 @@ def _groups(noisy: NoisyBatch, corruption: Corruption) -> jax.Array:
 def least_confident(
     confidence_BL: jax.Array, open_BL: jax.Array, group_BL: jax.Array, count_BL: jax.Array
 ) -> jax.Array:
-    """[B, L] bool: of the open positions of each group the `count_BL` of lowest confidence; of equals the rightmost."""
+    """Returns [B, L] bool: the `count_BL` least confident open positions of each group; among equals, the rightmost."""
     confidence_BL = jnp.where(open_BL, confidence_BL, jnp.inf)
     position_L = jnp.arange(confidence_BL.shape[1])
     mine, other = confidence_BL[:, :, None], confidence_BL[:, None, :]
@@ -78,9 +78,9 @@ def least_confident(
 
 
 def _led_away(state: NoisyBatch, strays_BL: jax.Array, own_BL: jax.Array, corruption: Corruption) -> NoisyBatch:
-    """`state` with the examples `strays_BL` replaced by the model's own text `own_BL`, judged by the teacher alone.
+    """Returns `state` with the examples `strays_BL` replaced by the model's text `own_BL`, for the teacher alone.
 
-    Nothing is judged after the first end-of-sequence token that the model itself wrote.
+    In these, nothing is scored after the first end-of-sequence token that the model wrote.
     """
     clean_BL = jnp.where(strays_BL & state.candidates, own_BL, state.clean)
     moved = hide(state.replace(clean=clean_BL), state.masked, state.rates, corruption)

@@ -1,4 +1,4 @@
-"""Which of the objectives without a shown gain are on. The defaults are: none."""
+"""Settings of the objectives without a shown gain. All are off by default."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ class Extras:
     """Settings of the modules next to this one.
 
     complementary: each row is used twice, with its mask and with the complement (`complementary`).
-    on_policy, on_policy_passes, on_policy_tokens: share of examples that are trained on states of the model's own
-      decoding (`on_policy`).
+    on_policy: share of examples trained on states of the model's own decoding; on_policy_passes, on_policy_tokens: how
+      these are reached (`on_policy`).
     distillation: weight of the divergence from the causal base (`distillation`).
     anneal_steps, anneal_power, block_growth_steps: a gentle start, off at 0 steps (`annealing`).
     """

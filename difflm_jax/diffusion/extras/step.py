@@ -1,4 +1,4 @@
-"""What an extra may know of the step whose noisy batch it changes."""
+"""What an extra is given about the step whose noisy batch it changes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ OwnScores = Callable[[NoisyBatch, jax.Array], tuple[jax.Array, Scores]]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step: its rule, its number, its noise, and the model that is trained, as a function."""
+    """A training step: its rule, its number, its noise, and the trained model as a function."""
 
     corruption: Corruption
     index: jax.Array | int
