@@ -1,7 +1,7 @@
-"""Quantised weights: formats, packing and dequantisation. Layers call `ops.matmul`, whatever the format of a weight.
+"""Quantised weights: formats, packing and dequantisation. Layers call `ops.matmul` for weights of every format.
 
 `QTensor` is the only quantised weight. `nf4` and `integers` define its codes; `nested` quantises its scales. Nothing
-here knows files or models.
+here depends on files or models.
 """
 
 from difflm_jax.quant.nested import NestedScales

@@ -1,4 +1,4 @@
-"""Double quantisation (arXiv:2305.14314, section 3): the scales of a weight are themselves stored in 8 bits."""
+"""Double quantisation (arXiv:2305.14314, section 3): the scales of a weight are themselves quantised to 8 bits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ BLOCK = 256  # scales that share one scale of their own, as in bitsandbytes
 
 @struct.dataclass
 class NestedScales:
-    """Scales as code_map[codes] * absmax[i // 256] + offset, i counting the scales of one weight in row-major order.
+    """Scales stored as code_map[codes] * absmax[i // 256] + offset; i numbers a weight's scales in row-major order.
 
-    A value of `absmax` may cover scales of two rows, so these parts are never sharded along the rows of a weight.
+    A value of `absmax` may cover scales of two rows, so `absmax` is never sharded along the rows of a weight.
     """
 
     codes: jax.Array  # uint8 [..., out, in / G]
@@ -24,10 +24,10 @@ class NestedScales:
 
 
 def dynamic_map() -> np.ndarray:
-    """[256] float32: the signed dynamic 8-bit type of bitsandbytes (arXiv:1511.04561; `create_dynamic_map`).
+    """Returns [256] float32, ascending: signed dynamic 8-bit levels (arXiv:1511.04561; `create_dynamic_map`).
 
-    It has 0, 1, and for each decimal exponent i - 6, i in 0..6, the midpoints of 2^i equal steps between 0.1 and 1 with
-    both signs. It equals the map that bitsandbytes builds with PyTorch, bit for bit.
+    The values are 0, 1 and, for each decimal exponent i - 6 with i in 0..6, the midpoints of 2^i equal steps between
+    0.1 and 1 with both signs. They equal those that bitsandbytes builds with PyTorch, bit for bit.
     """
     values = [np.float32(0), np.float32(1)]
     for i in range(7):
@@ -38,14 +38,14 @@ def dynamic_map() -> np.ndarray:
 
 
 def _linspace(start: np.float32, end: np.float32, count: int) -> np.ndarray:
-    """`torch.linspace`: each half counts from its own end, in float32 steps with one rounding per value."""
+    """Like `torch.linspace`: each half counts from its own end, in float32 steps with one rounding per value."""
     step, index = np.float64((end - start) / np.float32(count - 1)), np.arange(count)
     from_start, from_end = start + step * index, end - step * (count - 1 - index)
     return np.where(index < count // 2, from_start, from_end).astype(np.float32)
 
 
 def nest(scales: jax.Array) -> NestedScales:
-    """Quantises the float32 scales [out, in / G] of one weight as bitsandbytes does, to the byte."""
+    """Quantises the float32 scales [out, in / G] of one weight. Equals bitsandbytes byte for byte."""
     code_map = jnp.asarray(dynamic_map())
     flat = scales.reshape(-1)
     offset = flat.mean()
@@ -58,11 +58,11 @@ def nest(scales: jax.Array) -> NestedScales:
 
 
 def unnest(nested: NestedScales) -> jax.Array:
-    """float32 scales [out, in / G] of one weight."""
+    """Returns the float32 scales [out, in / G] of one weight."""
     limits = nested.absmax[:, None]
     values = _in_blocks(nested.code_map[nested.codes.reshape(-1).astype(jnp.int32)]) * limits
-    # Levels are at most 1, so this changes no value. It keeps compilers from fusing product and sum into one operation
-    # with a single rounding, which would differ from bitsandbytes in the last bit.
+    # Levels are at most 1, so this changes no value. It keeps compilers from emitting a fused multiply-add. Its single
+    # rounding would differ from bitsandbytes in the last bit.
     values = jnp.clip(values, -limits, limits)
     return values.reshape(-1)[: nested.codes.size].reshape(nested.codes.shape) + nested.offset
 

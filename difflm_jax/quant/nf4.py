@@ -18,10 +18,10 @@ _THRESHOLDS = (LEVELS[:-1] + LEVELS[1:]) / 2
 
 
 def encode(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(codes uint8 [..., G] in 0..15, scales float32 [...]) of float32 blocks [..., G].
+    """Quantises float32 blocks [..., G] to (codes uint8 [..., G] in 0..15, scales float32 [...]).
 
-    The scale is the largest magnitude of the block. A code is the nearest level of x / scale, the lower one at a tie.
-    The operations and their order are those of bitsandbytes, so the codes are equal to the byte.
+    The scale is the largest magnitude of the block. A code is the level nearest to x / scale, the lower one at a tie.
+    Operations and their order are those of bitsandbytes, so the codes are equal byte for byte.
     """
     scales = jnp.abs(blocks).max(axis=-1)
     normalised = jnp.clip(blocks * (1.0 / jnp.maximum(scales, TINY))[..., None], -1.0, 1.0)
@@ -32,7 +32,7 @@ def encode(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def decode(codes: jax.Array) -> jax.Array:
-    """float32 levels of `codes` in 0..15.
+    """Returns the float32 levels of `codes` in 0..15.
 
     Uses a tree of selects over the bits of a code, not a table look-up. On a CPU with vector units the tree is as fast
     as a plain conversion (twice as fast as a gather). A TPU has no fast gather.

@@ -1,4 +1,4 @@
-"""A frozen weight in 4 or 8 bits: a pytree of packed codes and scales, and the way back to floating point."""
+"""Frozen weights in 4 or 8 bits: a pytree of packed codes and scales, with quantisation and dequantisation."""
 
 import dataclasses
 import functools
@@ -18,10 +18,10 @@ from difflm_jax.utils.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What codes mean.
+    """How values are encoded.
 
-    encode: from float32 groups [..., G] to (codes [..., G], scales [...]). decode: from codes to float32 values at
-    scale 1. 4-bit codes are uint8 in 0..15; two of them share a byte of a `QTensor`.
+    encode: maps float32 groups [..., G] to (codes [..., G], scales [...]). decode: maps codes to float32 values for a
+    scale of 1. 4-bit codes are uint8 in 0..15; two of them share a byte of a `QTensor`.
     """
 
     bits: int
@@ -38,11 +38,11 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How weights are quantised.
+    """How weights are quantised. Raises `UserError` for an unknown format or block size.
 
-    block_size: weights along the input that share a scale (G).
-    double_quant: NF4's scales are stored in 8 bits (4.127 bits per weight at G = 64) rather than float32 (4.5). Scales
-      of the integer formats are bfloat16 (4.25 and 8.25 bits per weight).
+    block_size: weights along the input that share a scale (G), a power of two from 16 to 4096.
+    double_quant: NF4's scales are stored in 8 bits (4.127 bits per weight at G = 64), not float32 (4.5). The integer
+      formats always have bfloat16 scales (4.25 and 8.25 bits per weight).
     """
 
     format: str = setting(
@@ -66,7 +66,7 @@ class QTensor:
     codes: int8 [..., out, in] for int8, else uint8 [..., out, in / 2]. A byte has elements i (low nibble) and i + G/2
       of its group, so both halves of a group unpack from whole vectors of bytes, without interleaving.
     scales: [..., out, in / G].
-    The shape is derived from the leaves, so it is right in slices by `scan` and in shards too.
+    The shape is derived from the leaves, so it is also correct for slices in `scan` and for shards.
     """
 
     codes: jax.Array
@@ -106,7 +106,7 @@ def quantize(weight: jax.Array, config: QuantConfig) -> QTensor:
 
 
 def dequantize(w: QTensor, dtype: Any) -> jax.Array:
-    """The weight [..., out, in] in `dtype`: code values times scales in float32, then rounded once."""
+    """Returns the weight [..., out, in] in `dtype`: code values times scales in float32, then rounded once."""
     if w.codes.ndim > 2:
         return jax.vmap(functools.partial(dequantize, dtype=dtype))(w)
     scales = unnest(w.scales) if isinstance(w.scales, NestedScales) else w.scales.astype(jnp.float32)
@@ -119,10 +119,10 @@ def dequantize(w: QTensor, dtype: Any) -> jax.Array:
 
 
 def own_scales(w: QTensor) -> QTensor:
-    """`w` with the scales of this device's codes, if codes are sharded over `tensor`.
+    """Returns `w` with only the scales of this device's codes, if the codes are sharded over `tensor`.
 
     Nested scales cannot be sharded like codes (`NestedScales`). Every device of the axis stores all of them and takes
-    its part here.
+    its part here. Other scales are returned unchanged.
     """
     if not isinstance(w.scales, NestedScales) or not varies(w.codes, TENSOR):
         return w
@@ -133,7 +133,7 @@ def own_scales(w: QTensor) -> QTensor:
 
 
 def pack(codes: jax.Array) -> jax.Array:
-    """uint8 [..., n, G] codes in 0..15 -> uint8 [..., n * G / 2], in the order of `QTensor.codes`."""
+    """Packs codes in 0..15, uint8 [..., n, G], to uint8 [..., n * G / 2] in the order of `QTensor.codes`."""
     low, high = jnp.split(codes, 2, axis=-1)
     return (low | (high << 4)).reshape(*codes.shape[:-2], -1)
 
