@@ -1,1 +1,1 @@
-"""What denoising and training rows look like, for people: in a terminal and as a page. Nothing here runs a model."""
+"""Displays of denoising, answers and tables, in a terminal and as a page. Nothing here runs a model."""

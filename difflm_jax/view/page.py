@@ -1,4 +1,4 @@
-"""Denoising as one HTML file that needs nothing else: scrub through the passes, hover for alternatives."""
+"""Denoising as one self-contained HTML file: scrub through the passes, hover for alternatives."""
 
 import importlib.resources
 import json
@@ -15,9 +15,9 @@ _DATA_PLACE = "/*DATA*/"
 
 
 class PageRecorder:
-    """A watcher (`on_pass=`) that keeps every pass; `write` makes the page.
+    """A watcher (`on_pass=`) that records every pass; `write` writes the page.
 
-    Kept are changes: what each pass wrote or masked again, and the likeliest tokens where a mask was open or written.
+    It records changes: what each pass wrote or remasked, and the most likely tokens where a mask was open or written.
     """
 
     def __init__(self, tokenizer: Any, mask_token_id: int, title: str, options: dict[str, Any]):
@@ -25,11 +25,11 @@ class PageRecorder:
         self._piece_of, self._pieces, self._index = Pieces(tokenizer, mask_token_id), [], {}
         self._head = {"title": title, "options": {name: str(value) for name, value in options.items()}}
         self._runs: list[dict[str, Any]] = []
-        self._open: list[dict[str, Any]] = []  # the runs of the present batch
+        self._open: list[dict[str, Any]] = []  # the runs of the current batch
         self._before = np.zeros((0, 0), np.int32)
 
     def __call__(self, seen: Pass) -> None:
-        """Keeps what `seen` says about every row."""
+        """Records the pass `seen` for every row."""
         if seen.number == 1:
             self._open = [self._begin(seen, at) for at in range(len(seen.rows))]
             self._runs += self._open
@@ -55,9 +55,9 @@ class PageRecorder:
         self._before = seen.tokens
 
     def write(self, path: str | Path) -> None:
-        """Writes the page, whole. Raises `UserError` where it cannot be written."""
+        """Writes the page atomically. Raises `UserError` if it cannot be written."""
         data = {**self._head, "pieces": self._pieces, "runs": self._runs}
-        # Nothing of the text can end the script element or begin a comment: these characters are escaped.
+        # Escape these characters, so no text can end the script element or begin a comment.
         encoded = json.dumps(data, separators=(",", ":"))
         for character in "<>&":
             encoded = encoded.replace(character, f"\\u{ord(character):04x}")
@@ -78,7 +78,7 @@ class PageRecorder:
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
     def _piece(self, token: Any) -> int:
-        """The number of a token among the pieces of the page."""
+        """Returns the index of a token's text among the pieces of the page; adds it if it is new."""
         token = int(token)
         if token not in self._index:
             self._index[token] = len(self._pieces)

@@ -1,4 +1,4 @@
-"""An answer for a streamer of transformers: final tokens from the left, and drafts where the streamer takes them."""
+"""Feeds an answer to a transformers streamer: final tokens from the left, and drafts if the streamer accepts them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +9,14 @@ from difflm_jax.sampling.watch import Pass
 
 
 class StreamerFeed:
-    """A watcher (`on_pass=`) of one prompt that feeds `streamer`; `finish` gives it what is left, and ends it.
+    """A watcher (`on_pass=`) of one prompt that feeds `streamer`. `finish` feeds the rest and ends the streamer.
 
     As in transformers, the first `put` is the prompt [1, L], and each further one is new tokens [n]. A token is put
-    when it can no longer change. `put_draft`, where the streamer has it, gets the tokens [1, n] after those: committed
-    ones, and the most likely token at each mask up to the end of the active block. Arrays are NumPy's int64.
+    when it can no longer change. If the streamer has `put_draft`, it gets the tokens [1, n] after those: committed
+    tokens, and the most likely token at each mask up to the end of the active block. Arrays are NumPy int64.
 
-    `revised`: committed tokens of the active block may still change. `cut`: tokens up to where the answer ends.
+    revised: whether committed tokens of the active block may still change. cut: returns the tokens up to the end of the
+    answer.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class StreamerFeed:
         self._begun, self._sent = False, 0
 
     def __call__(self, seen: Pass) -> None:
-        """Puts what the pass made final, then the draft of the rest."""
+        """Puts the tokens that this pass made final, then the draft of the rest."""
         start = len(self._prompt) - len(seen.prompts[0])  # a prompt may end within the first block
         answer = slice(start, start + self._most)
         tokens_T, guess_T = seen.tokens[0][answer], seen.guess(self._mask)[0][answer]
@@ -46,12 +47,12 @@ class StreamerFeed:
             self._streamer.put_draft(draft.astype(np.int64)[None])
 
     def finish(self, tokens: np.ndarray) -> None:
-        """Puts the rest of the whole answer `tokens`, and ends the streamer."""
+        """Puts the part of the whole answer `tokens` that was not put yet, and ends the streamer."""
         self._put(tokens)
         self._streamer.end()
 
     def _put(self, tokens: np.ndarray) -> None:
-        """Puts those of the answer's first `tokens` that were not put before."""
+        """Puts the tokens that were not put yet. `tokens` are those of the answer from its beginning."""
         if not self._begun:
             self._streamer.put(self._prompt.astype(np.int64)[None])
             self._begun = True

@@ -1,9 +1,9 @@
-"""Tables on a terminal or in a log."""
+"""Tables in a terminal or a log."""
 
 import sys
 from collections.abc import Iterable, Sequence
 
-LOG_WIDTH = 240  # columns where there is no terminal: a log has no edge, and no line of a table should break
+LOG_WIDTH = 240  # columns without a terminal: wide enough that no line of a table breaks
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
@@ -17,7 +17,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int
     for i, name in enumerate(columns):
         table.add_column(Text(name), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # as text: brackets of an interval are no markup
+        table.add_row(*(Text(cell) for cell in row))  # as text, because the brackets of an interval are not markup
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
     with console.capture() as captured:
         console.print(table)

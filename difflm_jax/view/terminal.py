@@ -1,4 +1,4 @@
-"""Denoising live in a terminal: the answer as it stands after every pass, tokens coloured by their confidence."""
+"""Live denoising in a terminal: the answer after every pass, with tokens coloured by their confidence."""
 
 import os
 import shutil
@@ -11,10 +11,10 @@ from difflm_jax.view.pieces import Pieces, ansi, confidence_code, printable, wid
 
 
 class TerminalView:
-    """A watcher (`on_pass=`) that draws into `stream`: in place on a terminal, else a line a pass without colours.
+    """A watcher (`on_pass=`) that draws to `stream`: in place on a terminal, else one line per pass without colours.
 
-    Tokens that the last pass committed are underlined. In the active block a mask shows, dimmed, the likeliest token,
-    unless that is an end of sequence. `NO_COLOR` turns colours off, and guesses with them.
+    Tokens that the last pass committed are bold and underlined. A mask of the active block is shown as its most likely
+    token, dimmed, unless that is an end of sequence. `NO_COLOR` turns colours and guesses off.
     """
 
     def __init__(self, tokenizer: Any, mask_token_id: int, eos_token_ids: tuple[int, ...], stream: IO[str]):
@@ -36,7 +36,7 @@ class TerminalView:
         if seen.number == 1:
             self._drawn = 0
         if self._live:
-            drawn = drawn[-max(lines - 1, 2) :]  # what has scrolled away cannot be drawn again
+            drawn = drawn[-max(lines - 1, 2) :]  # lines that have scrolled away cannot be redrawn
             up = f"\x1b[{self._drawn}F" if self._drawn else ""
             self._stream.write(up + "\x1b[J" + "\n".join(drawn) + "\n")
             self._drawn = len(drawn)
@@ -45,17 +45,17 @@ class TerminalView:
         self._stream.flush()
 
     def _row(self, seen: Pass, at: int) -> list[str]:
-        """The printable piece of each token, or of the guess at it, up to the first end of sequence."""
+        """Returns the printable piece of each token, or of the guess at a mask, up to the first end of sequence."""
         tokens = seen.tokens[at][seen.real[at]]
         ends = np.flatnonzero(np.isin(tokens, self._eos))
         end = ends[0] if len(ends) else len(tokens)
-        if self._colours:  # what tells a guess from a committed token
+        if self._colours:  # without colours, a guess would look like a committed token
             guesses = seen.guess(self._mask)[at][seen.real[at]]
             tokens = np.where(np.isin(guesses, self._eos), tokens, guesses)
         return [printable(self._pieces(int(token))) for token in tokens[:end]]
 
     def _text(self, seen: Pass, at: int, columns: int) -> list[str]:
-        """The row in lines of at most `columns`, coloured."""
+        """Returns the row, coloured, in lines of at most `columns` columns."""
         lines, line, used = [], "", 0
         for i, piece in enumerate(self._row(seen, at)):
             taken = width(piece)
@@ -70,14 +70,14 @@ class TerminalView:
         if seen.tokens[at, i] == self._mask:
             return ansi(piece, "2")
         confidence = float(seen.confidence[at, i])
-        codes = [confidence_code(confidence)] if confidence > 0 else []  # a token that was given has none
+        codes = [confidence_code(confidence)] if confidence > 0 else []  # a given token has no confidence
         return ansi(piece, *codes, *(["1", "4"] if seen.written[at, i] else []))
 
 
 def _size(stream: IO[str]) -> os.terminal_size:
-    """(columns, lines) of the terminal that is drawn on, which need not be that of standard output."""
+    """Returns (columns, lines) of the terminal of `stream`, which may not be that of standard output."""
     try:
         size = os.get_terminal_size(stream.fileno())
-    except (OSError, ValueError):  # no terminal, or no file at all
+    except (OSError, ValueError):  # not a terminal, or not even a file
         return shutil.get_terminal_size()
-    return size if size.columns > 0 and size.lines > 0 else os.terminal_size((80, 24))  # a pty that was never sized
+    return size if size.columns > 0 and size.lines > 0 else os.terminal_size((80, 24))  # a pty without a size
