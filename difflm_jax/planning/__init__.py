@@ -1,1 +1,1 @@
-"""What a job needs: memory, FLOPs and seconds of a step or a generation on a chip, before it is run."""
+"""Estimates of what a job needs before it runs: memory, FLOPs and seconds of a step or a generation on a chip."""

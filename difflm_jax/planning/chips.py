@@ -1,4 +1,4 @@
-"""Accelerators by name: memory, speed, links, and how XLA is told of one that is not there."""
+"""Accelerators by name: memory, speed, links, and descriptions that let XLA compile for absent ones."""
 
 import dataclasses
 import math
@@ -16,22 +16,22 @@ _GB_OF_APPLE = re.compile(r"m(\d{1,3})")  # m16: an Apple M-series with 16 GB
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device. Bytes, and bytes per second; `usable` is the share of its memory that jax takes by default.
+    """One device. Sizes are in bytes and speeds in bytes per second, from the data sheets of Google and NVIDIA.
 
-    Figures are those of the vendors' data sheets (cloud.google.com/tpu/docs, NVIDIA). `link` is what a device receives
-    from the others of its machine or slice, in one direction.
+    usable: share of the memory that jax takes by default. link: what a device receives from the others of its machine
+    or slice, in one direction.
     """
 
     name: str
     memory: int
     usable: float
-    flops: float | None  # dense bfloat16 FLOP/s; None where they are not known
+    flops: float | None  # dense bfloat16 FLOP/s; None if not known
     bandwidth: float | None
     link: float | None
     platform: str  # tpu, cuda or cpu
 
 
-_TPU_USABLE, _GPU_USABLE = 0.98, 0.75  # a TPU's compiler keeps some; XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75
+_TPU_USABLE, _GPU_USABLE = 0.98, 0.75  # TPU: less the compiler's share; GPU: jax's default fraction
 
 CHIPS = {
     chip.name: chip
@@ -50,13 +50,13 @@ CHIPS = {
 
 
 def apple_chip(name: str) -> Chip | None:
-    """An Apple M-series by its memory (`m16`: 16 GB), where jax computes on the CPU; None for another name."""
+    """Returns an Apple M-series by its memory (`m16`: 16 GB), on which jax uses the CPU; None for another name."""
     found = _GB_OF_APPLE.fullmatch(name)
     return Chip(name, int(found[1]) * GIB, 0.75, None, None, None, "cpu") if found else None
 
 
-# What XLA must know of a GPU to compile without one: the fields of its GpuTargetConfig (NVIDIA's data sheets and CUDA's
-# table of compute capabilities).
+# XLA's GpuTargetConfig, which it needs to compile for an absent GPU. Values are from NVIDIA's data sheets and CUDA's
+# table of compute capabilities.
 _TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {shared}
@@ -81,9 +81,9 @@ _TPU_SLICES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
 
 
 def absent_devices(chip: Chip, count: int) -> list[Any]:
-    """`count` devices of a kind that is not there, to compile for.
+    """Returns `count` devices of an absent kind, to compile for.
 
-    Raises `UserError` where the compiler for them is not installed, or no such slice is known.
+    Raises `UserError` if the compiler for them is not installed, or if the GPU or the size of the slice is unknown.
     """
     if chip.platform == "cuda" and chip.name not in _GPUS:
         raise UserError(f"--compile: what XLA must know of {chip.name} is not known (only of {', '.join(_GPUS)})")

@@ -1,9 +1,9 @@
-"""What a training step or a generation costs one device, by arithmetic on shapes; nothing is compiled or run.
+"""Estimates what a training step or a generation costs one device, from shapes. Nothing is compiled or run.
 
-Arguments (weights, adapters, moments, batch) are exact. What the backward pass keeps is exact too: jax is asked for
-the residuals of the loss at one row and at two (`kept_per_row`). XLA also assigns gradients, the working set of one
-layer's backward pass and a chunk of logits, in multiples that depend on the backend (`_BACKENDS`). The multiples were
-set by what XLA assigns to steps compiled for a CPU, an H100 and a v6e (docs/planning.md).
+Arguments (weights, adapters, moments, batch) are exact. Residuals of the backward pass are exact too: jax traces the
+loss at one row and at two (`kept_per_row`). XLA also allocates gradients, the working set of one layer's backward pass
+and a chunk of logits, in multiples that depend on the backend (`_BACKENDS`). The multiples were fitted to steps
+compiled by XLA for a CPU, an H100 and a v6e (docs/planning.md).
 """
 
 import bisect
@@ -32,13 +32,13 @@ Sizes = tuple[int, int, int]  # of the mesh: data, fsdp, tensor
 
 @dataclasses.dataclass(frozen=True)
 class _Backend:
-    """Temporaries of XLA beside what is kept, as multiples of sizes that follow from shapes."""
+    """Temporaries of XLA in addition to residuals, as multiples of sizes known from shapes."""
 
-    layer: float  # what the backward pass of one layer could read, if nothing were computed again
-    trained: float  # what is trained, in float32: gradients of a micro-batch, their sum, the updates
+    layer: float  # residuals of one layer without rematerialisation
+    trained: float  # trained float32 weights: gradients of a micro-batch, their sum, the updates
     logits: float  # a chunk of float32 logits in training
     canvas: float  # float32 logits of the active blocks in a generation
-    takes_turns: bool = False  # whether a layer and a chunk of logits have the same place
+    takes_turns: bool = False  # whether a layer and a chunk of logits share a buffer
 
 
 _BACKENDS = {
@@ -50,7 +50,10 @@ _BACKENDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a job costs one device. `parts` are bytes and add up to `total`; the other bytes are those of one step."""
+    """The cost of a job on one device. `parts` are bytes in memory and add up to `total`.
+
+    `flops` and the other bytes are those of one optimiser step, or of a whole generation.
+    """
 
     parts: dict[str, int]
     flops: float
@@ -64,7 +67,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step of a phase on a mesh; the residuals of a row are traced once."""
+    """A training step of a phase on a mesh. The residuals of a row are traced once, in `of`."""
 
     config: ConfigDict
     phase: str
@@ -72,7 +75,7 @@ class Step:
     sizes: Sizes
     arguments: dict[str, int]  # bytes by part, `batch` with a row per device
     trained: int  # bytes
-    kept: tuple[float, float]  # bytes per row of `max_length`: kept, and what one layer could read
+    kept: tuple[float, float]  # bytes per row of `max_length`: all residuals, and those of one layer without remat
 
     @classmethod
     def of(cls, config: ConfigDict, phase: str, model_config: ModelConfig, sizes: Sizes) -> "Step":
@@ -86,7 +89,7 @@ class Step:
         return cls(config, phase, model_config, sizes, *traced)
 
     def estimate(self, platform: str, batch_size: int, length: int = 0) -> Estimate:
-        """The estimate for micro-batches of `batch_size` rows of `length` tokens (0: `max_length`) on a platform."""
+        """Estimates a step with micro-batches of `batch_size` rows of `length` tokens (0: `max_length`)."""
         settings = phase_config(self.config, self.phase)
         length = length or settings.max_length
         rows = batch_size // (self.sizes[0] * self.sizes[1])
@@ -106,7 +109,7 @@ class Step:
         flops = accumulation * train_flops(
             self.model_config, self._lora, work_of_rows(settings, rows, length), settings.remat
         )
-        passes = 2 * accumulation  # forward, and again on the way back
+        passes = 2 * accumulation  # forward and backward
         read = passes * arguments["weights"] * self.sizes[1] + 2 * accumulation * parts["activations"]
         links = passes * self._gathered(arguments["weights"]) + self._exchanged(rows * length, passes)
         return Estimate(parts, flops / self.sizes[2], read, links + self._summed_gradients())
@@ -117,16 +120,16 @@ class Step:
 
     @property
     def _vocabulary(self) -> int:
-        """Rows of the output head that a device multiplies with."""
+        """Rows of the output head on one device."""
         return self.model_config.vocab_size // (self.sizes[1] * self.sizes[2])
 
     def _gathered(self, weights: int) -> float:
-        """Bytes that a device receives when the weights of every layer are gathered along `fsdp` once."""
+        """Returns the bytes that a device receives when the weights of all layers are gathered over `fsdp` once."""
         table_bytes = _tables(self.model_config) * _itemsize(self.config) / math.prod(self.sizes[1:])
         return max(weights - table_bytes, 0) * (self.sizes[1] - 1)
 
     def _exchanged(self, tokens: int, passes: int) -> float:
-        """Hidden states: two sums per layer over `tensor`; those of embedding and head over their parts."""
+        """Returns the bytes of exchanged hidden states: two sums per layer over `tensor`, plus embedding and head."""
         _, fsdp, tensor = self.sizes
         states = tokens * self.model_config.hidden_size * _itemsize(self.config)
         over_tensor = 2 * self.model_config.num_layers * states * 2 * (1 - 1 / tensor)
@@ -137,7 +140,7 @@ class Step:
 
 
 def sampling_estimate(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platform: str, job: Job) -> Estimate:
-    """The estimate for a generation (`sampling_job`) with all of its passes."""
+    """Estimates a generation (`sampling_job`) with all of its passes."""
     plan, canvas = job.static["plan"], job.arguments["canvas"]
     rows = canvas.tokens.shape[0] // (sizes[0] * sizes[1])
     columns, block = canvas.tokens.shape[1], plan.block_length
@@ -159,15 +162,17 @@ def sampling_estimate(config: ConfigDict, model_config: ModelConfig, sizes: Size
 
 
 def work_of_rows(settings: ConfigDict, rows: int, length: int) -> Work:
-    """What a micro-batch of `rows` computes: all columns, twice under complementary masks and under "block", whose rows
-    hold a noisy and a clean copy."""
+    """Returns the work of a micro-batch of `rows`, padding included.
+
+    Complementary masks double the rows. Attention "block" doubles the columns: a noisy and a clean copy.
+    """
     rows *= 2 if settings.complementary_masks else 1
     width = 2 * length if settings.attention == "block" else length
     return Work(rows * width, rows * width**2, rows * length)
 
 
 def kept_per_row(settings: ConfigDict, phase: str, model_config: ModelConfig, remat: str) -> float:
-    """Bytes that the backward pass keeps per row of `max_length` tokens: residuals of two rows less those of one."""
+    """Returns the bytes of residuals per row of `max_length` tokens: those of two rows minus those of one."""
     options, frozen, trained = step_parts(settings, phase, model_config, remat)
     key, index = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -182,7 +187,7 @@ def kept_per_row(settings: ConfigDict, phase: str, model_config: ModelConfig, re
 
 
 def argument_parts(job: Job) -> dict[str, int]:
-    """Bytes of a device's part of the arguments of a job, exactly."""
+    """Returns the exact bytes of one device's part of the arguments of a job, by part."""
     named = dict(job.arguments)
     state = named.pop("state", None)
     decoder = named.pop("decoder", None)
@@ -194,13 +199,13 @@ def argument_parts(job: Job) -> dict[str, int]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of one device's part of abstract arrays. A key is two words; Python numbers count as nothing."""
+    """Returns the bytes of one device's part of abstract arrays. A key counts 8 bytes, a Python number 0."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
     return sum(math.prod(_shard_shape(leaf)) * (getattr(leaf.dtype, "itemsize", 0) or 8) for leaf in leaves)
 
 
 def _part(config: ModelConfig, tensor: int) -> ModelConfig:
-    """The narrower model that each device along `tensor` computes."""
+    """Returns the config of the narrower model that each device along `tensor` computes."""
     return dataclasses.replace(
         config,
         num_heads=config.num_heads // tensor,
@@ -211,12 +216,12 @@ def _part(config: ModelConfig, tensor: int) -> ModelConfig:
 
 
 def _part_of_experts(experts: Experts, tensor: int) -> Experts:
-    """A device computes its share of the rows of all experts; narrower experts have as many bytes."""
+    """Narrows the experts. A device really computes its share of whole experts, which takes as many bytes."""
     return dataclasses.replace(experts, width=experts.width // tensor, shared_width=experts.shared_width // tensor)
 
 
 def _copies(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platform: str) -> int:
-    """What XLA's CPU backend copies of bfloat16 weights: dense layers once (`ops.cpu`), the head to float32."""
+    """Returns the bytes of the CPU's copies of bfloat16 weights: dense layers (`ops.cpu`), and the head in float32."""
     if platform != "cpu" or config.dtype != "bfloat16" or config.trained == "all":
         return 0
     quantised = quantization(config) is not None
@@ -227,7 +232,7 @@ def _copies(config: ConfigDict, model_config: ModelConfig, sizes: Sizes, platfor
 
 
 def _tables(config: ModelConfig) -> int:
-    """Weights of embedding and head, which stay divided."""
+    """Returns the number of weights of embedding and head, which are never gathered."""
     return sum(math.prod(row.shape) for row in table(config) if not row.stacked and len(row.shape) == 2)
 
 
@@ -245,6 +250,6 @@ def _without_micro_batches(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def largest_batch(total: Callable[[int], int], capacity: float, unit: int, most: int = 4096) -> int:
-    """The largest multiple of `unit` rows, at most `most`, whose `total` bytes are within `capacity`; 0 if none is."""
+    """Returns the largest multiple of `unit` rows, up to `most`, whose `total` bytes fit `capacity`; 0 if none does."""
     candidates = range(unit, most + 1, unit)
     return unit * bisect.bisect_right(candidates, capacity, key=total)

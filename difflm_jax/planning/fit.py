@@ -1,6 +1,6 @@
-"""Whether a model that is about to be loaded will fit into the memory that is free, with what to change if not.
+"""Checks whether a model will fit into the free memory before its weights are read, and what to change if not.
 
-The arithmetic is that of `difflm plan`; here the model is one that was opened, and its weights have not been read.
+The estimate is that of `difflm plan`, for a model that was opened without its weights.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from difflm_jax.planning.jobs import Generation, sampling_job
 from difflm_jax.planning.memory import free_bytes
 from difflm_jax.quant import QuantConfig
 
-_TIGHT = 0.85  # of what is free
+_TIGHT = 0.85  # share of the free memory
 _ONE_DEVICE = (1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Bytes by part that a generation needs on one device, and the bytes that are free there (None: not known)."""
+    """Bytes that a generation needs on one device, by part, and the bytes that are free there (None: not known)."""
 
     parts: dict[str, int]
     free: int | None
@@ -50,7 +50,7 @@ class Fit:
 
 
 def generation_fit(lm: LanguageModel, rows: int, columns: int) -> Fit:
-    """The fit of `lm`, opened without weights, that decodes `rows` of `columns` tokens (half of them a prompt)."""
+    """Returns the fit of `lm`, opened without weights, for `rows` rows of `columns` tokens (half of them prompt)."""
     config = load_config()
     with config.unlocked():
         config.update(_described(lm))
@@ -64,9 +64,9 @@ def generation_fit(lm: LanguageModel, rows: int, columns: int) -> Fit:
 
 
 def check_fit(lm: LanguageModel, rows: int, columns: int, override: str) -> str | None:
-    """A note where memory is tight, None where it is not. Raises `UserError` with what to change for what will not fit.
+    """Returns a note if memory is tight, else None. Raises `UserError` with advice if the model will not fit.
 
-    `override` names the flag that loads the model all the same.
+    override: the flag that loads the model anyway, for the message.
     """
     fit = generation_fit(lm, rows, columns)
     if fit.verdict != "will not fit":
@@ -77,7 +77,7 @@ def check_fit(lm: LanguageModel, rows: int, columns: int, override: str) -> str 
 
 
 def _described(lm: LanguageModel) -> dict[str, Any]:
-    """`lm` in the keys of a config."""
+    """Returns the keys of a config that describe `lm`."""
     stored = lm.quantization
     keys = {
         "dtype": jnp.dtype(lm.model.dtype).name,
@@ -93,7 +93,7 @@ def _described(lm: LanguageModel) -> dict[str, Any]:
 
 
 def _smaller(lm: LanguageModel, rows: int, columns: int) -> list[tuple[str, tuple[LanguageModel, int, int]]]:
-    """(flags, what they make of it) of ways to need less, the gentlest first."""
+    """Returns (flag, arguments of `generation_fit` with it) for ways to need less memory, the gentlest first."""
     ways = []
     if rows > 1:
         ways.append((f"--rows={max(rows // 4, 1)}", (lm, max(rows // 4, 1), columns)))

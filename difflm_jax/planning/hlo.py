@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read off its text."""
+"""Traffic between devices, parsed from the text of a compiled program."""
 
 import math
 import re
@@ -8,9 +8,9 @@ _KINDS = r"\b(all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\("
 
 
 def collective_bytes(text: str, loop_trips: int) -> dict[str, int]:
-    """Bytes of the results of collectives on a device in one run, by kind: each times the trips of the loops around it.
+    """Returns the bytes of all results of collectives on one device in one run, by kind.
 
-    `loop_trips` is for loops of which the compiler does not know how often they run.
+    Each result counts once per trip of the loops around it. `loop_trips` is used for loops with an unknown trip count.
     """
     trips: dict[str, int] = {}
     inside: dict[str, str] = {}
@@ -27,7 +27,7 @@ def collective_bytes(text: str, loop_trips: int) -> dict[str, int]:
         if kind := re.search(_KINDS, line):
             shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", line.split(kind[0])[0])
             sizes = [math.prod(map(int, filter(None, dims.split(",")))) * _ITEM.get(dtype, 4) for dtype, dims in shapes]
-            # An operation that is started here lists its operand beside its result.
+            # A `-start` operation lists its operand next to its result.
             moved[name, kind[1]] = moved.get((name, kind[1]), 0) + (max(sizes) if kind[2] else sum(sizes))
     totals: dict[str, int] = {}
     for (at, kind), size in moved.items():

@@ -1,8 +1,7 @@
-"""The training steps and the generation of a run as jitted functions of shapes.
+"""The training steps and the generation of a run as jitted functions with abstract arguments.
 
-Nothing is loaded and no device is touched: a mesh may be one of devices that are not there
-(`jax.sharding.AbstractMesh`). `planning.estimate` says what a job costs; `compiled_parts` asks XLA, which may compile
-for devices that are not there either.
+Nothing is loaded and no device is used: the devices of a mesh may be absent (`jax.sharding.AbstractMesh`).
+`planning.estimate` estimates what a job costs. `compiled_parts` asks XLA, which can compile for absent devices too.
 """
 
 import dataclasses
@@ -38,9 +37,9 @@ from difflm_jax.utils.dtypes import DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A jitted function, its abstract arguments by name, and how often a loop runs whose end depends on data.
+    """A jitted function and its abstract arguments by name.
 
-    `donated` names the arguments whose memory its results take.
+    loop_trips: trips of a loop whose end depends on data. donated: the arguments that are donated to the results.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The generation that is planned: `batch_size` prompts of `prompt_length` tokens, in `steps` forward passes."""
+    """A planned generation: `batch_size` prompts of `prompt_length` tokens, in `steps` forward passes."""
 
     batch_size: int
     prompt_length: int
@@ -71,7 +70,7 @@ class Generation:
 def training_job(
     config: ConfigDict, phase: str, model_config: ModelConfig, mesh: AnyMesh, batch_size: int = 0, on_cpu: bool = False
 ) -> Job:
-    """The training step of a phase at `max_length`; `batch_size` 0 is the configured one."""
+    """Returns the training step of a phase at `max_length`. `batch_size=0` is the configured one."""
     settings = phase_config(config, phase)
     batch_size = batch_size or settings.batch_size
     model = _model(settings, model_config, settings.remat, on_cpu)
@@ -92,12 +91,12 @@ def training_job(
         "index": index,
     }
     positions = batch_size // row_shards(mesh) * settings.max_length
-    chunks = -(-positions // settings.loss_chunk)  # every position scored: what pretraining by the original rule does
+    chunks = -(-positions // settings.loss_chunk)  # every position is scored, as in pretraining with the defaults
     return Job(phase, step, arguments, {}, chunks, donated=("state",))
 
 
 def step_parts(settings: ConfigDict, phase: str, model_config: ModelConfig, remat: str) -> tuple[StepOptions, Any, Any]:
-    """(options, frozen, trained) of a phase's loss on one device, as shapes: the base dense, attention by XLA."""
+    """Returns abstract (options, frozen, trained) of a phase's loss on one device: dense base, XLA attention."""
     model = _model(settings, model_config, remat).clone(attention_kernel="xla")
     params = abstract_params(model_config, DTYPES[settings.dtype], None)
     return _options(settings, phase, model), *_collections(settings, params, model)
@@ -106,7 +105,7 @@ def step_parts(settings: ConfigDict, phase: str, model_config: ModelConfig, rema
 def sampling_job(
     config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh, generation: Generation, on_cpu: bool = False
 ) -> Job:
-    """The generation, as the trained model makes it. Attention is always XLA's there."""
+    """Returns the job of a generation with the trained model. Its attention is always XLA's."""
     model = _model(config, model_config, "none", on_cpu).clone(attention_kernel="xla")
     params, diffusion = _params(config, model_config, mesh), _diffusion(config, model)
     sampling = sampling_options(diffusion.attention, config.algorithm, {})
@@ -131,7 +130,7 @@ def sampling_job(
 
 
 def abstract_batch(accumulation: int, batch_size: int, length: int) -> CleanBatch:
-    """The shapes of a step's rows of one example each, none of them shorter than `length`."""
+    """Returns the shapes [A, B, L] of a step's batch: one example per row, L = `length`."""
     row = jax.ShapeDtypeStruct((accumulation, batch_size), jnp.int32)
     tokens = jax.ShapeDtypeStruct((accumulation, batch_size, length), jnp.int32)
     is_answer = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
@@ -139,7 +138,7 @@ def abstract_batch(accumulation: int, batch_size: int, length: int) -> CleanBatc
 
 
 def compiled_parts(job: Job) -> tuple[dict[str, int], jax.stages.Compiled]:
-    """({part: bytes of a device}, the compiled job), as XLA's buffer assignment has them."""
+    """Compiles `job` and returns ({part: bytes on one device}, the compiled job), from XLA's buffer assignment."""
     compiled = job.lower().compile()
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -172,7 +171,7 @@ def _params(config: ConfigDict, model_config: ModelConfig, mesh: AnyMesh) -> dic
 
 
 def _collections(config: ConfigDict, params: dict[str, Any], model: Transformer) -> tuple[Collections, Collections]:
-    """(frozen, trained), as `difflm_jax.training.parameters.collections` makes them."""
+    """Returns (frozen, trained) as `difflm_jax.training.parameters.collections` does."""
     if config.trained == "all":
         return {}, {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)}
     return {"params": params}, {"lora": _adapters(params, model)}

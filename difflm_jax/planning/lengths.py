@@ -1,4 +1,4 @@
-"""The steps of a run as its data make them: how many there are, and how wide."""
+"""The number and the widths of the steps of a run, from its data."""
 
 import dataclasses
 from collections import Counter
@@ -15,7 +15,7 @@ from difflm_jax.training.run import phase_data, read_rows
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The optimiser steps of a phase: `widths` counts those of each width in columns."""
+    """The optimiser steps of a phase. `widths` maps a width in columns to the number of steps of that width."""
 
     widths: Counter[int]
 
@@ -29,16 +29,16 @@ class Steps:
 
 
 def data_at_hand(config: ConfigDict, phase: str) -> bool:
-    """Whether the rows of a phase and the tokenizer are files of this machine, so that no network is needed."""
+    """Whether the rows of a phase and the tokenizer are local files, so no network is needed."""
     dataset, model = str(phase_config(config, phase).dataset), str(config.model)
     return Path(model).expanduser().exists() and Path(dataset.partition("[")[0]).expanduser().exists()
 
 
 def read_steps(config: ConfigDict, phase: str, lm: LanguageModel) -> Steps:
-    """The steps of a phase, from its rows. Raises `UserError` as training would."""
+    """Returns the steps of a phase, from its rows. Raises `UserError` as training would."""
     data = phase_data(config, phase, lm, *read_rows(config, phase, lm))
     widths = Counter(step_widths(data.plan).tolist())
-    # Every epoch has about the widths of the first; `max_steps` may end the phase within one.
+    # Every epoch has about the same widths as the first. `max_steps` may end the phase within an epoch.
     share = data.steps / data.plan.steps_per_epoch
     scaled = {width: count * share for width, count in widths.items()}
     rounded = Counter({width: round(count) for width, count in scaled.items()})
@@ -48,7 +48,7 @@ def read_steps(config: ConfigDict, phase: str, lm: LanguageModel) -> Steps:
 
 
 def step_widths(plan: BatchPlan) -> np.ndarray:
-    """[steps of an epoch] columns of each step of the first epoch."""
+    """Returns the columns of each step of the first epoch: [steps per epoch]."""
     options, rows = plan.options, plan.epoch(0)
     if options.is_packed:
         return np.full(plan.steps_per_epoch, options.row_length)

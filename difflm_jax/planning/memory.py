@@ -1,6 +1,6 @@
-"""Whether the weights of a model that was opened have room here, before they are read. Nothing is traced.
+"""Checks whether the weights of an opened model fit into memory before they are read. Nothing is traced.
 
-Only weights are counted, so what is refused could not run. What needs more than weights is for `fit` and `plan` to say.
+Only weights are counted, so a refused model could not have run. `fit` and `plan` estimate everything else.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.quant import QuantConfig
 
 _GIB = 2**30
-_TIGHT = 0.85  # of what is free
+_TIGHT = 0.85  # share of the free memory
 
 
 def check_weights(
     lm: LanguageModel, flag: str, override: str, is_divided: bool = False, are_trained: bool = False
 ) -> str | None:
-    """A note where the weights leave little of what is free. Raises `UserError` where they exceed all that there is.
+    """Returns a note if the weights leave little free memory, else None. Raises `UserError` if they exceed all memory.
 
-    `flag` is what names a quantisation (`--quantization`), `override` the flag that loads the model all the same.
-    `is_divided`: over devices; they may then be all that jax has. `are_trained`: held as float32 masters.
+    flag: the flag that selects a quantisation (`--quantization`). override: the flag that loads the model anyway.
+    is_divided: weights may be divided over all devices of jax. are_trained: weights are stored as float32 masters.
     """
     dtype = jnp.dtype(jnp.float32 if are_trained else lm.model.dtype)
     parts = _places() if is_divided else 1
@@ -43,13 +43,13 @@ def check_weights(
 
 
 def weight_bytes(lm: LanguageModel, dtype: Any, quantization: QuantConfig | None) -> int:
-    """Bytes of the weights of `lm`, held so. A checkpoint that is stored quantised in part counts as quantised."""
+    """Returns the bytes of the weights of `lm` in this form. A partly quantised checkpoint counts as quantised."""
     leaves = jax.tree.leaves(abstract_params(lm.config, dtype, quantization))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def total_bytes() -> int | None:
-    """Bytes that the first device can ever give to jax; for a CPU those of the host, swap included. None: not known."""
+    """Returns the bytes that jax can use on the first device; on a CPU, RAM and swap of the host. None: not known."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
@@ -58,18 +58,18 @@ def total_bytes() -> int | None:
 
 
 def free_bytes() -> int | None:
-    """Bytes of the first device that are free: what jax may still take, or for a CPU what the host has."""
+    """Returns the bytes that jax can still take on the first device; on a CPU, the host's. None: not known."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-    # Linux's own estimate counts the page cache as free; the free pages alone would be too few.
+    # MemAvailable counts reclaimable page cache as free. Free pages alone would be too few.
     found = _host("MemAvailable")
     return sum(found) if found else _pages("SC_AVPHYS_PAGES")
 
 
 def _smaller(lm: LanguageModel, flag: str, room: int) -> list[str]:
-    """Flags that make the weights fit into `room` bytes, the gentlest first."""
+    """Returns the flags that make the weights fit into `room` bytes, the gentlest first."""
     ways = []
     for name in ("int8", "nf4") if lm.quantization is None else ():
         with contextlib.suppress(UserError):
@@ -80,12 +80,12 @@ def _smaller(lm: LanguageModel, flag: str, room: int) -> list[str]:
 
 
 def _places() -> int:
-    """Memories over which weights can be divided at most; the CPU devices of a process share the host's."""
+    """Returns the largest number of memories to divide weights over. CPU devices of a process share one."""
     return jax.process_count() if jax.devices()[0].platform == "cpu" else jax.device_count()
 
 
 def _host(*names: str) -> list[int]:
-    """Bytes of these lines of Linux's /proc/meminfo; none elsewhere."""
+    """Returns the bytes of these lines of Linux's /proc/meminfo; empty on other systems."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
             lines = dict(line.split(":", 1) for line in file)

@@ -1,4 +1,4 @@
-"""Shapes of common models by name, so that a plan needs no network: what their `config.json` says of sizes."""
+"""Shapes of common models by name, from their `config.json`, so that a plan needs no network."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def _shape(family: dict[str, Any], sizes: tuple[int, ...], tied: bool, longest: 
     return {**family, **named, "tie_word_embeddings": tied, "max_position_embeddings": longest, **more}
 
 
-# If a model's name begins with several of these names, the longest counts.
+# If a model's name begins with several of these names, the longest one is used.
 _SHAPES = {
     "qwen3-0.6b": _shape(_QWEN3, (1024, 3072, 28, 16, 8), True, 40960),
     "qwen3-1.7b": _shape(_QWEN3, (2048, 6144, 28, 16, 8), True, 40960),
@@ -58,7 +58,7 @@ _SHAPES = {
 
 
 def known_shape(name: str) -> ModelConfig | None:
-    """The shape of a common model by its hub id or name (also -Instruct, -Base and the like), or None."""
+    """Returns the shape of a common model by hub id or name (also -Instruct, -Base and the like); None if unknown."""
     organisation, _, model = name.lower().rpartition("/")
     fitting = [key for key in _SHAPES if model == key or model.startswith(f"{key}-")]
     if organisation not in _ORGANISATIONS or not fitting:
