@@ -1,1 +1,1 @@
-"""Files in and out: Hugging Face and GGUF weights, PEFT adapters, the table of names, training state (orbax)."""
+"""Reads and writes checkpoints: Hugging Face and GGUF weights, PEFT adapters, tokenizers, third-party names."""

@@ -1,9 +1,9 @@
-"""4-bit weights as bitsandbytes lays them out and transformers saves them, exactly, in both directions.
+"""Reads and writes 4-bit weights in the exact layout of bitsandbytes, as transformers saves it.
 
-Beside `x.weight` (two codes a byte in row-major order, the first in the high nibble) lie `x.weight.absmax`,
-`.quant_map`, with double quantisation `.nested_absmax` and `.nested_quant_map`, and a JSON text as
+`x.weight` has two codes per byte in row-major order, the first in the high nibble. Next to it are `x.weight.absmax`,
+`.quant_map`, with double quantisation `.nested_absmax` and `.nested_quant_map`, and a JSON text in
 `.quant_state.bitsandbytes__nf4` (bitsandbytes/functional.py, `QuantState`). A weight without that text is not
-quantised, whatever the config says. The maps are read, not assumed.
+quantised, whatever the config says. The maps are read from the file: NF4's is checked, the nested one is used.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _NESTED_PARTS = (".nested_absmax", ".nested_quant_map")
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """What the JSON text of one weight says."""
+    """The contents of the JSON text of one weight."""
 
     shape: tuple[int, int]
     block_size: int
@@ -45,7 +45,7 @@ class _Stored:
 def open_quantised(directory: Path, quantization_config: Any) -> TensorFiles:
     """Opens a model directory whose `config.json` has a `quantization_config`.
 
-    Raises `UserError` for anything but bitsandbytes' NF4, and for statistics that are missing or cannot be understood.
+    Raises `UserError` for any format but bitsandbytes' NF4, and for statistics that are missing or not supported.
     """
     where = f"{directory / 'config.json'}: quantization_config"
     if not isinstance(quantization_config, Mapping) or quantization_config.get("quant_method") != "bitsandbytes":
@@ -72,7 +72,7 @@ def open_quantised(directory: Path, quantization_config: Any) -> TensorFiles:
 
 
 def bitsandbytes_tensors(name: str, w: QTensor, dtype: str) -> dict[str, np.ndarray]:
-    """The tensors that stand for the NF4 weight `name` [out, in] in a checkpoint; `dtype` is the unquantised one's."""
+    """Returns the tensors that store the NF4 weight `name` [out, in]; `dtype` names the dtype before quantisation."""
     state = {"quant_type": "nf4", "blocksize": w.block_size, "dtype": dtype, "shape": list(w.shape)}
     tensors = {name: np.asarray(_to_row_major(w.codes, w.block_size)), f"{name}.quant_map": LEVELS}
     if isinstance(w.scales, NestedScales):
@@ -88,7 +88,7 @@ def bitsandbytes_tensors(name: str, w: QTensor, dtype: str) -> dict[str, np.ndar
 
 
 def bitsandbytes_config(w: QTensor, skipped: list[str], dtype: str) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint of such weights; `skipped` names modules that are not quantised."""
+    """Returns the `quantization_config` of a checkpoint of weights like `w`. `skipped` modules are not quantised."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -121,7 +121,7 @@ def _read_state(directory: Path, files: TensorFiles, name: str) -> _Stored:
 
 
 def _read_weight(directory: Path, files: TensorFiles, name: str, state: _Stored) -> QTensor:
-    """The weight in our layout; its arrays are on the default device."""
+    """Returns the weight in our layout. Its codes are on the default device, its scales on the host."""
     out_dim, in_dim = state.shape
     scales_shape = (out_dim, in_dim // state.block_size)
 

@@ -1,7 +1,7 @@
-"""A quantised base kept on disk as it is in memory, so that the next start reads it in seconds.
+"""A quantised base stored on disk in its in-memory layout, so that the next start loads it in seconds.
 
-One safetensors file holds the stacked leaves; its metadata holds what it was made from and a checksum of every leaf.
-Any other source, format or dtype has another file name, and a file that is damaged is announced and made again.
+One safetensors file contains the stacked leaves. Its metadata describes the source and has a checksum of every leaf.
+Another source, format or dtype has another file name. A damaged file is reported and written again.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import one_line
 from difflm_jax.quant import QuantConfig
 
-_LAYOUT = 1  # raised whenever `QTensor` or the tree changes
+_LAYOUT = 1  # increase it whenever `QTensor` or the tree changes
 
 
 def load_converted(source: Source, dtype: Any, quantization: QuantConfig, directory: Path) -> dict[str, Any]:
-    """`load_params`, by way of a file in `directory`: read if it is there and whole, else written.
+    """Returns `load_params` through a file in `directory`, which is read if it is valid, and written otherwise.
 
-    A file that cannot be written is announced; the weights are returned all the same.
+    A file that cannot be written is reported; the weights are returned anyway.
     """
     key = json.dumps(_key(source, dtype, quantization), sort_keys=True)
     path = directory / f"{quantization.format}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
@@ -74,7 +74,7 @@ def _write(path: Path, key: str, params: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path, key: str, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of the shapes `expected`. Raises `ValueError` for a file that does not hold just that."""
+    """Reads the tree of the shapes and dtypes `expected`. Raises `ValueError` if the file differs from it."""
     named, loaded = _named_leaves(expected), {}
     with safe_open(str(path), framework="numpy") as file:
         about = file.metadata() or {}
@@ -82,7 +82,7 @@ def _read(path: Path, key: str, expected: Mapping[str, Any]) -> dict[str, Any]:
         if about.get("key") != key or set(file.keys()) != set(named):
             raise ValueError("it holds other weights than its name says")
     for name, leaf in named.items():
-        with safe_open(str(path), framework="numpy") as file:  # opened anew, so that what was read is unmapped
+        with safe_open(str(path), framework="numpy") as file:  # reopened, so that leaves read before are unmapped
             tensor = file.get_tensor(name)
         if (tensor.shape, tensor.dtype) != (leaf.shape, leaf.dtype) or _checksum(tensor) != checksums.get(name):
             raise ValueError(f"{name} is not what was written")

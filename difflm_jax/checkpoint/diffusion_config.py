@@ -1,4 +1,4 @@
-"""`diffusion_config.json`: what must be known to decode with weights, beside an adapter or a merged checkpoint."""
+"""`diffusion_config.json`: what a decoder must know about the weights of an adapter or a merged checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ _TYPES = {
 
 
 def write_diffusion_config(directory: Path, diffusion_config: Mapping[str, Any]) -> None:
-    """Writes mask token and id, attention rule, logit shift and sampling algorithm into `directory`."""
+    """Writes `diffusion_config` (`DiffusionConfig.to_json`) as `diffusion_config.json` into `directory`."""
     text = json.dumps(diffusion_config, indent=2, sort_keys=True) + "\n"
     (directory / DIFFUSION_FILE).write_text(text, encoding="utf-8")
 
 
 def read_diffusion_config(directory: str | Path) -> dict[str, Any] | None:
-    """The `diffusion_config.json` of a directory, or None if it has none (or is a file)."""
+    """Reads the `diffusion_config.json` of a directory; None if there is none. Raises `UserError` if it is invalid."""
     path = Path(directory).expanduser() / DIFFUSION_FILE
     if not path.is_file():
         return None
@@ -42,7 +42,7 @@ def read_diffusion_config(directory: str | Path) -> dict[str, Any] | None:
 
 
 def model_card(base_model: str, diffusion_config: dict[str, Any], provenance: str) -> str:
-    """The README.md of a merged checkpoint; `provenance` says what else was done to the weights, if anything."""
+    """Returns the README.md of a merged checkpoint. `provenance`: a paragraph on other changes of the weights or ""."""
     known = {key: value for key, value in diffusion_config.items() if key != "preset"}
     facts = "\n".join(f"- `{key}`: `{value}`" for key, value in known.items())
     return (

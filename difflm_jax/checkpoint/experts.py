@@ -1,7 +1,7 @@
-"""Routed experts as checkpoints hold them, as if every expert had tensors of its own; and back.
+"""Splits the routed experts of a checkpoint into one tensor per expert, and joins them again.
 
-A checkpoint has a tensor for each expert, or one for all of a layer: gate and up fused [X, 2F, D] and down [X, D, F],
-as transformers 5 has them in memory, or gpt-oss's [X, D, 2F], interleaved, and [X, F, D].
+A checkpoint has a tensor for each expert, or one for all experts of a layer. The latter are gate and up fused
+[X, 2F, D] and down [X, D, F], as transformers 5 has them in memory, or gpt-oss's interleaved [X, D, 2F] and [X, F, D].
 """
 
 import dataclasses
@@ -21,14 +21,15 @@ _MEMORY = {"gate_proj": "experts.gate_up_proj", "up_proj": "experts.gate_up_proj
 
 
 def split_experts(files: TensorFiles, config: ModelConfig) -> TensorFiles:
-    """`files` with a tensor for every expert in place of those that hold all of a layer.
+    """Returns `files` with a tensor per expert in place of tensors with all experts of a layer.
 
-    Names that transformers uses in memory become those of checkpoints. A tensor of another shape is left as it is.
+    Names that transformers uses in memory become those of checkpoints. A tensor of an unexpected shape is unchanged.
+    Raises `UserError` if a tensor to split is quantised.
     """
     experts = config.experts
     files = _renamed(files, experts)
     shapes, parts = dict(files.shapes), {}
-    read_whole = functools.lru_cache(maxsize=1)(files.read)  # its parts are asked for one after another
+    read_whole = functools.lru_cache(maxsize=1)(files.read)  # its parts are read one after another
     for row in (row for row in table(config) if row.experts):
         for layer, name_of in _names(row):
             whole = next((name for name in _wholes(row, layer, experts) if name in files.shapes), None)
@@ -48,7 +49,7 @@ def split_experts(files: TensorFiles, config: ModelConfig) -> TensorFiles:
 
 
 def join_experts(experts: Experts, leaves: Sequence[np.ndarray], is_weight: bool) -> np.ndarray:
-    """The tensor of a layer that holds `leaves` [X, out, in] or, of biases, [X, out] of our tree."""
+    """Joins `leaves` of our tree, weights [X, out, in] or biases [X, out], into one tensor of a layer."""
     if experts.names.stored != "interleaved":
         return np.concatenate(leaves, axis=1)
     joined = np.stack(leaves, axis=2)  # [X, out, parts, ...]
@@ -62,7 +63,7 @@ def _names(row: Row) -> list[tuple[int, list[str]]]:
 
 
 def _wholes(row: Row, layer: int, experts: Experts) -> list[str]:
-    """Names of the tensor that may hold an expert leaf of a layer: of checkpoints, and of transformers in memory."""
+    """Returns the possible names of the tensor with an expert leaf of a layer: on disk, and in transformers' memory."""
     suffix = "_bias" if row.path[-1] == "bias" else ""
     in_memory = f"model.layers.{layer}.{experts.names.block}.{_MEMORY[row.path[-2]]}{suffix}"
     return [*([row.fused.format(layer=layer)] if row.fused else ()), in_memory]
@@ -85,7 +86,7 @@ def _part(row: Row, experts: Experts, read: Callable[[], np.ndarray], expert: in
 
 
 def _renamed(files: TensorFiles, experts: Experts) -> TensorFiles:
-    """`files` with the names of checkpoints where they have those of transformers in memory."""
+    """Returns `files` with the names of checkpoints in place of those that transformers uses in memory."""
     changes = [(f".{theirs}.", f".{ours}.") for theirs, ours in experts.names.in_memory]
     if not changes:
         return files

@@ -1,19 +1,20 @@
-"""Third-party diffusion checkpoints: their `config.json` in our families' terms, and what they were trained for.
+"""Third-party diffusion checkpoints: translates their `config.json` into that of our families and a diffusion config.
 
-They are decoders that this package has, under other keys and names, with attention that is not causal. Nothing of
-their code is run: what a key means is written down here, from their papers and published configurations, and a key
-that is not known is refused, since it might change the result.
+They are decoders that this package has, with other keys and names and with attention that is not causal. None of their
+code is run. The meaning of each key is defined here, from their papers and published configurations. An unknown key is
+refused, since it might change the result.
 
   llada      LLaDA-8B (arXiv:2502.09992): Llama with OLMo's keys and tensor names; full attention, no shift
   dream      Dream-7B (arXiv:2508.15487): Qwen2.5; full attention, logit shift
   a2d-*      dLLM's converted Qwen and Llama (github.com/ZHZisZZ/dllm): full attention, or blocks of 32 (`bd3lm`)
   sdar       SDAR (arXiv:2510.06303): Qwen3; blocks counted from the first token, of 4 unless the config says otherwise
-  llama, by its class   Stable-DiffCoder (github.com/ByteDance-Seed/Stable-DiffCoder): Llama; blocks as SDAR's, of 4
-  nemotron_labs_diffusion   NVIDIA's (huggingface.co/nvidia/Nemotron-Labs-Diffusion-8B): Ministral 3, under names of its
-      own; a block of 32 sees itself and a causal context
-  sdar_moe   the same with Qwen3's mixture of experts
+  sdar_moe   SDAR with Qwen3's mixture of experts
+  llama, recognised by its class   Stable-DiffCoder (github.com/ByteDance-Seed/Stable-DiffCoder): Llama; blocks of 4 as
+      in SDAR
+  nemotron_labs_diffusion   NVIDIA's (huggingface.co/nvidia/Nemotron-Labs-Diffusion-8B): Ministral 3 with other tensor
+      names; a block of 32 sees itself and a causal context
   lladamoe   LLaDA-MoE (arXiv:2509.24389; its model_type is llada): Qwen3's mixture; full attention, no shift
-  llada2_moe LLaDA 2 (arXiv:2512.15745): the mixture of GLM 4.5 under Ling's names; blocks of 32
+  llada2_moe LLaDA 2 (arXiv:2512.15745): the mixture of GLM 4.5 with Ling's names; blocks of 32
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ from difflm_jax.errors import UserError
 from difflm_jax.models.config import KNOWN_KEYS
 from difflm_jax.models.families import FAMILIES
 
-A2D_BLOCK_LENGTH = 32  # of dLLM's own block-diffusion recipes and sampler
+A2D_BLOCK_LENGTH = 32  # as in dLLM's own block-diffusion recipes and sampler
 SDAR_BLOCK_LENGTH = 4
-DIFFCODER_BLOCK_LENGTH = 4  # block_length and mask_id of its generate; its config.json names neither
+DIFFCODER_BLOCK_LENGTH = 4  # like the mask id, from its `generate`: config.json has neither
 NEMOTRON_BLOCK_LENGTH = 32
 _DIFFCODER_MASK_TOKEN_ID = 5
 _NEMOTRON_MASK_TOKEN_ID = 100
@@ -34,14 +35,17 @@ LLADA2_BLOCK_LENGTH = 32
 _QWEN_MASK_TOKEN_ID = 151669
 _DREAM_MASK_TOKEN_ID = 151666
 _LLADA_MASK_TOKEN_ID = 126336
-_LING_MASK_TOKEN_ID = 156895  # of the tokenizer of LLaDA-MoE and LLaDA 2
+_LING_MASK_TOKEN_ID = 156895  # from the tokenizer of LLaDA-MoE and LLaDA 2
 
 
 @dataclasses.dataclass(frozen=True)
 class FieldCheckpoint:
-    """`hf_config` in the spelling of a family of ours; `diffusion` as `diffusion_config.json` would have it; `names`:
-    the table of `checkpoint.names` that its tensors are named by, or ""; `fused`: as `Structure.fused`, where that
-    family holds these tensors apart."""
+    """A third-party checkpoint in our terms.
+
+    hf_config: its `config.json` with the keys of one of our families. diffusion: contents of `diffusion_config.json`.
+    names: the table of `checkpoint.names` for its tensors, or "". fused: as `Structure.fused`, for tensors that the
+    checkpoint has fused but our family has not.
+    """
 
     hf_config: dict[str, Any]
     diffusion: dict[str, Any]
@@ -50,9 +54,9 @@ class FieldCheckpoint:
 
 
 def read_field_config(hf_config: Mapping[str, Any], name: str) -> FieldCheckpoint | None:
-    """What a `config.json` of the field says; None for the families that are ours. `name` is the checkpoint's own.
+    """Translates the `config.json` of a third-party checkpoint called `name`; returns None for our own families.
 
-    Raises `UserError` for a key or a value that could change the result in a way that is not known here.
+    Raises `UserError` for an unknown key or value that could change the result.
     """
     model_type = hf_config.get("model_type")
     if model_type == "llama" and _DIFFCODER_CLASS in (hf_config.get("architectures") or ()):
@@ -61,7 +65,7 @@ def read_field_config(hf_config: Mapping[str, Any], name: str) -> FieldCheckpoin
     return reader(dict(hf_config), name) if reader is not None else None
 
 
-# LLaDA's keys that select what this model does not represent, with the value (or none at all) that it has.
+# LLaDA's keys for options that are not supported here, with the allowed values. A missing key is allowed too.
 _LLADA_ONLY = {
     "activation_type": ("silu", "swiglu"), "alibi": (False,), "attention_layer_norm": (False,),
     "bias_for_layer_norm": (False, None), "block_group_size": (1,), "block_type": ("llama",), "clip_qkv": (None,),
@@ -85,12 +89,12 @@ _LLADA_NEUTRAL = {
     "init_device", "init_fn", "init_std", "precision", "residual_dropout",
 }  # fmt: skip
 
-# Keys of the others that concern training or serving only.
+# Keys of the other checkpoints that concern only training or serving.
 _NEUTRAL = {"auto_map", "block_length", "block_size", "debug", "fuse_cross_entropy", "use_regular_causal"}
 _DREAM_ONLY = {"use_mrope": (False, None)}
 _DIFFCODER_CLASS = "StableDiffcoderForCausalLM"  # its model_type is llama
 
-# Nemotron-Labs-Diffusion: "bidirectional" and "block_diff" are the same weights, as they decode and as they train.
+# Nemotron-Labs-Diffusion: "bidirectional" (decoding) and "block_diff" (training) are the same weights.
 _NEMOTRON_ONLY = {"dlm_paradigm": ("bidirectional", "block_diff"), "sliding_window": (None,)}
 _NEMOTRON_NEUTRAL = {
     "ada_dlm_loss_ratio", "ada_perm_ratio_global", "ada_perm_ratio_per_block", "adaptive_mask_rate", "ar_loss_weight",
@@ -130,7 +134,7 @@ def _dream(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
 
 
 def _a2d(hf_config: dict[str, Any], name: str) -> FieldCheckpoint:
-    """Whether attention is full or in blocks stands in the name of dLLM's checkpoints alone."""
+    """Translates dLLM's checkpoints. Only their name tells whether attention is full or in blocks."""
     family = hf_config["model_type"].lower().removeprefix("a2d-")
     _check(f"a2d-{family}", hf_config, {}, KNOWN_KEYS | _NEUTRAL)
     rule: dict[str, Any] = {"attention": "full"}
@@ -163,7 +167,7 @@ def _nemotron(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
     _check("nemotron_labs_diffusion", hf_config, _NEMOTRON_ONLY, KNOWN_KEYS | _NEUTRAL | _NEMOTRON_NEUTRAL)
     length = hf_config.get("block_size") or NEMOTRON_BLOCK_LENGTH
     rule = {"attention": "causal_context", "block_length": length}
-    named = None if hf_config.get("mask_token_id") == -1 else hf_config.get("mask_token_id")  # -1: none is named
+    named = None if hf_config.get("mask_token_id") == -1 else hf_config.get("mask_token_id")  # -1: not set
     diffusion = _diffusion({"mask_token_id": named}, _NEMOTRON_MASK_TOKEN_ID, logit_shift=False, **rule)
     return FieldCheckpoint(_ours(hf_config, "ministral3", tuple(own)), diffusion, names="nemotron_labs_diffusion")
 
@@ -173,12 +177,12 @@ def _sdar_moe(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
     return FieldCheckpoint(_ours(hf_config, "qwen3_moe"), _blocks(hf_config, SDAR_BLOCK_LENGTH, _QWEN_MASK_TOKEN_ID))
 
 
-# Keys of LLaDA-MoE that select what its published models do not have.
+# Keys of LLaDA-MoE for options that its published models do not use, with the allowed values.
 _LLADA_MOE_ONLY = {
     "clip_qkv": (None,), "moe_router_score_function": ("softmax",), "moe_router_enable_expert_bias": (False, None),
     "shared_expert_intermediate_size": (None, 0), "router_num_group": (None, 1), "router_topk_group": (None, 1),
     "routed_scaling_factor": (1, None), "qk_layernorm": (True,), "partial_rotary_factor": (1, None),
-    "norm_topk_prob": (False, None),  # the published class has its own, and never divides
+    "norm_topk_prob": (False, None),  # the published class never normalises
 }  # fmt: skip
 _LLADA_MOE_SIZES = {"dense_intermediate_size": "intermediate_size", "expert_intermediate_size": "moe_intermediate_size"}
 
@@ -222,13 +226,13 @@ def _llada2(hf_config: dict[str, Any], _name: str) -> FieldCheckpoint:
 
 
 def _blocks(hf_config: Mapping[str, Any], default: int, mask_token_id: int) -> dict[str, Any]:
-    """What was trained in blocks that see those before them, of `default` tokens unless the config says otherwise."""
+    """Returns the diffusion config of block-causal attention; `default` is the block length if the config has none."""
     length = hf_config.get("block_size") or hf_config.get("block_length") or default
     return _diffusion(hf_config, mask_token_id, attention="block_causal", block_length=length, logit_shift=False)
 
 
 def _mixture_keys(model_type: str) -> set[str]:
-    """The keys that a family with experts reads of them."""
+    """Returns the keys of `config.json` that describe experts in this family."""
     return FAMILIES[model_type].experts.keys()
 
 
@@ -240,7 +244,7 @@ _READERS = {
 
 
 def _ours(hf_config: Mapping[str, Any], model_type: str, dropped: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The keys that `ModelConfig` reads, under a family of its own."""
+    """Returns the keys that `ModelConfig` reads, with one of our families as `model_type`."""
     kept = {key: value for key, value in hf_config.items() if key not in (*_NEUTRAL, *dropped, "architectures")}
     return {**kept, "model_type": model_type}
 

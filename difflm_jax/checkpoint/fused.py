@@ -1,4 +1,4 @@
-"""Tensors that hold several of our projections, as if the checkpoint held each of them."""
+"""Splits tensors that fuse several of our projections, as if the checkpoint had each of them."""
 
 import dataclasses
 
@@ -12,9 +12,9 @@ from difflm_jax.quant import QTensor
 
 
 def split_fused(files: TensorFiles, config: ModelConfig) -> TensorFiles:
-    """`files` with every fused tensor of the model's family in place of its parts; one of another shape is left.
+    """Returns `files` with the parts of every fused tensor in its place. One of an unexpected shape is unchanged.
 
-    Raises `UserError` if the checkpoint holds such a tensor quantised.
+    Raises `UserError` if a fused tensor is quantised.
     """
     parts: dict[str, tuple[str, slice]] = {}
     shapes = dict(files.shapes)

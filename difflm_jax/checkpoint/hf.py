@@ -1,4 +1,4 @@
-"""Weights in and out in Hugging Face's layout: a `Source` to our tree, and our tree to a checkpoint directory."""
+"""Weights in Hugging Face's layout: loads a `Source` into our tree, and saves our tree as a checkpoint directory."""
 
 import functools
 import json
@@ -33,20 +33,21 @@ MAX_SHARD_BYTES = 5_000_000_000
 def load_params(
     source: Source, dtype: Any, quantization: QuantConfig | None = None, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """The tree of `names.table`, layers stacked on axis 0: arrays of `dtype`, and `QTensor`s for quantised projections.
+    """Loads the tree of `models.weights.table`, layers stacked on axis 0: arrays of `dtype`, or `QTensor`s.
 
-    `quantization` is how projections are quantised on their way in; those that the checkpoint holds quantised stay as
-    they are. Tensors are read one at a time, each converted where it will lie and put into its place in the stack:
-    host and device hold what is loaded, and the one or two tensors on the way. Raises `UserError` listing all unknown,
-    missing, duplicate and misshapen tensors before any is read.
+    quantization: how to quantise projections while they are loaded. Those that are quantised in the checkpoint are
+      unchanged.
+    mesh: if given, each tensor is divided over its devices (`sharding.specs`) before the next is read. So a host or a
+      device has no more of the model than its part and one tensor.
 
-    With a `mesh` each tensor, once converted, is divided over its devices (`mesh.specs`) before the next is
-    read: no host and no device holds more of the model than its part, and that one tensor.
+    Tensors are read one at a time, converted on the device and written into the stack. So memory is needed for the
+    loaded part and one or two tensors. Raises `UserError` listing all unknown, missing, duplicate and misshapen tensors
+    before any is read.
     """
     check_tensors(source)
     check_quantization(source, quantization)
     if source.stored:
-        quantization = None  # as it is; what the checkpoint leaves unquantised stays so
+        quantization = None  # keep the checkpoint's choice of quantised tensors
     params: dict[str, Any] = {}
     rows = table(source.config)
     what = f"loading {source.name}" if quantization is None else f"loading and quantising {source.name}"
@@ -59,7 +60,7 @@ def load_params(
 
 
 def abstract_params(config: ModelConfig, dtype: Any, quantization: QuantConfig | None) -> dict[str, Any]:
-    """The shapes and dtypes that `load_params` gives for a checkpoint that is not quantised."""
+    """Returns the shapes and dtypes of `load_params` for a checkpoint that is not quantised."""
     params: dict[str, Any] = {}
     for row in table(config):
         weight = jax.ShapeDtypeStruct(row.shape, dtype)
@@ -69,7 +70,7 @@ def abstract_params(config: ModelConfig, dtype: Any, quantization: QuantConfig |
 
 
 def check_quantization(source: Source, quantization: QuantConfig | None) -> None:
-    """Raises `UserError` where projections cannot be quantised as asked for."""
+    """Raises `UserError` if the projections cannot be quantised as requested."""
     if quantization is None:
         return
     if other := [name for name, stored in source.stored.items() if stored != quantization]:
@@ -89,7 +90,7 @@ def _load_leaf(
     names = row.hf_names
     stored = {source.stored.get(name) for name in names}
     if len(stored) > 1:
-        # A scan needs layers of one kind. Quantising those that the checkpoint left out would change the model.
+        # A scan needs layers of one kind. Quantising the others too would change the model.
         print(f"{row.hf}: quantised in some layers only; all of them are held in {dtype.name}", flush=True)
         quantization = None
     leaf = None
@@ -107,8 +108,8 @@ def _load_leaf(
         if leaf is None:
             shapes = jax.eval_shape(functools.partial(_convert, dtype, quantization), tensor)
             leaf = jax.tree.map(lambda part: jnp.empty(part.shape, part.dtype), _stack_of(shapes, row.stack))
-        # The next tensor is read while this one is put into its place, unless that takes memory of its own; waiting
-        # for it keeps those of a faster disk from piling up before the device.
+        # The next tensor is read while this one is written into the stack, unless quantising it needs memory. Waiting
+        # for the previous write keeps tensors of a fast disk from piling up.
         leaf = _put(jax.block_until_ready(leaf), tensor, _place(row, index), dtype, quantization)
         if quantization is not None:
             jax.block_until_ready(leaf)
@@ -116,7 +117,7 @@ def _load_leaf(
 
 
 def _convert(dtype: Any, quantization: QuantConfig | None, tensor: jax.Array | QTensor) -> jax.Array | QTensor:
-    """A tensor of a checkpoint as the model holds it."""
+    """Converts a tensor of a checkpoint to the form in which the model stores it."""
     if isinstance(tensor, QTensor):
         return tensor
     return tensor.astype(dtype) if quantization is None else quantize(tensor, quantization)
@@ -124,7 +125,7 @@ def _convert(dtype: Any, quantization: QuantConfig | None, tensor: jax.Array | Q
 
 def _converted(tensor: jax.Array | QTensor, dtype: Any, quantization: QuantConfig | None) -> jax.Array | QTensor:
     if quantization is None and not isinstance(tensor, QTensor) and tensor.dtype == dtype:
-        return tensor  # not through a compiled function, which would copy it
+        return tensor  # a compiled function would copy it
     return _compiled_convert(dtype, quantization, tensor)
 
 
@@ -132,21 +133,21 @@ _compiled_convert = jax.jit(_convert, static_argnums=(0, 1))
 
 
 def _place(row: Row, index: int) -> tuple[np.int32, ...]:
-    """The place in the stack of a leaf of its tensor number `index`: a layer, and an expert of it."""
+    """Returns the index in a leaf's stack of its tensor number `index`: (layer,) or (layer, expert)."""
     return tuple(map(np.int32, np.unravel_index(index, row.stack)))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _put(leaf, tensor, place, dtype, quantization):
-    """`leaf` with the converted `tensor` at `place`, without a copy."""
+    """Writes the converted `tensor` into the donated `leaf` at `place`, without a copy of the leaf."""
     converted = _convert(dtype, quantization, tensor)
     return jax.tree.map(lambda stack, part: _with_part(stack, part, place), leaf, converted)
 
 
 def _with_part(stack: jax.Array, part: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
-    """`stack` with `part` at `place`.
+    """Returns `stack` with `part` at `place`.
 
-    As integers: XLA's CPU backend turns a whole bfloat16 stack into float32 and back to change a part of it.
+    The update uses integers: to update a bfloat16 stack, XLA's CPU backend converts all of it to float32 and back.
     """
     bits = np.dtype(f"uint{8 * stack.dtype.itemsize}")
     stack_bits, part_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (stack, part))
@@ -156,7 +157,7 @@ def _with_part(stack: jax.Array, part: jax.Array, place: tuple[jax.Array, ...]) 
 
 
 def _put_on_mesh(leaf: Any, row: Row, index: int, converted: Any, mesh: Mesh) -> Any:
-    """A tensor that was converted on one device, in its place of a leaf that is divided over the mesh."""
+    """Writes a tensor that was converted on one device into a leaf that is divided over the mesh."""
     if not row.stacked:
         return place_leaf(row.path, converted, mesh)
     layout = shardings_of(row.path, _stack_of(converted, row.stack), mesh)
@@ -170,7 +171,7 @@ def _put_on_mesh(leaf: Any, row: Row, index: int, converted: Any, mesh: Mesh) ->
 
 @functools.partial(jax.jit, static_argnames="layout", donate_argnums=0)
 def _set_part(leaf, part, place, layout):
-    """`leaf` with `part` at `place`, without a copy; `layout` holds the shardings of its arrays."""
+    """Writes `part` into the donated `leaf` at `place`, without a copy. `layout` has the shardings of its arrays."""
 
     def put(stack, one, sharding):
         return jax.lax.with_sharding_constraint(_with_part(stack, one, place), sharding)
@@ -183,7 +184,7 @@ def _stack_of(shapes: Any, stack: tuple[int, ...]) -> Any:
 
 
 def check_tensors(source: Source) -> None:
-    """Raises one `UserError` with every way in which the tensors of `source` are not those of its config."""
+    """Raises one `UserError` that lists all differences between the tensors of `source` and those of its config."""
     expected = {name: row.shape for row in table(source.config) for name in row.hf_names}
     found = {name: shape for name, shape in source.shapes.items() if not name.endswith(REDUNDANT_SUFFIXES)}
     if _EMBEDDING not in found and "embed_tokens.weight" in found:
@@ -198,7 +199,7 @@ def check_tensors(source: Source) -> None:
         if name in found and found[name] != shape
     ]
     missing = [name for name in expected if name not in found]
-    optional = () if missing else source.unindexed  # transformers leaves them out; what is missing may be among them
+    optional = () if missing else source.unindexed  # transformers ignores them, but a missing tensor may be among them
     faults = {
         "unknown": [name for name in found if name not in expected and name not in optional],
         "missing": missing,
@@ -226,12 +227,12 @@ def save_pretrained(
 ) -> None:
     """Writes a checkpoint that transformers loads: safetensors, configs, tokenizer, model card, all or nothing.
 
-    The dtype is that of `params`; NF4 weights are written as bitsandbytes' own. Above `MAX_SHARD_BYTES` the tensors are
-    split over files with an index. Raises `UserError` if `directory` exists and is not empty, or cannot be written, and
-    for weights in a format that no Hugging Face checkpoint can hold.
+    The dtype is that of `params`; NF4 weights are written in bitsandbytes' layout. Above `MAX_SHARD_BYTES` the tensors
+    are split over files with an index. Raises `UserError` if `directory` is not empty or cannot be written, and for
+    weights in a format that Hugging Face checkpoints do not have.
     """
     dtype = _dtype_name(params)
-    stored = {**hf_config, "dtype": dtype, "torch_dtype": dtype}  # the second is what transformers 4 reads
+    stored = {**hf_config, "dtype": dtype, "torch_dtype": dtype}  # transformers 4 reads torch_dtype
     quantised = [row for row in table(config) if isinstance(get_path(params, row.path), QTensor)]
     if any(row.experts for row in quantised):
         raise UserError(
@@ -288,7 +289,7 @@ def _write_shards(
 
 
 def _shards(params: Mapping[str, Any], config: ModelConfig) -> list[list[str]]:
-    """The weights' names in the order of the table, cut where a file would exceed `MAX_SHARD_BYTES`."""
+    """Returns the names of the weights per file, in the order of the table. A file has at most `MAX_SHARD_BYTES`."""
     shards: list[list[str]] = [[]]
     filled = 0
     for rows in joined_rows(config):
@@ -306,7 +307,7 @@ def _shards(params: Mapping[str, Any], config: ModelConfig) -> list[list[str]]:
 def _tensors(
     params: Mapping[str, Any], config: ModelConfig, wanted: Iterable[str], progress: Progress
 ) -> dict[str, np.ndarray]:
-    """The tensors that stand for the weights named by `wanted`, each leaf brought to the host once."""
+    """Returns the tensors that store the weights `wanted`. Each leaf is copied to the host once."""
     wanted, tensors = set(wanted), {}
     for rows in joined_rows(config):
         names = rows[0].fused_names
@@ -331,10 +332,10 @@ def _tensors(
 
 
 def _on_host(params: Mapping[str, Any], row: Row, count: int) -> Any:
-    """A leaf on the host; of a stack, one entry for each of the `count` tensors that a checkpoint has of it."""
+    """Returns a leaf on the host. A stack is reshaped to one entry for each of its `count` tensors in a checkpoint."""
     leaf = jax.tree.map(to_host, get_path(params, row.path))
     if not row.stacked:
-        return leaf[: row.shape[0]]  # a table on a mesh has padding after its rows
+        return leaf[: row.shape[0]]  # a table on a mesh is padded at its end
     stack = row.stack if count > len(row.layers) else row.stack[:1]
     return jax.tree.map(lambda part: part.reshape(count, *part.shape[len(stack) :]), leaf)
 

@@ -1,4 +1,4 @@
-"""Exports on the Hugging Face Hub: what must hold before anything is written, figures in the model card, the upload."""
+"""Exports to the Hugging Face Hub: checks before anything is written, figures in the model card, the upload."""
 
 import contextlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from difflm_jax.errors import UserError, one_line
 
-# Names of figures of a run's evaluations in the model card.
+# How the model card names the figures of a run's evaluations.
 _FIGURES = {
     "eval_loss": "evaluation loss",
     "masked_nll": "masked NLL (nats per hidden token)",
@@ -20,7 +20,7 @@ _FIGURES = {
 
 
 def check_push(repo: str) -> None:
-    """Raises `UserError` where an upload to `repo` (owner/name) cannot begin. Asks no network."""
+    """Raises `UserError` if an upload to `repo` (owner/name) cannot begin. Does not use the network."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -32,7 +32,7 @@ def check_push(repo: str) -> None:
 
 
 def add_figures(directory: Path, dataset: str, record: Mapping[str, Any]) -> None:
-    """Puts figures of an evaluation on `dataset` into the model card in `directory`, as the hub reads them."""
+    """Adds the figures of an evaluation on `dataset` to the model card in `directory`, in the format of the hub."""
     found = {name: record[name] for name in _FIGURES if isinstance(record.get(name), (int, float))}
     if not found:
         return
@@ -51,13 +51,13 @@ def add_figures(directory: Path, dataset: str, record: Mapping[str, Any]) -> Non
 
 
 def push(directory: Path, repo: str, private: bool) -> str:
-    """Uploads a directory as the model `repo`, which is made if it is not there; returns its address."""
+    """Uploads a directory as the model `repo`, creating it if needed. Returns its URL. Raises `UserError`."""
     api = HfApi()
     try:
         made = api.create_repo(repo, private=private or None, exist_ok=True)
         with contextlib.redirect_stdout(None):
             api.upload_folder(repo_id=made.repo_id, folder_path=directory, commit_message="Export of difflm_jax")
-    except (HfHubHTTPError, OSError, ValueError) as error:  # its client's connection errors are OSErrors
+    except (HfHubHTTPError, OSError, ValueError) as error:  # connection errors of the client are OSErrors
         raise UserError(
             f"--push_to_hub={repo}: {one_line(error)[:300]} (the export is in {directory}; upload it again with "
             f"hf upload {repo} {directory})"

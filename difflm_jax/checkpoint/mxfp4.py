@@ -1,7 +1,7 @@
-"""Experts in MXFP4 as gpt-oss's checkpoints hold them (OCP Microscaling Formats 1.0, section 5.2).
+"""Reads experts in MXFP4 from gpt-oss checkpoints (OCP Microscaling Formats 1.0, section 5.2).
 
-Side by side lie `NAME_blocks` uint8 [X, out, in / 32, 16] and `NAME_scales` uint8 [X, out, in / 32]. A byte has two
-values of 4 bits (e2m1), the lower half first; the scale of 32 values is 2^(byte - 127).
+A tensor is stored as `NAME_blocks` uint8 [X, out, in / 32, 16] and `NAME_scales` uint8 [X, out, in / 32]. A byte has
+two values of 4 bits (e2m1), the lower half first. The scale of 32 values is 2^(byte - 127).
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ _BIAS = 127
 
 
 def is_mxfp4(quantization_config: Any) -> bool:
-    """Whether a `quantization_config` says that experts are in MXFP4."""
+    """Whether a `quantization_config` declares MXFP4."""
     return isinstance(quantization_config, Mapping) and quantization_config.get("quant_method") == "mxfp4"
 
 
 class Mxfp4:
-    """A tensor [X, in, out], of which `[x]` decodes one expert, to bfloat16: it holds these values exactly."""
+    """A tensor [X, in, out]. `[x]` decodes one expert to bfloat16, which represents all MXFP4 values exactly."""
 
     def __init__(self, blocks: np.ndarray, scales: np.ndarray):
         self._blocks, self._scales = blocks, scales
@@ -39,7 +39,7 @@ class Mxfp4:
 
 
 def open_mxfp4(directory: Path) -> TensorFiles:
-    """The tensors of a model directory; those in MXFP4 as if they were [X, in, out], to be read as `Mxfp4`."""
+    """Opens the tensors of a model directory. Those in MXFP4 have the shape [X, in, out] and are read as `Mxfp4`."""
     files = open_shards(directory, dtypes=(*FLOAT_DTYPES, "U8"))
     shapes, packed = dict(files.shapes), set()
     for name, blocks in files.shapes.items():

@@ -1,10 +1,10 @@
-"""Third-party spellings of tensor names (diffusion checkpoints, PEFT), and access to leaves of a tree by path."""
+"""Third-party tensor names (diffusion checkpoints, PEFT), and access to leaves of a tree by path."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# Buffers and copies that old checkpoints carry beside the weights; they hold nothing that `config.json` does not say.
+# Buffers that old checkpoints contain next to the weights. Their values follow from `config.json`.
 REDUNDANT_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
@@ -13,7 +13,7 @@ _LAYER_MODULES = (
     "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
 
-# Names in third-party checkpoints: pattern -> Hugging Face's name for the same.
+# Names in third-party checkpoints: pattern -> Hugging Face's name.
 FOREIGN = {
     "llada2": {
         "model.word_embeddings.weight": "model.embed_tokens.weight",
@@ -60,7 +60,7 @@ FOREIGN = {
 
 
 def from_foreign(names: str, tensor: str) -> str:
-    """Hugging Face's name of a tensor in a table of `FOREIGN`; one that is not in it keeps its own."""
+    """Returns Hugging Face's name of a tensor, from the table `FOREIGN[names]`; an unknown name is unchanged."""
     layer = re.search(r"\.(\d+)\.", tensor)
     pattern = tensor.replace(layer[0], ".{layer}.", 1) if layer else tensor
     found = FOREIGN[names].get(pattern)
@@ -68,7 +68,7 @@ def from_foreign(names: str, tensor: str) -> str:
 
 
 def peft_mask_row(decoder: str = "model") -> str:
-    """The PEFT key of the trained mask row [1, D]; `decoder` is the path of the decoder in transformers' model."""
+    """Returns the PEFT key of the trained mask row [1, D]. `decoder`: path of the decoder in transformers' model."""
     return f"base_model.model.{decoder}.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
@@ -76,14 +76,14 @@ PEFT_MASK_ROW = peft_mask_row()
 
 
 def get_path(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The leaf of a nested dictionary at `path`."""
+    """Returns the leaf of a nested dictionary at `path`."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def set_path(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
-    """Puts `leaf` at `path` of a nested dictionary, making the dictionaries on the way."""
+    """Sets `leaf` at `path` of a nested dictionary and creates missing dictionaries."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf

@@ -1,7 +1,7 @@
-"""LoRA adapters as directories that the `peft` library reads and writes.
+"""Reads and writes LoRA adapters as directories of the `peft` library.
 
 Keys and layout are those of peft 0.21: `adapter_config.json`, `adapter_model.safetensors`, and the trained mask row as
-`trainable_token_indices`. Beside them lies `diffusion_config.json`: what the adapter was trained for.
+`trainable_token_indices`. `diffusion_config.json` next to them says what the adapter was trained for.
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ from difflm_jax.models.weights import PROJECTIONS
 from difflm_jax.utils.files import new_directory
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_NAMED_TEMPLATES = "additional_chat_templates"  # where transformers saves chat templates but the default
+_NAMED_TEMPLATES = "additional_chat_templates"  # where transformers saves all chat templates but the default
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter as read: the `lora` tree (float32, stacked over layers), and what its files say of it.
+    """An adapter as read: the `lora` tree (float32, stacked over layers), and what its files say about it.
 
-    `lora` has no `mask_row` if none was trained. `mask_token_id` and `diffusion_config` are None where no file tells.
-    Without `lora` the adapter changes the weights themselves, by the keys in `weight_changes` (`peft_merged`).
+    `lora` has no `mask_row` if none was trained. `mask_token_id` and `diffusion_config` are None if no file has them.
+    If `lora` is None, the adapter changes the weights themselves, with the keys in `weight_changes` (`peft_merged`).
     """
 
     lora: dict[str, Any] | None
@@ -75,10 +75,10 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: str = "",
 ) -> None:
-    """Writes `lora` (see `lora.init_lora`) for `base` as an adapter directory, all or nothing.
+    """Writes `lora` (see `models.lora.init_lora`) for `base` as an adapter directory, all or nothing.
 
-    An existing adapter directory is replaced; any other non-empty directory is a `UserError`. `notes` goes into the
-    model card.
+    An existing adapter directory is replaced. Raises `UserError` for any other non-empty directory. `notes` is added
+    to the model card.
     """
     tensors = {}
     modules = adapted_modules(base.config, lora_config)
@@ -93,7 +93,7 @@ def save_adapter(
     config = adapter_config(lora_config, base.name, base.revision, trained_tokens)
     ranks, alphas = patterns(base.config, lora_config)
     config |= {"rank_pattern": ranks, "alpha_pattern": alphas, **peft_targets(base.config, lora_config)}
-    if "target_parameters" in config:  # PEFT opens such an adapter without dropout alone
+    if "target_parameters" in config:  # PEFT opens such an adapter only without dropout
         config["lora_dropout"] = 0.0
     with new_directory(directory, may_replace=_is_adapter_directory) as fresh:
         write_file(fresh / WEIGHTS_FILE, tensors)
@@ -105,7 +105,7 @@ def save_adapter(
 
 
 def open_adapter(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], TensorFiles]:
-    """The checked `adapter_config.json` of a directory, and its tensors. Raises `UserError`."""
+    """Returns the validated `adapter_config.json` of a directory, and its tensors. Raises `UserError`."""
     if not (directory / CONFIG_FILE).is_file():
         inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
         known = f"name one of the adapters in it: {', '.join(inside)}" if inside else "name a PEFT adapter's directory"
@@ -124,10 +124,10 @@ def open_adapter(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], 
 
 
 def load_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
-    """Reads an adapter directory, ours or one that `peft` wrote, for a base of shape `config`.
+    """Reads an adapter directory, written by us or by `peft`, for a base of shape `config`.
 
-    Which projections are adapted is told by the tensors. Raises one `UserError` with all that cannot be represented
-    and all tensors that are unknown, missing or misshapen.
+    The tensors determine which projections are adapted. Raises a `UserError` that lists all unsupported options, or all
+    unknown, missing and misshapen tensors.
     """
     directory = Path(directory).expanduser()
     values, files = open_adapter(directory, config)
@@ -167,12 +167,12 @@ def _read_lora(
 def check_factors(
     files: TensorFiles, values: Mapping[str, Any], config: ModelConfig
 ) -> tuple[tuple[PeftModule, ...], dict[str, list[str]]]:
-    """The modules that the tensors adapt, and the faults of the tensors by kind."""
-    # A regular expression is not evaluated, nor a list from which others are taken away: there the tensors alone tell
-    # which modules are adapted, and in which layers.
+    """Returns the modules that the tensors adapt, and the faults of the tensors by kind."""
+    # Regular expressions and lists with exclusions are not evaluated: then only the tensors tell which modules are
+    # adapted, and in which layers.
     listed = values.get("target_modules")
     is_exact = isinstance(listed, list) and not (values.get("exclude_modules") or values.get("layers_to_transform"))
-    is_exact &= config.experts is None  # names of modules mean other things in a model with experts
+    is_exact &= config.experts is None  # with experts, names of modules have other meanings
     named = [str(name).split(".")[-1] for name in listed] if is_exact else []
     possible = {
         module: {
@@ -205,15 +205,15 @@ def check_factors(
 
 
 def is_adapted(files: TensorFiles, module: PeftModule, layer: int) -> bool:
-    """Whether the files have a factor of a module in a layer."""
+    """Whether the files have a factor of `module` in `layer`."""
     return any(module.key(factor, layer) in files.shapes for factor in FACTORS)
 
 
 def _read_tree(
     files: TensorFiles, modules: tuple[PeftModule, ...], values: Mapping[str, Any], config: ModelConfig
 ) -> tuple[dict[str, Any], LoraConfig]:
-    """The `lora` tree, and its config: the highest rank is that of all, and a layer that is not adapted has zeros."""
-    foreign = without_own_patterns(values, config)  # patterns that are not the way in which we write fused modules
+    """Reads the `lora` tree and its config. All get the highest rank; layers that are not adapted are zero."""
+    foreign = without_own_patterns(values, config)  # without the patterns that we write for fused modules
     found: dict[tuple[str, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
     scalings: dict[tuple[str, ...], list[float]] = {}
     for module in modules:
@@ -227,7 +227,7 @@ def _read_tree(
             for part, pair in from_peft(module, A, B, values["r"] if own else rank).items():
                 found.setdefault((stack, *part), []).append(pair)
                 scalings.setdefault((stack, *part), []).append(scaling_of(module, layer, values))
-        if len(module.parts) > 1:  # of a module that is adapted in parts, the others have neither A nor B
+        if len(module.parts) > 1:  # drop the parts of a module that are not adapted
             for path in [(stack, *part) for _, stack, _ in module.places for part in module.parts]:
                 if path in found and not any(A.any() for A, _ in found[path]):
                     del found[path]
@@ -253,7 +253,7 @@ def _read_tree(
 
 
 def _is_adapter_directory(path: Path) -> bool:
-    """Whether `path` holds an adapter and nothing else: the one folder in it may be that of named chat templates."""
+    """Whether `path` is an adapter directory. Its only folder may be that of named chat templates."""
     folders = [entry for entry in path.iterdir() if entry.is_dir()]
     templates = all(
         folder.name == _NAMED_TEMPLATES and all(file.is_file() and file.suffix == ".jinja" for file in folder.iterdir())

@@ -1,4 +1,4 @@
-"""The README of an adapter directory: what it is, and the lines that open it."""
+"""The README of an adapter directory: a description, and the code that loads it."""
 
 import json
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ PEFT loads the same weights; attention and decoding are then the caller's to pro
 
 
 def _peft_lines(base_model_name: str) -> str:
-    """What opens an adapter in peft: transformers must be told of a .gguf file, which `AutoPeftModel...` cannot."""
+    """Returns code that loads the adapter with peft. `AutoPeftModel...` cannot name a .gguf file, transformers can."""
     if not base_model_name.endswith(".gguf"):
         return (
             "from peft import AutoPeftModelForCausalLM\n"

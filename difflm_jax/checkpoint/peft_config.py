@@ -1,4 +1,4 @@
-"""`adapter_config.json` of PEFT: what is written, and what of somebody else's can be represented."""
+"""PEFT's `adapter_config.json`: writes ours, and checks which options of others are supported."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from difflm_jax.models.lora import LoraConfig
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
 
-# Keys of adapter_config.json that change the result in ways not represented here, unless they hold one of these.
+# Keys of adapter_config.json that change the result in unsupported ways, unless they have one of these values.
 _ONLY = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -21,20 +21,20 @@ _READ = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "trainable_token_indices", "rank_pattern",
     "alpha_pattern", "layers_to_transform", "target_parameters",
 }  # fmt: skip
-# peft's own way to make an ordinary checkpoint of an adapter that cannot be represented here.
+# How peft turns an unsupported adapter into an ordinary checkpoint.
 MERGE = "merge it with peft (merge_and_unload, save_pretrained), and load the result as the model"
 _NEUTRAL = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "exclude_modules", "layers_pattern", "megatron_core", "eva_config", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 
-# What changes the weights themselves (`peft_merged`).
+# Options that change the weights themselves (`peft_merged`).
 _WEIGHT_CHANGES = ("use_dora", "modules_to_save")
 _OF_WEIGHT_CHANGES = {*_WEIGHT_CHANGES, "ensure_weight_tying"}
 
 
 def weight_changes(values: Mapping[str, Any]) -> str:
-    """The keys of an `adapter_config.json` by which it changes the weights themselves; "" if it is LoRA alone."""
+    """Returns "key=value, ..." for the options that change the weights themselves; "" if the adapter is only LoRA."""
     return ", ".join(f"{key}={_short(values[key])}" for key in _WEIGHT_CHANGES if values.get(key))
 
 
@@ -66,13 +66,13 @@ def adapter_config(
 
 
 def config_problems(values: Mapping[str, Any], config: ModelConfig) -> list[str]:
-    """What an `adapter_config.json` asks for that is not represented here, key by key."""
+    """Returns a message for each unsupported or invalid option in an `adapter_config.json`."""
     problems = [
         f"{key}={_short(values[key])} is not supported"
         for key, allowed in _ONLY.items()
         if key in values and values[key] not in allowed
     ]
-    # An option that is off is off under any name, also one that a later peft brings.
+    # An unknown option of a later peft is accepted if it is off.
     known = {*_ONLY, *_READ, *_NEUTRAL, *(_OF_WEIGHT_CHANGES if weight_changes(values) else ())}
     problems += [
         f"{key}={_short(value)} is not supported" for key, value in values.items() if key not in known and value

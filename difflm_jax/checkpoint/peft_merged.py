@@ -1,7 +1,7 @@
 """Adapters that change the weights themselves: DoRA, and whole modules that PEFT saves next to LoRA.
 
-Such an adapter has no place in the `lora` tree. It is merged while the base is read, one tensor at a time, which gives
-what peft computes: W' = m (W + s B A) / |W + s B A|, with the norm of each output (row), for DoRA.
+Such an adapter does not fit the `lora` tree. It is merged while the base is read, one tensor at a time. The result is
+that of peft; for DoRA it is W' = m (W + s B A) / |W + s B A|, with the norm of each output (row).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.weights import table
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_COPIES = ("modules_to_save", "original_module")  # saved as well where a vocabulary has grown
+_COPIES = ("modules_to_save", "original_module")  # saved too if the vocabulary has grown
 _MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -41,10 +41,10 @@ class _Update:
 
 
 def merged_source(source: Source, directory: str | Path) -> Source:
-    """`source` with an adapter of `weight_changes` merged into the tensors that it reads (as float32).
+    """Returns `source` with an adapter of `weight_changes` merged into the tensors it reads (updated ones are float32).
 
-    A base whose embedding is its head gets a head of its own if one of the two is saved, as in peft. Raises
-    `UserError` for a base that is stored quantised, and for tensors that do not fit it.
+    If embedding and head are tied and one of them is saved, they are untied, as in peft. Raises `UserError` for a base
+    that is stored quantised, and for tensors that do not fit it.
     """
     directory = Path(directory).expanduser()
     values, files = open_adapter(directory, source.config)
@@ -71,7 +71,7 @@ def merged_source(source: Source, directory: str | Path) -> Source:
 
 
 def _saved_modules(files: TensorFiles, source: Source) -> dict[str, str]:
-    """{name of a base's tensor: key of the one that takes its place}."""
+    """Returns {name of a tensor of the base: key of the saved tensor that replaces it}."""
     prefix = f"base_model.model.{source.config.decoder}."
     names = {}
     for key in files.shapes:
@@ -87,7 +87,7 @@ def _only(files: TensorFiles, keys: set[str]) -> TensorFiles:
 
 
 def _updates(targets: tuple[PeftModule, ...], files: TensorFiles, config: ModelConfig) -> dict[str, _Update]:
-    """{name of a base's tensor: its update}."""
+    """Returns {name of a tensor of the base: its update}. Raises `ValueError` for routed experts."""
     rows = [row for row in table(config) if row.quantisable and not row.experts]
     names = {
         (layer, *row.path[1:-1]): name for row in rows for layer, name in zip(row.layers, row.hf_names, strict=True)
@@ -106,7 +106,7 @@ def _updates(targets: tuple[PeftModule, ...], files: TensorFiles, config: ModelC
 
 
 def _grown(saved: Mapping[str, str], files: TensorFiles, source: Source) -> int:
-    """The rows of embedding and head: those of the base, or of both as saved (for a tokenizer that has grown)."""
+    """Returns the rows of embedding and head: as saved if both are saved (a larger vocabulary), else the base's."""
     rows = {files.shapes[saved[name]][0] for name in (_EMBEDDING, _HEAD) if name in saved}
     return rows.pop() if len(rows) == 1 and {_EMBEDDING, _HEAD} <= saved.keys() else source.config.vocab_size
 
@@ -148,7 +148,7 @@ def _reader(
     def read(name: str) -> np.ndarray:
         if name in saved:
             return files.read(saved[name])
-        held = name if name in source.shapes else _EMBEDDING  # a head that the base shares with its embedding
+        held = name if name in source.shapes else _EMBEDDING  # the head of a tied base
         weight = np.asarray(source.read(held))
         if name == _EMBEDDING and token is not None:
             weight = weight.astype(np.float32)
@@ -168,7 +168,7 @@ def _updated(weight: np.ndarray, update: _Update, files: TensorFiles, values: Ma
 
 
 def _with_shapes(source: Source, saved: Mapping[str, str], rows: int, read: Callable[[str], np.ndarray]) -> Source:
-    """`source` with another way to read, and with the shape of the model that this gives."""
+    """Returns `source` with `read` as its reader, and the config and shapes that result from it."""
     untied = source.config.tie_word_embeddings and not saved.keys().isdisjoint((_EMBEDDING, _HEAD))
     tied = source.config.tie_word_embeddings and not untied
     changes = {"tie_word_embeddings": tied, "vocab_size": rows}

@@ -1,12 +1,12 @@
-"""The modules of Hugging Face's model that PEFT adapts, where they differ from our projections.
+"""The modules of Hugging Face's model that PEFT adapts, and how they map to our projections.
 
-Some families hold several of our projections in one tensor (Phi-3's `qkv_proj`, GLM's `gate_up_proj`). Ours have a
-low-rank update each, of rank r. PEFT has one for the module: the same update with n projections has rank n r, with A
-stacked and B block-diagonal, and `rank_pattern` and `alpha_pattern` say so. One that PEFT trained has rank r and an A
-that the projections share.
+Some families fuse several of our projections in one tensor (Phi-3's `qkv_proj`, GLM's `gate_up_proj`). We have a
+low-rank update of rank r for each projection; PEFT has one for the module. Our updates of n projections are one update
+of rank n r, with A stacked and B block-diagonal, which `rank_pattern` and `alpha_pattern` declare. An update that PEFT
+trained has rank r and an A that the projections share.
 
-Routed experts are such a module too, one for gate and up and one for down: parameters [X, out, in] that PEFT wraps one
-in another (`target_parameters`). It has A of all experts as [X r, in], and B as [out, r X] with the expert innermost.
+Routed experts are such modules too, one for gate and up and one for down. They are parameters [X, out, in], and PEFT
+wraps one in the other (`target_parameters`). A has shape [X r, in], and B [out, r X] with the expert innermost.
 """
 
 import dataclasses
@@ -25,10 +25,12 @@ FACTORS = ("lora_A", "lora_B")
 
 @dataclasses.dataclass(frozen=True)
 class PeftModule:
-    """`path` within a layer, our projections that it holds (their paths within a stack), and the outputs of each.
+    """A module of Hugging Face's model.
 
-    `places` are (layer, the stack that has it, its index there) of every layer that has the module. Of routed experts
-    there are `experts`, in the parameter `parameter`, whose gate and up may be `interleaved`.
+    path: within a layer. parts: paths within a stack of our projections in it. outputs: outputs of each part. places:
+    (layer, our stack that has it, index in that stack) for every layer with the module.
+    experts: number of routed experts, or 0. parameter: the name of their parameter, or "". interleaved: whether the
+    outputs of gate and up alternate.
     """
 
     path: str
@@ -43,16 +45,16 @@ class PeftModule:
 
     @property
     def name(self) -> str:
-        """As `target_modules` or, for routed experts, `target_parameters` spells it."""
+        """The name in `target_modules` or, for routed experts, in `target_parameters`."""
         return self.parameter or self.path.split(".")[-1]
 
     @property
     def pattern(self) -> str:
-        """As `rank_pattern` spells it."""
+        """The key in `rank_pattern` and `alpha_pattern`."""
         return rf".*\.{self.parameter}" if self.parameter else self.name
 
     def full_name(self, layer: int) -> str:
-        """What patterns are compared with."""
+        """Returns the name that patterns are matched against."""
         path = f"{self.path.removesuffix('.base_layer')}.{self.parameter}" if self.parameter else self.path
         return f"{self.prefix}.layers.{layer}.{path}"
 
@@ -61,7 +63,7 @@ class PeftModule:
         return tuple(layer for layer, _, _ in self.places)
 
     def key(self, factor: str, layer: int) -> str:
-        """The name of a factor's tensor in an adapter file."""
+        """Returns the name of a factor's tensor in an adapter file."""
         return f"base_model.model.{self.prefix}.layers.{layer}.{self.path}.{factor}.weight"
 
     def shape(self, factor: str, rank: int) -> tuple[int, int]:
@@ -70,7 +72,7 @@ class PeftModule:
 
 
 def peft_modules(config: ModelConfig) -> tuple[PeftModule, ...]:
-    """The modules of a model that can be adapted."""
+    """Returns the modules of a model that can be adapted."""
     found: dict[str, list[Row]] = {}
     for row in table(config):
         if row.quantisable:
@@ -99,17 +101,17 @@ def _module(config: ModelConfig, path: str, rows: list[Row]) -> PeftModule:
 
 
 def adapted_modules(config: ModelConfig, lora_config: LoraConfig) -> tuple[PeftModule, ...]:
-    """Those that hold a projection with an update."""
+    """Returns the modules with at least one adapted projection."""
     return tuple(
         module for module in peft_modules(config) if any(is_adapted(part, lora_config) for part in module.parts)
     )
 
 
 def peft_targets(config: ModelConfig, lora_config: LoraConfig) -> dict[str, list[str]]:
-    """`target_modules` and `target_parameters` of an adapter of ours.
+    """Returns `target_modules` and `target_parameters` for an adapter of ours.
 
-    PEFT 0.21.2 takes `gate_proj`, `up_proj` and `down_proj` among the modules of most models with experts for the
-    routed ones, whatever comes before these names. So those of dense layers and shared experts are named as parameters.
+    In most models with experts, PEFT 0.21.2 takes `gate_proj`, `up_proj` and `down_proj` in `target_modules` for the
+    routed ones, even after a prefix. So those of dense layers and shared experts are named as parameters.
     """
     modules, parameters = set(), set()
     for module in adapted_modules(config, lora_config):
@@ -124,7 +126,7 @@ def peft_targets(config: ModelConfig, lora_config: LoraConfig) -> dict[str, list
 
 
 def patterns(config: ModelConfig, lora_config: LoraConfig) -> tuple[dict[str, int], dict[str, float]]:
-    """(`rank_pattern`, `alpha_pattern`) of an adapter of ours: the scaling of a module is that of its projections."""
+    """Returns (`rank_pattern`, `alpha_pattern`) for an adapter of ours, which keep the scaling of its projections."""
     joined = [module for module in adapted_modules(config, lora_config) if len(module.parts) > 1]
     ranks = {module.pattern: len(module.parts) * lora_config.r for module in joined}
     power = 0.5 if lora_config.use_rslora else 1.0
@@ -133,7 +135,7 @@ def patterns(config: ModelConfig, lora_config: LoraConfig) -> tuple[dict[str, in
 
 
 def to_peft(module: PeftModule, lora: Mapping[str, Any], rank: int, place: tuple[str, int]) -> dict[str, np.ndarray]:
-    """The factors of a module, by name, from those of its projections at `place` (stack, index) of a `lora` tree."""
+    """Returns the factors of a module by name, from those of its projections at `place` (stack, index) in `lora`."""
     pairs = [_pair(module, lora, part, rank, place) for part in range(len(module.parts))]
     A = np.concatenate([A for A, _ in pairs], axis=-2)
     B = np.zeros((*A.shape[:-2], sum(module.outputs), A.shape[-2]), np.float32)
@@ -147,7 +149,7 @@ def to_peft(module: PeftModule, lora: Mapping[str, Any], rank: int, place: tuple
 def _pair(module: PeftModule, lora: Mapping[str, Any], part: int, rank: int, place: tuple[str, int]) -> list:
     stack, index = place
     factors = leaf_at(lora, (stack, *module.parts[part]))
-    if factors is None:  # another projection of the module is adapted, and this one is not
+    if factors is None:  # only other projections of the module are adapted
         return [np.zeros((rank, module.inputs), np.float32), np.zeros((module.outputs[part], rank), np.float32)]
     return [np.asarray(factors[factor][index], np.float32) for factor in FACTORS]
 
@@ -155,9 +157,10 @@ def _pair(module: PeftModule, lora: Mapping[str, Any], part: int, rank: int, pla
 def from_peft(
     module: PeftModule, A: np.ndarray, B: np.ndarray, rank: int
 ) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-    """(A, B) of each projection of a module, of rank `rank`. Raises `ValueError` if their update has another rank.
+    """Returns (A, B) of each projection of a module, with an axis of experts first for routed experts.
 
-    Those of routed experts have an axis of experts first. One update of all projections is that of each, with their A.
+    If the update has rank `rank`, its A is shared by all projections. Otherwise it must consist of one block of rank
+    `rank` per projection. Raises `ValueError` if it does not; for routed experts A is then shared.
     """
     if module.experts:
         A = A.reshape(module.experts, -1, module.inputs)
@@ -178,7 +181,7 @@ def from_peft(
 
 
 def without_own_patterns(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """`adapter_config.json` less the patterns that `patterns` writes; any other is left in place."""
+    """Returns `adapter_config.json` without the patterns that `patterns` writes; other patterns are kept."""
     left = {key: dict(values.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
     rank, alpha, power = values.get("r"), values.get("lora_alpha"), 0.5 if values.get("use_rslora") else 1.0
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
@@ -196,7 +199,7 @@ def without_own_patterns(values: Mapping[str, Any], config: ModelConfig) -> dict
 
 
 def _rows(module: PeftModule) -> list[slice]:
-    """The outputs of each projection among those of the module."""
+    """Returns the slice of each projection in the outputs of the module."""
     if module.interleaved and len(module.parts) > 1:
         return [slice(index, None, len(module.parts)) for index in range(len(module.parts))]
     ends = np.cumsum(module.outputs)

@@ -1,7 +1,7 @@
-"""PEFT's `rank_pattern` and `alpha_pattern`: modules of an adapter with a rank or a scaling of their own.
+"""PEFT's `rank_pattern` and `alpha_pattern`: ranks and scalings of single modules.
 
-Here all projections share one rank and one scaling. A module of lower rank is filled up with zeros, and B is multiplied
-by what the scaling differs by: the update is the same.
+Here all projections share one rank and one scaling. A module of lower rank is padded with zeros, and B is multiplied by
+the ratio of the scalings, so the update is the same.
 """
 
 import math
@@ -14,11 +14,11 @@ import regex
 from difflm_jax.checkpoint.peft_modules import PeftModule
 from difflm_jax.models.lora import LoraConfig
 
-_SECONDS = 1.0  # a pattern is somebody else's regular expression, and may take forever
+_SECONDS = 1.0  # longest match of a third-party regular expression, which may take forever
 
 
 def pattern_problems(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the patterns of an `adapter_config.json`."""
+    """Returns a message for each fault in the patterns of an `adapter_config.json`."""
     problems = []
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(key) or {}
@@ -36,19 +36,19 @@ def pattern_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def rank_of(module: PeftModule, layer: int, values: Mapping[str, Any]) -> int:
-    """The rank of a module's factors. Raises `ValueError` for a pattern that cannot be matched in time."""
+    """Returns the rank of a module's factors. Raises `ValueError` for a pattern that takes too long to match."""
     return _of_pattern(values, "rank_pattern", module, layer, values["r"])
 
 
 def scaling_of(module: PeftModule, layer: int, values: Mapping[str, Any]) -> float:
-    """What a module's update is multiplied by."""
+    """Returns the factor of a module's update. Raises `ValueError` as `rank_of` does."""
     alpha = _of_pattern(values, "alpha_pattern", module, layer, values["lora_alpha"])
     rank = rank_of(module, layer, values)
     return LoraConfig(r=rank, lora_alpha=alpha, use_rslora=bool(values.get("use_rslora"))).scaling
 
 
 def widened(pair: tuple[np.ndarray, np.ndarray], rank: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """(A, B) of rank `rank` with `factor` times the update."""
+    """Pads (A, B) with zeros to rank `rank` and multiplies the update by `factor`."""
     A, B = pair
     missing, whole = rank - A.shape[-2], [(0, 0)] * (A.ndim - 2)
     B = B if math.isclose(factor, 1.0, rel_tol=1e-12) else B * np.float32(factor)
@@ -56,7 +56,7 @@ def widened(pair: tuple[np.ndarray, np.ndarray], rank: int, factor: float) -> tu
 
 
 def _of_pattern(values: Mapping[str, Any], key: str, module: PeftModule, layer: int, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT looks for it."""
+    """Returns the value of the first pattern that matches the end of a module's name, as in PEFT, or `default`."""
     name = module.full_name(layer)
     for pattern, value in (values.get(key) or {}).items():
         try:

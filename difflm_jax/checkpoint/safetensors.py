@@ -1,4 +1,4 @@
-"""Safetensors files: those of a Hugging Face directory (one, or several with an index), and single ones."""
+"""Reads and writes safetensors files: single ones, and those of a Hugging Face directory (one file, or an index)."""
 
 import dataclasses
 import json
@@ -20,17 +20,18 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "U8": np.uint8}
-_ALIGNMENT = 64  # bytes; what does not begin at a multiple of them jax copies
-_LISTED = 8  # names that one error spells out of each kind of fault
+_ALIGNMENT = 64  # bytes; jax copies arrays with another alignment
+_LISTED = 8  # names that an error lists per kind of fault
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
-    """What a checkpoint holds. `defects` says what is wrong with it whatever model it is meant for.
+    """The tensors of a checkpoint.
 
-    `read(name)` gives one tensor: an array, or a `QTensor` for one that `stored` names, which says how it is quantised.
-    `unindexed` are tensors that the index does not name: a model may leave them out.
+    shapes: name -> shape. read(name): returns one tensor, a `QTensor` if its name is in `stored`, else an array.
+    defects: faults of the files, for any model. stored: name -> how the tensor is quantised. unindexed: tensors that
+    the index does not list; a model may ignore them.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -41,10 +42,10 @@ class TensorFiles:
 
 
 def open_shards(directory: Path, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> TensorFiles:
-    """Opens the safetensors of a model directory; data is read by `read(name)` alone, one tensor at a time.
+    """Opens the safetensors of a model directory. Data are only read by `read(name)`, one tensor at a time.
 
-    `dtypes` are those that a tensor may have. `model.safetensors` comes before an index, as in transformers. Raises
-    `UserError` for a file that cannot be read, a shard that is missing, and an index that points out of the directory.
+    dtypes: the allowed dtypes. `model.safetensors` has priority over an index, as in transformers. Raises `UserError`
+    for an unreadable file, a missing shard, and an index that points out of the directory.
     """
     if (directory / SINGLE_FILE).is_file():
         return open_files([directory / SINGLE_FILE], dtypes=dtypes)
@@ -62,7 +63,7 @@ def open_shards(directory: Path, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> Tens
 
 
 def open_files(paths: list[Path], dtypes: tuple[str, ...] = FLOAT_DTYPES) -> TensorFiles:
-    """Opens safetensors files. Tensors in two files, and tensors of another type than `dtypes`, are `defects`."""
+    """Opens safetensors files. Tensors in two files, and tensors whose dtype is not in `dtypes`, become `defects`."""
     shapes: dict[str, tuple[int, ...]] = {}
     home: dict[str, Path] = {}
     defects: list[str] = []
@@ -80,9 +81,9 @@ def open_files(paths: list[Path], dtypes: tuple[str, ...] = FLOAT_DTYPES) -> Ten
 
 
 def _differences(directory: Path, files: TensorFiles, weight_map: Mapping[str, str]) -> frozenset[str]:
-    """The tensors that an index does not name; says in which ways it is not exact.
+    """Returns the tensors that the index does not list, and prints a note if the index is not exact.
 
-    As in transformers an index tells which files there are, and the files tell which tensors.
+    As in transformers, the index determines the files, and the files determine the tensors.
     """
     unindexed = frozenset(files.shapes) - weight_map.keys()
     ways = {
@@ -98,9 +99,9 @@ def _differences(directory: Path, files: TensorFiles, weight_map: Mapping[str, s
 
 
 class _Reader:
-    """Reads tensors by name, each from its file straight into memory that jax takes as it is.
+    """Reads tensors by name, from their file directly into aligned memory that jax uses without a copy.
 
-    The library maps a file and copies what it holds twice; its header is read by the library too, which checks it.
+    The safetensors library would map the file and copy the data twice. It is only used to validate the header.
     """
 
     def __init__(self, home: Mapping[str, Path]):
@@ -127,7 +128,7 @@ class _Reader:
 
 
 def _header(file: BinaryIO) -> tuple[int, dict]:
-    """(where the data begin, {tensor: its dtype, shape and place in the data})."""
+    """Returns (offset of the data in the file, {tensor: its dtype, shape and offsets in the data})."""
     length = int.from_bytes(file.read(8), "little")
     return 8 + length, json.loads(file.read(length))
 
@@ -140,7 +141,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _fill(memory: memoryview, file: BinaryIO) -> None:
-    """Reads on until `memory` is full: one call gives 2 GB at most."""
+    """Reads until `memory` is full, because one call reads at most 2 GB. Raises `OSError` at the end of the file."""
     while len(memory):
         count = file.readinto(memory)
         if not count:
@@ -158,16 +159,16 @@ def _open_file(path: Path) -> safe_open:
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one safetensors file as transformers and peft do. Raises `OSError` when the disk refuses."""
+    """Writes one safetensors file as transformers and peft do. Raises `OSError` if it cannot be written."""
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"} if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise OSError(one_line(error)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library leaves the file readable by its owner alone
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it readable only by its owner
 
 
 def describe_faults(faults: Mapping[str, Iterable[str]]) -> str:
-    """One line for all faults by kind, or "" if there are none: "2 missing (a, b); 1 unknown (c)"."""
+    """Lists all faults by kind in one line, as in "2 missing (a, b); 1 unknown (c)"; "" if there are none."""
     parts = []
     for kind, names in faults.items():
         names = list(names)
@@ -178,7 +179,7 @@ def describe_faults(faults: Mapping[str, Iterable[str]]) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; raises `UserError` if it cannot be read or is not an object."""
+    """Reads the object in a JSON file. Raises `UserError` if it cannot be read or is not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -189,7 +190,7 @@ def read_json(path: Path) -> dict:
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """`weight_map` of an index and the tensors that it names twice."""
+    """Returns the `weight_map` of an index, and a message for each key that occurs twice. Raises `UserError`."""
     twice: list[str] = []
 
     def object_of(pairs: list[tuple[str, object]]) -> dict:

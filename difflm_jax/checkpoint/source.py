@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face directory, a .gguf file or a hub id, behind one face."""
+"""Opens models: a Hugging Face directory, a .gguf file or a hub id, all as a `Source`."""
 
 import dataclasses
 import hashlib
@@ -35,12 +35,15 @@ _UNWANTED = ("*/*", "consolidated*.safetensors")  # copies of the weights in oth
 class Source:
     """A model that has been found and whose tensors are listed, but not read.
 
-    `path` is the local directory or file (a hub id's snapshot); `hf_config` is `config.json` as it stands, or the same
-    in Hugging Face's spelling made from GGUF metadata; `shapes` maps Hugging Face tensor names to shapes; `read(name)`
-    gives one tensor, [out, in], in its stored dtype (float32 for quantised GGUF types), or a `QTensor` where `stored`
-    says that the checkpoint holds it so; `defects` are faults of the files that `load_params` reports with its own;
-    `diffusion` is what a third-party diffusion checkpoint was trained for (`checkpoint.foreign`); `generation_config`
-    is the file of that name; `unindexed` are tensors that the model may lack.
+    path: the local directory or file (for a hub id, its snapshot).
+    hf_config: `config.json` in the keys of one of our families; for a .gguf file, made from its metadata.
+    shapes: Hugging Face tensor names -> shapes.
+    read(name): returns one tensor, [out, in], in its stored dtype (float32 for quantised GGUF types), or a `QTensor` if
+      its name is in `stored`.
+    defects: faults of the files, which `load_params` reports with its own.
+    diffusion: what a third-party diffusion checkpoint was trained for (`checkpoint.foreign`).
+    generation_config: contents of the file of that name.
+    unindexed: tensors that the index does not list; the model may ignore them.
     """
 
     name: str
@@ -59,22 +62,22 @@ class Source:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """The tokens that end an answer, by config.json and generation_config.json."""
+        """The ids of the tokens that end an answer, from config.json and generation_config.json."""
         named = (config.get("eos_token_id") for config in (self.hf_config, self.generation_config))
         ids = [each for ids in named for each in (ids if isinstance(ids, list) else [ids])]
         return {each for each in ids if type(each) is int and 0 <= each < self.config.vocab_size}
 
     def fingerprint(self) -> str:
-        """A hash of the names, sizes and times of the files of weights: another one means that they have changed."""
+        """Returns a hash of the names, sizes and times of the files of weights. It changes if they change."""
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def open_source(source: str, revision: str | None = None) -> Source:
-    """Finds the model that `source` names, fetching it if it is a hub id, and reads its config and list of tensors.
+    """Finds the model that `source` names and reads its config and list of tensors. A hub id is downloaded.
 
-    Raises `UserError` for what is not there, cannot be read, or is a model that cannot be represented.
+    Raises `UserError` for a model that is missing, cannot be read, or is not supported.
     """
     if not source.strip():
         raise UserError("model: is empty; give a directory, a .gguf file or a hub id")
@@ -94,9 +97,9 @@ def open_source(source: str, revision: str | None = None) -> Source:
 
 
 def read_model_config(source: str, revision: str | None = None) -> ModelConfig:
-    """The shape of the model that `source` names, or of the `config.json` that it is; no tensors are looked for.
+    """Returns the shape of the model that `source` names, without its tensors. `source` may be a `config.json` itself.
 
-    Of a hub id that file alone is fetched. Raises `UserError` as `open_source` does.
+    For a hub id, only that file is downloaded. Raises `UserError` as `open_source` does.
     """
     path = _expanded(source)
     if path.suffix == ".gguf":
@@ -124,7 +127,7 @@ def _open_directory(name: str, revision: str | None, directory: Path) -> Source:
         raise UserError(
             f"{directory}: is a training run: --run={directory}, or its model with {directory}/sft_model on it"
         )
-    quantization_config = hf_config.pop("quantization_config", None)  # from here on the tensors tell
+    quantization_config = hf_config.pop("quantization_config", None)  # from here on, the tensors say what is quantised
     if is_mxfp4(quantization_config):
         files = open_mxfp4(directory)
     else:
@@ -191,7 +194,7 @@ def _open(
 
 
 def _named(name: str, read: Callable[[], Any]) -> Any:
-    """What `read` gives; the messages of its errors begin with `name`."""
+    """Returns `read()`, with `name` put before the message of a `UserError`."""
     try:
         return read()
     except UserError as error:
@@ -199,7 +202,7 @@ def _named(name: str, read: Callable[[], Any]) -> Any:
 
 
 def _renamed(files: TensorFiles, names: str) -> TensorFiles:
-    """`files` with their tensors under Hugging Face's names."""
+    """Returns `files` with Hugging Face's names, from the table `names` of `checkpoint.names`; "": unchanged."""
     if not names:
         return files
     theirs = {from_foreign(names, name): name for name in files.shapes}
@@ -214,12 +217,12 @@ def _renamed(files: TensorFiles, names: str) -> TensorFiles:
 def _expanded(source: str) -> Path:
     try:
         return Path(source).expanduser()
-    except RuntimeError as error:  # ~name of nobody
+    except RuntimeError as error:  # ~name of an unknown user
         raise UserError(f"{source}: no such directory or file") from error
 
 
 def _where_looked(path: Path) -> str:
-    """What to do about a relative path, which may be right in another directory."""
+    """Returns a hint for a relative path, which may be right in another directory; "" for an absolute one."""
     return "" if path.is_absolute() else f" in {Path.cwd()}; name the model with --model (in training --config.model)"
 
 
@@ -228,7 +231,7 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _download(repo_id: str, revision: str | None, wanted: Sequence[str] = _WANTED) -> Path:
-    """The local snapshot of a hub model, fetched or already in the cache."""
+    """Returns the local snapshot of a hub model, downloaded or from the cache. Raises `UserError`."""
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except (HTTPError, HFValidationError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The text model inside a checkpoint that reads images too: its config and tensors, as if it stood alone."""
+"""The text model in a checkpoint that also reads images: its config and tensors as those of a text model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from difflm_jax.checkpoint.safetensors import TensorFiles
 from difflm_jax.models.families import FAMILIES
 
 _COMPOSITES = ("gemma3", "mistral3")
-DECODER = "model.language_model"  # where transformers 5 has the text model inside the whole
+DECODER = "model.language_model"  # path of the text model in transformers 5
 _RENAMED = {
     "language_model.model.": "model.",
     "model.language_model.": "model.",
@@ -18,7 +18,7 @@ _IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mo
 
 
 def text_config(hf_config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config of the text part of `hf_config`; None for a model of text alone, or of a kind that is not known."""
+    """Returns the config of the text part of `hf_config`; None for a model of text only, or of an unknown type."""
     inner = hf_config.get("text_config")
     if hf_config.get("model_type") not in _COMPOSITES or not isinstance(inner, dict):
         return None
@@ -29,7 +29,7 @@ def text_config(hf_config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def text_tensors(files: TensorFiles) -> TensorFiles:
-    """`files` without the tensors that concern images, the others under the names that they have alone."""
+    """Returns `files` without the tensors for images; the others have the names of a text model."""
     theirs = {_alone(name): name for name in files.shapes if not name.startswith(_IMAGES)}
     return dataclasses.replace(
         files,

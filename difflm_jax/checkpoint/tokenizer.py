@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory, a checkpoint's or an adapter's. What tokenizer.json says is the truth."""
+"""Loads the tokenizer of a checkpoint or an adapter directory. tokenizer.json has the last word."""
 
 import importlib
 import logging
@@ -13,7 +13,7 @@ from difflm_jax.errors import UserError, one_line
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-# Splits differently under every splitting rule that is in use: indented numbers, contractions, case, spaces, scripts.
+# A text that all splitting rules in use split differently: indented numbers, contractions, case, spaces, scripts.
 _PROBE = (
     "1. a\n  2. b\n\n\t10) It's 12345,  WE'LL don't\r\n   x=f(y)**2;  ... ünïcode naïve 中文字 かな 한국어 привет ½² ﬁ "
     "e\u0301 🙂👩‍👩‍👧 camelCaseAND_snake  \n \n"
@@ -21,12 +21,12 @@ _PROBE = (
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether there is a tokenizer in `directory`."""
+    """Whether `directory` has a tokenizer."""
     return any((directory / name).is_file() for name in _FILES)
 
 
 def chat_template(directory: Path) -> str | None:
-    """The chat template that stands in `directory` without a tokenizer."""
+    """Returns the chat template in `directory` without loading a tokenizer; None if there is none."""
     file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -35,17 +35,17 @@ def chat_template(directory: Path) -> str | None:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`, with its chat template. Raises `UserError` if it cannot be loaded.
+    """Loads the tokenizer in `directory`, with its chat template. Raises `UserError` if it cannot be loaded.
 
-    Where transformers' class for it ignores how tokenizer.json splits text, the file is used, and that is said.
+    If transformers' class for it ignores how tokenizer.json splits text, the file is used and a note is printed.
     """
     configs = logging.getLogger("transformers.configuration_utils")
     level = configs.level
-    configs.setLevel(logging.ERROR)  # it warns of a config.json whose model transformers does not have
+    configs.setLevel(logging.ERROR)  # it warns if transformers does not know the model in config.json
     try:
         tokenizer = _as_transformers_does(directory)
         return _as_its_file_says(directory, tokenizer)
-    except Exception as error:  # the libraries beneath raise anything, bare `Exception` included, for a bad file
+    except Exception as error:  # for a bad file, the libraries raise anything, even bare `Exception`
         if missing := _missing_packages(directory):
             raise UserError(
                 f"{directory}: its tokenizer is a SentencePiece file (tokenizer.model): pip install {missing}, or save "
@@ -57,7 +57,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _missing_packages(directory: Path) -> str:
-    """What transformers lacks to read the SentencePiece file in `directory`."""
+    """Returns the packages that transformers lacks to read the SentencePiece file in `directory`; "" if none."""
     if (directory / "tokenizer.json").is_file() or not (directory / "tokenizer.model").is_file():
         return ""
     missing = []
@@ -70,12 +70,12 @@ def _missing_packages(directory: Path) -> str:
 
 
 def _as_transformers_does(directory: Path) -> PreTrainedTokenizerBase:
-    # Not at the top: `AutoTokenizer` takes two seconds where PyTorch is installed, and a .gguf file does not need it.
+    # Imported here: `AutoTokenizer` takes two seconds if PyTorch is installed, and a .gguf file does not need it.
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
     named = directory / "tokenizer_config.json"
     if named.is_file() and read_json(named).get("tokenizer_class") == "DreamTokenizer":
-        return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)  # which it is a copy of
+        return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)  # DreamTokenizer is a copy of it
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 
 
@@ -89,7 +89,7 @@ def _as_its_file_says(directory: Path, tokenizer: PreTrainedTokenizerBase) -> Pr
     expected = file.encode(_PROBE, add_special_tokens=False).ids
     if tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"] == expected:
         return tokenizer
-    # The special tokens that its class brings along stay, unless they would be new to the vocabulary.
+    # Keep the special tokens of the class, unless they are not in the vocabulary.
     special = {
         name: str(token) for name, token in tokenizer.special_tokens_map.items()
         if isinstance(token, str) and file.token_to_id(str(token)) is not None
