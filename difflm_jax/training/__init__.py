@@ -1,1 +1,1 @@
-"""Training: the mesh, the jitted step, the optimiser, the loop over phases, metrics and tracking."""
+"""Training: the jitted step, the optimiser, the loop over phases, checkpoints, metrics and tracking."""

@@ -1,4 +1,4 @@
-"""What is due after which step of a phase: metrics lines, and evaluations with their samples and checkpoints."""
+"""Decides after which steps of a phase a metrics line is due, or an evaluation with samples and a checkpoint."""
 
 import dataclasses
 import math
@@ -8,14 +8,15 @@ import numpy as np
 
 from difflm_jax.training.phase import PhaseData
 
-MOST_EVALUATION = 0.1  # share of the work of a phase that evaluations take unless `eval_interval` is set
+MOST_EVALUATION = 0.1  # largest share of a phase's work for evaluations, unless `eval_interval` is set
 
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-    """Steps count from 1 to `total`. Everything follows from sizes and config keys, so that a resumed run agrees.
+    """When lines and evaluations are due. Depends only on sizes and config keys, so a resumed run agrees.
 
-    evaluation_steps: the work of one evaluation with its samples, in training steps, as estimated from sizes.
+    Steps count from 1 to `total`.
+    evaluation_steps: the work of one evaluation with its samples, in training steps, estimated from sizes.
     """
 
     total: int
@@ -25,10 +26,10 @@ class Cadence:
 
     @classmethod
     def of(cls, data: PhaseData) -> "Cadence":
-        """The cadence that the config keys of a phase ask for.
+        """Returns the cadence that the config keys of a phase set.
 
-        `eval_interval` counts optimiser steps. At 0 there are `log_frequency_per_epoch` evaluations per epoch, but so
-        few that they are at most a tenth of the work.
+        `eval_interval` counts optimiser steps. If it is 0, there are `log_frequency_per_epoch` evaluations per epoch,
+        or fewer if they would exceed a tenth of the work.
         """
         config, total = data.config, data.steps
         work = evaluation_work(data) / training_work(data)
@@ -42,7 +43,7 @@ class Cadence:
         return step % self.evaluation_interval == 0 or step == self.total
 
     def evaluations_after(self, step: int) -> int:
-        """How many evaluations are still due after `step`."""
+        """Returns the number of evaluations that are still due after `step`."""
         every = self.evaluation_interval
         return self.total // every - step // every + (self.total % every > 0 and step < self.total)
 
@@ -52,7 +53,7 @@ class Cadence:
 
 
 def training_work(data: PhaseData) -> float:
-    """Work of one optimiser step, in tokens that pass the model forward once.
+    """Returns the work of one optimiser step, in tokens of one forward pass.
 
     The backward pass counts as two forward passes, and recomputation (`remat`) as one more.
     """
@@ -61,7 +62,7 @@ def training_work(data: PhaseData) -> float:
 
 
 def evaluation_work(data: PhaseData) -> float:
-    """Work of one evaluation and its samples, in tokens that pass the model forward once."""
+    """Returns the work of one evaluation and its samples, in tokens of one forward pass."""
     config, lengths = data.config, _lengths(data.test_rows)
     if not len(lengths):
         return 0.0

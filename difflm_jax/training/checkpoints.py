@@ -1,6 +1,6 @@
-"""Checkpoints of training state through orbax: asynchronous, atomic, the last ones and the best one kept.
+"""Checkpoints of training state with orbax: asynchronous and atomic. The latest and the best ones are kept.
 
-A failed save is announced and training continues. A damaged checkpoint is moved away and the one before it is used.
+A failed save is reported and training continues. A damaged checkpoint is renamed and the previous one is used.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from difflm_jax.utils.files import write_whole
 
 Tree = Any
 _LATE_FILE = "late_metrics.json"
-_METADATA_BYTES = 1 << 20  # what orbax writes besides the arrays is a few kilobytes
+_METADATA_BYTES = 1 << 20  # orbax writes a few kilobytes in addition to the arrays
 
 
 def shapes_of(state: Tree) -> Tree:
-    """`state` as `jax.ShapeDtypeStruct`s with shardings (by default the first device): a template for a restore."""
+    """Returns `state` as `jax.ShapeDtypeStruct`s with shardings (default: first device), the template of a restore."""
 
     def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
@@ -43,7 +43,7 @@ def shapes_of(state: Tree) -> Tree:
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint whose files are not those that were written."""
+    """A checkpoint whose files differ from those that were written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +58,15 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one phase, in `directory`/<step>.
 
-    The `keep` latest stay, and so does the best (lowest `eval_loss` in the metrics; of equals the latest). A directory
-    takes the name of its step only when it is complete, so that one whose writing was cut off is never found; and
-    checksums are stored with the arrays and the metrics, so that a damaged one is never taken for whole.
+    The `keep` latest and the best are kept. The best has the lowest `eval_loss` in its metrics; among equals it is the
+    latest. A directory is renamed to its step only when it is complete, so an interrupted save is never found.
+    Checksums of the arrays and the metrics reveal damage.
     """
 
     def __init__(self, directory: str | Path, keep: int):
         self._directory = Path(directory).absolute()
         self._keep = keep
-        self._writing: int | None = None  # the step that is on its way to the disk
+        self._writing: int | None = None  # the step that is being written
         self._late = _read_late(self._directory / _LATE_FILE)  # metrics by step
         _silence_orbax()
         if is_writer():
@@ -83,17 +83,17 @@ class Checkpoints:
                     best_fn=_eval_loss,  # without one orbax stores no metrics
                     best_mode="min",
                     cleanup_tmp_directories=True,
-                    # Directories made in the background that fail leave threads waiting for them, and the process
-                    # alive for minutes.
+                    # If directories created in the background fail, threads wait for them and keep the process alive
+                    # for minutes.
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=Barriers()),
                 ),
             )
 
     def save(self, step: int, state: Tree, metrics: Mapping[str, Any] | None = None) -> None:
-        """Begins to write `state` (a pytree of arrays) and `metrics` (what JSON can hold) as checkpoint `step`.
+        """Begins to write `state` (a pytree of arrays) and `metrics` (JSON values) as checkpoint `step`.
 
-        Returns once the arrays are copied, so that they may be donated. A save that fails, now or later, is announced
-        by the next call. What it left behind is removed, and older checkpoints stay.
+        Returns once the arrays are copied, so they may be donated. A save that fails is reported, at once or by the
+        next call. Its files are removed, and older checkpoints are kept.
         """
         self.settle()
         metrics, leaves = dict(metrics or {}), leaves_of(state)
@@ -104,10 +104,10 @@ class Checkpoints:
             "metrics_checksum": json_checksum(metrics),
         }
         self._writing = step
-        if self._late.pop(step, None):  # of a damaged checkpoint that is written again
+        if self._late.pop(step, None):  # from a damaged checkpoint of this step
             self._write_late()
         if jax.process_count() > 1 and not agreed(self._has_room(step, state)):
-            # In the middle of a save the others would wait for the one that cannot go on.
+            # During a save, the other processes would wait for the one that cannot continue.
             self._announce_failure("the disk of one of the processes has no room for its part")
             return
         try:
@@ -122,7 +122,7 @@ class Checkpoints:
             self._announce_failure(_reason(error))
 
     def _has_room(self, step: int, state: Tree) -> bool:
-        """Whether this process's part of `state` fits on its disk, which is asked to set the room aside."""
+        """Whether this process's part of `state` fits on its disk, tested with `posix_fallocate`."""
         shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + _METADATA_BYTES
         probe = self._directory / f"room-for-{step}-{jax.process_index()}"
@@ -137,9 +137,9 @@ class Checkpoints:
         return True
 
     def settle(self) -> None:
-        """Waits until the save under way is on disk, or has failed and is announced.
+        """Waits until the current save is on disk, or has failed and is reported.
 
-        All processes call it. A save that fails in one of them fails in all.
+        All processes must call this. A save that fails in one of them fails in all.
         """
         if self._writing is None:
             return
@@ -153,7 +153,7 @@ class Checkpoints:
         self._writing = None
 
     def finish(self, step: int) -> None:
-        """Settles; raises `UserError` if there is no checkpoint of `step`, the last one of a phase."""
+        """Waits for the current save. Raises `UserError` if `step`, the last of a phase, has no checkpoint."""
         if step not in self.steps():
             raise UserError(
                 f"{self._directory}: the last checkpoint ({step}) could not be written; make room and give the same "
@@ -161,22 +161,22 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint, ascending."""
+        """Returns the steps that have a complete checkpoint, ascending."""
         self.settle()
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The last step that has a complete checkpoint."""
+        """Returns the last step that has a complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The kept step with the lowest `eval_loss`; None if no checkpoint has one."""
+        """Returns the kept step with the lowest `eval_loss`; None if no checkpoint has one."""
         return _best({step: self._metrics_or_none(step) for step in self.steps()})
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """The metrics that were saved with `step`, and those that `amend` added.
+        """Returns the metrics that were saved with `step`, and those that `amend` added.
 
-        Raises `DamagedCheckpointError` if they are not what was written.
+        Raises `DamagedCheckpointError` if they differ from what was written.
         """
         self.settle()
         try:
@@ -188,7 +188,7 @@ class Checkpoints:
         return metrics | self._late.get(step, {})
 
     def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Adds metrics to those of checkpoint `step`: an evaluation that was made after the save."""
+        """Adds metrics to those of checkpoint `step`, for an evaluation that ran after the save."""
         self._late[step] = dict(metrics)
         self._write_late()
 
@@ -198,18 +198,18 @@ class Checkpoints:
             write_whole(self._directory / _LATE_FILE, json.dumps(records) + "\n")
 
     def restore(self, step: int, abstract_state: Tree) -> Tree:
-        """The state of `step` in the structure and shardings of `abstract_state`; it may be donated.
+        """Returns the state of `step` in the structure and shardings of `abstract_state`. It may be donated.
 
-        The leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s of the shapes and dtypes that were saved;
-        without a sharding they go to the first device. Raises `DamagedCheckpointError` for one whose files are not
-        what was written, `UserError` for one of another shape; both name the directory.
+        The leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s with the saved shapes and dtypes. Leaves
+        without a sharding go to the first device. Raises `DamagedCheckpointError` if the files differ from what was
+        written, and `UserError` if the shapes differ; both name the directory.
         """
         self.settle()
         abstract_state = shapes_of(abstract_state)
         try:
             about = self._about(step)
             leaves, checksum = about["leaves"], about["checksum"]
-            # A damaged list must not be taken for that of another run. Checkpoints of before have no checksum of it.
+            # A damaged list must not be taken for that of another run. Older checkpoints have no checksum of it.
             if about.get("leaves_checksum", json_checksum(leaves)) != json_checksum(leaves):
                 raise ValueError("its list of arrays is not the one that was written")
         except Exception as error:
@@ -223,7 +223,7 @@ class Checkpoints:
             state = self._read(step, abstract_state)
         except Exception as error:  # orbax raises bare `Exception` for arrays that cannot be read
             raise self._damaged(step, one_line(error)) from error
-        # Restored arrays may lie in memory that XLA does not own and cannot reuse: copies can be donated.
+        # XLA may not own the memory of restored arrays, and could not reuse it. Copies can be donated.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
         state = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
         if int(jax.jit(checksum_of)(state)) != checksum:
@@ -231,21 +231,21 @@ class Checkpoints:
         return state
 
     def restore_latest(self, abstract_state: Tree) -> Restored | None:
-        """The latest checkpoint that is whole; None where there is none. Damaged ones are announced and put aside."""
+        """Restores the latest intact checkpoint; None if there is none. Damaged ones are reported and renamed."""
         return self._first_whole(self.latest, abstract_state)
 
     def restore_best(self, abstract_state: Tree) -> Restored | None:
-        """The best checkpoint that is whole, the latest where none has an `eval_loss`; see `restore_latest`."""
+        """Like `restore_latest`, for the best intact checkpoint, or the latest if none has an `eval_loss`."""
         return self._first_whole(lambda: self.best() or self.latest(), abstract_state)
 
     def close(self) -> None:
-        """Waits for the save under way, and ends the threads behind this object.
+        """Waits for the current save and ends the background threads.
 
-        A process that an error ends calls it alone. The end of a phase has settled before.
+        After an error, a process may call this alone. At the end of a phase, no save is pending.
         """
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:  # which must not hide the one that ends the process
+        except (OSError, ValueError) as error:  # it must not hide the error that ends the process
             print(f"{self._directory}: checkpoint {self._writing} could not be written ({_reason(error)})", flush=True)
             with contextlib.suppress(OSError, ValueError):
                 self._manager.close()
@@ -260,7 +260,7 @@ class Checkpoints:
                 restored = Restored(step, self.restore(step, abstract_state), self.metrics(step))
             except DamagedCheckpointError as found:
                 error = found
-            if not agreed(error is None):  # what one process cannot read no process resumes from
+            if not agreed(error is None):  # all processes must be able to read it
                 self._put_aside(step, error or self._damaged(step, "another process cannot read it"))
                 continue
             return restored
@@ -273,7 +273,7 @@ class Checkpoints:
         print(f"{error}; it is kept as damaged-{step}, and {_of(self.latest())} is used instead", flush=True)
 
     def _rename(self, step: int) -> None:
-        """Gives a damaged checkpoint another name, so that its step can be written again."""
+        """Renames a damaged checkpoint, so that its step can be written again."""
         target = self._directory / f"damaged-{step}"
         if is_writer():
             shutil.rmtree(target, ignore_errors=True)
@@ -281,7 +281,7 @@ class Checkpoints:
                 (self._directory / str(step)).rename(target)
 
     def _rename_unreadable(self) -> None:
-        """Puts checkpoints aside whose JSON is torn or has unknown keys: orbax reads it of all before it opens any."""
+        """Renames checkpoints with truncated or unknown JSON, because orbax reads that of all before it opens any."""
         for path in self._directory.glob("[0-9]*/"):
             try:
                 for file in ("_CHECKPOINT_METADATA", "metrics/metrics"):
@@ -293,7 +293,7 @@ class Checkpoints:
                     print(f"{self._damaged(int(path.name), one_line(error))}; it is kept as damaged-{path.name}")
 
     def _announce_failure(self, reason: str) -> None:
-        """Says that a save failed, and removes what it has written so far."""
+        """Reports that a save failed, and removes what it has written so far."""
         step, self._writing = self._writing, None
         self._reopen()
         print(
@@ -303,7 +303,7 @@ class Checkpoints:
         )
 
     def _reopen(self) -> None:
-        """A manager that knows what is on the disk now: after a failure the old one believes in what it never wrote."""
+        """Opens a new manager. After a failure, the old one would list checkpoints that were never written."""
         with contextlib.suppress(OSError, ValueError):
             self._manager.close()
         self._manager = self._open()
@@ -318,11 +318,11 @@ class Checkpoints:
             return {}
 
     def _read(self, step: int, abstract_state: Tree) -> Tree:
-        """The state; raises whatever orbax and tensorstore may raise."""
-        # orbax reads arrays concurrently, and prints a traceback for every further one that fails: look first.
+        """Returns the state. Raises whatever orbax and tensorstore raise."""
+        # Check first: orbax reads arrays concurrently and prints a traceback for every further one that fails.
         store = tensorstore.KvStore.open(f"file://{self._directory}/{step}/default/|ocdbt:").result()
         for key in store.list().result():
-            if not store.read(key).result().value:  # of a file that is gone it says: empty
+            if not store.read(key).result().value:  # a missing file reads as empty
                 raise FileNotFoundError(f"{key.decode()} is missing")
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
 
@@ -340,7 +340,7 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the `keep` latest checkpoints and the best one. `late` are metrics by step that were added to a save."""
+    """Keeps the `keep` latest checkpoints and the best one. `late`: metrics by step that were added after a save."""
 
     keep: int
     late: Mapping[int, Mapping[str, Any]]
@@ -358,22 +358,22 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
 
 
 def _reason(error: BaseException) -> str:
-    """Why a save failed; "" if another process knows."""
+    """Returns why a save failed; "" if only another process knows."""
     while isinstance(error, BrokenBarrierError) and error.__context__ is not None:
-        error = error.__context__  # the barrier after what failed here
+        error = error.__context__  # the barrier broke after this error
     text = "" if isinstance(error, BrokenBarrierError) else one_line(error)
-    return text if len(text) <= 170 else f"{text[:60]} ... {text[-100:]}"  # the system's own words come last
+    return text if len(text) <= 170 else f"{text[:60]} ... {text[-100:]}"  # the system's own message is at the end
 
 
 def _read_late(path: Path) -> dict[int, dict[str, Any]]:
     try:
         return {int(step): dict(values) for step, values in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError):  # none was added; it is written whole or not at all
+    except (OSError, ValueError, AttributeError):  # nothing was added: the file is written atomically
         return {}
 
 
 def _best(metrics: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """The step of the lowest finite `eval_loss`, the latest of equals."""
+    """Returns the step with the lowest finite `eval_loss`, the latest among equals; None if there is none."""
     losses = {step: _eval_loss(of_step) for step, of_step in metrics.items()}
     candidates = [step for step, loss in losses.items() if math.isfinite(loss)]
     return min(candidates, key=lambda step: (losses[step], -step), default=None)
@@ -389,7 +389,7 @@ def _of(step: int | None) -> str:
 
 
 def _silence_orbax() -> None:
-    """Drops the log records of orbax: it tells of every step of every save, and its errors are raised besides."""
+    """Drops the log records of orbax: it logs every step of every save, and raises its errors anyway."""
     logger = logging.getLogger("absl")
     if _not_from_orbax not in logger.filters:
         logger.addFilter(_not_from_orbax)

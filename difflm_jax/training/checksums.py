@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, so that a damaged one is never taken for whole."""
+"""Checksums of checkpoints, so that a damaged checkpoint is always detected."""
 
 import json
 import zlib
@@ -12,21 +12,21 @@ Tree = Any
 
 
 def json_checksum(values: Mapping[str, Any]) -> int:
-    """CRC-32 of metrics or of a list of leaves as JSON, which is how orbax stores them."""
+    """Returns the CRC-32 of metrics or of a list of leaves as JSON, the format in which orbax stores them."""
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def leaves_of(tree: Tree) -> dict[str, str]:
-    """{path: dtype and shape} of all leaves."""
+    """Returns {path: dtype and shape} of all leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def checksum_of(tree: Tree) -> jax.Array:
-    """A uint32 over all bits of all leaves, computed where they lie; any one changed bit changes it.
+    """Returns a uint32 checksum of all bits of all leaves, computed without moving them.
 
-    Each leaf counts as the sum of its words, each times an odd number, modulo 2^32: an odd number has an inverse, so no
-    change of one word is lost, and integer sums do not depend on their order, that is on the sharding.
+    A leaf contributes the sum of its words, each times an odd number, modulo 2^32. An odd number has an inverse, so any
+    change of one word changes the checksum. Integer sums do not depend on their order, so not on the sharding either.
     """
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C become a request that the loop sees between steps, in every process at the same place."""
+"""Turns SIGTERM and Ctrl-C into a request that the loop reads between steps, at the same step in every process."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Whether somebody wants the run to end; one for all its phases."""
+    """Whether the run has been asked to end. One object serves all phases."""
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
@@ -18,10 +18,10 @@ class StopRequest:
         self._asked = 0
 
     def reached(self) -> str:
-        """The name of the signal after which nothing new may begin, or "". All processes ask at the same places.
+        """Returns the name of the signal after which nothing new may begin, or "". All processes must call this.
 
-        With several processes, jax's coordination service agrees on a call that all of them have yet to make,
-        whichever of them was signalled. Calls are counted over all phases.
+        With several processes, a signal to any of them takes effect at a later call, which jax's coordination service
+        chooses. Calls are counted over all phases.
         """
         self._asked += 1
         if jax.process_count() == 1:
@@ -32,25 +32,25 @@ class StopRequest:
 
     @property
     def received(self) -> str:
-        """The name of the signal that this process has received, or "" (with several: jax knows, see `reached`)."""
+        """The name of the signal that this process has received, or "". Always "" with several: see `reached`."""
         return self._received.name if self._received else ""
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """The signal handler."""
         if self._received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second time it is meant at once
+            raise KeyboardInterrupt  # the second Ctrl-C stops at once
         self._received = signal.Signals(number)
         print(f"{self._received.name}: saving, then stopping", flush=True)
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listens to SIGTERM and SIGINT within the block. With several processes SIGTERM belongs to jax's own listener."""
+    """Handles SIGTERM and SIGINT within the block. With several processes, only jax's own listener for SIGTERM does."""
     request = StopRequest()
     listened = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
     before = {}
     for number in listened:
-        with contextlib.suppress(ValueError):  # not the main thread: whoever runs it there sees to its signals
+        with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
             before[number] = signal.signal(number, request.receive)
     try:
         yield request

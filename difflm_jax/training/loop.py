@@ -1,4 +1,4 @@
-"""The loop of one phase: batches in, steps, evaluations and checkpoints at their times, metrics out."""
+"""The training loop of one phase: reads batches, runs steps, evaluates, saves checkpoints and writes metrics."""
 
 import contextlib
 import dataclasses
@@ -34,16 +34,16 @@ from difflm_jax.training.phase import PHASE_SCOPE, PhaseData
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 from difflm_jax.training.tracking import Tracker
 
-UNEVALUATED = {"evaluation_due": True}  # in the metrics of a checkpoint whose evaluation a signal prevented
+UNEVALUATED = {"evaluation_due": True}  # metrics of a checkpoint whose evaluation was prevented by a signal
 
-# Each phase draws its noise from its own stream of the run's seed; evaluation has one of its own.
+# Each phase draws its noise from its own stream of the run's seed, and evaluation from another.
 _PHASE_STREAM = {"pretrain": 0, "sft": 1}
 _EVALUATION_STREAM = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A phase as it is trained: its data, and the model with the collections that are not trained."""
+    """A phase to train: its data, the model, and the collections that are not trained."""
 
     data: PhaseData
     model: Transformer
@@ -54,14 +54,14 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Where a phase writes: everything in `directory`, which is the run's."""
+    """Where a phase writes. Everything is in the run's `directory`."""
 
     directory: Path
     checkpoints: Checkpoints
     log: MetricsLog
     samples: MetricsLog
     tracker: Tracker
-    on_evaluation: Callable[[dict[str, Any], int], None]  # (what is trained, step): logs sample generations
+    on_evaluation: Callable[[dict[str, Any], int], None]  # (trained collections, step): logs sample generations
 
 
 def run_phase(
@@ -71,7 +71,8 @@ def run_phase(
 
     Training starts from `resumed` if it is given, else from `initial`, which is donated. The best state has the lowest
     `eval_loss`; without a test split it is the last one. Raises `RunInterruptedError` after a signal, and `UserError`
-    after `max_nonfinite_steps` consecutive steps that were not finite. Both have a checkpoint written.
+    after `max_nonfinite_steps` consecutive non-finite steps, both after a checkpoint. Also raises `UserError` if
+    `resumed` is of a later step than the phase has, or if the last checkpoint could not be written.
     """
     data, total = phase.data, phase.data.steps
     options = step_options(data.name, data.config, phase.model, phase.diffusion, data.eos_id, total)
@@ -113,12 +114,12 @@ def run_phase(
             if stop.reached() and (step < total or record is None):
                 _stop_at_signal(phase, stop.reached(), step, out)
             meter.restart_clock()
-    release(state)  # it is on disk, and does not have to lie in memory next to the best one
+    release(state)  # it is on disk, so memory need not hold it and the best state
     return _best_state(data.name, total, shapes, out)
 
 
 def make_meter(phase: Phase, cadence: Cadence, out: Outputs, resumed: Restored | None) -> Meter:
-    """The meter of a phase, with what it had counted when `resumed` was saved."""
+    """Builds the meter of a phase, with its counts at the time `resumed` was saved."""
     config, everything = phase.data.config, phase.data.train_batches()
     measured = Measured(
         phase.data.name,
@@ -136,7 +137,7 @@ def _profile(data: PhaseData, out: Outputs) -> Profile:
 
 
 def _reader(phase: Phase, done: int) -> Callable[[], tuple[CleanBatch, float]]:
-    """Returns a function that gives the next batch after step `done`, on the mesh, and the seconds waited for it."""
+    """Returns a function that returns the next batch after step `done`, on the mesh, and the seconds waited for it."""
     config, sharding = phase.data.config, batch_sharding(phase.mesh)
     local_rows = rows_of_process(phase.mesh, config.batch_size)
     iterator = prefetch(phase.data.train_batches(local_rows), done, config.dataloader_num_workers)
@@ -151,16 +152,16 @@ def _reader(phase: Phase, done: int) -> Callable[[], tuple[CleanBatch, float]]:
 
 
 def release(state: TrainState) -> None:
-    """Frees the memory of a state, whoever refers to it."""
+    """Frees the memory of a state, even if something still refers to it."""
     jax.tree.map(lambda leaf: leaf.delete(), state)
 
 
 def _evaluate(
     evaluate: Evaluator | None, phase: Phase, state: TrainState, step: int, out: Outputs, stop: StopRequest
 ) -> dict[str, Any] | None:
-    """The `eval_*` fields of a metrics line, written and shown together with sample generations.
+    """Evaluates, generates samples, writes both and returns the `eval_*` fields of a metrics line.
 
-    None if a signal came before the samples: then nothing is written, and the resumed run evaluates.
+    Returns None if a signal came before the samples. Then nothing is written, and the resumed run evaluates.
     """
     record = evaluation_record(evaluate, phase, state.trained, stop.reached)
     if record is None or stop.reached():
@@ -175,7 +176,7 @@ def _evaluate(
 def _evaluate_late(
     evaluate: Evaluator | None, phase: Phase, resumed: Restored, out: Outputs, stop: StopRequest
 ) -> None:
-    """Makes the evaluation that a signal kept from being made when `resumed` was saved."""
+    """Runs the evaluation that a signal prevented when `resumed` was saved."""
     record = _evaluate(evaluate, phase, resumed.state, resumed.step, out, stop)
     if record is None:
         _stop_at_signal(phase, stop.reached(), resumed.step, out)
@@ -184,7 +185,7 @@ def _evaluate_late(
 
 
 def _save(step: int, state: TrainState, metrics: dict[str, Any], out: Outputs) -> None:
-    """A checkpoint implies that every line up to it is on disk: while lines wait for room, none is begun."""
+    """Saves a checkpoint if all lines up to it are on disk. While lines wait for room, no checkpoint is saved."""
     if agreed(out.log.flush() and out.samples.flush()):
         out.checkpoints.save(step, state, metrics)
 
@@ -198,7 +199,7 @@ def _best_state(name: str, total: int, shapes: TrainState, out: Outputs) -> Trai
 
 
 def _stop_at_nonfinite(phase: Phase, meter: Meter, out: Outputs) -> None:
-    """Ends the run after too many steps that were not finite. A checkpoint is written by now."""
+    """Ends the run after too many non-finite steps. A checkpoint has been written."""
     kept = _keep_batch(phase, meter.last_nonfinite, out.directory / "nonfinite")
     raise UserError(
         f"{phase.data.name}: {meter.gave_up} consecutive steps, up to step {meter.last_nonfinite}, had a loss or "
@@ -208,7 +209,7 @@ def _stop_at_nonfinite(phase: Phase, meter: Meter, out: Outputs) -> None:
 
 
 def _stop_at_signal(phase: Phase, signal: str, step: int, out: Outputs) -> None:
-    """Ends the run after a signal. A checkpoint is written by now."""
+    """Ends the run after a signal. A checkpoint has been written."""
     raise RunInterruptedError(
         f"stopped by {signal} after step {step} of {phase.data.steps} of {phase.data.name}; the same command resumes "
         f"from checkpoint {out.checkpoints.latest()}"
@@ -216,7 +217,7 @@ def _stop_at_signal(phase: Phase, signal: str, step: int, out: Outputs) -> None:
 
 
 def _keep_batch(phase: Phase, step: int, directory: Path) -> str:
-    """Writes the batch of a step that was not finite, and says where it is."""
+    """Writes the batch of a non-finite step; returns a clause that says where it is."""
     target = directory / f"{phase.data.name}-step{step}.npz"
     try:
         if is_writer():
@@ -228,14 +229,14 @@ def _keep_batch(phase: Phase, step: int, directory: Path) -> str:
 
 
 def phase_key(name: str, seed: int) -> jax.Array:
-    """The key of all noise of a phase; step `index` (from 0) folds its number in."""
+    """Returns the key of all noise of a phase. Step `index` (from 0) folds its number in."""
     return jax.random.fold_in(jax.random.key(seed), _PHASE_STREAM[name])
 
 
 def step_options(
     name: str, config: Any, model: Transformer, diffusion: DiffusionConfig, eos_id: int, steps: int
 ) -> StepOptions:
-    """The static part of the step of phase `name`, which has so many `steps`, from its config keys."""
+    """Builds the static options of a step of phase `name` from its config keys. `steps`: steps of the phase."""
     loss, extras = build(LossRule, config, eos_token_id=eos_id), build(Extras, config)
     corruption = build(Corruption, config, diffusion=diffusion, scope=PHASE_SCOPE[name], loss=loss, extras=extras)
     if config.objective == "draft":
@@ -244,7 +245,7 @@ def step_options(
 
 
 def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
-    """The evaluator of the test split; None if there is no test split."""
+    """Builds the evaluator of the test split; returns None if there is no test split."""
     config = phase.data.config
     if len(phase.data.test_rows) == 0:
         return None
@@ -256,7 +257,7 @@ def make_evaluator(phase: Phase, options: StepOptions) -> Evaluator | None:
 def evaluation_record(
     evaluate: Evaluator | None, phase: Phase, trained: dict[str, Any], stop: Callable[[], Any] = lambda: False
 ) -> dict[str, Any] | None:
-    """The `eval_*` fields of a metrics line: empty without a test split, None if `stop` said so in between."""
+    """Returns the `eval_*` fields of a metrics line: empty without a test split, None if `stop` interrupted it."""
     if evaluate is None:
         return {}
     sums = evaluate({**phase.frozen, **trained}, stop)
@@ -270,5 +271,5 @@ def evaluation_record(
 
 
 def initial_state(config: Any, trained: dict[str, Any], mesh: Mesh) -> TrainState:
-    """`trained` (not copied) with fresh moments, on the mesh."""
+    """Returns `trained` (not copied) with fresh optimiser moments, on the mesh."""
     return place(TrainState(trained, make_optimizer(config).init(trained)), mesh)

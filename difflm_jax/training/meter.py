@@ -1,4 +1,4 @@
-"""Adds up what steps report, and writes the lines of `metrics.jsonl`."""
+"""Accumulates the metrics of steps and writes the lines of `metrics.jsonl`."""
 
 import dataclasses
 import statistics
@@ -19,7 +19,7 @@ from difflm_jax.training.monitoring import StepResult, memory_peaks
 from difflm_jax.training.progress import Progress
 from difflm_jax.training.tracking import Tracker
 
-OUTLIER = 2.0  # a step that takes this many times the median of its line counts as slow
+OUTLIER = 2.0  # a step that takes longer than this times the median of its line counts as slow
 
 _FRESH = {
     "tokens": 0,
@@ -33,10 +33,10 @@ _FRESH = {
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What is measured: a phase, when its lines are due, and how to tell throughput and the rows of a step.
+    """What a meter measures.
 
-    `speed` counts FLOPs and makes the fields of a line; `rows_of(index)` names the rows of a step (from 0). After
-    `max_nonfinite` consecutive steps that were not finite the meter gives up.
+    cadence: when lines are due. speed: counts FLOPs and returns the throughput fields of a line. rows_of(index):
+    returns the rows of a step (from 0). max_nonfinite: consecutive non-finite steps after which the meter gives up.
     """
 
     phase: str
@@ -49,8 +49,8 @@ class Measured:
 class Meter:
     """A duty: the metrics of the steps since the last line, and of the whole phase.
 
-    It reads what a step returned one step late, so that the host never waits for the step that it has just started. A
-    step that was not finite does not count in the sums. It gets a line of its own that names its rows.
+    It reads the result of a step one step late, so the host never waits for the step that it has just started. A
+    non-finite step is not added to the sums. It gets its own line, which names its rows.
     """
 
     def __init__(self, measured: Measured, log: MetricsLog, tracker: Tracker, saved: Mapping[str, Any] | None = None):
@@ -59,7 +59,7 @@ class Meter:
         self.skipped_steps = saved["skipped_steps"]
         self.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
         self.last_nonfinite = saved["last_nonfinite"]  # the step
-        self.gave_up = 0  # consecutive steps that were not finite, once they are too many
+        self.gave_up = 0  # consecutive non-finite steps, once there are too many; else 0
         self._sums = _sums_from(saved["sums"])
         self._last = dict(saved["last"])
         self._measured, self._log, self._tracker = measured, log, tracker
@@ -71,11 +71,11 @@ class Meter:
         self._clock = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the lines after it to be the same as without a break."""
+        """Returns what a checkpoint must store so that later lines are the same as without an interruption."""
         return {
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
-            # Having given up ends this run, and not the one that resumes from its checkpoint.
+            # Giving up ends this run, but not the one that resumes from its checkpoint.
             "nonfinite_in_a_row": 0 if self.gave_up else self.nonfinite_in_a_row,
             "last_nonfinite": self.last_nonfinite,
             "sums": None if self._sums is None else _saved(self._sums),
@@ -83,19 +83,19 @@ class Meter:
         }
 
     def before(self, step: int) -> None:
-        """Nothing: see `Duty`."""
+        """Does nothing: see `Duty`."""
 
     def after(self, step: int, result: StepResult) -> None:
-        """Takes what `step` returned, and reads what the step before it returned."""
+        """Stores the result of `step` and reads that of the step before it."""
         self._read_pending()
         self._pending = (step, result)
 
     def settle(self) -> None:
-        """Reads what is left to read, waiting for it."""
+        """Waits for the pending result and reads it."""
         self._read_pending()
 
     def close(self) -> None:
-        """Nothing: see `Duty`."""
+        """Does nothing: see `Duty`."""
 
     def _read_pending(self) -> None:
         if self._pending is None:
@@ -132,7 +132,7 @@ class Meter:
         self._report_nonfinite(step, float(sums.loss), float(metrics["grad_norm"]))
 
     def write(self, step: int) -> None:
-        """Writes the line of the steps since the last one; does nothing if there were none that counted."""
+        """Writes the line of the steps since the last line; does nothing if none of them was finite."""
         if self._sums is None:
             return
         record = {
@@ -152,13 +152,13 @@ class Meter:
         self._tokens_timed = self._flops_timed = 0.0
 
     def restart_clock(self) -> None:
-        """Leaves out of the step times what followed the last step: an evaluation and a save."""
+        """Excludes the time since the last step (an evaluation and a save) from the step times."""
         now = time.perf_counter()
         self._progress.evaluated(now - self._clock)
         self._clock = now
 
     def _timing(self) -> dict[str, Any]:
-        """Throughput, and where the time went: the median step, steps far above it, and waiting for data."""
+        """Returns throughput, the median step time, the slow steps, and the share of time spent waiting for data."""
         seconds = max(sum(self._seconds), 1e-9)
         median = statistics.median(self._seconds) if self._seconds else None
         slow = [each for each in self._seconds if each > OUTLIER * median]
@@ -185,21 +185,22 @@ class Meter:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Tokens and useful FLOPs per second, of `model` on `num_devices` devices.
+    """Tokens and useful FLOPs per second of `model` on `num_devices` devices.
 
-    Useful are the matrix products that the objective requires, each once. docs/training.md lists what else is computed.
+    Useful FLOPs are those of the matmuls that the objective requires, each counted once. docs/training.md lists what
+    else is computed.
     """
 
     model: Any
     num_devices: int
 
     def flops(self, sums: LossSums) -> float:
-        """Useful FLOPs of a step."""
+        """Returns the useful FLOPs of a step."""
         config, lora = self.model.config, self.model.lora
         return float(train_flops(config, lora, sums.work) + forward_flops(config, None, sums.frozen_work))
 
     def fields(self, tokens_per_second: float, flops_per_second: float) -> dict[str, Any]:
-        """The fields `tokens_per_second` and `mfu` of a line; `mfu` is None if the peak of the device is unknown."""
+        """Returns `tokens_per_second` and `mfu` for a line; `mfu` is None if the peak of the device is unknown."""
         share = mfu(flops_per_second, jax.devices()[0].device_kind, self.num_devices)
         return {"tokens_per_second": tokens_per_second, "mfu": share}
 

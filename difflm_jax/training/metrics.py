@@ -17,14 +17,14 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
 
 class MetricsLog:
-    """Appends records to `output_dir/metrics.jsonl` (or another `name`); the directory is made by the first.
+    """Appends records to `output_dir/metrics.jsonl` (or another `name`). The first record creates the directory.
 
     Every line is strict JSON. NaN and infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and
-    "-Infinity", which `float` reads back: a run that has diverged must be seen in its log. null is a value that there
-    is none of, such as the accuracy of no masked token.
+    "-Infinity", which `float` reads back, so the log shows a run that has diverged. null means that a value does not
+    exist, such as the accuracy if no token was masked.
 
-    While the disk refuses, lines wait in memory, and the next call tries again. With `enabled` false nothing is
-    written: of several processes one writes.
+    If the disk refuses a write, lines wait in memory, and the next call tries again. With `enabled=False` nothing is
+    written: only one of several processes writes.
     """
 
     def __init__(self, output_dir: str | Path, name: str = METRICS_FILE, enabled: bool = True):
@@ -40,7 +40,7 @@ class MetricsLog:
             self.flush()
 
     def flush(self) -> bool:
-        """Whether every line is in the file now. The first refusal of the disk, and its end, are announced."""
+        """Writes waiting lines; returns whether every line is in the file now. Prints the first failure and its end."""
         if not self._waiting:
             return True
         data = "".join(self._waiting).encode()
@@ -63,11 +63,11 @@ class MetricsLog:
         return True
 
     def cut_back(self, phase_order: Sequence[str], phase: str, step: int, evaluated: bool = True) -> None:
-        """Drops what a run that resumes at `step` of `phase` will write again; without `evaluated`, its evaluation too.
+        """Drops what a run that resumes at `step` of `phase` will write again.
 
-        Kept are the records of earlier phases and those of `phase` up to `step`; a record without a phase of
-        `phase_order` (a report at the end) is dropped, and so is a line that a kill has torn. A file in which
-        everything is kept is not touched.
+        Keeps the records of earlier phases and those of `phase` up to `step`, but not the evaluation at `step` if
+        `evaluated` is False. Drops records without a phase of `phase_order` (a report at the end), and an incomplete
+        last line. If everything is kept, the file is not written.
         """
         if not self._enabled or not self.path.exists():
             return
@@ -88,9 +88,9 @@ class MetricsLog:
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run in order, without a torn last line; NaN and infinities are numbers again.
+    """Returns the records of a run in order, without an incomplete last line. NaN and infinities are numbers again.
 
-    Raises `UserError` for a file that is no such log.
+    Raises `UserError` if the file cannot be read or is not such a log.
     """
     path = Path(output_dir) / METRICS_FILE
     try:
@@ -101,7 +101,7 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
-    """[(line, record)]; what follows the last newline is a line that was never finished."""
+    """Returns [(line, record)]. Text after the last newline is an incomplete line and left out."""
     pairs = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
@@ -115,7 +115,7 @@ def _parse(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON's own types, non-finite numbers as strings."""
+    """Converts `value` to JSON's types, with non-finite numbers as strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -128,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(value: Any) -> Any:
-    """What `_plain` wrote, with the numbers that it had to write as strings."""
+    """Inverts `_plain`: turns strings of non-finite numbers back into numbers."""
     if isinstance(value, dict):
         return {key: _restored(inner) for key, inner in value.items()}
     if isinstance(value, list):

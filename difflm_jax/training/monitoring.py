@@ -1,6 +1,6 @@
-"""What the loop does around every step: the protocol, a heartbeat file, and a profile of chosen steps.
+"""Duties of the loop around every step: the protocol, a heartbeat file, and a profile of chosen steps.
 
-`difflm_jax.training.meter` is one more duty.
+`difflm_jax.training.meter` is another duty.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ HEARTBEAT_FILE = "heartbeat.json"
 
 
 def memory_peaks() -> dict[str, int | None]:
-    """Bytes: `host_memory_peak` that this process had resident, and `device_memory_peak` of the fullest local device.
+    """Returns peaks in bytes: `host_memory_peak` of this process, and `device_memory_peak` of the fullest local device.
 
-    The latter is None on backends that do not count (CPU).
+    The latter is None on backends that do not report it (CPU).
     """
     kilobyte = 1 if sys.platform == "darwin" else 1024
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
@@ -40,7 +40,7 @@ def memory_peaks() -> dict[str, int | None]:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a step returned, maybe not computed yet, and the seconds that it waited for its data."""
+    """The metrics of a step, which may still be computing, and the seconds that it waited for its data."""
 
     metrics: Mapping[str, Any]
     waited: float = 0.0
@@ -53,14 +53,14 @@ class Duty(Protocol):
         """Called before `step` is started."""
 
     def after(self, step: int, result: StepResult) -> None:
-        """Called when `step` has been started."""
+        """Called after `step` was started."""
 
     def close(self) -> None:
-        """Called when the loop ends, however it does."""
+        """Called when the loop ends, also by an error."""
 
 
 class Duties:
-    """Several duties as one, in the order given."""
+    """Runs several duties as one, in the given order."""
 
     def __init__(self, *duties: Duty):
         self._duties = duties
@@ -82,9 +82,9 @@ class Duties:
 
 
 class Heartbeat:
-    """A duty: `output_dir/heartbeat.json`, replaced at most every `seconds` (0: never). An old file means a stuck run.
+    """A duty: replaces `output_dir/heartbeat.json` at most every `seconds` (0: never). An old file means a stuck run.
 
-    The training loop itself writes it. A thread would continue to beat while the loop hangs.
+    The training loop itself writes it. A thread would continue to write while the loop hangs.
     """
 
     def __init__(self, directory: str | Path, seconds: float, phase: str, total: int):
@@ -97,13 +97,13 @@ class Heartbeat:
         self.beat(step - 1, "training")
 
     def after(self, step: int, result: StepResult) -> None:
-        """Nothing: see `Duty`."""
+        """Does nothing: see `Duty`."""
 
     def close(self) -> None:
-        """Nothing: see `Duty`."""
+        """Does nothing: see `Duty`."""
 
     def beat(self, step: int, doing: str) -> None:
-        """Says where the run is and what it is `doing` ("training", ...), if the last beat is old enough."""
+        """Writes the step and what the run is `doing` ("training", ...), if the last beat is old enough."""
         now = time.monotonic()
         if not is_writer() or not self._seconds or now - self._last < self._seconds:
             return
@@ -118,12 +118,12 @@ class Heartbeat:
             "host": socket.gethostname(),
             **memory_peaks(),
         }
-        with contextlib.suppress(UserError):  # a full disk: the file grows old, which is its purpose to show
+        with contextlib.suppress(UserError):  # disk full: the file grows old, as for a stuck run
             write_whole(self._path, json.dumps(record) + "\n")
 
 
 class Profile:
-    """A duty: a `jax.profiler` trace of `steps` steps from `first` on, into `directory`; 0 steps: none."""
+    """A duty: writes a `jax.profiler` trace of `steps` steps from `first` on to `directory`; none if `steps` is 0."""
 
     def __init__(self, directory: str | Path, first: int, steps: int):
         self._directory, self._first, self._last = Path(directory), first, first + steps - 1

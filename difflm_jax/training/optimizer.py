@@ -1,7 +1,7 @@
-"""AdamW in two halves: a transformation that knows no learning rate, and the schedule as a function of the step.
+"""AdamW in two parts: a transformation without a learning rate, and the schedule as a function of the step.
 
-The step applies `parameter - learning_rate(step) * update`. Apart from each other, a second phase keeps Adam's
-moments and starts the schedule again.
+The step applies `parameter - learning_rate(step) * update`. Because they are separate, a second phase can keep Adam's
+moments and start the schedule again.
 """
 
 import math
@@ -17,9 +17,9 @@ from difflm_jax.errors import UserError
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """Clipping by the global norm, Adam's direction and decoupled weight decay (arXiv:1711.05101); no learning rate.
+    """Returns clipping by global norm, Adam and decoupled weight decay (arXiv:1711.05101), without a learning rate.
 
-    `max_grad_norm` 0 means no clipping. Its `update(gradient, state, parameters)` needs the parameters. The moments
+    `max_grad_norm=0` turns clipping off. `update(gradient, state, parameters)` requires the parameters. The moments
     have the dtype of the parameters.
     """
     return optax.chain(
@@ -30,11 +30,11 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The L2 norm over all leaves, and over the devices among which a leaf is divided (`fsdp`, `tensor`).
+    """Returns the L2 norm over all leaves, and over all devices if a leaf is divided over `fsdp` or `tensor`.
 
-    `optax.tree.norm` and optax's own clipping would see one device's part only.
+    `optax.tree.norm` and optax's own clipping would see only one device's part.
     """
-    squares: dict[tuple[str, ...], jax.Array] = {}  # by the axes over which they are to be summed
+    squares: dict[tuple[str, ...], jax.Array] = {}  # by the axes over which they must be summed
     for leaf in jax.tree.leaves(tree):
         axes = axes_of(leaf, (FSDP, TENSOR))
         squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(leaf))
@@ -48,7 +48,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` with the norm of `global_norm`."""
+    """Like `optax.clip_by_global_norm`, with the norm of `global_norm`."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         norm = global_norm(updates)
@@ -60,8 +60,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def learning_rate_schedule(config: Any, total_steps: int) -> Callable[[jax.Array | int], jax.Array]:
     """Returns `learning_rate(step)`, float32 and jittable, for steps 0 to total_steps - 1.
 
-    Linear from 0 over `warmup_steps`, then by `lr_schedule`: "linear" to 0 at `total_steps`, half a "cosine" to 0, or
-    "constant". The same as `transformers.get_scheduler`. Raises `UserError` for a warm-up longer than the run.
+    It rises linearly from 0 over `warmup_steps`. Then `lr_schedule` is "linear" to 0 at `total_steps`, half a "cosine"
+    to 0, or "constant", as in `transformers.get_scheduler`. Raises `UserError` if the warm-up exceeds `total_steps`.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup > total_steps:
@@ -77,7 +77,7 @@ def learning_rate_schedule(config: Any, total_steps: int) -> Callable[[jax.Array
     return learning_rate
 
 
-# Share of the peak after a share `progress` of the steps that follow the warm-up.
+# Share of the peak, as a function of the share `progress` of the steps after the warm-up.
 _DECAY = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(math.pi * progress)),

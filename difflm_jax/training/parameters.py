@@ -1,4 +1,4 @@
-"""What training changes: an adapter over a frozen base, or every weight (`trained`)."""
+"""The parameters that training changes: an adapter over a frozen base, or every weight (`trained`)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.models.lora import LoraConfig, init_lora
 from difflm_jax.models.weights import projections_of
 
-Collections = dict[str, Any]  # of the model, by name: "params", "lora"
+Collections = dict[str, Any]  # collections of the model by name: "params", "lora"
 
 
 def start(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
-    """The model that training starts from: computed as configured, with a fresh adapter if it trains one and has none.
+    """Returns the model that training starts from, with a fresh adapter if one is trained and the model has none.
 
-    The mask's embedding starts at the mean of the embeddings of the tokenizer's tokens (unused rows of a pretrained
-    table are near zero, a known cause of spikes at high mask rates), but where masks were trained in the checkpoint, or
-    in the adapter with the embedding that the checkpoint has.
+    The mask's embedding starts at the mean embedding of the tokenizer's tokens. (Unused rows of a pretrained table are
+    near zero, a known cause of spikes at high mask rates.) If masks were trained in the checkpoint, or in an adapter
+    with the checkpoint's embedding, that embedding is kept. Raises `UserError` if the adapter contradicts the config.
     """
     lm = lm.with_model(lm.model.clone(remat=config.remat, attention_kernel=config.attention_kernel))
     table_VD = lm.params["embed_tokens"]["weight"]
@@ -54,14 +54,17 @@ def start(lm: LanguageModel, config: ConfigDict) -> LanguageModel:
 
 
 def collections(lm: LanguageModel, config: ConfigDict, mesh: Mesh) -> tuple[Collections, Collections]:
-    """(frozen, trained) of what `start` made, on the mesh. `trained` is float32, in arrays that may be donated."""
+    """Returns the (frozen, trained) collections of the model from `start`, on the mesh. `trained` may be donated.
+
+    Weights are trained in float32; adapters are copied.
+    """
     if config.trained == "all":
         return {}, place({"params": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)}, mesh)
     return place({"params": lm.params}, mesh), place({"lora": jax.tree.map(jnp.copy, lm.lora)}, mesh)
 
 
 def with_trained(lm: LanguageModel, trained: Mapping[str, Any]) -> LanguageModel:
-    """The model with what was trained, weights in its own dtype."""
+    """Returns the model with the collections `trained`; weights are cast to the model's dtype."""
     if "params" in trained:
         params = jax.tree.map(lambda leaf: leaf.astype(lm.model.dtype), trained["params"])
         return dataclasses.replace(lm.with_diffusion(mask_is_trained=True), params=params)
@@ -69,7 +72,7 @@ def with_trained(lm: LanguageModel, trained: Mapping[str, Any]) -> LanguageModel
 
 
 def save(lm: LanguageModel, directory: Path, phase: str) -> None:
-    """Writes what `with_trained` made: an adapter, or a Hugging Face checkpoint (by all processes together)."""
+    """Writes the model from `with_trained`: an adapter, or a Hugging Face checkpoint. All processes must call this."""
     notes = f"Trained by difflm_jax, phase `{phase}`; settings in `training_config.json`."
     if lm.lora is None:
         dataclasses.replace(lm, provenance=notes).save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""What a phase trains on: its rows, the one plan of their batches, and what is scored in them."""
+"""The data of a phase: its rows, the plan of their batches, and which tokens are scored."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     import datasets
     import grain
 
-FEW_STEPS = 20  # a phase of fewer optimiser steps is warned about
+FEW_STEPS = 20  # a phase with fewer optimiser steps prints a note
 PHASE_SCOPE = {"pretrain": "all", "sft": "answer"}
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseData:
-    """The rows of a phase. `config` is resolved for it (`difflm_jax.config.files.phase_config`)."""
+    """The rows of a phase. `config` is the one resolved for it (`difflm_jax.config.files.phase_config`)."""
 
     name: str
     config: Any
@@ -32,14 +32,14 @@ class PhaseData:
 
     @functools.cached_property
     def plan(self) -> BatchPlan:
-        """Which training examples share a row, and which rows share a step. Made once, for all who read batches."""
+        """The plan of which training examples share a row, and which rows share a step. Computed once."""
         return plan_batches(self.train_rows, self.batch_options)
 
     @functools.cached_property
     def batch_options(self) -> BatchOptions:
-        """How the training rows become batches."""
+        """The options that turn the training rows into batches."""
         config, answers_only = self.config, PHASE_SCOPE[self.name] == "answer"
-        # A common beginning of prompts is shared only where prompts are never masked.
+        # A common prefix of prompts is shared only if prompts are never masked.
         batching = "packed" if config.batching == "shared" and not answers_only else config.batching
         return BatchOptions(
             batch_size=config.batch_size,
@@ -55,16 +55,16 @@ class PhaseData:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the phase: those of all epochs, at most `max_steps`."""
+        """Optimiser steps of the phase: those of all epochs, or `max_steps` if that is fewer."""
         steps = self.plan.steps_per_epoch * self.config.epochs
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def train_batches(self, local_rows: np.ndarray | None = None) -> grain.MapDataset:
-        """The batches of all epochs; `local_rows` as in `difflm_jax.data.batches.batches`."""
+        """Returns the batches of all epochs. `local_rows` is as in `difflm_jax.data.batches.batches`."""
         return batches(self.train_rows, self.plan, epochs=self.config.epochs, local_rows=local_rows)
 
     def test_batches(self, local_rows: np.ndarray | None = None) -> grain.MapDataset:
-        """The batches of one evaluation: the first `eval_rows` test rows in order, one micro-batch per step."""
+        """Returns the batches of one evaluation: the first `eval_rows` test rows in order, one micro-batch per step."""
         rows = self.test_rows
         if self.config.eval_rows:
             rows = rows.select(range(min(len(rows), self.config.eval_rows)))
@@ -72,13 +72,13 @@ class PhaseData:
         return batches(rows, plan_batches(rows, options), strata="rows", local_rows=local_rows)
 
     def origins(self, example_ids: np.ndarray) -> dict[str, Any]:
-        """The examples of a batch, and where in the data set they come from."""
+        """Returns the ids of the examples in a batch, and their origins in the data set."""
         ids = example_ids.reshape(-1)
         ids = list(dict.fromkeys(ids[ids >= 0].tolist()))
         return {"example_ids": ids, "rows": self.train_rows.select(ids)["origin"][:]}
 
     def advice(self) -> list[str]:
-        """Notes about a phase that trains almost nothing."""
+        """Returns a note if the phase has too few steps to change much; empty otherwise."""
         config, rows = self.config, self.plan.options.rows_per_step
         if self.steps >= FEW_STEPS or self.steps == config.max_steps:
             return []
@@ -89,7 +89,7 @@ class PhaseData:
         ]
 
     def describe(self) -> str:
-        """One line: how rows are arranged, and the share of real tokens in what is computed."""
+        """Describes in one line how rows are batched, and the share of real tokens among the computed ones."""
         plan, options = self.plan, self.plan.options
         rows = plan.epoch(0).num_rows
         examples = f", {len(self.train_rows) / rows:.1f} examples a row" if options.is_packed else ""

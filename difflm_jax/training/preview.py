@@ -1,4 +1,4 @@
-"""What training would see, without training: the rows of the first step of each phase, with the very masks it draws."""
+"""Previews training without training: the rows of the first step of each phase, with exactly the masks it draws."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def preview(config: ConfigDict) -> None:
         print(note)
     lm = open_configured(config)
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    rows = {name: read_rows(config, name, lm) for name in config.phases}  # bad rows of a later phase are said first
+    rows = {name: read_rows(config, name, lm) for name in config.phases}  # report bad rows of all phases first
     for name, (train_rows, test_rows) in rows.items():
         data = phase_data(config, name, lm, train_rows, test_rows)
         print(f"\n{name}: {describe(train_rows)}\n  held out: {describe(test_rows)}")
@@ -40,7 +40,7 @@ def preview(config: ConfigDict) -> None:
 
 
 def _first_step(lm: LanguageModel, data: PhaseData, batch: dict[str, np.ndarray]) -> tuple[CleanBatch, NoisyBatch]:
-    """The rows of the first step, of all micro-batches, and what is masked in them."""
+    """Returns the rows of the first step, of all micro-batches, and their corruption."""
     rows = CleanBatch(**{name: field.reshape(-1, *field.shape[2:]) for name, field in batch.items()})
     key = jax.random.fold_in(phase_key(data.name, data.config.seed), 0)
     corruption = step_options(data.name, data.config, lm.model, lm.diffusion, data.eos_id, data.steps).corruption
@@ -65,7 +65,7 @@ def _print_rows(lm: LanguageModel, rows: Any, batch: CleanBatch, noisy: NoisyBat
 
 
 def _coloured(shown: list[str], masked: np.ndarray, prompt: int, colours: bool) -> str:
-    """The row as text, neighbours of one kind together."""
+    """Returns the row as text, with adjacent tokens of the same kind grouped."""
     text, start = "", 0
     kinds = [_MASKED if masked[i] else _PROMPT if i < prompt else _ANSWER for i in range(len(shown))]
     for i in range(1, len(shown) + 1):
@@ -82,7 +82,7 @@ def _coloured(shown: list[str], masked: np.ndarray, prompt: int, colours: bool) 
 
 
 def _print_figures(data: PhaseData, batches: Any, noisy: NoisyBatch) -> None:
-    """The same figures as training prints: steps with `max_steps`, real tokens of all rows."""
+    """Prints the same figures as training: steps, with `max_steps`, and the share of real tokens of all rows."""
     micro, rows, width = max(batches[step]["tokens"].shape for step in range(min(data.steps, _COUNTED_STEPS)))
     masked, valid = np.asarray(noisy.masked), np.asarray(noisy.segments) != 0
     print(

@@ -1,4 +1,4 @@
-"""What the terminal shows while a phase trains: a line in the first steps and then from time to time, and the ETA."""
+"""Terminal output while a phase trains: lines in the first steps and then from time to time, with the ETA."""
 
 import collections
 import math
@@ -12,16 +12,16 @@ from difflm_jax.evaluation.masked import add_sums, summarise
 from difflm_jax.training.cadence import Cadence
 
 FIRST_STEPS = (1, 2, 5, 10, 20, 50, 100)  # steps of this process after which a line is shown
-SHOW_SECONDS = 60.0  # later a line is shown when the last one is older
+SHOW_SECONDS = 60.0  # later a line is shown when the last one is older than this
 _RECENT_STEPS = 50
 
 
 class Progress:
-    """Knows how long steps and evaluations take, and shows where a phase is. Nothing of it goes into a file.
+    """Measures steps and evaluations, and prints the progress of a phase. It writes nothing to a file.
 
-    The time to go is wall time: the steps left at the median of the recent ones, and the evaluations left. The first
-    step of a process, which compiles, does not count. An evaluation counts as its fastest so far; before the first one,
-    as the steps that its size corresponds to.
+    The ETA is wall time: the remaining steps at the median time of recent steps, plus the remaining evaluations. The
+    first step of a process, which compiles, is ignored. An evaluation counts as the fastest so far, and before the
+    first one as `Cadence.evaluation_steps` steps.
     """
 
     def __init__(self, phase: str, cadence: Cadence):
@@ -32,7 +32,7 @@ class Progress:
         self._start_window()
 
     def add(self, sums: LossSums | None, seconds: float, tokens: float) -> None:
-        """Takes a step that was read; `sums` is None if it was not finite."""
+        """Adds a step. `sums` is None if it was not finite."""
         self._steps += 1
         if self._steps > 1:
             self._recent.append(seconds)
@@ -41,11 +41,11 @@ class Progress:
             self._sums = add_sums(self._sums, sums)
 
     def evaluated(self, seconds: float) -> None:
-        """Takes the seconds of an evaluation, its samples and its checkpoint."""
+        """Adds the seconds of an evaluation with its samples and its checkpoint."""
         self._evaluation = min(self._evaluation, seconds)
 
     def seconds_left(self, step: int) -> float | None:
-        """Wall time from the end of `step` to the end of the phase; None while it cannot be told."""
+        """Returns the wall time from the end of `step` to the end of the phase; None if it is not known yet."""
         if not self._recent:
             return 0.0 if step >= self._cadence.total else None
         each = statistics.median(self._recent)
@@ -61,7 +61,7 @@ class Progress:
             self.show({"phase": self._phase, "step": step, **summarise(self._sums), "tokens_per_second": speed})
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Prints the line of a record of metrics."""
+        """Prints the progress line of a metrics record."""
         line = progress_line(record, self._cadence.total, self.seconds_left(record["step"]))
         print(line, flush=True)
         self._start_window()
@@ -71,7 +71,7 @@ class Progress:
 
 
 def progress_line(record: Mapping[str, Any], total_steps: int, seconds_left: float | None) -> str:
-    """Phase, step of total, loss, masked NLL, tokens per second and time to go."""
+    """Returns a line with phase, step of total, loss, masked NLL, tokens per second and ETA."""
     return (
         f"{record['phase']} {record['step']}/{total_steps}"
         f"  loss {_number(record.get('loss'), '.4f')}"

@@ -1,7 +1,7 @@
-"""The base's own answers to the prompts of a data set: what an adapter that drafts for it learns best from.
+"""Generates the base's own answers to the prompts of a data set, the best training data for a drafting adapter.
 
-A stage of the run before its phases. Answers are written to `output_dir/answers/` batch by batch; the same command
-resumes where it stopped, and finds all of them when it is run again.
+This stage of a run precedes its phases. Answers are written to `output_dir/answers/` batch by batch. The same command
+resumes where it stopped, and reuses all answers that it finds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from difflm_jax.sampling.options import Sampling
 if TYPE_CHECKING:
     import datasets
 
-SHORTEST = 3  # tokens of an answer that has something to draft
+SHORTEST = 3  # tokens of the shortest answer with something to draft
 _GREEDY = Sampling(algorithm="probability", schedule="even")
 
 
@@ -41,10 +41,10 @@ def regenerate(
     count: int = 0,
     batch_size: int = 16,
 ) -> datasets.Dataset:
-    """`rows` with the greedy answers of `decoder`'s base in place of their own; `count` of them at most (0: all).
+    """Returns at most `count` of `rows` (0: all) with the greedy answers of `decoder` in place of their own.
 
-    `file` keeps answers by prompt and settings. Answers end with an end-of-sequence token, after `answer_tokens`, or at
-    `max_length`. Rows whose answer is shorter than 3 tokens are left out. Raises `UserError` if none is left.
+    `file` stores answers by prompt and limit. An answer ends with an end-of-sequence token, after `answer_tokens`, or
+    at `max_length`. Rows whose answer is shorter than 3 tokens are left out. Raises `UserError` if none is left.
     """
     if count and count < len(rows):
         rows = rows.select(np.linspace(0, len(rows) - 1, count).astype(int))
@@ -53,7 +53,7 @@ def regenerate(
     names = [_name(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     known = _read(file)
     wanted = {name: i for i, name in enumerate(names) if name not in known and limits[i] >= SHORTEST}
-    # Batches of equal limits and similar lengths: little padding, and few programs to compile.
+    # Batch prompts of equal limits and similar lengths: little padding, and few programs to compile.
     order = sorted(wanted.values(), key=lambda i: (limits[i], len(prompts[i])))
     _answer(order, prompts, limits, names, known, decoder, file, batch_size)
     return _with_answers(rows, prompts, [known.get(name, []) for name in names])
@@ -69,7 +69,7 @@ def _answer(
     file: Path,
     batch_size: int,
 ) -> None:
-    """Generates the answers to `order` and adds them to `known` and `file`, a batch at a time."""
+    """Generates the answers to the prompts `order` in batches, and adds them to `known` and `file`."""
     if known:
         print(f"answers: {len(known):,} found in {file}", flush=True)
     if is_writer():
@@ -93,7 +93,7 @@ def _answer(
 
 
 def _prompt(tokens: Sequence[int], prompt_length: int) -> np.ndarray:
-    """What precedes the first answer token; the first half of a row without an answer."""
+    """Returns the tokens before the first answer token, or the first half of a row without an answer."""
     has_answer = prompt_length < len(tokens)
     return np.asarray(tokens[: prompt_length if has_answer else max(len(tokens) // 2, 1)], np.int32)
 
@@ -103,7 +103,7 @@ def _name(prompt: np.ndarray, limit: int) -> str:
 
 
 def _read(file: Path) -> dict[str, list[int]]:
-    """Stored answers. A last line that was cut off is generated again."""
+    """Returns the stored answers. An incomplete last line is ignored, so its answer is generated again."""
     known = {}
     if file.is_file():
         for line in file.read_text().splitlines():

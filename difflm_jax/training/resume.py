@@ -1,4 +1,4 @@
-"""Whether a run directory can be gone on with: the same configuration, the same data, or what was changed."""
+"""Checks whether a run directory can be resumed: with the same configuration and data, or which ones have changed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import datasets
 
 CONFIG_FILE, DATA_FILE, LOCK_FILE = "config.json", "checkpoints/data.json", "run.lock"
-SETTINGS_FILE = "training_config.json"  # in what a phase trained: the last that is written of it
+SETTINGS_FILE = "training_config.json"  # in the model directory of a phase: the last file that is written
 FORCE = "--force"
 
-# Keys that change where and how fast a run goes, and what is seen of it, but no number that it trains with.
+# Keys that affect where and how fast a run trains, and what it reports, but no number that it trains with.
 _FREE = (
     "output_dir", "mesh.", "cache_dir", "dataloader_num_workers", "pin_memory", "keep_checkpoints", "profile.",
     "heartbeat_seconds",
@@ -39,7 +39,7 @@ _READ_ROWS = 10_000
 
 
 class RunLock:
-    """At most one process trains into a run directory: process 0 holds a lock there, for all of its run."""
+    """Ensures that at most one run trains into a directory: process 0 has a lock there for all processes of its run."""
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -47,7 +47,7 @@ class RunLock:
         self._made_directory = False
 
     def take(self) -> None:
-        """Makes the directory and takes its lock. Raises `UserError` that names who has it."""
+        """Creates the directory and takes its lock. Raises `UserError` that names the holder if it is taken."""
         by_one_process(self._take, str(self._directory))
 
     def _take(self) -> None:
@@ -63,7 +63,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Gives the lock back, and removes the directory if nothing was written into it."""
+        """Releases the lock, and removes the directory if this run created it and wrote nothing into it."""
         self._lock.release()
         if self._made_directory:
             with contextlib.suppress(OSError):
@@ -71,12 +71,12 @@ class RunLock:
 
 
 def is_finished(target: Path) -> bool:
-    """Whether all of what a phase trained is in the directory `target`."""
+    """Whether the directory `target` has the complete model of a phase."""
     return (target / SETTINGS_FILE).is_file()
 
 
 def settle_dtype(config: ConfigDict) -> ConfigDict:
-    """`config` with a dtype in place of "auto": that of the run which it resumes, else the machine's fastest."""
+    """Returns `config` with dtype "auto" replaced: by that of the resumed run, else by the machine's fastest."""
     if config.dtype != AUTO:
         return config
     begun = Path(config.output_dir) / CONFIG_FILE
@@ -88,9 +88,9 @@ def settle_dtype(config: ConfigDict) -> ConfigDict:
 
 
 def check_config(directory: Path, config: ConfigDict, force: bool) -> None:
-    """Refuses to go on with another configuration unless `force`, and to write into a directory that is no run.
+    """Raises `UserError` for a changed configuration unless `force`, and for a directory that is not a run.
 
-    Another mesh, and another division of the rows of a step into micro-batches, is not another configuration.
+    The mesh and the division of a step's rows into micro-batches may change.
     """
     path = directory / CONFIG_FILE
     if path.is_file():
@@ -104,7 +104,7 @@ def check_config(directory: Path, config: ConfigDict, force: bool) -> None:
 
 
 def check_data(directory: Path, found: Mapping[str, Any], force: bool) -> None:
-    """Refuses to go on with other rows than those that the run began with, unless `force`."""
+    """Raises `UserError` if the rows differ from those with which the run began, unless `force`."""
     path = directory / DATA_FILE
     if not path.is_file():
         return
@@ -118,16 +118,16 @@ def check_data(directory: Path, found: Mapping[str, Any], force: bool) -> None:
 
 
 def write_identity(directory: Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
-    """Writes what `check_config` and `check_data` compare with, each file whole."""
+    """Writes the files that `check_config` and `check_data` compare with, each atomically."""
     (directory / DATA_FILE).parent.mkdir(parents=True, exist_ok=True)
     write_whole(directory / DATA_FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")
     write_whole(directory / CONFIG_FILE, to_json(config))
 
 
 def describe_rows(rows: Mapping[str, tuple[datasets.Dataset, datasets.Dataset]]) -> dict[str, Any]:
-    """What identifies the (training rows, test rows) of each phase. One process reads all of them.
+    """Returns what identifies the (training rows, test rows) of each phase. Process 0 reads them for all processes.
 
-    Raises `UserError` in a process that has another number of rows than process 0.
+    Raises `UserError` in all processes if one has another number of rows than process 0.
     """
     told = told_by_one_process(lambda: {phase: describe_data(*both) for phase, both in rows.items()}, "data")
     here = {phase: [len(part) for part in both] for phase, both in rows.items()}
@@ -138,7 +138,7 @@ def describe_rows(rows: Mapping[str, tuple[datasets.Dataset, datasets.Dataset]])
 
 
 def describe_data(train_rows: datasets.Dataset, test_rows: datasets.Dataset) -> dict[str, Any]:
-    """What identifies the rows of a phase: their number, and a digest of all tokens and answers in their order."""
+    """Returns what identifies the rows of a phase: their number, and a digest of all tokens and answers in order."""
     digest = hashlib.blake2b(digest_size=16)
     for rows in (train_rows, test_rows):
         digest.update(f"{len(rows)}".encode())
@@ -151,9 +151,9 @@ def describe_data(train_rows: datasets.Dataset, test_rows: datasets.Dataset) -> 
 
 
 def _comparable(config: ConfigDict, data_is_known: bool) -> ConfigDict:
-    """`config` without what may change: free keys, how rows divide into micro-batches, and the spelling of paths.
+    """Returns `config` without what may change: free keys, the division into micro-batches, the spelling of paths.
 
-    The names of data sets do not count if their contents are compared (`check_data`).
+    Names of data sets are ignored if their contents are compared (`check_data`).
     """
     plain = config.copy_and_resolve_references()
     with plain.unlocked():

@@ -1,4 +1,4 @@
-"""A training run: one directory, one or two phases on the same weights, resumed by starting it again."""
+"""A training run: one directory, and one or two phases on the same weights. The same command resumes it."""
 
 import dataclasses
 import functools
@@ -50,10 +50,11 @@ from difflm_jax.utils.files import write_whole
 
 
 def train(config: ConfigDict, force: bool = False, check_fit: bool = True) -> LanguageModel | None:
-    """Runs every phase of `config` that is not finished; returns the trained model, None if nothing was left to do.
+    """Runs every unfinished phase of `config`; returns the trained model, or None if nothing was left to do.
 
-    Nothing is written to `output_dir` before the model, the adapter and all data have been read and found good.
-    `force` resumes a run whose configuration or data have changed; `check_fit` refuses weights that memory cannot hold.
+    Nothing is written to `output_dir` before the model, the adapter and all data have been read and checked.
+    force: resumes a run whose configuration or data have changed. check_fit: refuses weights that exceed memory.
+    Raises `UserError` for invalid input, and `RunInterruptedError` after a signal.
     """
     directory = Path(config.output_dir)
     config = settle_dtype(config)
@@ -63,7 +64,7 @@ def train(config: ConfigDict, force: bool = False, check_fit: bool = True) -> La
         return None
     lock = RunLock(directory)
     try:
-        if directory.is_dir():  # else it is made, and locked, when the data were found good
+        if directory.is_dir():  # else it is created and locked once the data are checked
             lock.take()
         return _train(config, lock, force, check_fit)
     finally:
@@ -86,7 +87,7 @@ def _train(config: ConfigDict, lock: RunLock, force: bool, check_fit: bool) -> L
     print(f"attention: {config.attention}, computed by {config.attention_kernel}")
     is_new = not directory.is_dir()
     lock.take()
-    if is_new or not force:  # another start may have made the directory, or trained into it, in between
+    if is_new or not force:  # another run may have created it or trained into it meanwhile
         check_config(directory, config, force)
         check_data(directory, data, force)
     converted = directory / CONVERTED if config.convert_cache else None
@@ -96,13 +97,13 @@ def _train(config: ConfigDict, lock: RunLock, force: bool, check_fit: bool) -> L
     lm = start(lm, config)
     frozen, trained = collections(lm, config, mesh)
     if "params" in trained:
-        lm = dataclasses.replace(lm, params={})  # only the float32 masters stay in memory
+        lm = dataclasses.replace(lm, params={})  # keep only the float32 masters in memory
 
     phases = [
         Phase(phase_data(config, name, lm, *rows[name]), lm.model, lm.diffusion, frozen, mesh) for name in config.phases
     ]
     for phase in phases:
-        learning_rate_schedule(phase.data.config, phase.data.steps)  # refuses a warm-up longer than the phase
+        learning_rate_schedule(phase.data.config, phase.data.steps)  # raises if the warm-up is longer than the phase
 
     by_one_process(lambda: write_identity(directory, config, data), str(directory))
     log = MetricsLog(directory, enabled=is_writer())
@@ -122,7 +123,7 @@ def _train(config: ConfigDict, lock: RunLock, force: bool, check_fit: bool) -> L
 
 
 def _check_fit(lm: LanguageModel, config: ConfigDict) -> None:
-    """Raises `UserError` for weights that the memory of this machine, or of the mesh, cannot hold."""
+    """Raises `UserError` for weights that exceed the memory of this machine or of the mesh; prints a note if tight."""
     is_divided = config.mesh.fsdp != 1 or config.mesh.tensor != 1
     note = check_weights(lm, "--config.quantization", "--nocheck_fit", is_divided, config.trained == "all")
     if note:
@@ -130,7 +131,7 @@ def _check_fit(lm: LanguageModel, config: ConfigDict) -> None:
 
 
 def open_configured(config: ConfigDict) -> LanguageModel:
-    """The model that `config` names, without its weights; says which mask token it has. Raises `UserError`."""
+    """Opens the model that `config` names, without its weights, and prints its mask token. Raises `UserError`."""
     lm = open_model(spec_of_config(config))
     if config.objective == "draft":
         drafts = {"noise": config.draft.noise, "draft_length": config.draft.rows}
@@ -167,7 +168,7 @@ def _run(
     tracker: Tracker,
     stop: StopRequest,
 ) -> TrainState:
-    """One phase, from wherever it stands, to the directory of what it trained; returns its best state."""
+    """Trains one phase from where it stopped, saves its model, and returns its best state."""
     name, directory, shapes = phase.data.name, Path(config.output_dir), shapes_of(state)
     target = directory / f"{name}_model"
     settings = target / SETTINGS_FILE
@@ -175,7 +176,7 @@ def _run(
     try:
         if target.is_dir():
             print(f"{name}: finished already")
-            if not settings.is_file():  # the end of the process came in between
+            if not settings.is_file():  # the process ended between the two writes
                 by_one_process(lambda: write_whole(settings, to_json(config)), str(settings))
             if (best := checkpoints.restore_best(shapes)) is None:
                 raise UserError(f"{directory / 'checkpoints' / name}: no checkpoint can be read; remove {target}")
@@ -200,14 +201,14 @@ def _run(
 
 
 def phase_data(config: ConfigDict, name: str, lm: LanguageModel, train_rows: Any, test_rows: Any) -> PhaseData:
-    """What phase `name` of `config` trains on."""
+    """Returns the data of phase `name` of `config`."""
     return PhaseData(
         name, phase_config(config, name), train_rows, test_rows, lm.pad_token_id, lm.tokenizer.eos_token_id
     )
 
 
 def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, Any]:
-    """(training rows, test rows) of a phase."""
+    """Reads and tokenises the (training rows, test rows) of a phase. Raises `UserError`."""
     settings = phase_config(config, name)
     options = Options(
         phase=name,
@@ -223,14 +224,14 @@ def read_rows(config: ConfigDict, name: str, lm: LanguageModel) -> tuple[Any, An
     )
     read = functools.partial(tokenize, settings.dataset, lm.tokenizer, options, settings.cache_dir or None)
     found: list[Any] = []
-    by_one_process(lambda: found.append(read()), settings.dataset)  # it hashes and tokenises; the others find it made
+    by_one_process(lambda: found.append(read()), settings.dataset)  # process 0 tokenises; the others read its cache
     rows = found[0] if found else read()
     check_ids(rows, lm.tokenizer, lm.config.vocab_size)
     return split(rows, settings.test_size, settings.seed)
 
 
 def regenerated(config: ConfigDict, name: str, lm: LanguageModel, rows: tuple[Any, Any]) -> tuple[Any, Any]:
-    """(training rows, test rows) of a phase with the base's own answers."""
+    """Returns the (training rows, test rows) of a phase with the base's own answers."""
     settings, base = phase_config(config, name), lm.base()
     file = Path(config.output_dir) / "answers" / f"{name}.jsonl"
     most = config.draft.prompts
@@ -244,7 +245,10 @@ def regenerated(config: ConfigDict, name: str, lm: LanguageModel, rows: tuple[An
 def check_sizes(
     config: ConfigDict, model_config: ModelConfig, held: QuantConfig | None, mesh: Mesh | AbstractMesh
 ) -> None:
-    """Raises `UserError` where rows or a model, held as `held` says, do not divide over a mesh."""
+    """Raises `UserError` if rows or the model do not divide over the mesh, or if `max_length` is too long.
+
+    held: how the base is quantised, or None.
+    """
     parts = row_shards(mesh)
     for name in config.phases:
         batch_size = phase_config(config, name).batch_size

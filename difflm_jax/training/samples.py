@@ -1,4 +1,4 @@
-"""Sample generations during training: a few prompts of the test split, answered at each evaluation."""
+"""Sample generations during training: each evaluation answers a few prompts of the test split."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class SampleLogger:
         )
 
     def __call__(self, trained: dict[str, Any], step: int) -> None:
-        """Answers with what is trained, as of `step`, and logs (prompt, reference, answer)."""
+        """Answers the prompts with the collections `trained` after `step`, and logs (prompt, reference, answer)."""
         if not self._prompts:
             return
         lm = with_trained(self._lm, trained)
@@ -43,9 +43,9 @@ class SampleLogger:
 def _prompts_and_answers(
     lm: LanguageModel, rows: Any, count: int, new_tokens: int
 ) -> tuple[list[np.ndarray], list[str]]:
-    """(prompt tokens, texts of the answers) of the first `count` rows that have an answer and a usable prompt.
+    """Returns (prompt tokens, texts of the answers) of the first `count` rows with an answer and a usable prompt.
 
-    A usable prompt leaves the model room for an answer of `new_tokens`.
+    A usable prompt leaves room for an answer of `new_tokens` within the model's longest sequence.
     """
     prompts, answers = [], []
     block_length = lm.block_length or 1

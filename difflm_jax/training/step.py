@@ -1,4 +1,4 @@
-"""The training step and the evaluation step: `jax.jit(jax.shard_map(...))` over the mesh, one for every objective."""
+"""The training and evaluation steps: `jax.jit(jax.shard_map(...))` over the mesh, the same for all objectives."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ Tree = Any
 
 @struct.dataclass
 class TrainState:
-    """All that training changes: collections of the model (float32 masters) and the optimiser's moments.
+    """Everything that training changes: collections of the model (float32 masters) and the optimiser's moments.
 
     `trained` is {"lora": adapters} over a frozen base, or {"params": weights}.
     """
@@ -35,8 +35,11 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What is static in a step. `chunk` is the number of positions whose logits exist at once; `unroll` is that of the
-    model where it is trained."""
+    """The static options of a step.
+
+    chunk: positions whose logits exist at once. unroll: whether the training step compiles every layer instead of a
+    loop.
+    """
 
     model: Transformer
     corruption: Corruption
@@ -52,21 +55,23 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Returns `step(frozen, state, batch, key, index) -> (state, metrics)`.
 
-    `frozen` are the collections of the model that are not trained: {"params": the base} under adapters, else {}.
-    `batch` holds arrays [A, B, ...] (A micro-batches, B rows over all devices); `key` is that of the phase and `index`
-    the number of the step in it. `state` is donated. The loss is Σ weight * CE / Σ weight over all micro-batches and
-    devices, so that neither their number nor their split changes it.
+    frozen: the collections that are not trained: {"params": the base} with adapters, else {}. state: is donated. batch:
+    arrays [A, B, ...] (A micro-batches, B rows over all devices). key: the key of the phase. index: the number of the
+    step in the phase, from 0.
 
-    A step whose loss or gradient norm is not finite is skipped: the state that it returns is, bit by bit, the one it
-    was given, moments and their count included, and `metrics["finite"]` is false. (`optax.apply_if_finite` would apply
-    such an update after its limit.)
+    The loss is Σ weight * CE / Σ weight over all micro-batches and devices, so it depends neither on their number nor
+    on the split of rows.
+
+    A step with a non-finite loss or gradient norm is skipped: it returns the given state bit for bit, including moments
+    and their count, and `metrics["finite"]` is false. (`optax.apply_if_finite` would apply such an update after its
+    limit.)
     """
 
     def step(frozen: Tree, state: TrainState, batch: CleanBatch, key: jax.Array, index: jax.Array):
         key = jax.random.fold_in(key, index)
-        # The gradient of an input that all rows share would be summed over devices inside every micro-batch. Cast to
-        # varying, it stays local, and is summed once. (Over `tensor` it is not cast: there the sum over the parts of a
-        # layer belongs to the gradient, and jax puts it where a replicated value meets a divided one.)
+        # The gradient of an input that all rows share would be summed over devices in every micro-batch. Cast to
+        # varying, it stays local and is summed once. It is not cast over `tensor`: there the sum over the parts of a
+        # layer belongs to the gradient, and jax inserts it where a replicated value meets a divided one.
         trained = jax.tree.map(_varying_over_rows, state.trained)
 
         def micro_batch(totals: tuple[LossSums, Tree], rows: CleanBatch):
@@ -102,7 +107,7 @@ def make_train_step(
 
 
 def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
-    """Returns `step(variables, batch, key) -> LossSums` without dropout, for arrays [1, B, ...]."""
+    """Returns `step(variables, batch, key) -> LossSums`, without dropout. `batch` has arrays [1, B, ...]."""
 
     def step(variables: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
         rows = jax.tree.map(lambda x: x[0], batch)
@@ -121,7 +126,7 @@ def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
 def batch_loss(
     options: StepOptions, frozen: Tree, rows: CleanBatch, key: jax.Array, index: jax.Array, trained: Tree
 ) -> tuple[jax.Array, LossSums]:
-    """(loss, its sums) of a micro-batch, as a function of what is trained."""
+    """Returns (loss, sums) of a micro-batch, as a function of the collections `trained`."""
     model, variables = options.model.clone(unroll=options.unroll), {**frozen, **trained}
     return loss_sums(model, variables, rows, key, options.corruption, options.chunk, train=True, index=index)
 
@@ -132,10 +137,10 @@ def _varying_over_rows(leaf: jax.Array) -> jax.Array:
 
 
 def _over_all_rows(sums: LossSums, gradient: Tree, trained: Tree) -> tuple[LossSums, Tree]:
-    """The sums over all devices, and the gradient of the mean loss: Σ gradient / Σ weight.
+    """Returns the sums over all devices, and the gradient of the mean loss: Σ gradient / Σ weight.
 
-    What is divided over `fsdp` in `trained` has been summed along it by the transpose of its gathering. Its sum over
-    `data` comes last and needs the weight, so that the order of what devices exchange follows from data.
+    Gradients of leaves that are divided over `fsdp` were summed over it by the transpose of their all-gather. Their sum
+    over `data` comes last and depends on the weight. So data dependences fix the order of the collectives.
     """
     gradients, structure = jax.tree.flatten(gradient)
     is_part = [varies(leaf, FSDP) for leaf in jax.tree.leaves(trained)]
@@ -149,7 +154,7 @@ def _over_all_rows(sums: LossSums, gradient: Tree, trained: Tree) -> tuple[LossS
 
 
 def _zero_sums(options: StepOptions) -> LossSums:
-    """Zeros of the types that `loss_sums` returns: they vary over the axes of rows."""
+    """Returns zeros of the types that `loss_sums` returns, which vary over the row axes."""
     zero = jax.lax.pcast(jnp.float32(0), ROW_AXES, to="varying")
     bucket = jnp.broadcast_to(zero, (RATE_BUCKETS,))
     work = Work(zero, zero, zero)

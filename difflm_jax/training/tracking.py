@@ -1,4 +1,4 @@
-"""Weights & Biases or trackio next to `metrics.jsonl`: a convenience that never stops a run."""
+"""Optional logging to Weights & Biases or trackio, next to `metrics.jsonl`. It never stops a run."""
 
 import datetime
 import importlib
@@ -13,11 +13,11 @@ _START_TIMEOUT, _FINISH_TIMEOUT = 20, 60  # seconds that a run waits for the ser
 
 
 class Tracker:
-    """One run of the service, or nothing: with an empty project, or after the first failure, every call does nothing.
+    """One run of the service. With an empty project, or after the first failure, every call does nothing.
 
-    `wandb_config.mode`: "online", "offline", "disabled", or "auto". With "auto" wandb's own settings decide; without
-    an API key the run is offline, and never waits for a login. A run that cannot begin online continues offline. The
-    choice, and a failure, is printed once.
+    `wandb_config.mode` is "online", "offline", "disabled", or "auto". With "auto", wandb's own settings decide; without
+    an API key the run is offline and never waits for a login. A run that cannot begin online continues offline. The
+    choice and any failure are printed once.
     """
 
     def __init__(self, config: Any, enabled: bool = True):
@@ -37,15 +37,15 @@ class Tracker:
             try:
                 self._run = _start(config, attempt)
                 return
-            except Exception as error:  # here and below: not installed, no network, full disk, a defect of its own
+            except Exception as error:  # here and below: not installed, no network, full disk, a bug in it
                 self._say(f"cannot start in mode {attempt}", error)
 
     def log(self, phase: str, values: Mapping[str, Any], step: int) -> None:
-        """Logs numbers of a phase, drawn over the steps of that phase."""
+        """Logs numbers of a phase against the steps of that phase."""
         self._call(lambda run: run.log({f"{phase}/{name}": value for name, value in {**values, "step": step}.items()}))
 
     def table(self, phase: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Logs a table."""
+        """Logs a table of text."""
 
         def action(run: Any) -> None:
             service = importlib.import_module(self._service)
@@ -73,7 +73,7 @@ class Tracker:
 
 
 def _start_trackio(config: Any) -> Any:
-    """Begins a trackio run, which stays in its directory on this machine; `trackio show` draws it."""
+    """Begins a trackio run, which is stored on this machine; `trackio show` displays it."""
     import trackio
 
     name, prefix = config.wandb_config.project, "debug-" if config.debug else ""
@@ -86,7 +86,7 @@ def _start_trackio(config: Any) -> Any:
 
 
 def _start(config: Any, mode: str) -> Any:
-    """Begins a W&B run; imported here, so that a run without tracking needs neither the package nor its second."""
+    """Begins a W&B run. Imports wandb here, since it takes a second and may not be installed."""
     import wandb
 
     settings = config.wandb_config
@@ -109,8 +109,11 @@ def _start(config: Any, mode: str) -> Any:
 
 
 def tracking_mode(wanted: str) -> str:
-    """What "auto" means here: what wandb is set to (`wandb offline`, `wandb disabled`, its environment variables), else
-    online with an API key, else offline."""
+    """Returns `wanted`, or for "auto" the mode that applies here.
+
+    That is wandb's own setting (`wandb offline`, `wandb disabled`, environment variables), else "online" with an API
+    key, else "offline".
+    """
     if wanted != "auto":
         return wanted
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):  # wandb itself no longer reads it
