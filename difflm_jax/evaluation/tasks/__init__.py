@@ -1,7 +1,7 @@
-"""Tasks with answers that can be checked: a row of data becomes a question, a generated text is right or wrong.
+"""Tasks with verifiable answers: a row of data becomes a question, and a generated text is right or wrong.
 
 A task is one file with `question(row) -> Question` and `is_correct(question, text) -> bool`, and a line in `TASKS`.
-Nothing here knows a model.
+Nothing here depends on a model.
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ __all__ = ["TASKS", "Question", "Task", "read_questions"]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How rows of a task become questions (`RowError` for one that cannot), and what counts as a right answer.
+    """A task.
 
-    `has_answers`: rows are in a format that training takes, with an answer that can be masked and scored.
+    question: turns a row into a question; raises `RowError` if it cannot. is_correct: whether a text is a right answer.
+    has_answers: rows are in a format that training accepts, with an answer that can be masked and scored.
     """
 
     question: Callable[[Any], Question]
@@ -45,7 +46,7 @@ def _renamed(read: Callable[[Any], Question], naming: Naming, row: Any) -> Quest
 
 
 def _other_task(row: Row, task: str) -> str:
-    """Words on a row that this task cannot use, and the task of chat rows can."""
+    """Returns a hint for a row that `task` cannot use: the flag, and the tasks for chat rows if it is one."""
     if TASKS[task].question is exact.question:
         return ""
     try:
@@ -56,9 +57,9 @@ def _other_task(row: Row, task: str) -> str:
 
 
 def read_questions(dataset: str, rows: int = 0, task: str = "exact", naming: Naming = KNOWN_NAMES) -> list[Question]:
-    """The first `rows` (0: all) questions of a data set; announces keys of its rows that are not used.
+    """Reads the first `rows` (0: all) questions of a data set, and prints which keys of its rows are not used.
 
-    `naming`: the data set's own names of columns and roles. Raises `UserError` that names the first bad row.
+    naming: the data set's own names of columns and roles. Raises `UserError` that names the first bad row.
     """
     questions = []
     notes = Notes()

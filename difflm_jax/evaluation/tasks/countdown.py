@@ -1,4 +1,4 @@
-"""Countdown: reach a target from given numbers by arithmetic, each used once (the test set of d1, arXiv:2504.12216)."""
+"""Countdown: combine given numbers, each used once, to reach a target (the test set of d1, arXiv:2504.12216)."""
 
 import ast
 import operator
@@ -11,11 +11,11 @@ from difflm_jax.evaluation.tasks.question import Question, ask, text_field
 
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _EXPRESSION = re.compile(r"[\d(][\d\s+\-*/()]*[\d)]")
-_LONGEST = 200  # characters of an expression that is looked at
+_LONGEST = 200  # characters of the longest expression that is evaluated
 
 
 def question(row: Any) -> Question:
-    """`input`: the numbers, separated by commas; `output`: the target."""
+    """Builds a question from `input` (the numbers, separated by commas) and `output` (the target)."""
     numbers, target = _integers(text_field(row, "input"), "input"), _integers(text_field(row, "output"), "output")
     if len(target) != 1:
         raise RowError("its 'output' is not one number")
@@ -28,7 +28,7 @@ def question(row: Any) -> Question:
 
 
 def is_correct(question: Question, text: str) -> bool:
-    """The last expression of the text uses every number once and has the value of the target."""
+    """Whether the last expression of the text uses every number once and has the value of the target."""
     numbers = _integers(question.row["input"], "input")
     found = _EXPRESSION.findall(_answer_part(text))
     if not found or len(found[-1]) > _LONGEST:
@@ -41,7 +41,7 @@ def is_correct(question: Question, text: str) -> bool:
 
 
 def _answer_part(text: str) -> str:
-    """What is marked as the answer, if anything is, up to an equals sign."""
+    """Returns the last line with arithmetic, up to an equals sign, of the marked answer or else of the text."""
     for pattern in (r"<answer>(.*?)(?:</answer>|$)", r"\\boxed\{([^}]*)"):
         if marked := re.findall(pattern, text, re.DOTALL):
             text = marked[-1]
@@ -51,7 +51,7 @@ def _answer_part(text: str) -> str:
 
 
 def _evaluate(node: ast.AST) -> tuple[Fraction, list[int]]:
-    """(exact value, integers used). Raises `ValueError` for anything but arithmetic on integers."""
+    """Returns (exact value, integers used). Raises `ValueError` for anything but arithmetic on integers."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return Fraction(node.value), [node.value]
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:

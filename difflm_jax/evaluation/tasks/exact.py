@@ -1,4 +1,4 @@
-"""Rows of any format that training takes, whose last answer is the reference."""
+"""Rows of any format that training accepts. The last answer is the reference."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from difflm_jax.evaluation.tasks.question import Question
 
 
 def question(row: Any, naming: Naming = KNOWN_NAMES, notes: Notes | None = None) -> Question:
-    """The conversation up to its last answer; `naming` and `notes` as in `parse_row`."""
+    """Builds a question from a conversation up to its last answer. `naming` and `notes` are as in `parse_row`."""
     _, parsed = parse_row(row, naming, notes)
     if not isinstance(parsed, Conversation) or parsed.messages[-1]["role"] != "assistant":
         raise RowError("the row has no answer to compare with")
@@ -25,18 +25,18 @@ def question(row: Any, naming: Naming = KNOWN_NAMES, notes: Notes | None = None)
 
 
 def normalised(text: str) -> str:
-    """Lower case, single spaces, without thoughts before it and one final period: what counts in an exact match."""
+    """Returns `text` as exact match compares it: lower case, single spaces, no leading thoughts, no final period."""
     text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)
     return " ".join(text.lower().split()).removesuffix(".")
 
 
 def is_correct(question: Question, text: str) -> bool:
-    """The whole answer is the reference."""
+    """Whether the whole answer is the reference."""
     return normalised(text) == normalised(question.reference)
 
 
 def contains(question: Question, text: str) -> bool:
-    """The reference occurs in the answer, as whole words."""
+    """Whether the reference occurs in the answer as whole words."""
     wanted, found = normalised(question.reference), normalised(text)
     padded = "".join(c if c.isalnum() else " " for c in found).split()
     words = "".join(c if c.isalnum() else " " for c in wanted).split()

@@ -1,4 +1,4 @@
-"""4 x 4 Sudoku (the test set of d1, arXiv:2504.12216): a grid in which rows, columns and quarters hold 1 to 4."""
+"""4 x 4 Sudoku (the test set of d1, arXiv:2504.12216): every row, column and quarter of the grid has 1 to 4."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ _SIZE = 4
 
 
 def question(row: Any) -> Question:
-    """`Puzzle` and `Solution`: 16 digits, row by row; 0 is an empty cell."""
+    """Builds a question from `Puzzle` and `Solution`: 16 digits each, row by row; 0 is an empty cell."""
     puzzle, solution = (text_field(row, name).strip() for name in ("Puzzle", "Solution"))
     for name, grid, digits in (("Puzzle", puzzle, "0-4"), ("Solution", solution, "1-4")):
         if not re.fullmatch(f"[{digits}]{{{_SIZE**2}}}", grid):
@@ -23,7 +23,7 @@ def question(row: Any) -> Question:
 
 
 def is_correct(question: Question, text: str) -> bool:
-    """The last 16 digits of the text are a valid grid that keeps the given cells."""
+    """Whether the last 16 digits of the marked answer, or of the text, are a valid grid that keeps the given cells."""
     marked = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.DOTALL)
     digits = "".join(re.findall(r"\d", marked[-1] if marked else text))[-(_SIZE**2) :]
     puzzle = question.row["Puzzle"].strip()
@@ -32,7 +32,7 @@ def is_correct(question: Question, text: str) -> bool:
 
 
 def _groups(grid: str) -> list[str]:
-    """Rows, columns and quarters."""
+    """Returns the rows, columns and quarters of a grid."""
     rows = [grid[i : i + _SIZE] for i in range(0, _SIZE**2, _SIZE)]
     quarters = [rows[r][c : c + 2] + rows[r + 1][c : c + 2] for r in (0, 2) for c in (0, 2)]
     return [*rows, *("".join(column) for column in zip(*rows, strict=True)), *quarters]
