@@ -1,1 +1,1 @@
-"""What every package may use: atomic file writes, locks, the compilation cache, settings, flag help, dtypes."""
+"""Utilities for every package: atomic file writes, locks, compiled programs, settings, flag help, progress, dtypes."""

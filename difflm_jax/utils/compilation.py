@@ -8,17 +8,17 @@ from pathlib import Path
 
 import jax
 
-MAX_BYTES = 4 << 30  # the least recently used programs are removed beyond this
-MIN_SECONDS = 0.2  # what compiles faster is not stored
+MAX_BYTES = 4 << 30  # beyond this, the least recently used programs are removed
+MIN_SECONDS = 0.2  # programs that compile faster are not stored
 
 
 def keep_compiled() -> None:
     """Turns JAX's persistent compilation cache on, in the user's own cache directory.
 
-    `JAX_COMPILATION_CACHE_DIR` names another directory, `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. The
-    cache contains code that will be run, so other users must not be able to write to it. Each kind of processor has its
-    own directory, because CPU programs use every feature of the processor that they were compiled on. If the directory
-    cannot be used, a line says so.
+    `JAX_COMPILATION_CACHE_DIR` names another directory; `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. The
+    cache contains code that will run, so other users must not be able to write to it. Each kind of processor has its
+    own directory, because CPU programs use every feature of the processor that compiled them. If the directory cannot
+    be used, a line is printed.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
@@ -33,7 +33,7 @@ def keep_compiled() -> None:
 
 
 def own_directory(name: str) -> Path:
-    """A directory of code for this kind of processor that only the user can write to. Raises `OSError`."""
+    """Creates and returns a directory for this kind of processor that only the user can access. Raises `OSError`."""
     directory = _path(name)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid") and directory.stat().st_uid != os.getuid():
@@ -52,7 +52,7 @@ def _path(name: str) -> Path:
 
 
 def _processor() -> str:
-    """A short hash of the kind of processor, with its features if the system lists them."""
+    """Returns a short hash of the kind of processor, including its features if the system lists them."""
     described = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

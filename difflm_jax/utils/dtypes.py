@@ -13,11 +13,11 @@ _MULTIPLY_BFLOAT16 = {"amx_bf16", "avx512_bf16"}
 
 
 def fastest_dtype() -> str:
-    """bfloat16 on an accelerator and on a CPU that multiplies it (AMX or AVX512_BF16), else float32.
+    """Returns "bfloat16" on an accelerator and on a CPU with AMX or AVX512_BF16, else "float32".
 
-    If a processor cannot multiply bfloat16, XLA computes in float32 and converts both ways, which is slower: 40 steps
-    of SmolLM2-135M on an EPYC with AVX2 took 420 s of CPU time in bfloat16 and 296 s in float32. ARM's bfloat16
-    instructions were not measured: float32 there.
+    If a CPU cannot multiply bfloat16, XLA computes in float32 and converts both ways, which is slower. 40 steps of
+    SmolLM2-135M on an EPYC with AVX2 took 420 s of CPU time in bfloat16 and 296 s in float32. ARM's bfloat16
+    instructions were not measured, so ARM uses float32.
     """
     if jax.default_backend() != "cpu":
         return "bfloat16"

@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all."""
+"""Atomic writes of directories and files: they appear whole or not at all."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from difflm_jax.errors import UserError, one_line
 
 
 def expanded(path: str, name: str = "") -> str:
-    """`path` with a leading `~` or `~user` expanded. Raises `UserError` if there is no such home directory."""
+    """Returns `path` with a leading `~` or `~user` expanded. Raises `UserError` if there is no such home directory."""
     if not path.startswith("~"):
         return path
     try:
@@ -50,7 +50,7 @@ def new_directory(target: str | Path, may_replace: Callable[[Path], bool] = lamb
 
 
 def check_new_directory(target: Path, may_replace: Callable[[Path], bool] = lambda _: False) -> bool:
-    """Whether `target` has contents; raises `UserError` if they must not be replaced, or if it is a file."""
+    """Returns whether `target` has contents. Raises `UserError` if they must not be replaced, or if it is a file."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: is a file, not a directory to write to")
     occupied = target.is_dir() and any(target.iterdir())

@@ -1,4 +1,4 @@
-"""`--help` of a command, in groups with defaults, and the likely correction of a misspelt flag."""
+"""`--help` of a command, in groups with defaults, and the likely correction of a misspelled flag."""
 
 import difflib
 import textwrap
@@ -10,9 +10,9 @@ _WIDTH = 110
 
 
 def help_text(usage: str, flag_values: flags.FlagValues, titles: Mapping[str, str]) -> str:
-    """`usage`, then every flag under the title of its group, with its default and allowed values.
+    """Returns `usage`, then every flag under the title of its group, with its default and allowed values.
 
-    titles: from the name of a flag to the title of its group. Other flags belong to the command itself and come first.
+    titles: the name of a flag -> the title of its group. Other flags belong to the command itself and come first.
     The groups follow in the order of their first flag.
     """
     groups: dict[str, list[flags.Flag]] = {"Flags": []}
@@ -24,7 +24,7 @@ def help_text(usage: str, flag_values: flags.FlagValues, titles: Mapping[str, st
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most similar to `name`, compared as a whole or by its last part."""
+    """Returns the known name most similar to `name`, compared as a whole or by its last part."""
 
     def likeness(candidate: str) -> float:
         last = difflib.SequenceMatcher(None, candidate.split(".")[-1], name).ratio()
@@ -34,7 +34,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _line(flag: flags.Flag) -> str:
-    """The help of one flag: its name and default, then what it does."""
+    """Returns the help of one flag: its name and default, then its description."""
     name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={_shown(flag)}"
     text = " ".join((flag.help or "").split())
     if (choices := getattr(flag.parser, "enum_values", None)) and flag.default is None:
@@ -45,7 +45,7 @@ def _line(flag: flags.Flag) -> str:
 
 
 def _shown(flag: flags.Flag) -> str:
-    """The default of a flag, or the kind of value that it takes."""
+    """Returns the default of a flag, or the kind of value that it takes."""
     if flag.default in (None, "", []):
         return {"int": "INTEGER", "float": "NUMBER"}.get(flag.flag_type(), "...")
     return ",".join(flag.default) if isinstance(flag.default, list) else str(flag.default)

@@ -14,7 +14,7 @@ class FileLock:
     """An exclusive lock on the file `path`. The file names the holder and is removed on release.
 
     The kernel releases the lock when its process ends, so no lock is ever stale. On a file system without locks (some
-    network ones) every process acquires it.
+    network file systems) every process acquires it.
     """
 
     def __init__(self, path: str | Path):
@@ -22,9 +22,9 @@ class FileLock:
         self._file: int | None = None
 
     def acquire(self, wait: bool) -> bool:
-        """Takes the lock; False if another process has it and `wait` is false.
+        """Acquires the lock; returns False if another process has it and `wait` is False.
 
-        Raises `UserError` if the file cannot be made.
+        Raises `UserError` if the file cannot be created.
         """
         while self._file is None:
             try:
@@ -36,7 +36,7 @@ class FileLock:
             except BlockingIOError:
                 os.close(file)
                 return False
-            except OSError:  # no locks here
+            except OSError:  # a file system without locks
                 pass
             if self._is_current(file):
                 self._file = file
@@ -48,7 +48,7 @@ class FileLock:
         return True
 
     def holder(self) -> str:
-        """The process that has the lock, as the file names it."""
+        """Returns the process that has the lock, from the contents of the file."""
         with contextlib.suppress(OSError):
             return self._path.read_text(errors="replace").strip() or "another process"
         return "another process"
@@ -62,7 +62,7 @@ class FileLock:
             self._file = None
 
     def _is_current(self, file: int) -> bool:
-        """Whether the opened file is still the one at the path."""
+        """Whether the open file is still the one at the path."""
         try:
             return os.path.samestat(os.fstat(file), self._path.stat())
         except OSError:
@@ -71,7 +71,7 @@ class FileLock:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Waits for the lock on `path` and keeps it within the block."""
+    """Waits for the lock on `path` and releases it after the block."""
     lock = FileLock(path)
     lock.acquire(wait=True)
     try:

@@ -1,4 +1,4 @@
-"""C++ functions for XLA on CPUs: built once by the machine's own compiler, kept in the user's cache directory."""
+"""C++ functions for XLA on CPUs: built once with the machine's compiler and stored in the user's cache directory."""
 
 import ctypes
 import functools
@@ -14,18 +14,18 @@ import jax
 
 from difflm_jax.utils.compilation import own_directory
 
-SWITCH = "DIFFLM_NATIVE"  # "0" in the environment: none are built, XLA computes everything
+SWITCH = "DIFFLM_NATIVE"  # environment variable; "0": nothing is built, XLA computes everything
 COMPILERS = ("g++", "clang++", "c++")
-SECONDS = 300  # the most that a build may take
+SECONDS = 300  # time limit of a build
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-ffp-contract=fast", "-w", "-shared", "-fPIC")
 
 
 @functools.cache
 def has_native(source: Path, functions: tuple[str, ...]) -> bool:
-    """Whether XLA can call `functions` of the C++ file `source`, which is built if it was not yet.
+    """Returns whether XLA can call `functions` of the C++ file `source`. Builds and registers them if needed.
 
-    False without a compiler, without permission to keep the result, or with DIFFLM_NATIVE=0. A build that fails says so
-    in one line.
+    Returns False without a compiler, without a writable cache directory, or with DIFFLM_NATIVE=0. A failed build prints
+    one line.
     """
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if os.environ.get(SWITCH) == "0" or os.name != "posix" or compiler is None:
@@ -45,7 +45,7 @@ def has_native(source: Path, functions: tuple[str, ...]) -> bool:
 
 
 def _built(source: Path, compiler: str) -> Path:
-    """The shared library of `source` for this processor, this compiler and this jaxlib."""
+    """Returns the shared library of `source` for this processor, compiler and jaxlib; builds it if it is not cached."""
     version = _said([compiler, "--version"], 60)
     described = [source.read_text(encoding="utf-8"), version, *FLAGS, jax.lib.__version__]
     name = hashlib.blake2b("\0".join(described).encode(), digest_size=12).hexdigest()
@@ -57,7 +57,7 @@ def _built(source: Path, compiler: str) -> Path:
         made = Path(directory) / library.name
         command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(made)]
         _said(command, SECONDS)
-        made.replace(library)  # whole or not at all, whoever else builds it now
+        made.replace(library)  # atomic, even if another process builds it too
     return library
 
 

@@ -1,4 +1,4 @@
-"""Progress of what takes long, on stderr: a bar on a terminal, lines in a log, nothing of what takes two seconds."""
+"""Progress of long operations on stderr: a bar on a terminal, lines in a log, nothing within the first two seconds."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 _NEVER = 1e6
-# What is over by then shows nothing. DIFFLM_PROGRESS=0: nothing is shown, for those who compare what is on stderr.
+# Shorter operations show nothing. DIFFLM_PROGRESS=0 shows nothing at all, for programs that compare stderr.
 QUIET_SECONDS = _NEVER if os.environ.get("DIFFLM_PROGRESS") == "0" else 2.0
 LINE_SECONDS = 30.0  # between two lines of a log
 _COMPILING = "/jax/compilation_cache/compile_requests_use_cache"
@@ -19,10 +19,10 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Progress:
-    """A context that counts `advance` towards `total` (None: it is not known) and shows it after `QUIET_SECONDS`.
+    """A context manager that counts `advance` towards `total` (None: unknown) and shows it after `QUIET_SECONDS`.
 
-    `what` names the work, `unit` what is counted: "loading base", "tensors". A total of 0 or 1 shows nothing: there is
-    nothing to count.
+    `what` names the work and `unit` the things counted, such as "loading base" and "tensors". A total of 0 or 1 shows
+    nothing.
     """
 
     def __init__(self, what: str, unit: str, total: int | None = None):
@@ -49,7 +49,7 @@ class Progress:
                 self._line()
 
     def advance(self, count: int = 1) -> None:
-        """Counts `count` more."""
+        """Adds `count` to what is done."""
         with self._lock:
             self._done += count
             if self._bar is not None:
@@ -90,7 +90,7 @@ def _started_bar(what: str, unit: str, total: int | None, done: int) -> Any:
 
 @functools.cache
 def announce_compilation() -> None:
-    """From now on a line on stderr says that a program is being compiled, once that has taken `QUIET_SECONDS`."""
+    """From now on, prints a line to stderr when the compilation of a program has taken `QUIET_SECONDS`."""
     waiting: list[threading.Timer] = []
 
     def began(event: str, **_: Any) -> None:

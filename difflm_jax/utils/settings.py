@@ -14,7 +14,7 @@ from difflm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Allowed numbers: a test, and the words for it."""
+    """A range of allowed numbers: a predicate, and its description."""
 
     wording: str
     holds: Callable[[float], bool]
@@ -32,7 +32,7 @@ DEVICES = Range("-1 (all devices) or greater than 0", lambda x: x == -1 or x > 0
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What describes a setting besides its name and type.
+    """The description of a setting, apart from its name and type.
 
     choices: the allowed values, or those of each element of a list. within: the allowed range. required: not empty.
     path: `~` is expanded. key: the name in the config, if it differs from the field's. config_default: the default in
@@ -71,5 +71,5 @@ class Setting:
 def setting(
     default: Any = dataclasses.MISSING, help: str = "", *, choices: Collection[Any] = (), **details: Any
 ) -> Any:  # a dataclass field; `Any`: a type checker accepts it as a value of the field's type
-    """A dataclass field that is a setting; `details` are the other fields of `Setting`."""
+    """Returns a dataclass field that is a setting. `details` are the other fields of `Setting`."""
     return dataclasses.field(default=default, metadata={"setting": Setting(help, tuple(choices), **details)})
