@@ -1,4 +1,4 @@
-"""Adapters that the real `peft` makes, for tests of reading them."""
+"""Adapters created with the real `peft`, for tests that read them."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def config_of(model) -> ModelConfig:
 
 
 def trained_peft(model, **options: Any) -> peft.PeftModel:
-    """`peft`'s own adapter with no factor left at its start and a mask row unlike the base's."""
+    """Returns a `peft` adapter with every factor changed from its initial value, and a mask row unlike the base's."""
     options = {"target_modules": list(PROJECTIONS), "trainable_token_indices": {"embed_tokens": [MASK]}, **options}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 12, **options}))
     with torch.no_grad():

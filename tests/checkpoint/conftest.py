@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made by transformers, and our logits for them."""
+"""Tiny random models of every family, built with transformers, and our logits for them."""
 
 import functools
 from collections.abc import Callable
@@ -34,7 +34,7 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# name -> the config class of transformers, and what is its own; together they cover every leaf of the table
+# name -> config class of transformers and its own options; together they cover every leaf of the table
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "llama_bias": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
@@ -47,7 +47,7 @@ FAMILIES = {
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """A test that takes this runs once for every family."""
+    """Runs a test once per family."""
     return request.param
 
 
@@ -69,7 +69,7 @@ def tiny_model() -> Callable[..., transformers.PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def random_lora() -> Callable[[dict[str, Any], LoraConfig], dict[str, Any]]:
-    """`random_lora(params, config)`: a `lora` tree with no factor left at zero."""
+    """`random_lora(params, config)`: a `lora` tree without zero factors."""
 
     def make(params: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
         rng = np.random.default_rng(3)
@@ -112,7 +112,7 @@ def our_logits() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def their_logits() -> Callable[..., np.ndarray]:
-    """The logits of a torch model."""
+    """Returns the logits of a torch model."""
 
     def logits(model: torch.nn.Module, tokens_BL: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -123,7 +123,7 @@ def their_logits() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def assert_same_weights() -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
-    """Every tensor of a torch state dict is, bit for bit, where our tree should have it, and nothing else is there."""
+    """Asserts that our tree has every tensor of a torch state dict in its place, bit for bit, and nothing else."""
 
     def check(params: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
         seen = 0
@@ -148,7 +148,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 @pytest.fixture
 def read_once(monkeypatch):
-    """A .gguf file is read once: `gguf` needs seconds, and transformers does it for config, tokenizer and weights."""
+    """Caches the reading of a .gguf file, which takes `gguf` seconds. transformers reads it three times."""
     kept = functools.cache(gguf.GGUFReader)
     for name in ("gguf.GGUFReader", "difflm_jax.checkpoint.gguf.weights.GGUFReader"):
         monkeypatch.setattr(name, lambda path: kept(str(path)))
@@ -156,7 +156,7 @@ def read_once(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a character, with a chat template. Byte-level: transformers takes every Qwen2 tokenizer to be that."""
+    """One token per character, with a chat template. Byte-level, as transformers assumes for every Qwen2 tokenizer."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyzĠ.?!"]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

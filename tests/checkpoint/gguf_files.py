@@ -1,4 +1,4 @@
-"""Writes small GGUF files the way llama.cpp's converter does, with the writer of the `gguf` package."""
+"""Writes small GGUF files as llama.cpp's converter does, with the writer of the `gguf` package."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -47,7 +47,7 @@ _ARCHITECTURES = {
 
 
 def gguf_name(name: str, architecture: str = "llama") -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`, spelled out here a second time on purpose."""
+    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`, implemented a second time on purpose."""
     names = _NAMES | _GEMMA_NAMES if architecture == "gemma3" else _NAMES
     module, leaf = name.rsplit(".", 1)
     if module.startswith("model.layers."):
@@ -70,9 +70,9 @@ def write_gguf(
     tensors: dict[str, np.ndarray | None] | None = None,
     leave_out: Iterable[str] = (),
 ) -> Path:
-    """A GGUF file of a small transformers model: matrices in `kind`, everything else in float32.
+    """Writes a GGUF file of a small transformers model: matrices in `kind`, everything else in float32.
 
-    `metadata` adds keys, `tensors` adds tensors under GGUF names, and both names of tensors and keys can be left out.
+    `metadata` adds keys, `tensors` adds tensors under GGUF names, and names of tensors and keys can be left out.
     """
     config = model.config
     writer = _Writer(path, _ARCHITECTURES[config.model_type], frozenset(leave_out))
@@ -120,7 +120,7 @@ def add_tokenizer(
     merges: list[str] | None = None,
     **values: Any,
 ) -> None:
-    """The keys `tokenizer.ggml.*`; `values` overrides and extends them (None takes one out)."""
+    """Adds the keys `tokenizer.ggml.*`; `values` overrides and extends them (None removes one)."""
     values = {"model": "gpt2", "pre": "smollm", "bos_token_id": 1, "eos_token_id": 2, **values}
     types = types or [int(TokenType.CONTROL if i < 3 else TokenType.NORMAL) for i in range(len(tokens))]
     writer.add_token_list(tokens)
@@ -136,7 +136,7 @@ def add_tokenizer(
 
 
 class _Writer(GGUFWriter):
-    """A writer that leaves out the keys it is told to, and takes the last value of a key that is written twice."""
+    """A writer that can leave out keys, and keeps the last value of a key that is written twice."""
 
     def __init__(self, path: Path, architecture: str, left_out: frozenset[str]):
         self.left_out = left_out

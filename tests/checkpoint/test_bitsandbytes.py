@@ -1,4 +1,4 @@
-"""4-bit checkpoints: those of transformers read by us, ours read by transformers, and adapters on top of both."""
+"""Tests 4-bit checkpoints: we read those of transformers, transformers reads ours, and adapters work on both."""
 
 import json
 import warnings
@@ -56,7 +56,7 @@ def base_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["nested", "plain", "skip", "skip a layer"])
 def stored(request, base_dir, tmp_path_factory):
-    """(directory, torch model) of a checkpoint that transformers quantised and saved."""
+    """Returns (directory, torch model) of a checkpoint that transformers quantised and saved."""
     skipped = {"skip": ["o_proj", "lm_head"], "skip a layer": ["model.layers.1.mlp.up_proj", "lm_head"]}
     config = bnb_config(request.param != "plain", llm_int8_skip_modules=skipped.get(request.param))
     directory = tmp_path_factory.mktemp("stored")
@@ -64,7 +64,7 @@ def stored(request, base_dir, tmp_path_factory):
 
 
 def quantised_by_transformers(base_dir, directory, config: BitsAndBytesConfig):
-    """The torch model, which is left in `directory` as well."""
+    """Returns the torch model, which is also saved in `directory`."""
     model = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
@@ -72,7 +72,7 @@ def quantised_by_transformers(base_dir, directory, config: BitsAndBytesConfig):
 
 
 def logits(model) -> np.ndarray:
-    """Logits with products in float32; with AVX-512 bitsandbytes multiplies in bfloat16 if not kept from it."""
+    """Returns logits with matmuls in float32. With AVX-512, bitsandbytes would multiply in bfloat16."""
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu, module.compute_dtype = False, torch.float32
@@ -130,7 +130,7 @@ def adapted(lm: difflm_jax.LanguageModel) -> difflm_jax.LanguageModel:
 
 @pytest.mark.parametrize(("double_quant", "tolerance"), [(False, 2e-3), (True, 1e-2)])
 def test_an_adapter_over_nf4_loads_in_peft_over_bitsandbytes(base_dir, tmp_path, double_quant, tolerance):
-    """With double quantisation a few scales are one code apart: bitsandbytes' search on a CPU is approximate."""
+    """With double quantisation, a few scales differ by one code: bitsandbytes' search on a CPU is approximate."""
     held = QuantConfig("nf4", double_quant=double_quant)
     lm = adapted(difflm_jax.load(base_dir, causal=True, dtype="float32", quantization=held))
     lm.save_adapter(tmp_path / "adapter")
@@ -185,7 +185,7 @@ def test_integer_formats_have_no_checkpoint_of_their_own(base_dir, tmp_path):
 
 
 def broken(directory, tmp_path, change):
-    """A copy of a stored checkpoint after `change(config, tensors)`."""
+    """Copies a stored checkpoint and applies `change(config, tensors)`."""
     target = tmp_path / "broken"
     target.mkdir()
     for file in directory.iterdir():

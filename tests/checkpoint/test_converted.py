@@ -1,4 +1,4 @@
-"""A quantised base that is kept on disk: found again, told apart by what it was made from, never trusted if damaged."""
+"""Tests the quantised base on disk: it is reused only for the same source, and never if it is damaged."""
 
 import shutil
 
@@ -36,7 +36,7 @@ def test_the_second_start_reads_what_the_first_wrote(source, tmp_path, monkeypat
     first = load_converted(source, dtype, quantization, tmp_path / "kept")
     assert same(first, load_params(source, dtype, quantization))
     assert len(list((tmp_path / "kept").iterdir())) == 1
-    monkeypatch.setattr(module, "load_params", None)  # whoever converts again fails
+    monkeypatch.setattr(module, "load_params", None)  # converting again fails
     assert same(first, load_converted(source, dtype, quantization, tmp_path / "kept"))
 
 
@@ -69,7 +69,7 @@ def test_a_damaged_file_is_announced_and_made_again(source, tmp_path, capsys, da
     assert f"{path}: is damaged" in capsys.readouterr().err
     capsys.readouterr()
     assert same(expected, load_converted(source, "float32", INT4, tmp_path / "kept"))
-    assert "damaged" not in capsys.readouterr().err  # it was written again, whole
+    assert "damaged" not in capsys.readouterr().err  # it was rewritten completely
 
 
 def test_a_disk_that_refuses_costs_only_the_file(source, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Experts in the forms that files have them in: fused, in MXFP4, quantised as they are read, in PEFT's adapters."""
+"""Tests experts in all forms of files: fused, in MXFP4, quantised while reading, in PEFT's adapters."""
 
 import json
 
@@ -34,7 +34,7 @@ def logits_of(model) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    """(a directory that transformers wrote, its model): a dense layer, and one with experts."""
+    """Returns (directory written by transformers, its model): a dense layer, and one with experts."""
     directory = tmp_path_factory.mktemp("qwen3_moe")
     model = torch_model("qwen3_moe", **{**FAMILIES["qwen3_moe"], "vocab_size": 264})
     model.save_pretrained(directory)
@@ -48,7 +48,7 @@ def lm(qwen):
 
 
 def test_tensors_that_hold_all_experts_of_a_layer_are_read(qwen, lm, tmp_path):
-    """As transformers 5 has them in memory."""
+    """They are named as in transformers 5's memory."""
     directory, model = qwen
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     state |= {"lm_head.weight": model.state_dict()["lm_head.weight"].clone()}
@@ -120,7 +120,7 @@ def test_experts_are_adapted_only_where_that_is_asked_for(lm):
 
 
 def test_experts_in_bfloat16_compute_as_the_others_do(qwen, lm):
-    """On a CPU a loop holds them as bits."""
+    """On a CPU, a loop stores them as bits."""
     half = difflm_jax.load(qwen[0], causal=True, dtype="bfloat16")
     assert error(half(TOKENS), np.asarray(lm(TOKENS))) <= 0.05
 

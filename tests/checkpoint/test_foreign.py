@@ -1,4 +1,4 @@
-"""Diffusion checkpoints of others, as small random instances of their published architectures written out in torch."""
+"""Third-party diffusion checkpoints: small random instances of their published architectures, written in torch."""
 
 import json
 
@@ -71,7 +71,7 @@ _OLMO = {
 
 
 class Reference:
-    """The decoder of a family in torch, in float32: pre-norm, rotated halves, SwiGLU; random weights by their names."""
+    """The decoder of a family in torch and float32: pre-norm, rotated halves, SwiGLU; random weights by name."""
 
     def __init__(self, family: str):
         self.family, config = family, CONFIGS[family]
@@ -149,7 +149,7 @@ def checkpoint(request, tmp_path_factory):
 def write(directory, family, reference, config):
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(directory)
-    if family == "dream":  # its tokenizer is a class of its own, with Qwen's files
+    if family == "dream":  # it has its own tokenizer class, with Qwen's files
         path = directory / "tokenizer_config.json"
         named = {**json.loads(path.read_text()), "tokenizer_class": "DreamTokenizer",
                  "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}  # fmt: skip
@@ -168,7 +168,7 @@ def test_logits_and_what_it_was_trained_for(checkpoint):
     tokens = torch.randint(0, 250, (3, 45), generator=torch.Generator().manual_seed(0))
     expected = torch.stack([reference(row, lm.block_length) for row in tokens])
     np.testing.assert_allclose(np.asarray(lm(tokens.numpy())), expected.numpy(), atol=2e-4, rtol=1e-4)
-    lengths = np.array([45, 7, 18])  # padding on the left, prompts of any length: nothing changes
+    lengths = np.array([45, 7, 18])  # padding on the left and prompts of any length change nothing
     valid = np.arange(45) >= 45 - lengths[:, None]
     padded = np.asarray(lm(tokens.numpy(), attention_mask=valid, prompt_lengths=lengths // 2))
     for row, length in enumerate(lengths):
@@ -177,7 +177,7 @@ def test_logits_and_what_it_was_trained_for(checkpoint):
 
 
 def reference_answer(reference, prompt, count, mask, block, shift, by_entropy):
-    """One mask a pass: the surest of those of the first block that has any, by probability or by least entropy."""
+    """Fills one mask per pass: the most confident (probability or entropy) of the first block that has masks."""
     row = torch.tensor([*prompt, *[mask] * count])
     while (open_ := (row == mask).nonzero()[:, 0]).numel():
         if block:
@@ -192,7 +192,7 @@ def reference_answer(reference, prompt, count, mask, block, shift, by_entropy):
 
 
 def test_it_generates_without_flags(checkpoint):
-    """Prompts of any length in one batch: those of block-causal models end within a block that the answer fills up."""
+    """Prompts of any length in one batch. With block-causal models they end within a block, which the answer fills."""
     family, directory, reference = checkpoint
     attention, block, shift, algorithm, mask = TRAINED_FOR[family]
     lm = difflm_jax.load(directory, dtype="float32")

@@ -1,5 +1,8 @@
-"""Third-party checkpoints whose published classes are transformers' own under another mask: Stable-DiffCoder and
-Nemotron-Labs-Diffusion, as small random models of transformers, decoded as their published code decodes."""
+"""Third-party checkpoints whose classes are those of transformers with another mask.
+
+Stable-DiffCoder and Nemotron-Labs-Diffusion are small random models of transformers here, decoded as in their
+published code.
+"""
 
 import json
 
@@ -23,7 +26,7 @@ _SIZES = {
     "initializer_range": 0.02, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "eos_token_id": 258, "bos_token_id": 1,
 }  # fmt: skip
-# The published config.json of each, with small sizes; Stable-DiffCoder's names neither mask nor block.
+# The published config.json of each, with small sizes. Stable-DiffCoder's has neither mask nor block length.
 DIFFCODER = {
     **_SIZES, "model_type": "llama", "architectures": ["StableDiffcoderForCausalLM"], "rms_norm_eps": 1e-6,
     "auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"},
@@ -43,7 +46,7 @@ NEMOTRON = {
 
 
 def random_model(published):
-    """The published class's parent in transformers: a subclass of Llama, and a copy of Ministral 3."""
+    """Builds the transformers model that the published class subclasses (Llama) or copies (Ministral 3)."""
     torch.manual_seed(0)
     kinds = (LlamaConfig, LlamaForCausalLM) if published is DIFFCODER else (Ministral3Config, Ministral3ForCausalLM)
     left_out = ("model_type", "architectures", "auto_map", "attn_implementation", "torch_dtype")
@@ -80,7 +83,7 @@ def block_causal(length: int, block: int) -> np.ndarray:
 
 
 def causal_context(length: int, start: int, end: int) -> np.ndarray:
-    """What precedes the block start:end is causal; the block sees all of that and itself."""
+    """Returns the mask: tokens before the block start:end are causal, and the block sees them and itself."""
     index = np.arange(length)
     in_block = (index >= start) & (index < end)
     return (index[None] <= index[:, None]) | (in_block[:, None] & (index[None] < end))
@@ -102,11 +105,11 @@ def trained_for(lm):
     return lm.attention, lm.block_length, lm.logit_shift, lm.algorithm, lm.mask_token_id
 
 
-TOKENS = np.random.default_rng(3).integers(101, 250, (3, 40))  # neither mask is among them
+TOKENS = np.random.default_rng(3).integers(101, 250, (3, 40))  # without the mask tokens
 
 
 def test_stable_diffcoder_sees_blocks_of_four_and_fills_them_as_published(diffcoder):
-    """Its model_type is llama: the class in its config tells."""
+    """Its model_type is llama; the class in its config identifies it."""
     model, directory = diffcoder
     lm = difflm_jax.load(directory, dtype="float32")
     assert trained_for(lm) == ("block_causal", 4, False, "probability", 5)
@@ -135,7 +138,7 @@ def test_nemotrons_context_is_causal_and_its_block_is_not(nemotron):
 
 
 def nemotrons_answer(model, prompt: list[int], blocks: int, length: int, mask: int) -> list[int]:
-    """Blocks of masks, the most confident filled first; each then joins the causal context."""
+    """Fills blocks of masks, the most confident first. Each block then joins the causal context."""
     row = torch.tensor(prompt)
     for _ in range(blocks):
         start, end = len(row), len(row) + length
@@ -150,7 +153,7 @@ def nemotrons_answer(model, prompt: list[int], blocks: int, length: int, mask: i
 
 @pytest.mark.parametrize("cache", ["auto", "none"])
 def test_nemotrons_finished_blocks_join_the_causal_context(nemotron, cache):
-    """Three blocks, prompts of any length in one batch, with and without the exact cache."""
+    """Three blocks and prompts of any length in one batch, with and without the exact cache."""
     model, directory = nemotron
     lm = difflm_jax.load(directory, dtype="float32")
     prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :3].tolist(), TOKENS[2, :14].tolist()]
@@ -164,7 +167,7 @@ def test_nemotrons_finished_blocks_join_the_causal_context(nemotron, cache):
 
 
 def test_nemotron_verifies_its_own_blocks_and_writes_what_transformers_writes(nemotron):
-    """Its linear self-speculation: the text is that of the same weights decoded from left to right."""
+    """Linear self-speculation writes the text of the same weights decoded from left to right."""
     model, directory = nemotron
     lm = difflm_jax.load(directory, dtype="float32")
     prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :3].tolist()]
@@ -177,7 +180,7 @@ def test_nemotron_verifies_its_own_blocks_and_writes_what_transformers_writes(ne
 
 
 def test_likelihood_under_a_causal_context_is_that_of_its_training_mask(nemotron):
-    """The published mask of training: a noisy block sees itself and the clean tokens before it, which are causal."""
+    """In the published training mask, a noisy block sees itself and the clean tokens before it, which are causal."""
     length, block = 12, 3
     ours = DiffusionConfig("causal_context", block)
     index = np.tile(np.arange(length), 2)[None]

@@ -1,4 +1,4 @@
-"""The field's own mixtures of experts, as small random instances of their published architectures."""
+"""Third-party mixtures of experts: small random instances of their published architectures."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_logits_and_what_it_was_trained_for(family, tmp_path):
 
 
 def test_llada_2_is_saved_as_a_model_that_transformers_has(tmp_path):
-    """q, k and v apart, as GLM 4.5 has them; causal there, since that model has no other attention of its own."""
+    """q, k and v are separate, as in GLM 4.5. transformers' model is causal, since it has no other attention."""
     (tmp_path / "theirs").mkdir()
     reference = written(tmp_path / "theirs", CONFIGS["llada2_moe"])
     difflm_jax.load(tmp_path / "theirs", dtype="float32").save_pretrained(tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""GGUF files in, against the weights they were written from and against transformers' own GGUF loading."""
+"""Tests reading GGUF files against the weights they were written from and transformers' own GGUF loading."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def matrices_of(model) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def refusal(tmp_path, tiny_model):
-    """`refusal(family, **what to write)`: the one line with which the file is refused."""
+    """`refusal(family, **what to write)`: the error line for a refused file."""
 
     def run(family: str = "llama", **options) -> str:
         path = write_gguf(tmp_path / "model.gguf", tiny_model(family), **options)
@@ -99,7 +99,7 @@ def test_one_key_value_head_a_query_head_where_the_file_names_none(tmp_path, tin
 
 
 def test_gemma_3(tmp_path):
-    """Norms are stored with 1 added; llama.cpp knows the local RoPE base and the pattern of layers."""
+    """Norms are stored with 1 added. llama.cpp hard-codes the local RoPE base and the pattern of layers."""
     model = torch_model("gemma3_text", head_dim=16, num_hidden_layers=7, sliding_window=8, query_pre_attn_scalar=16)
     source = open_source(str(write_gguf(tmp_path / "model.gguf", model)))
     assert source.config == ModelConfig.from_hf(model.config.to_dict())
@@ -110,7 +110,7 @@ def test_gemma_3(tmp_path):
 
 
 def test_gemma_3_with_the_keys_of_newer_converters(tmp_path):
-    """The pattern as a period or one entry per layer, the local RoPE base, and scaling of the global layers alone."""
+    """The pattern as a period or one entry per layer, the local RoPE base, and scaling of only the global layers."""
     ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
              "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}  # fmt: skip
     types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
@@ -129,7 +129,7 @@ def test_gemma_3_with_the_keys_of_newer_converters(tmp_path):
 
 
 def test_sizes_of_local_layers_alone_are_named(tmp_path):
-    """Gemma 4's keys, in a file that calls itself gemma3."""
+    """Gemma 4's keys in a file with the architecture gemma3."""
     model = torch_model("gemma3_text", head_dim=16)
     path = write_gguf(tmp_path / "model.gguf", model, metadata=lambda writer: writer.add_key_length_swa(8))
     with pytest.raises(UserError, match=r"cannot be represented: gemma3\.attention\.key_length_swa"):
@@ -143,7 +143,7 @@ QWEN3_MOE = {
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_qwen3_moe_as_transformers_reads_it(kind, tmp_path, our_logits, their_logits):
-    """One tensor of a layer holds gate, up or down of all experts. transformers takes a width of 768 unread."""
+    """One tensor per layer has gate, up or down of all experts. transformers assumes a width of 768."""
     model = torch_model("qwen3_moe", **QWEN3_MOE, moe_intermediate_size=768)
     path = write_gguf(tmp_path / "model.gguf", model, GGMLQuantizationType[kind])
     source = open_source(str(path))
@@ -232,7 +232,7 @@ def test_what_cannot_be_represented_is_named(refusal, add, message):
 
 
 def test_keys_at_the_value_that_changes_nothing_are_read(tmp_path, tiny_model):
-    """Converters write them for every architecture."""
+    """Converters write these keys for every architecture."""
     model = tiny_model("llama")
 
     def neutral(writer):

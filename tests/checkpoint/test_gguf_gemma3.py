@@ -12,7 +12,7 @@ import difflm_jax
 from difflm_jax.checkpoint.source import open_source
 
 NEW_TOKENS = 12
-NEAR_TIE = 1e-4  # of the largest logit: two sums in another order may differ by that much
+NEAR_TIE = 1e-4  # relative to the largest logit: sums in another order may differ by this much
 TEXTS = (
     "The capital of France is", "The capital of Japan is", "Water boils at a temperature of", "The largest planet is",
     "Once upon a time, in a small village,", "The three primary colours are", "Photosynthesis is the process by which",
@@ -29,7 +29,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def theirs(gemma3: Path):
-    """transformers' own reading of the file: it dequantises every tensor with the same package, in float32."""
+    """Returns transformers' model of the file. It dequantises every tensor with the same package, in float32."""
     return AutoModelForCausalLM.from_pretrained(gemma3.parent, gguf_file=gemma3.name, dtype=torch.float32).eval()
 
 
@@ -55,7 +55,7 @@ def test_gemma_3_270m_gives_the_logits_and_tokens_of_transformers(gemma3, theirs
 
 @torch.no_grad()
 def continued(model, prompts: list[list[int]], ends: set[int]) -> list[list[int]]:
-    """Greedy answers of transformers, up to and including an end; the batch is padded on the left."""
+    """Returns greedy answers of transformers, up to and including an end token. The batch is padded on the left."""
     width = max(map(len, prompts))
     valid = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
@@ -67,9 +67,9 @@ def continued(model, prompts: list[list[int]], ends: set[int]) -> list[list[int]
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised", "read_once")
 def test_gemma_3_270m_continues_32_texts_as_transformers_does(gemma3, theirs):
-    """Greedy tokens of a batch of rows of any length. They may part only where two logits are a near tie.
+    """Compares greedy tokens of a batch of rows of any length. They may differ only after a near tie of two logits.
 
-    `DIFFLM_GEMMA3_REPORT=FILE` writes how many texts were equal, and the gap where one was not.
+    `DIFFLM_GEMMA3_REPORT=FILE` writes how many texts were equal, and the gap of logits for each difference.
     """
     lm = difflm_jax.load(str(gemma3), causal=True, dtype="float32")
     prompts = [lm.tokenizer(text).input_ids for text in TEXTS]
@@ -97,4 +97,4 @@ def test_gemma_3_270m_continues_32_texts_as_transformers_does(gemma3, theirs):
         Path(path).write_text(report, encoding="utf-8")
     assert all(0 <= gap < NEAR_TIE for gap in gaps.values()), gaps
     assert max(errors) <= 1e-3
-    assert sum(len(set(tokens.tolist())) > 3 for tokens in ours) >= 24  # real text, not one token over and over
+    assert sum(len(set(tokens.tolist())) > 3 for tokens in ours) >= 24  # real text, not one repeated token

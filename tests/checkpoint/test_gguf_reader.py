@@ -1,4 +1,4 @@
-"""Arrays of a GGUF file that are read at once are those that `gguf.GGUFReader` reads one by one."""
+"""Tests that GGUF arrays read at once equal those that `gguf.GGUFReader` reads one by one."""
 
 import numpy as np
 from gguf import GGUFReader, GGUFWriter

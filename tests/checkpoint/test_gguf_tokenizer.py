@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from GGUF metadata, token by token against transformers' reading of the file and real ones."""
+"""Tests tokenizers rebuilt from GGUF metadata, token by token, against transformers' and real ones."""
 
 import json
 from pathlib import Path
@@ -33,14 +33,14 @@ TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 @pytest.fixture(scope="module")
 def trained() -> dict:
-    """Tokens, types and merges of a byte-level BPE trained on a little text, the special ones in front."""
+    """Returns tokens, types and merges of a byte-level BPE trained on a little text, special tokens first."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    # without a splitter, merges run across words and digits: a wrong pre-tokenizer shows at once
+    # without a splitter, merges cross words and digits, which reveals a wrong pre-tokenizer
     core.train_from_iterator([text for text in TEXTS for _ in range(9)] + ["12 345 6789"] * 9, trainer)
     model = json.loads(core.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
@@ -114,14 +114,14 @@ def test_text_is_split_as_llama_cpp_splits_it(pre, written):
         [pre_tokenizers.Split(Regex(LLAMA_CPP[pre]), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     for text in ["camelCaseAND snake_Case HTTPServer", "Hello, world! I'm 42; 1234567", "a/b//\n\nc", *TEXTS]:
-        if text.isascii():  # beyond ASCII llama.cpp's rule for tekken is coarser than Mistral's own
+        if text.isascii():  # beyond ASCII, llama.cpp's rule for tekken is coarser than Mistral's own
             assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text), text
 
 
 def test_the_rule_of_files_that_name_none_cuts_numbers_and_punctuation(written, capsys):
     named = ours_of(written(pre="default"))
     ours = named.backend_tokenizer.pre_tokenizer
-    unnamed = ours_of(written(pre=None))  # an old conversion: llama.cpp warns, and takes the same
+    unnamed = ours_of(written(pre=None))  # an old conversion: llama.cpp warns and uses the same rule
     assert [unnamed(text).input_ids for text in TEXTS] == [named(text).input_ids for text in TEXTS]
     assert capsys.readouterr().out.count("has no tokenizer.ggml.pre; text is split as llama.cpp does without it") == 1
     pieces = [piece for piece, _ in ours.pre_tokenize_str("ab, 12345 (c)")]
@@ -168,7 +168,7 @@ def test_special_tokens_and_template(written):
         ("smollm", {}, [], []),
         ("smollm", {"add_bos_token": True}, [1], []),
         ("smollm", {"add_bos_token": True, "add_eos_token": True}, [1], [2]),
-        ("llama-bpe", {}, [1], []),  # llama.cpp adds it unasked
+        ("llama-bpe", {}, [1], []),  # llama.cpp adds it by default
         ("llama-bpe", {"add_bos_token": False}, [], []),
     ],
 )
@@ -254,7 +254,7 @@ class QwenMetadata:
 
 @pytest.mark.slow
 def test_the_real_qwen_tokenizer_id_for_id(shared_data):
-    """1,000 real lines and llama.cpp's hard cases give the ids of Qwen's own tokenizer; row 151669 stays free."""
+    """1,000 real lines and llama.cpp's hard cases give the ids of Qwen's own tokenizer; id 151669 stays free."""
     theirs = AutoTokenizer.from_pretrained(shared_data / "qwen_tokenizer")
     ours = build_tokenizer(QwenMetadata(shared_data / "qwen_tokenizer" / "tokenizer.json"))
     assert len(ours) == len(theirs) == 151669
@@ -265,7 +265,7 @@ def test_the_real_qwen_tokenizer_id_for_id(shared_data):
 
 
 class SentencePieceMetadata:
-    """A SentencePiece tokenizer's tokenizer.json as llama.cpp's converter would have written it: pieces and scores."""
+    """The keys that llama.cpp's converter would write for a SentencePiece tokenizer.json: pieces and scores."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -292,7 +292,7 @@ class SentencePieceMetadata:
 
 
 def test_a_real_sentencepiece_tokenizer_id_for_id(shared_data):
-    """Llama 2's kind: a space before the text, bytes for what has no piece, bos unasked."""
+    """As for Llama 2: a space before the text, bytes for characters without a piece, bos by default."""
     path = shared_data / "stories260K" / "tokenizer.json"
     theirs, ours = Tokenizer.from_file(str(path)), build_tokenizer(SentencePieceMetadata(path))
     for line in [*real_lines(shared_data, 300), *TEXTS[:7], "Once upon a time, there was a 火."]:
@@ -304,7 +304,7 @@ def test_a_real_sentencepiece_tokenizer_id_for_id(shared_data):
 @pytest.mark.slow
 @pytest.mark.usefixtures("read_once")
 def test_the_real_smollm2_tokenizer_id_for_id(shared_data, smollm2):
-    """1,000 real lines give the ids of transformers' reading of the file, once its dropped digit rule is put back."""
+    """1,000 real lines give the ids of transformers' tokenizer, with the digit rule restored that it drops."""
     ours, theirs = ours_of(smollm2), AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     lines = [*real_lines(shared_data, 1000), *TEXTS]
     without_digits = sum(ours(line).input_ids != theirs(line).input_ids for line in lines)

@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out, against transformers' own files and its own loading."""
+"""Tests reading and writing Hugging Face directories against transformers' own files and loading."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
-    """The state dict without the copy of a tied embedding."""
+    """Returns the state dict without the copy of a tied embedding."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -128,15 +128,15 @@ def test_transformers_loads_what_we_save(
     assert not any(info.values()), info
     assert loaded.dtype == getattr(torch, dtype)
     stored = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert stored["dtype"] == stored["torch_dtype"] == dtype  # transformers 5 reads one, 4 the other
+    assert stored["dtype"] == stored["torch_dtype"] == dtype  # transformers 5 reads the first, 4 the second
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
-    assert len(modes) == 1  # safetensors alone would leave its files to their owner
+    assert len(modes) == 1  # safetensors makes files readable only by their owner
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert (tmp_path / "out" / INDEX).exists() == (shard_bytes == 20_000)
     assert (tmp_path / "out" / "README.md").read_text() == "# A card\n"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    if family != "qwen2":  # transformers gives every qwen2 checkpoint Qwen's own splitting, whatever its files say
+    if family != "qwen2":  # transformers uses Qwen's splitting for every qwen2 checkpoint, whatever its files say
         assert tokenizer("hello there.").input_ids == tiny_tokenizer("hello there.").input_ids
     assert tokenizer.chat_template == tiny_tokenizer.chat_template
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
@@ -205,7 +205,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, tiny_model, monkeypatch):
 
 @pytest.fixture
 def broken(tmp_path, tiny_model):
-    """`broken(edit)`: the error of loading a sharded checkpoint whose directory `edit` has changed."""
+    """`broken(edit)`: the error of loading a sharded checkpoint after `edit(directory)`."""
 
     def run(edit) -> str:
         tiny_model("qwen3").save_pretrained(tmp_path, max_shard_size="30KB")
@@ -296,7 +296,7 @@ def test_an_index_may_not_leave_its_directory(broken, file):
 
 
 def test_an_index_that_is_not_exact_is_read_as_transformers_reads_it(tmp_path, tiny_model, capsys):
-    """The index says which files there are, the files say which tensors: with a note."""
+    """The index determines the files, the files determine the tensors, and a note is printed."""
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
 
     def change(weight_map):

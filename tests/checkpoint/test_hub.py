@@ -1,4 +1,4 @@
-"""Exports on the hub: refused in one line where they cannot begin, figures as the hub reads them, and the upload."""
+"""Tests exports to the hub: one-line refusals, figures in the hub's format, and the upload."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.tiny_checkpoint import save_tiny_model
 
 @pytest.fixture
 def account(monkeypatch):
-    """A token, and an `HfApi` that records what it is asked for."""
+    """Sets a token and replaces `HfApi` with one that records its calls."""
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     asked = []

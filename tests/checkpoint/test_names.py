@@ -1,4 +1,4 @@
-"""The table of names, against the state dicts of transformers and the names in the `gguf` and `peft` packages."""
+"""Tests the table of names against state dicts of transformers and the names in `gguf` and `peft`."""
 
 import peft
 import pytest

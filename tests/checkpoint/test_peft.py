@@ -1,4 +1,4 @@
-"""Adapters in and out, against the real `peft`."""
+"""Tests reading and writing adapters against the real `peft`."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ DIFFUSION = {"mask_token": "<mask>", "mask_token_id": MASK, "attention": "prefix
 
 @pytest.fixture
 def save_ours(tmp_path, tiny_model, random_lora):
-    """`save_ours(family, target, **changes)`: a base in `base/`, our adapter for it in `adapter/`; params and lora."""
+    """`save_ours(family, target, **changes)`: saves `base/` and our `adapter/` for it; returns params and lora."""
 
     def save(family: str = "qwen3", mask: bool = True, target: str = "adapter", tokenizer=None, **lora_options: Any):
         tiny_model(family).save_pretrained(tmp_path / "base")
@@ -86,7 +86,7 @@ def test_peft_loads_what_we_save_without_a_warning(
     with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.WARNING):
         warnings.simplefilter("always")
         adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    # the one that peft raises against transformers on every load, of its own adapters too
+    # peft emits it with this transformers on every load, even for its own adapters
     assert not [str(w.message) for w in caught if "is_gradient_checkpointing" not in str(w.message)]
     assert not caplog.records
 
@@ -100,7 +100,7 @@ def test_peft_loads_what_we_save_without_a_warning(
 
 
 def merged_by_hand(folder: Path, scaling: float) -> torch.nn.Module:
-    """The base with B A added and the mask row put in, from nothing but the names in the file."""
+    """Returns the base plus B A, with the mask row set, using only the names in the file."""
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     tensors = {name: torch.from_numpy(array) for name, array in load_file(folder / "adapter" / WEIGHTS).items()}
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_the_files_of_an_adapter(tmp_path, save_ours, tiny_tokenizer):
 
 @pytest.mark.parametrize("kind", ["gguf", "directory"])
 def test_the_lines_of_the_readme_open_the_adapter_in_peft(kind, tmp_path, tiny_model, save_ours):
-    """An adapter of a .gguf base: AutoPeftModelForCausalLM cannot find what its config names."""
+    """An adapter of a .gguf base: AutoPeftModelForCausalLM cannot find the base in its config."""
     config, _, lora, lora_config = save_ours("llama")
     base = tmp_path / "base"
     if kind == "gguf":

@@ -1,4 +1,4 @@
-"""Every kind of LoRA adapter as `peft` computes it; DoRA and saved modules, and what is refused on top of them."""
+"""Tests every kind of LoRA adapter against `peft`, DoRA and saved modules, and what is refused for them."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ PLAIN = {"trainable_token_indices": None}
 
 @pytest.fixture
 def base(tmp_path, tiny_model, tiny_tokenizer):
-    """`base(family)`: a tiny model of transformers, saved with a tokenizer in `base/`."""
+    """`base(family)`: a tiny transformers model, saved with a tokenizer in `base/`."""
 
     def make(family: str):
         model = tiny_model(family)
@@ -35,7 +35,7 @@ def base(tmp_path, tiny_model, tiny_tokenizer):
 
 @pytest.fixture
 def logits(tmp_path, tokens_BL):
-    """Ours of the adapter in `adapter/` on the base in `base/`, as a causal model."""
+    """Returns our logits of the adapter in `adapter/` on the base in `base/`, as a causal model."""
     return lambda **options: np.asarray(
         difflm_jax.load(tmp_path / "base", causal=True, dtype="float32", mask_token="<unk>", **options)(tokens_BL)
     )
@@ -53,7 +53,7 @@ def test_an_adapter_is_what_peft_makes_of_it(case, base, tmp_path, tokens_BL, th
     lm = difflm_jax.load(tmp_path / "base", causal=True, **options)
     assert np.abs(np.asarray(lm(tokens_BL)) - expected).max() <= 1e-5 * np.abs(expected).max()
     base_logits = np.asarray(lm.base()(tokens_BL))
-    assert np.abs(base_logits - plain).max() <= 1e-5 * np.abs(plain).max()  # the base is the one without the adapter
+    assert np.abs(base_logits - plain).max() <= 1e-5 * np.abs(plain).max()  # the base without the adapter
 
 
 def test_dora_of_projections_that_share_a_tensor(tmp_path, tiny_tokenizer, logits, tokens_BL, their_logits):
@@ -73,7 +73,7 @@ def test_dora_of_projections_that_share_a_tensor(tmp_path, tiny_tokenizer, logit
 
 
 def test_an_embedding_that_grew_with_its_tokenizer(base, tmp_path, tokens_BL, their_logits):
-    """TRL's and axolotl's ChatML: rows are added, and embedding and head are saved whole (by peft three times)."""
+    """TRL's and axolotl's ChatML add rows, and embedding and head are saved whole (peft saves them three times)."""
     model = base("qwen3")
     grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     grown.resize_token_embeddings(104)
@@ -137,7 +137,7 @@ def test_tensors_of_another_base_are_named(edit, message, base, tmp_path):
 
 
 def test_a_server_gives_it_weights_of_its_own(base, tmp_path, tokens_BL):
-    """Models of a server share the weights of the first: DoRA's would have been those of every other adapter."""
+    """Regression: models of a server share the first one's weights, so DoRA's would have served every adapter."""
     for name, options in (("dora", {"use_dora": True}), ("lora", {})):
         trained_peft(base("qwen3"), **PLAIN, **options).save_pretrained(tmp_path / name)
     given = {"dtype": "float32", "mask_token": "<unk>", "attention": "causal", "logit_shift": True}

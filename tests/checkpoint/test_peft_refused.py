@@ -1,4 +1,4 @@
-"""Adapters that are damaged, made for another base, or mean what is not represented here: one line that names why."""
+"""Adapters that are damaged, for another base, or not supported are refused in one line with the reason."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ from tests.checkpoint.adapters import CONFIG, WEIGHTS, config_of, trained_peft
 
 @pytest.fixture
 def refusal(tmp_path, tiny_model):
-    """`refusal(edit_config, edit_tensors, **peft options)`: the one line with which the adapter is refused."""
+    """`refusal(edit_config, edit_tensors, **peft options)`: the error line for a refused adapter."""
 
     def run(config=None, tensors=None, family: str = "qwen3", base: dict[str, Any] | None = None, **options) -> str:
         trained_peft(tiny_model(family), **options).save_pretrained(tmp_path)

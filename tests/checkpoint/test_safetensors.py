@@ -1,4 +1,4 @@
-"""Reading tensors of a safetensors file: what the library reads, in memory that jax need not copy."""
+"""Tests that we read the same tensors as safetensors, into memory that jax need not copy."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_jax_takes_them_as_they_are(path):
 
 @pytest.mark.parametrize("left", [0, 100, -1])
 def test_a_file_that_was_cut_off_after_it_was_opened(path, left):
-    """Before the header, within it, before the last byte of the data."""
+    """It is cut off before the header, within it, or before the last byte of the data."""
     files = open_files([path], dtypes=("F32", "F16", "BF16", "U8"))
     whole = path.read_bytes()
     path.write_bytes(whole[:left])

@@ -1,4 +1,4 @@
-"""Where a model comes from: paths, hub ids, the cache, and what is none of them."""
+"""Tests where a model comes from: paths, hub ids, the cache, and names that are none of these."""
 
 import os
 

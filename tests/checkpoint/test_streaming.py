@@ -1,4 +1,4 @@
-"""Memory while a checkpoint is quantised on its way in: what is loaded, and two of its largest tensors."""
+"""Tests the memory while a checkpoint is loaded and quantised: the loaded model and two of its largest tensors."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ thread.join()
 print(peak - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
-# What glibc keeps of freed arrays in an arena a thread is not what a load needs.
+# Freed arrays that glibc keeps in an arena per thread are not memory that a load needs.
 _ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 6144, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -60,7 +60,7 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_peak_memory_is_the_loaded_model_and_two_of_the_largest_tensors(checkpoints, quantization):
     """Proves on a checkpoint of 600 MB that host memory does not grow with the checkpoint."""
-    for _ in range(2):  # the first process compiles, which takes memory too, and leaves the programs to the second
+    for _ in range(2):  # the first process compiles, which takes memory too, and stores the programs for the second
         done = subprocess.run(
             [sys.executable, "-c", _MEASURE, str(checkpoints / "12"), str(checkpoints / "1"), quantization],
             capture_output=True, text=True, check=False, env={**os.environ, **_ONE_ARENA},
@@ -69,7 +69,7 @@ def test_peak_memory_is_the_loaded_model_and_two_of_the_largest_tensors(checkpoi
     peak, loaded = map(int, done.stdout.split())
     checkpoint, largest = (checkpoints / "12" / "model.safetensors").stat().st_size, VOCABULARY * 1024 * 2
     assert loaded < peak <= loaded + 2 * largest
-    assert loaded + 2 * largest < 0.8 * checkpoint  # else the bound would say nothing
+    assert loaded + 2 * largest < 0.8 * checkpoint  # otherwise the bound would prove nothing
 
 
 def _write_checkpoint(directory, layers: int) -> None:

@@ -1,4 +1,4 @@
-"""The text part of checkpoints that read images too, against the whole model in transformers."""
+"""Tests the text part of checkpoints that also read images against the whole model in transformers."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories: their file is the truth, with `tokenizers` itself as the oracle."""
+"""Tests tokenizers of Hugging Face directories: tokenizer.json decides, and `tokenizers` is the oracle."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ MERGES = (("Ċ", "Ġ"), ("ĊĠ", "Ġ"), ("1", "2"))
 
 @pytest.fixture
 def folder(tmp_path):
-    """`folder(tokenizer_class, model_type)`: a directory whose tokenizer.json splits off digits alone."""
+    """`folder(tokenizer_class, model_type)`: a directory whose tokenizer.json splits digits one by one."""
 
     def write(tokenizer_class: str, model_type: str):
         tokenizer = byte_tokenizer(MERGES)
@@ -44,17 +44,17 @@ def folder(tmp_path):
 def test_text_is_split_as_tokenizer_json_says_where_transformers_discards_its_rule(
     folder, tokenizer_class, model_type, capsys
 ):
-    """SmolLM2's and OLMo's folders are of the first kind (transformers 5.23)."""
+    """The folders of SmolLM2 and OLMo are of the first kind (transformers 5.23)."""
     path = folder(tokenizer_class, model_type)
     expected = Tokenizer.from_file(str(path / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
     theirs = AutoTokenizer.from_pretrained(path)
-    assert theirs(TEXT)["input_ids"] != expected  # else there is nothing to mend
+    assert theirs(TEXT)["input_ids"] != expected  # otherwise there is nothing to fix
     ours = load_tokenizer(path)
     assert ours(TEXT)["input_ids"] == expected
     assert "the file is used" in capsys.readouterr().err
     assert (ours.eos_token, ours.pad_token) == (theirs.eos_token, theirs.pad_token) and len(ours) == 256 + 3 + 4
     assert ours.chat_template == theirs.chat_template
-    ours.save_pretrained(path / "saved")  # and neither is it lost on the way out
+    ours.save_pretrained(path / "saved")  # saving does not lose it either
     assert AutoTokenizer.from_pretrained(path / "saved")(TEXT)["input_ids"] == expected
 
 
@@ -65,7 +65,7 @@ def test_a_tokenizer_that_transformers_reads_right_stays_of_its_class(folder, ca
 
 
 def test_a_sentencepiece_file_alone_names_the_package_that_is_missing(tmp_path, monkeypatch):
-    """transformers' own message speaks of tiktoken."""
+    """transformers' own message mentions tiktoken instead."""
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

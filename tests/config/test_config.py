@@ -1,4 +1,4 @@
-"""Every way to set a key, every refusal, and the configuration's form on disk."""
+"""Tests every way to set a key, every refusal, and the configuration on disk."""
 
 import json
 
@@ -25,7 +25,7 @@ from difflm_jax.quant import QuantConfig
 from difflm_jax.train import command
 from difflm_jax.training.resume import check_config, settle_dtype
 
-# The original system's keys and defaults; `entity` alone differs (it was the author's own account).
+# The original system's keys and defaults. Only `entity` differs (it was the author's own account).
 ORIGINAL = {
     "model": "Qwen/Qwen3-4B-Instruct-2507",
     "dataset": "allenai/tulu-3-sft-mixture-0225",
@@ -340,7 +340,7 @@ def test_bad_files_are_named(tmp_path, name, text, part):
     path.write_text(text)
     message = _refusal(path=str(path))
     assert part in message
-    if "must be greater" not in part:  # a range is checked when all sources have spoken
+    if "must be greater" not in part:  # ranges are checked after all sources are read
         assert str(path) in message
 
 
@@ -417,7 +417,7 @@ BEGUN = (
 
 
 def test_a_run_begun_before_the_aliases_resumes(tmp_path, pytestconfig):
-    """version_1.json was written at commit 3ed94c5 with these overrides: it is the same configuration, and no other."""
+    """version_1.json was written at commit 3ed94c5 with these overrides, and must load as the same configuration."""
     text = (pytestconfig.rootpath / "tests" / "config" / "version_1.json").read_text()
     (tmp_path / "config.json").write_text(text)
     quickstart = str(pytestconfig.rootpath / "configs" / "quickstart.py")
@@ -455,7 +455,7 @@ def test_a_path_that_begins_with_a_tilde_is_the_home_directory(monkeypatch):
 
 
 def test_an_original_key_at_its_default_decides_nothing():
-    """use_qlora with dtype=auto became bfloat16, by a default of qlora_config that nobody had set."""
+    """use_qlora with dtype=auto became bfloat16, from a default of qlora_config that nobody had set."""
     assert load_config("", ["use_qlora=true", "dtype=auto"]).dtype == "auto"
 
 

@@ -1,6 +1,6 @@
-"""Cases of what people bring, read from `cases/KIND.yaml`; docs/compatibility.md is made from the same tables.
+"""Cases of user data, read from `cases/KIND.yaml`. docs/compatibility.md is generated from the same tables.
 
-A case has `what` (the input in words), `given`, `right` (the right value, in words in `means` where that is not plain)
+A case has `what` (the input in words), `given`, `right` (the expected value, explained in `means` if needed)
 and `checked` (the library and version that it was checked against).
 """
 
@@ -27,13 +27,13 @@ class Case:
 
 
 def cases(kind: str) -> list[Case]:
-    """The cases of a kind."""
+    """Returns the cases of a kind."""
     text = (Path(__file__).parent / "cases" / f"{kind}.yaml").read_text("utf-8")
     return [Case(**case) for case in yaml.safe_load(text)]
 
 
 def case_ids(some: list[Case]) -> list[str]:
-    """What each case is called in the output of the tests."""
+    """Returns the name of each case in the output of the tests."""
     return [case.what for case in some]
 
 
@@ -56,7 +56,7 @@ of rows), or its row is *refused* by name. A key that is not listed here is anno
 
 
 def markdown() -> str:
-    """docs/compatibility.md."""
+    """Returns the text of docs/compatibility.md."""
     parts = [_HEAD]
     for kind, title in _TITLES.items():
         lines = [f"| {case.what} | {case.means} | {case.checked} |" for case in cases(kind)]

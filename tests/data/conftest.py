@@ -23,7 +23,7 @@ def qwen(shared_data: Path) -> Any:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows (objects, or lines as they are) to a .jsonl file and gives its name."""
+    """Writes rows (objects, or raw lines) to a .jsonl file and returns its name."""
 
     def write(rows: list[Any], name: str = "rows.jsonl") -> str:
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]

@@ -1,4 +1,4 @@
-"""Splits depend on content alone, and a batch on its step alone."""
+"""Tests that splits depend only on content, and a batch only on its step."""
 
 import itertools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ PAD, EOS = 9, 7
 
 
 def dataset_of(rows: list[tuple[list[int], list[bool]]], hashes: list[int] | None = None) -> datasets.Dataset:
-    """Rows of (tokens, answer mask), as they are stored."""
+    """Returns the data set of rows (tokens, answer mask) in their stored form."""
     examples = [
         Example(Encoded(np.asarray(tokens, np.int32), np.asarray(mask, bool)), hash_, f"f:{i}")
         for i, ((tokens, mask), hash_) in enumerate(zip(rows, hashes or range(len(rows)), strict=True))
@@ -32,7 +32,7 @@ def dataset_of(rows: list[tuple[list[int], list[bool]]], hashes: list[int] | Non
 
 
 def make(rows: list[tuple[int, int]], hashes: list[int] | None = None) -> datasets.Dataset:
-    """Rows of (prompt length, answer length); the tokens of row i are 100·i, 100·i + 1, …"""
+    """Returns rows of (prompt length, answer length); the tokens of row i are 100·i, 100·i + 1, …"""
     tokens = [list(range(100 * i, 100 * i + p + a)) for i, (p, a) in enumerate(rows)]
     return dataset_of([(t, [False] * p + [True] * a) for t, (p, a) in zip(tokens, rows, strict=True)], hashes)
 
@@ -44,7 +44,7 @@ def plan(dataset: datasets.Dataset, **options: Any) -> BatchPlan:
 def batches(
     dataset: datasets.Dataset, *, epochs: int = 1, strata: str = "step", local_rows: Any = None, **options: Any
 ) -> grain.MapDataset:
-    """The batches of rows by a plan of their own."""
+    """Plans and returns the batches of rows."""
     return pipeline.batches(dataset, plan(dataset, **options), epochs=epochs, strata=strata, local_rows=local_rows)
 
 
@@ -61,7 +61,7 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 def ids_of(data: Any) -> list[list[int]]:
-    """The example ids of every step, filler rows left out."""
+    """Returns the example ids of every step, without filler rows."""
     return [[int(i) for i in step["example_ids"][step["segments"] * (step["positions"] == 0) > 0]] for step in data]
 
 
@@ -132,7 +132,7 @@ def test_fields_of_a_batch() -> None:
         "row_lengths": ("int32", (2, 2)),
     }
     assert batch["row_lengths"].tolist() == [[5, 4], [7, 0]]
-    # What concerns an example stands at each of its tokens and nowhere else.
+    # Fields of an example are set at each of its tokens and nowhere else.
     valid = np.arange(8) < np.array([[5, 4], [7, 0]])[..., None]
     np.testing.assert_array_equal(batch["segments"], valid)
     np.testing.assert_array_equal(batch["positions"], np.where(valid, np.arange(8), 0))
@@ -155,7 +155,7 @@ def test_fields_of_a_batch() -> None:
 
 @pytest.mark.parametrize("batching", ["packed", "grouped"])
 def test_batches_hold_the_same_examples_however_they_are_arranged(batching: str) -> None:
-    """Packed rows are as wide as `max_length` and hold examples one behind the other, as they would stand alone."""
+    """Packed rows are as wide as `max_length`; they have examples one after another, unchanged."""
     options = {"epochs": 2, "seed": 3, "max_length": 40, "length_multiple": 16, "answer_padding": 3, "eos_id": EOS}
 
     unlike = ("strata", "row_lengths")
@@ -292,7 +292,7 @@ def test_describe() -> None:
 
 
 def test_from_file_to_batch(jsonl: Callable[..., str], tokenizer: Any, tmp_path: Any) -> None:
-    """What was written, split and shuffled comes out of the batches as it went in."""
+    """Rows that were written, split and shuffled come out of the batches unchanged."""
     rows = [{"question": f"{i}?", "answer": f"Number {i}."} for i in range(40)]
     dataset = tokenize(jsonl(rows), tokenizer, Options("sft", 64), tmp_path / "cache")
     train, test = split(dataset, 0.25, seed=0)
@@ -316,7 +316,7 @@ def test_from_file_to_batch(jsonl: Callable[..., str], tokenizer: Any, tmp_path:
 @pytest.mark.parametrize("answer_padding", [0, 4])
 @pytest.mark.parametrize("batching", ["rows", "packed", "shared"])
 def test_the_rows_of_a_process_are_those_of_the_whole_batch(tokenizer, jsonl, tmp_path, answer_padding, batching):
-    """Of several processes each reads its own rows; they are padded to the longest of all, which it has not read."""
+    """Each process reads only its own rows. They are padded to the longest of all, which it may not have read."""
     rows = [{"question": "q" * (3 * i + 1), "answer": "a" * (i % 5 + 1)} for i in range(11)]
     table = tokenize(jsonl(rows), tokenizer, Options("sft", 64), tmp_path)
     options = {"batch_size": 4, "accumulation": 2, "length_multiple": 1, "max_length": 64, "batching": batching}

@@ -1,4 +1,4 @@
-"""The rows shipped for the quickstart: well-formed, short, and nothing held out can be learnt from training."""
+"""Tests the quickstart's rows: well-formed and short, and no held-out fact can be learnt from training rows."""
 
 import json
 import re
@@ -25,7 +25,7 @@ HELD_OUT = load("quickstart_heldout")
 
 
 def fact(row: dict[str, str]) -> tuple[str, str, str]:
-    """(kind, entity, value) of a held-out row, whose answer must be in the standard form."""
+    """Returns (kind, entity, value) of a held-out row, whose answer must be in the standard form."""
     match = STANDARD_FORM.fullmatch(row["answer"])
     assert match, row
     return match.groups()
@@ -66,7 +66,7 @@ def test_no_question_is_asked_twice():
 
 
 def test_no_held_out_fact_leaks_into_training():
-    """Neither the entity nor its value occurs in a training row; symbols are compared with case ("As" is no "as")."""
+    """Neither the entity nor its value occurs in a training row; symbols are compared with case ("As" is not "as")."""
     for row in HELD_OUT:
         kind, entity, value = fact(row)
         for trained in TRAIN:
@@ -86,7 +86,7 @@ def test_every_held_out_question_form_is_trained_on_other_facts():
 
 
 def test_a_third_of_the_facts_is_held_out():
-    """Facts, not rows: each is counted once however many phrasings ask for it."""
+    """Counts facts, not rows: a fact counts once, however many phrasings ask for it."""
     trained = {match.groups() for row in TRAIN if (match := STANDARD_FORM.fullmatch(row["answer"]))}
     share = len(HELD_OUT) / (len(HELD_OUT) + len(trained))
     assert 0.30 <= share <= 0.36

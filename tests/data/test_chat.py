@@ -1,4 +1,4 @@
-"""Answers are marked where the template puts them, prompts are what generation sees, and cuts leave an answer."""
+"""Tests that answers are marked where the template puts them, prompts match generation, and cuts keep an answer."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ TWO_TURNS = [
     {"role": "assistant", "content": " 4, of course.\n"},
 ]
 
-# Llama 3's template in brief: BOS written out, contents trimmed, no line after the end of a turn.
+# Llama 3's template in brief: explicit BOS, trimmed contents, no newline after a turn.
 LLAMA3 = (
     "{{- bos_token }}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n\\n' + m.content | trim + eos_token }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n\\n' }}{% endif %}"
@@ -34,7 +34,7 @@ LLAMA3 = (
 
 
 def answers_of(tokenizer: Any, encoded: Encoded) -> list[str]:
-    """The marked runs of a row, decoded."""
+    """Returns the marked runs of a row, decoded."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.answer_mask.astype(int), [0]])))
     return [tokenizer.decode(encoded.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -95,7 +95,7 @@ def test_the_prompt_in_training_is_the_prompt_in_generation(answer: str, merges:
 
 
 def test_an_answer_is_not_tokenised_as_the_beginning_of_a_text() -> None:
-    """Tokenizers like Llama 2's put a space before a text: the answer, in the middle of one, must not get a second."""
+    """Tokenizers like Llama 2's put a space before a text. The answer, in the middle of one, must not get a second."""
     words = ["<unk>", "▁", "▁[Q]", "▁hi", "▁[A]", "▁yes", "</s>"]
     backend = Tokenizer(models.BPE({w: i for i, w in enumerate(words + sorted(set("".join(words[1:6])) - {"▁"}))}, []))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -128,7 +128,7 @@ def test_eos_follows_an_answer_whose_template_does_not_end_in_it() -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns() -> None:
-    """As Qwen3's thinking template does, whose last turn only shows its thoughts."""
+    """Qwen3's thinking template does this: only the last turn shows its thoughts."""
     template = CHATML.replace("+ message.content", "+ ('<think></think>' if loop.last else '') + message.content")
     tokenizer = byte_tokenizer(template=template)
     encoded = encode_chat(tokenizer, TWO_TURNS)
@@ -198,7 +198,7 @@ def test_text_ends_in_eos_unless_it_goes_on(tokenizer: Any) -> None:
 
 
 def test_a_document_in_several_pieces_begins_once(tmp_path: Path) -> None:
-    """Tokenizers that add BOS put one before every text they are given, and a document comes in pieces of 64 KB."""
+    """Tokenizers that add BOS put one before every text, and a document is tokenised in pieces of 64 KB."""
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     special = [("<|im_start|>", tokenizer.bos_token_id)]
@@ -225,10 +225,10 @@ def row(prompt: int, answer: int) -> Encoded:
     ("prompt", "answer", "kept"),
     [
         (4, 6, (0, 10)),  # fits
-        (4, 20, (0, 10)),  # the prompt whole, the answer's tail cut
+        (4, 20, (0, 10)),  # the whole prompt; the end of the answer is cut
         (5, 6, (0, 10)),
-        (8, 4, (2, 12)),  # the answer whole, the prompt cut from the left
-        (8, 20, (3, 13)),  # both are longer than half: half each
+        (8, 4, (2, 12)),  # the whole answer; the prompt is cut from the left
+        (8, 20, (3, 13)),  # both are longer than half: half of each
         (100, 1, (91, 101)),
     ],
 )
@@ -241,12 +241,12 @@ def test_cut_keeps_the_rules_for_any_answers(mask: list[bool], max_length: int) 
     whole = Encoded(np.arange(len(mask), dtype=np.int32), np.array(mask))
     kept = cut(whole, max_length)
     assert 0 < len(kept.tokens) <= max_length
-    np.testing.assert_array_equal(np.diff(kept.tokens), 1)  # one stretch of the row
+    np.testing.assert_array_equal(np.diff(kept.tokens), 1)  # a contiguous part of the row
     np.testing.assert_array_equal(kept.answer_mask, whole.answer_mask[kept.tokens])
     if len(mask) <= max_length:
         assert kept is whole
     elif any(mask):
-        assert whole.prompt_length in kept.tokens  # the first answer begins in it
+        assert whole.prompt_length in kept.tokens  # the first answer begins within it
         assert kept.answer_mask[-1]
         room = max_length - whole.prompt_length
         if room >= max_length / 2:
@@ -267,7 +267,7 @@ def test_qwen_prompts_equal_published_vectors(qwen: Any, shared_data: Path) -> N
 
 
 def test_qwen_answers_of_real_rows(qwen: Any, shared_data: Path) -> None:
-    """The marked tokens spell the answer of the file and its end, and the rest is what generation starts from."""
+    """The marked tokens are the answer in the file and its end; the rest is the prompt of generation."""
     rows = list(open_source(str(shared_data / "chat/gsm8k_test.jsonl")).rows())[:200]
     for question, answer in ((r["question"], r["answer"]) for r in (row.load() for row in rows)):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -275,7 +275,7 @@ def test_qwen_answers_of_real_rows(qwen: Any, shared_data: Path) -> None:
         assert qwen.decode(encoded.tokens[encoded.answer_mask]) == f"{answer}<|im_end|>"
         assert encoded.tokens[~encoded.answer_mask].tolist() == encode_prompt(qwen, messages[:1]).tolist()
         whole = qwen.apply_chat_template(messages, tokenize=True, return_dict=False)
-        assert encoded.tokens.tolist() == whole[:-1]  # all but the line feed after the end
+        assert encoded.tokens.tolist() == whole[:-1]  # without the newline after the end
 
 
 def test_qwen_tool_dialogues(qwen: Any, shared_data: Path) -> None:
@@ -313,7 +313,7 @@ def test_thinking_template_of_qwen3(qwen: Any, shared_data: Path) -> None:
     ],
 )
 def test_a_prompt_that_cannot_be_rendered_is_one_line(prompt: Any, message: str) -> None:
-    """These ended in a traceback of transformers or jinja2."""
+    """Regression: these ended in a traceback of transformers or jinja2."""
     tokenizer = byte_tokenizer()
     with pytest.raises(UserError, match=message):
         Prompts(tokenizer, len(tokenizer), -1).prompt(prompt)

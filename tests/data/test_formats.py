@@ -1,4 +1,4 @@
-"""Each format becomes the conversation that it means; each malformed row says why."""
+"""Tests that each format becomes the right conversation, and that errors of malformed rows say why."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which token becomes the mask, and which are refused."""
+"""Tests which token becomes the mask, and which ones are refused."""
 
 import pytest
 from tokenizers import AddedToken
@@ -10,7 +10,7 @@ from tests.byte_tokenizer import byte_tokenizer
 
 
 def without_mask():
-    """A tokenizer of 256 bytes and three special tokens, none of them a mask."""
+    """Returns a tokenizer of 256 bytes and three special tokens, none of them a mask."""
     tokenizer = byte_tokenizer()
     backend = tokenizer.backend_tokenizer
     fresh = type(backend)(backend.model)

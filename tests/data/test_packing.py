@@ -1,4 +1,4 @@
-"""Plans of packed rows: every example once, nothing wasted, and nothing but lengths, seed and epoch decides."""
+"""Tests plans of packed rows: every example once, little waste, a function of lengths, seed and epoch only."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def plan(kind="packed", lengths=LENGTHS, row_length=256, seed=0, shuffle=True) -
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 90))
 @settings(max_examples=100, deadline=None)
 def test_best_fit_takes_the_fullest_row_that_has_room(lengths: list[int], capacity: int) -> None:
-    """Against the definition, tried row by row."""
+    """Compares with the definition, row by row."""
     used: list[int] = []
     for length, row in zip(lengths, best_fit(np.array(lengths, int), capacity), strict=True):
         fitting = [used[r] for r in range(len(used)) if used[r] + length <= capacity]
@@ -64,7 +64,7 @@ def test_packed_rows_are_full_and_never_too_long() -> None:
 
 @pytest.mark.parametrize("name", ["alpaca_en_demo.json", "glaive_toolcall_en_demo.json", "gsm8k_train.jsonl"])
 def test_packed_chat_data_is_real_tokens_to_97_percent(shared_data, name: str) -> None:
-    """Tokens are counted as words here: what packs is the spread of the lengths."""
+    """Tokens are counted as words here, since only the spread of lengths matters for packing."""
     texts = []
     for row in open_source(str(shared_data / "chat" / name)).rows():
         _, content = parse_row(row.load())
@@ -79,7 +79,7 @@ def test_grouped_steps_hold_rows_of_like_length() -> None:
     steps = np.array_split(LENGTHS[epoch.ids[:496]], 62)
     spread = np.mean([step.max() - step.min() for step in steps])
     assert spread < 10
-    assert abs(np.corrcoef(np.arange(62), [step.mean() for step in steps])[0, 1]) < 0.5  # steps are in no order
+    assert abs(np.corrcoef(np.arange(62), [step.mean() for step in steps])[0, 1]) < 0.5  # steps are in random order
 
 
 def test_an_unknown_kind_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Rows of every known format mean what their own library makes of them, and no key of them is lost without a word."""
+"""Tests that rows of known formats mean what their own library reads, and that no key is dropped silently."""
 
 import json
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_tokens_and_answer_mask_are_those_of_transformers(case: Any, jsonl: Call
 
 
 def answers_only(oracle: Any, messages: list[dict[str, Any]], tools: Any) -> list[bool]:
-    """The mask of the assistant's turns: each turn's tokens are those that rendering it adds, without its header."""
+    """Returns the mask of the assistant's turns: the tokens that rendering each turn adds, without its header."""
     mask: list[bool] = []
     for i, message in enumerate(messages):
         whole = oracle.apply_chat_template(
@@ -108,7 +108,7 @@ def test_a_key_that_is_not_used_is_announced(row: dict[str, Any], announced: str
 def test_an_empty_value_is_no_value_when_the_format_is_chosen(
     row: dict[str, Any], format: str, turns: list[str]
 ) -> None:
-    """`messages: []` next to a question refused the row; an empty instruction put newlines before its input."""
+    """Regression: `messages: []` next to a question refused the row, and an empty instruction added newlines."""
     name, conversation = parse_row(row)
     assert name == format
     assert [message["content"] for message in conversation.messages] == turns
@@ -209,7 +209,7 @@ def test_a_chat_template_is_a_file_or_text(tmp_path: Path) -> None:
             read_template(wrong)
 
 
-# The fuzzer: rows from known keys and a few unknown ones, with values of right and wrong types.
+# The fuzzer builds rows from known keys and a few unknown ones, with values of right and wrong types.
 VALUE = st.one_of(
     st.sampled_from(["Q", "A", "", "user", "gpt", "[]", '{"name": "f"}', 0, 1, False, None, 0.5]),
     st.lists(st.sampled_from(["x", None, {"type": "text", "text": "t"}, {"type": "image"}, ["q", "a"]]), max_size=2),
@@ -236,7 +236,7 @@ ROW = st.builds(
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(ROW)
 def test_every_key_of_any_row_is_used_announced_or_refused(row: dict[str, Any]) -> None:
-    """A key is used if the row means something else, or nothing, without it."""
+    """A key is used if without it the row means something else, or nothing."""
     notes = Notes()
     try:
         name, found = parse_row(row, notes=notes)
@@ -261,7 +261,7 @@ def test_every_key_of_any_row_is_used_announced_or_refused(row: dict[str, Any]) 
 
 
 def says(key: str, value: Any) -> bool:
-    """Whether a key has a value that says something: an empty list as text does not, nor a weight of 1."""
+    """Whether the value of a key has an effect. An empty list as text has none, nor a weight of 1."""
     return keys.is_given(value) and value != "[]" and not (key in ("weight", "train", "training", "loss") and value)
 
 
@@ -283,12 +283,12 @@ def test_the_tables_name_a_use_and_a_source_for_every_key() -> None:
 
 
 def test_the_page_on_compatibility_is_made_from_the_tables(pytestconfig: pytest.Config) -> None:
-    """`python -m tests.data.cases > docs/compatibility.md` makes it again."""
+    """`python -m tests.data.cases > docs/compatibility.md` regenerates it."""
     assert (pytestconfig.rootpath / "docs" / "compatibility.md").read_text("utf-8") == markdown()
 
 
 def test_examples_of_a_thinking_template_are_one_for_each_answer(jsonl: Callable[..., str]) -> None:
-    """Qwen3's template shows the thought of the last turn only, so no one text holds what generation sees."""
+    """Qwen3's template shows only the last turn's thoughts, so no single text has all that generation sees."""
     template = CHATML.replace(
         "+ message.content", "+ ('<t></t>' if loop.last and message.role == 'assistant' else '') + message.content"
     )
@@ -303,7 +303,7 @@ def test_examples_of_a_thinking_template_are_one_for_each_answer(jsonl: Callable
 
 
 def test_options_of_a_column_of_structs_have_nulls() -> None:
-    """Rows with fewer options than others: arrow fills the struct up with nulls."""
+    """If rows have fewer options than others, arrow fills the struct with nulls."""
     row = {"question": "Q", "answer": "A", "options": {"A": "x", "B": "y", "C": None}}
     assert parse_row(row, parse_naming("", ""))[1].messages[0]["content"] == "Q\nA. x\nB. y"
 

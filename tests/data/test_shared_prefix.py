@@ -1,4 +1,4 @@
-"""What all prompts begin with is found exactly, and stands in a packed row once."""
+"""Tests that the common prefix of all prompts is found exactly and occurs once in a packed row."""
 
 import datasets
 import numpy as np
@@ -13,7 +13,7 @@ EOS = 7
 
 
 def with_prefix(prefix: list[int], rows: list[tuple[int, int]]) -> datasets.Dataset:
-    """Rows of (prompt length behind the prefix, answer length)."""
+    """Returns rows of (prompt length after the prefix, answer length)."""
     dataset = make([(len(prefix) + prompt, answer) for prompt, answer in rows])
     tokens = [prefix + [t + 1000 for t in row["tokens"][len(prefix) :]] for row in dataset]
     return dataset.remove_columns("tokens").add_column("tokens", tokens, feature=dataset.features["tokens"])
@@ -24,7 +24,7 @@ def with_prefix(prefix: list[int], rows: list[tuple[int, int]]) -> datasets.Data
 )
 @settings(max_examples=100, deadline=None)
 def test_it_is_the_longest_common_beginning_short_of_the_end_of_every_prompt(rows) -> None:
-    """Against the definition, token by token."""
+    """Compares with the definition, token by token."""
     dataset = make([(len(prompt), answer) for prompt, answer in rows])
     tokens = [prompt + [1] * answer for prompt, answer in rows]
     feature = dataset.features["tokens"]
@@ -56,7 +56,7 @@ def test_rows_hold_it_once_and_the_rest_of_each_example() -> None:
                     at = np.concatenate([shared, np.flatnonzero(segments == number)])
                     example = {name: field[row, at].tolist() for name, field in rows.items()}
                     number = example.pop("example_ids")[-1]
-                    for name in ("segments", "lengths", "prompt_lengths"):  # at a shared token: those of one of them
+                    for name in ("segments", "lengths", "prompt_lengths"):  # at a shared token: those of one example
                         example[name] = set(example[name][len(shared) :])
                     example["segments"] = None
                     found[number] = example

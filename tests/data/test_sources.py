@@ -1,4 +1,4 @@
-"""Every kind of source gives its rows with their origins, and says what is wrong with it in one line."""
+"""Tests that every kind of source yields rows with their origins, and reports faults in one line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A folder gives the rows that `datasets.load_dataset(folder, split=...)` gives (oracle: datasets 5.2)."""
+"""Tests that a folder yields the rows of `datasets.load_dataset(folder, split=...)` (oracle: datasets 5.2)."""
 
 import gzip
 import json
@@ -99,7 +99,7 @@ SLICES = [
     "train[:2]+test[5:]",
     "train[-0:]",
     "train[-0%:]",
-    "train[-1%:]",  # rounds to no row, and is the whole
+    "train[-1%:]",  # rounds to no row, and means all rows
     "train[:3]+train[:-0]+test[-0:2]",
 ]
 

@@ -1,4 +1,4 @@
-"""Tables give the rows that the same rows give as .jsonl."""
+"""Tests that tables yield the same rows as .jsonl files."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def parsed(dataset: str) -> list[Any]:
 def test_rows_that_differ_in_shape_mean_what_they_mean_as_jsonl(
     kind: str, as_jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`load_dataset("json")` infers the type Json for them; contents were trained with their quotes."""
+    """Regression: `load_dataset("json")` infers the type Json for them, so contents were trained with their quotes."""
     table = datasets.load_dataset("json", data_files=str(as_jsonl), split="train", cache_dir=str(tmp_path / "cache"))
     assert "Json" in str(table.features)
     name = str(tmp_path / f"table.{kind}")

@@ -1,4 +1,4 @@
-"""Under templates that move a prompt, open a thought or take other forms, training sees what generation sees."""
+"""Tests that training sees the prompts of generation with templates that move a prompt or open a thought."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ def test_what_a_template_shows_is_trained_after_the_prompt_of_generation(case: A
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        # SmolVLM's and Idefics' templates read a list of parts, and show nothing of a text.
+        # SmolVLM's and Idefics' templates read a list of parts, and ignore plain text.
         (TURNS % "{{ '<|Assistant|></s>' }}" + ASK % "", "shows nothing of the answer"),
         (
             (TURNS % SAY).replace("'<|User|>' + m.content", "'<|User|>'") + ASK % "",

@@ -1,4 +1,4 @@
-"""Rows on disk become tokens on disk once; bad ones are named, counted, and too many of them are an error."""
+"""Tests that rows are tokenised to disk once, and that bad rows are named and counted; too many are an error."""
 
 import concurrent.futures
 import contextlib
@@ -27,7 +27,7 @@ GOOD = {"question": "Q?", "answer": "An answer."}
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
-    """`tokenize` with a cache of the test's own and usual options."""
+    """Calls `tokenize` with the test's own cache and default options."""
 
     def call(dataset: str, **options: Any) -> Any:
         own, folder = options.pop("tokenizer", tokenizer), options.pop("cache_dir", tmp_path / "cache")
@@ -169,7 +169,7 @@ def test_pretraining_takes_texts_in_windows_and_questions_alone(
     assert [len(row) for row in dataset["tokens"]][:4] == [30, 30, 30, 11]
     assert tokenizer.decode([token for row in dataset["tokens"][:4] for token in row]) == text + "<|im_end|>"
     assert tokenizer.decode(dataset[4]["tokens"]) == "<|im_start|>user\nQ?<|im_end|>"
-    assert len(set(dataset["content_hash"][:4])) == 1  # the windows of a text stay on one side of a split
+    assert len(set(dataset["content_hash"][:4])) == 1  # all windows of a text are on one side of a split
     assert not any(any(mask) for mask in dataset["answer_mask"])
 
 
@@ -204,7 +204,7 @@ def test_the_cache_is_used_again_and_follows_every_change(
     assert "kept in" in capsys.readouterr().out
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenised, "examples", None)  # would fail if rows were read
+        patch.setattr(tokenised, "examples", None)  # fails if rows are read
         again = make(name, seed=2)
     assert again[:] == first[:]
     assert "2 examples from 2 rows (2 question/answer); reused from" in capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_another_process_may_make_the_same_meanwhile(
 def test_a_damaged_cache_is_made_again_and_said_once(
     make: Callable[..., Any], jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that a loss of power has cut off made every later start end in a traceback."""
+    """Regression: after a loss of power, a truncated file made every later start end in a traceback."""
     name = jsonl([GOOD, GOOD])
     whole = make(name)[:]
     (stored,) = (tmp_path / "cache" / "difflm_jax").iterdir()
@@ -312,7 +312,7 @@ def test_a_folder_that_cannot_be_written_and_a_file_that_cannot_be_read_are_told
 def test_of_two_starts_one_tokenises(
     make: Callable[..., Any], jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock belongs to an open file, so that threads stand for processes here."""
+    """The lock belongs to an open file, so threads can stand in for processes here."""
     made = []
 
     def slow(*arguments: Any) -> Any:
@@ -338,7 +338,7 @@ def test_a_large_file_is_read_whole_once(tmp_path: Path, monkeypatch: pytest.Mon
     first = fingerprint.file_hash(path)
     assert fingerprint.file_hash(path) == first and len(read) == 1
     times = path.stat()
-    with path.open("r+b") as file:  # between the samples, of equal size, with the times set back
+    with path.open("r+b") as file:  # a change between the samples, with equal size and restored times
         file.seek(123_456)
         file.write(b"b")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -391,7 +391,7 @@ def test_a_real_file_of_no_known_format(make: Callable[..., Any], qwen: Any, sha
 
 
 def test_rows_are_json_of_any_kind(make: Callable[..., Any], tmp_path: Path) -> None:
-    """The same rows in three kinds of file are the same examples."""
+    """The same rows in three kinds of file become the same examples."""
     rows = [
         {"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": f"{i}"}]} for i in range(5)
     ]

@@ -1,4 +1,4 @@
-"""What is hidden and what is scored, rule by rule; and that noise depends on the example alone."""
+"""Tests what each rule hides and scores, and that noise depends only on the example."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def test_block_rates_are_stratified_over_rows_and_over_the_blocks_of_a_row():
     rates = np.asarray(mask_rates(KEY, rule, jnp.arange(16)[:, None] / 16, blocks))
     for block in range(8):
         np.testing.assert_array_equal(np.floor(np.sort(rates[:, block]) * 16), np.arange(16))
-    assert (np.sort(rates, axis=1)[:, 0] < 0.25).all()  # every row has low rates and high ones
+    assert (np.sort(rates, axis=1)[:, 0] < 0.25).all()  # every row has low and high rates
     assert (np.sort(rates, axis=1)[:, -1] > 0.75).all()
 
 

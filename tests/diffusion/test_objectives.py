@@ -1,4 +1,4 @@
-"""The objectives against their formulas, written out here one position at a time."""
+"""Tests the objectives against their formulas, written out here one position at a time."""
 
 import functools
 
@@ -21,7 +21,7 @@ EOS = 7
 
 
 def weights_of(parts, *rule, **settings):
-    """`loss_weights` of what `drawn` gives."""
+    """Returns `loss_weights` of a batch from `drawn`."""
     candidates, masked, segments, positions, rates, clean = map(jnp.asarray, parts)
     none = jnp.zeros_like(rates)
     noisy = NoisyBatch(clean, clean, segments, positions, positions, candidates, masked, rates, none, none, none)
@@ -29,7 +29,7 @@ def weights_of(parts, *rule, **settings):
 
 
 def drawn(rows=6, length=12, rate=0.4, seed=0):
-    """(candidates, masked, segments, positions, rates, clean): a prompt of three; answers end in one to three EOS."""
+    """(candidates, masked, segments, positions, rates, clean): a prompt of 3 tokens; answers end in 1 to 3 EOS."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(8, length + 1, rows)
     valid = np.arange(length) < lengths[:, None]
@@ -43,7 +43,7 @@ def drawn(rows=6, length=12, rate=0.4, seed=0):
 
 
 def test_cart_weights_are_dreams_sum_over_visible_tokens():
-    """w_n = 1/2 sum over unmasked m != n of p (1 - p)^(|m - n| - 1), p = 0.3; padding is no token."""
+    """w_n = 1/2 sum over unmasked m != n of p (1 - p)^(|m - n| - 1), p = 0.3; padding does not count."""
     _, masked, segments, *_ = parts = drawn()
     weights = weights_of(parts, "masked", "context")
     for row, n in np.ndindex(masked.shape):
@@ -76,7 +76,7 @@ def test_tokens_that_fill_an_answer_up_can_be_left_out_of_the_loss(tokens):
 
 
 def test_examples_that_share_a_row_do_not_weigh_on_each_other():
-    """Two examples packed into one row have the weights that each has alone, whatever the rule."""
+    """Two examples packed into one row have the same weights as alone, under every rule."""
     parts = [[x[row : row + 1] for x in drawn(rows=2, rate=0.5, seed=seed)] for row, seed in ((0, 1), (1, 2))]
     packed = [np.concatenate(pair, axis=1) for pair in zip(*parts, strict=True)]
     packed[2][:, 12:] *= 2  # the second segment
@@ -118,7 +118,7 @@ def test_the_least_confident_of_each_group_stay_open():
     for row in range(4):
         for each in range(3):
             where = np.flatnonzero(opened[row] & (group[row] == each))
-            order = sorted(where, key=lambda i: (confidence[row, i], -i))  # of equals the rightmost stays open
+            order = sorted(where, key=lambda i: (confidence[row, i], -i))  # among equals the rightmost stays open
             expected = np.zeros(15, bool)
             expected[order[: each + 1]] = True
             np.testing.assert_array_equal(np.asarray(left[row]) & (group[row] == each), expected)
@@ -136,7 +136,7 @@ def test_open_edges_are_a_function_of_example_query_and_key():
     edges = np.asarray(open_edges(token_seeds(KEY, examples, positions), positions, 0.25))
     assert abs(edges.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / edges.size)
     assert (edges[0] != edges[1]).any()
-    # neither the place in a batch, nor padding, nor another example in front changes a draw
+    # the place in a batch, padding, or an example before it do not change a draw
     packed_positions = jnp.concatenate([position[:10], position[:40]])[None]
     packed_examples = jnp.array([[2] * 10 + [9] * 40])
     packed = open_edges(token_seeds(KEY, packed_examples, packed_positions), packed_positions, 0.25)
@@ -144,7 +144,7 @@ def test_open_edges_are_a_function_of_example_query_and_key():
 
 
 def test_an_annealed_mask_is_causal_or_open_within_the_rule():
-    """Attend if the rule allows it, and causal or drawn open (DiffuLLaMA)."""
+    """A token attends if the rule allows it and the edge is causal or drawn open (DiffuLLaMA)."""
     position = jnp.arange(10)[None]
     valid, prompt = position < 9, jnp.array([3])
     opened = jax.random.bernoulli(jax.random.key(0), 0.4, (1, 10, 10))

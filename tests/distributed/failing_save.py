@@ -1,4 +1,4 @@
-"""Two checkpoints of two processes, of which one writes nothing of the first: its disk takes no file.
+"""Saves two checkpoints in two processes. One process cannot write the first: its disk refuses files.
 
 python -m tests.distributed.failing_save DIRECTORY PROCESS --coordinator_address=... --num_processes=2 --process_id=...
 """

@@ -1,4 +1,4 @@
-"""Which meshes are built and which refused; numbers on real meshes are tested in tests/multi_device."""
+"""Tests which meshes are built and which are refused. tests/multi_device tests results on real meshes."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ class Chip:
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2, 4, 2), (2, 2, 4), (16, 1, 1)])
 def test_devices_that_talk_most_are_neighbours_of_a_tpu_slice(shape):
-    """On 4x4 chips, also where the shape splits an axis of the slice, which `jax.make_mesh` refuses."""
+    """On 4x4 chips, even if the shape splits an axis of the slice, which `jax.make_mesh` refuses."""
     chips = [Chip(x + 4 * y, (x, y, 0)) for y in range(4) for x in range(4)]
     found = by_links(chips, shape)
     assert found.shape == shape and {chip.id for chip in found.flat} == set(range(16))

@@ -1,4 +1,4 @@
-"""What several processes decide and write together."""
+"""Tests what several processes decide and write together."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_a_write_that_fails_in_one_process_fails_in_all(monkeypatch, index):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_one_process_of_several_reads_all_tokens_for_the_digest(monkeypatch, index):
-    """Every process hashed every token of the data at each start."""
+    """Regression: every process hashed every token of the data at each start."""
     rows = {"sft": ([1, 2, 3], [4])}
     told = {"sft": {"train_rows": 3, "test_rows": 1, "digest": "d"}}
     text = np.frombuffer(json.dumps(told).encode(), np.uint8)
@@ -59,7 +59,7 @@ def test_one_process_of_several_reads_all_tokens_for_the_digest(monkeypatch, ind
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_checkpoint_that_one_process_cannot_write_fails_in_all_at_once(process, tmp_path):
-    """Two real processes. orbax 0.12.8 alone: the other one waits 20 minutes for the one whose disk is full."""
+    """Two real processes. With orbax 0.12.8 alone, one waits 20 minutes for the other, whose disk is full."""
     command = [sys.executable, str(PROJECT / "scripts/launch/local.py"), "--processes=2", "--devices=1", "--"]
     command += [sys.executable, "-m", "tests.distributed.failing_save", str(tmp_path / "ck"), str(process)]
     with (tmp_path / "said").open("w+") as said:

@@ -1,4 +1,4 @@
-"""How every kind of leaf is divided over a mesh."""
+"""Tests how every kind of leaf is divided over a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def test_specs_of_every_kind_of_leaf():
     weight = jax.vmap(lambda w: quantize(w, QuantConfig("nf4", 16)))(params["layers"]["mlp"]["up_proj"]["weight"])
     found = specs({"layers": {"mlp": {"up_proj": {"weight": weight}}}}, mesh)["layers"]["mlp"]["up_proj"]["weight"]
     assert found.codes == P(None, ("tensor", "fsdp"), None)
-    assert found.scales.codes == P(None, "fsdp", None)  # nested scales are whole along `tensor`
+    assert found.scales.codes == P(None, "fsdp", None)  # nested scales are not divided over `tensor`
     assert found.scales.absmax == found.scales.offset == P()
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of memory, products and traffic, against what XLA assigns on a CPU and against the formulas."""
+"""Tests estimates of memory, FLOPs and traffic against XLA's buffers on a CPU and against the formulas."""
 
 import math
 
@@ -32,12 +32,12 @@ ONE = (1, 1, 1)
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("case", CASES)
 def test_memory_of_a_step_is_what_xla_assigns(case):
-    """Arguments to the byte, but for what is not read; all of it to 15 %, of compiled steps on one CPU device."""
+    """Compiled steps on one CPU device: arguments to the byte, except unread ones; the total to 15 %."""
     config, model_config = load_config("", [*SHAPE, *CASES[case]]), ModelConfig.from_hf(SMALL)
     measured, _ = compiled_parts(training_job(config, "pretrain", model_config, make_mesh(1), on_cpu=True))
     found = Step.of(config, "pretrain", model_config, ONE).estimate("cpu", config.batch_size)
     arguments = sum(found.parts[name] for name in ("weights", "adapters", "moments", "batch"))
-    assert 0 <= arguments - measured["arguments"] < found.parts["batch"]  # fields that the objective does not ask for
+    assert 0 <= arguments - measured["arguments"] < found.parts["batch"]  # fields that the objective does not read
     assert found.total == pytest.approx(measured["arguments"] + measured["temporaries"], rel=TOLERANCE), found.parts
 
 
@@ -45,7 +45,7 @@ def test_memory_of_a_step_is_what_xla_assigns(case):
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("keys", [("quantization=nf4",), ("dtype=bfloat16", "attention=prefix")])
 def test_memory_of_a_generation_is_what_xla_assigns(keys):
-    """All of it to 15 %, on one CPU device."""
+    """The total to 15 %, on one CPU device."""
     config, model_config = load_config("", [*SHAPE, *keys]), ModelConfig.from_hf(SMALL)
     generation = Generation(16, 64, 64, 16)
     measured, _ = compiled_parts(sampling_job(config, model_config, make_mesh(1), generation, on_cpu=True))
@@ -55,14 +55,14 @@ def test_memory_of_a_generation_is_what_xla_assigns(keys):
 
 
 def test_the_options_of_a_sampler_may_be_python_numbers():
-    """`algorithm=steady` has a threshold, a float among the arguments that are sized: `plan` ended in a traceback."""
+    """Regression: `algorithm=steady` has a threshold, a float among the sized arguments: `plan` had a traceback."""
     config = load_config("", [*SHAPE, "algorithm=steady", "attention=prefix"])
     job = sampling_job(config, ModelConfig.from_hf(SMALL), abstract_mesh(*ONE), Generation(4, 16, 16, 4))
     assert argument_parts(job)["batch"] > 0
 
 
 def test_a_mesh_divides_what_it_says():
-    """Four devices along `fsdp`: a quarter of the weights, moments whole; what is gathered grows with the layers."""
+    """Four devices along `fsdp`: a quarter of the weights and whole moments; gathered bytes grow with the layers."""
     config, shape = load_config("", [*SHAPE, "quantization=nf4"]), ModelConfig.from_hf(SMALL)
     deeper = ModelConfig.from_hf({**SMALL, "num_hidden_layers": 16})
     whole, part, deep = (
@@ -73,7 +73,7 @@ def test_a_mesh_divides_what_it_says():
     assert part.parts["weights"] == pytest.approx(whole.parts["weights"] / 4, rel=0.1)
     assert part.parts["moments"] == whole.parts["moments"]
     assert part.parts["activations"] == pytest.approx(whole.parts["activations"] / 4, rel=0.01)
-    assert part.flops == pytest.approx(whole.flops / 4)  # products of gathered weights are all made again
+    assert part.flops == pytest.approx(whole.flops / 4)  # all matmuls with gathered weights are recomputed
     matrices = ((256, 256), (128, 256), (128, 256), (256, 256), *[(768, 256)] * 3)
     packed = sum(map(math.prod, matrices)) / 2
     passes = 2 * config.gradient_accumulation_steps  # forward, and again for the backward pass
@@ -87,7 +87,7 @@ def test_heads_and_mlp_are_divided_over_tensor():
     config, model_config = load_config("", [*SHAPE, "remat=save_dots"]), ModelConfig.from_hf(SMALL)
     one, two = (Step.of(config, "pretrain", model_config, sizes).estimate("tpu", 8).parts for sizes in (ONE, (1, 1, 2)))
     assert two["weights"] == pytest.approx(one["weights"] / 2, rel=0.01)
-    assert one["activations"] / 2 < two["activations"] < one["activations"]  # hidden states are whole on each
+    assert one["activations"] / 2 < two["activations"] < one["activations"]  # each device has whole hidden states
 
 
 def test_a_step_counts_what_its_objective_computes():

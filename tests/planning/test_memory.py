@@ -1,4 +1,4 @@
-"""Weights that this machine cannot hold are refused by generate and train before they are read, and nothing else is."""
+"""generate and train refuse weights that exceed memory before they read them, and refuse nothing else."""
 
 import time
 
@@ -28,7 +28,7 @@ def pretended(monkeypatch):
 
 @pytest.fixture
 def unread(monkeypatch):
-    """Fails where weights are read."""
+    """Makes the test fail if weights are read."""
     monkeypatch.setattr("difflm_jax.lm.load_params", lambda *_: pytest.fail("weights were read"))
 
 

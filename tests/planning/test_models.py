@@ -1,4 +1,4 @@
-"""Shapes by name, against the parameter counts that the models are published with."""
+"""Tests shapes by name against the published parameter counts of the models."""
 
 import math
 

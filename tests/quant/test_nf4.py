@@ -1,4 +1,4 @@
-"""NF4 codes, scales and values against bitsandbytes on a CPU, and the errors that its own tests allow."""
+"""Tests NF4 codes, scales and values against bitsandbytes on a CPU, and the error bounds of its own tests."""
 
 import bitsandbytes.functional as bnb
 import jax
@@ -11,9 +11,9 @@ from difflm_jax.checkpoint.gguf.weights import open_gguf
 from difflm_jax.quant import NestedScales, QTensor, QuantConfig, dequantize, nested, nf4, quantize
 from difflm_jax.quant.qtensor import pack, unpack
 
-pytestmark = pytest.mark.usefixtures("optimised")  # compilers may fuse roundings away
+pytestmark = pytest.mark.usefixtures("optimised")  # compilers may fuse operations and skip a rounding
 
-# block size -> (mean absolute, mean relative error) of N(0, 1), as tests/test_functional.py of bitsandbytes has them
+# block size -> (mean absolute, mean relative error) of N(0, 1), from tests/test_functional.py of bitsandbytes
 ERRORS = {
     64: (0.072796, 0.203353),
     128: (0.076839, 0.215258),
@@ -26,13 +26,13 @@ ERRORS = {
 
 
 def bnb_codes(packed: torch.Tensor) -> np.ndarray:
-    """bitsandbytes' codes one by one, in row-major order."""
+    """Returns bitsandbytes' codes, unpacked, in row-major order."""
     packed = packed.numpy().reshape(-1)
     return np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
 
 
 def nested_bnb(weight: np.ndarray):
-    """bitsandbytes' (packed codes, state) with double quantisation."""
+    """Returns bitsandbytes' (packed codes, state) with double quantisation."""
     return bnb.quantize_4bit(torch.tensor(weight), blocksize=64, compress_statistics=True, quant_type="nf4")
 
 
@@ -72,7 +72,7 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes():
 @pytest.mark.parametrize("smallest", [0.0, 1e-39])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_an_all_zero_block_stays_zero(smallest, double_quant):
-    """Its code is the zero level's, as bitsandbytes has it: a guard below the smallest normal number is flushed."""
+    """Its code is that of level zero, as in bitsandbytes. A guard below the smallest normal number would be flushed."""
     weight = np.full((8, 64), smallest, np.float32)
     found = jax.jit(quantize, static_argnums=1)(weight, QuantConfig("nf4", 64, double_quant))
     assert set(our_codes(found)) == {7}
@@ -84,7 +84,7 @@ def test_an_all_zero_block_stays_zero(smallest, double_quant):
 def test_zero_blocks_and_ties():
     weight = np.zeros((4, 128), np.float32)
     weight[1:] = np.random.default_rng(0).normal(size=(3, 128))
-    weight[2, 0], weight[2, 1:16] = 1.0, (nf4.LEVELS[1:] + nf4.LEVELS[:-1]) / 2  # midpoints: the lower level wins
+    weight[2, 0], weight[2, 1:16] = 1.0, (nf4.LEVELS[1:] + nf4.LEVELS[:-1]) / 2  # at midpoints, the lower level wins
     weight[2, 16:64] = 0.5
     check_against_bitsandbytes(weight)
 
@@ -109,14 +109,14 @@ def test_the_dynamic_map_is_bit_for_bit_that_of_bitsandbytes():
 
 
 def test_double_quantised_scales():
-    """bitsandbytes' CPU search is approximate: where a code differs the value lies on a threshold, to 1e-5."""
+    """bitsandbytes' CPU search is approximate: if a code differs, the value is within 1e-5 of a threshold."""
     code_map = nested.dynamic_map()
     differing = total = 0
     for weight in random_weights():
         found = jax.jit(quantize, static_argnums=1)(weight, QuantConfig("nf4")).scales
         _, state = nested_bnb(weight)
         absmax = np.abs(weight.reshape(-1, 64)).max(axis=1)
-        np.testing.assert_allclose(float(found.offset), state.offset.item(), rtol=1e-6)  # means, summed in other orders
+        np.testing.assert_allclose(float(found.offset), state.offset.item(), rtol=1e-6)  # sums in other orders
         np.testing.assert_allclose(np.asarray(found.absmax), state.state2.absmax.numpy(), rtol=1e-5, atol=1e-6)
         ours, theirs = np.asarray(found.codes).reshape(-1), state.absmax.numpy()
         where = np.flatnonzero(ours != theirs)

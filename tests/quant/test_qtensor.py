@@ -1,4 +1,4 @@
-"""The quantised weight as a pytree: packing, size, errors, the product and its gradient, slices by a scan."""
+"""Tests the quantised weight as a pytree: packing, size, errors, the matmul and its gradient, slices in a scan."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_shape_block_and_size(config):
     assert (w.shape, w.block_size) == ((512, 1024), config.block_size)
     bits = {"nf4": 4.127 if config.double_quant else 4.25, "int4": 4.25, "int8": 8.5}[config.format]
     assert 8 * w.nbytes / (512 * 1024) == pytest.approx(bits, abs=0.02)
-    if not isinstance(w.scales, NestedScales):  # a shard is again a weight, of its own shape
+    if not isinstance(w.scales, NestedScales):  # a shard is a weight too, with its own shape
         assert jax.tree.map(lambda leaf: leaf[:256], w).shape == (256, 1024)
 
 
@@ -59,7 +59,7 @@ def test_errors_on_normal_numbers(config, rms):
     kind=st.sampled_from(sorted(FORMATS)),
 )
 def test_no_value_is_further_off_than_its_format_allows(values, kind):
-    """Half the widest gap between levels, plus what a scale in bfloat16 or 8 bits may be off."""
+    """The bound is half the widest gap between levels, plus the error of a scale in bfloat16 or 8 bits."""
     x = jnp.asarray([values], jnp.float32)
     off = np.abs(np.asarray(dequantize(quantize(x, QuantConfig(kind, double_quant=False)), jnp.float32) - x))
     # int4: the end opposite to the largest value is clipped at 7/8
@@ -111,7 +111,7 @@ def test_a_stack_is_dequantised_layer_by_layer_and_sliced_by_a_scan(config):
 
 @pytest.mark.usefixtures("optimised")
 def test_a_backward_pass_without_remat_keeps_no_dense_weights():
-    """What is kept from the forward pass grows with the activations of a layer, not with its dense weight (256 KB)."""
+    """Residuals grow with the activations of a layer, not with its dense weight (256 KB)."""
 
     def temporaries(layers: int) -> int:
         stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), quantize(weight(256, 256), QuantConfig("nf4")))

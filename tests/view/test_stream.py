@@ -1,4 +1,4 @@
-"""What a streamer of transformers is told is the answer, in order, whatever way it is decoded."""
+"""A transformers streamer receives exactly the answer, in order, with every way of decoding."""
 
 import numpy as np
 import pytest
