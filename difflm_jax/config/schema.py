@@ -73,7 +73,7 @@ class Model:
 
     dtype: str = setting(
         "bfloat16",
-        "Of the computation; auto: bfloat16 on accelerators and CPUs that multiply it.",
+        "Dtype of the computation; auto: bfloat16 on accelerators and on CPUs that can multiply it.",
         choices=(AUTO, *DTYPES),
     )
     convert_cache: bool = setting(True, "Keep a quantised base in output_dir/converted.")
@@ -82,7 +82,8 @@ class Model:
     train_mask_row: bool = setting(True, "false: the adapter is LoRA alone, and the mask's embedding is the base's.")
     remat: str = setting(
         "full",
-        "What the backward pass recomputes: everything (full), all but attention, all but it and matmuls, nothing.",
+        "What the backward pass recomputes: everything (full), all but attention, all but attention and matmuls, or "
+        "nothing.",
         choices=REMAT,
     )
     unroll_layers: bool = setting(
@@ -93,9 +94,7 @@ class Model:
         "xla: on every backend; cudnn: NVIDIA's fused kernel, in bfloat16; pallas: ours, on TPUs.",
         choices=KERNELS,
     )
-    algorithm: str = setting(
-        "confidence", "How the model is to be decoded; it travels with the adapter.", choices=ALGORITHMS
-    )
+    algorithm: str = setting("confidence", "The decoding algorithm, stored with the adapter.", choices=ALGORITHMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +105,14 @@ class Data:
     test_size: float = setting(0.1, "Share of the rows in the test split.", within=PROPER_SHARE)
     answers: str = setting("last", "Assistant turns that are trained in the sft phase.", choices=ANSWERS)
     overlong: str = setting("cut", "What happens to a conversation longer than max_length.", choices=OVERLONG)
-    columns: str = setting("", "Own names of columns: prompt=frage, response=antwort.", key="data.columns")
-    roles: str = setting("", "Own names of speakers: user=Kunde, assistant=Agent.", key="data.roles")
+    columns: str = setting("", "Your names of columns: prompt=frage, response=antwort.", key="data.columns")
+    roles: str = setting("", "Your names of speakers: user=Kunde, assistant=Agent.", key="data.roles")
     bad_row_budget: float = setting(0.01, "Share of rows that may be unusable.", within=SHARE)
     answer_padding: int = setting(
-        0, "Answers are filled up with EOS to a multiple of this; 0: of block_length.", within=NOT_NEGATIVE
+        0, "Answers are padded with EOS to a multiple of this; 0: of block_length.", within=NOT_NEGATIVE
     )
     batching: str = setting(
-        "rows", "grouped: by length; packed: several examples per row; shared: and their common prefix once.",
+        "rows", "grouped: by length; packed: several examples per row; shared: packed, with their common prefix once.",
         choices=BATCHING,
     )  # fmt: skip
     length_multiple: int = setting(64, "Batches are padded to a multiple of this.", within=POSITIVE)
@@ -126,7 +125,9 @@ class Optimisation:
 
     epochs: int = setting(1, "Passes over the training rows.", within=POSITIVE)
     max_steps: int = setting(
-        0, "An upper bound on optimiser steps: it ends epochs early, and never adds any; 0: none.", within=NOT_NEGATIVE
+        0,
+        "Upper bound on optimiser steps: it may end an epoch early, and never adds steps; 0: none.",
+        within=NOT_NEGATIVE,
     )
     batch_size: int = setting(16, "Rows of a micro-batch, over all devices.", within=POSITIVE)
     gradient_accumulation_steps: int = setting(4, "Micro-batches per optimiser step.", within=POSITIVE)
@@ -163,7 +164,7 @@ class Monitoring:
     eval_rows: int = setting(0, "Rows of the test split that are evaluated; 0: all.", within=NOT_NEGATIVE)
     keep_checkpoints: int = setting(2, "Latest checkpoints that are kept, in addition to the best.", within=POSITIVE)
     heartbeat_seconds: float = setting(
-        60.0, "output_dir/heartbeat.json is replaced this often; 0: never.", within=NOT_NEGATIVE
+        60.0, "Seconds between updates of output_dir/heartbeat.json; 0: never.", within=NOT_NEGATIVE
     )
     diffusion_steps: int = setting(10, "Forward passes per sample answer.", within=POSITIVE)
     sample_prompts: int = setting(

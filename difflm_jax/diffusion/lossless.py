@@ -34,7 +34,7 @@ class Draft:
 
     rows: int = setting(4, "Noise rows after the last token, m: the most drafts per pass.", within=POSITIVE)
     curriculum: tuple[int, ...] = setting(
-        (2, 4), "Rows that are trained in equal parts of the steps, in order; at most draft.rows.", within=POSITIVE,
+        (2, 4), "Noise rows in each of several equal stages of training; at most draft.rows.", within=POSITIVE,
         required=True,
     )  # fmt: skip
     noise: str = setting(
@@ -49,9 +49,9 @@ class Draft:
         "regenerate", "regenerate: the base answers every prompt greedily first; own: the data's answers.",
         choices=("regenerate", "own"),
     )  # fmt: skip
-    anchors: int = setting(8, "Places per row and step after which noise rows are drawn.", within=POSITIVE)
+    anchors: int = setting(8, "Places per row and step after which noise rows are inserted.", within=POSITIVE)
     prompts: int = setting(2000, "Prompts of the training split that are regenerated; 0: all.", within=NOT_NEGATIVE)
-    answer_tokens: int = setting(128, "Most tokens of a regenerated answer.", within=POSITIVE)
+    answer_tokens: int = setting(128, "Maximum number of tokens of a regenerated answer.", within=POSITIVE)
     steps: int = 1
 
     def rows_at(self, index: jax.Array | int) -> jax.Array:

@@ -46,7 +46,7 @@ class LossRule:
         key="loss_average",
     )
     eos: str = setting(
-        "all", "first: EOS tokens that fill an answer up are not scored.", choices=("all", "first"), key="eos_loss"
+        "all", "first: EOS tokens that pad an answer are not scored.", choices=("all", "first"), key="eos_loss"
     )
     eos_token_id: int = -1
 

@@ -33,7 +33,7 @@ class Extras:
     anneal_steps: int = setting(
         0, "Steps in which edges to later tokens open at random; 0: open from the start.", within=NOT_NEGATIVE
     )
-    anneal_power: float = setting(1.0, "Above 1: slowly first.", within=POSITIVE)
+    anneal_power: float = setting(1.0, "Above 1: edges open slowly at first.", within=POSITIVE)
     block_growth_steps: int = setting(
-        0, "Steps in which blocks grow from 1 to block_length; 0: they do not.", within=NOT_NEGATIVE
+        0, "Steps in which blocks grow from 1 to block_length; 0: no growth.", within=NOT_NEGATIVE
     )
