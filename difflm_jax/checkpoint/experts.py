@@ -1,7 +1,7 @@
 """Splits the routed experts of a checkpoint into one tensor per expert, and joins them again.
 
-A checkpoint has a tensor for each expert, or one for all experts of a layer. The latter are gate and up fused
-[X, 2F, D] and down [X, D, F], as transformers 5 has them in memory, or gpt-oss's interleaved [X, D, 2F] and [X, F, D].
+A checkpoint has a tensor for each expert, or one for all experts of a layer. In transformers 5's memory, the latter are
+gate and up fused [X, 2F, D] and down [X, D, F]; gpt-oss has interleaved gate and up [X, D, 2F] and down [X, F, D].
 """
 
 import dataclasses

@@ -19,8 +19,8 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 class MetricsLog:
     """Appends records to `output_dir/metrics.jsonl` (or another `name`). The first record creates the directory.
 
-    Every line is strict JSON. NaN and infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and
-    "-Infinity", which `float` reads back, so the log shows a run that has diverged. null means that a value does not
+    Every line is strict JSON. JSON lacks NaN and infinities, so they are written as the strings "NaN", "Infinity" and
+    "-Infinity", which `float` reads back: the log shows a run that has diverged. null means that a value does not
     exist, such as the accuracy if no token was masked.
 
     If the disk refuses a write, lines wait in memory, and the next call tries again. With `enabled=False` nothing is

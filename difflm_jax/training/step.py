@@ -59,8 +59,8 @@ def make_train_step(
     arrays [A, B, ...] (A micro-batches, B rows over all devices). key: the key of the phase. index: the number of the
     step in the phase, from 0.
 
-    The loss is Σ weight * CE / Σ weight over all micro-batches and devices, so it depends neither on their number nor
-    on the split of rows.
+    The loss is Σ weight * CE / Σ weight over all micro-batches and devices. It does not depend on their number or on
+    how rows are split.
 
     A step with a non-finite loss or gradient norm is skipped: it returns the given state bit for bit, including moments
     and their count, and `metrics["finite"]` is false. (`optax.apply_if_finite` would apply such an update after its

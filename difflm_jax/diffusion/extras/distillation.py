@@ -1,6 +1,6 @@
 """Self-distillation: the frozen base, causal and without adapter, teaches the diffusion model made from it.
 
-At a hidden position i of a clean sequence x, the teacher's distribution is the base's p(x_i | x_<i), and the loss is
+At a hidden position i of a clean sequence x, the teacher's distribution is the base's p(x_i | x_<i). The loss there is
 CE + weight * KL(teacher || model). Teacher and model share the weight arrays, so the teacher costs a forward pass but
 no extra weights (OPDLM distils an adapted model in this way).
 """
