@@ -6,6 +6,8 @@
 The ways take turns and give the same number of tokens after the same prompts; medians. "XLA alone" is the same program
 without the C++ products of `ops.few_rows`. `same` counts the rows whose tokens are those of the first way. A pass is
 the time of one more token: (n tokens - 1 token) / (n - 1). The figures of `--formats` are passes over quantised bases.
+"One bare forward pass" is the model alone: a compiled call with the same weights and columns, its logits and their
+argmax, which keeps nothing. What decoding takes beyond it is overhead.
 """
 
 import argparse
@@ -13,12 +15,15 @@ import tempfile
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import difflm_jax
 from benchmarks.common import add_report_flags, alternating, median_of, report
 from difflm_jax.ops import few_rows
 from difflm_jax.sampling import cycles
+from difflm_jax.sampling.columns import ColumnModel
+from difflm_jax.sampling.columns import Rows as ColumnRows
 
 Rows = list[list[int]]
 
@@ -54,12 +59,13 @@ def _table(bases: dict, peer: Callable | None, dtype: str, batch: int, options: 
         if few_rows.is_available():
             ways[label] = _ours(lm)
         ways[f"{label}, XLA alone"] = _by_xla(_ours(lm))
+        ways[f"{label}, one bare forward pass"] = _bare(lm, options)
     found: dict[str, Rows] = {}
 
     def timed(name: str, tokens: int) -> Callable[[int], None]:
         return lambda _: found.update({name: ways[name](prompts, tokens)})
 
-    counts = (1, options.tokens)
+    counts = (1, options.tokens)  # of the bare pass: so many calls
     seconds = alternating({f"{name}/{n}": timed(name, n) for n in counts for name in ways}, options.rounds)
     table = []
     first = found[next(iter(ways))]
@@ -71,7 +77,7 @@ def _table(bases: dict, peer: Callable | None, dtype: str, batch: int, options: 
                 "way": f"{dtype}, batch {batch}: {name}",
                 "tokens_per_second": batch * options.tokens / median_of(all_),
                 "pass_ms": 1e3 * pass_,
-                "same": sum(a == b for a, b in zip(found[name], first, strict=True)),
+                "same": "" if found[name] is None else sum(a == b for a, b in zip(found[name], first, strict=True)),
                 "seconds": all_,
             }
         )
@@ -84,6 +90,27 @@ def _ours(lm: difflm_jax.LanguageModel) -> Callable[[Rows, int], Rows]:
         return [row.tolist() for row in out.tokens]
 
     return generate
+
+
+def _bare(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Callable[[Rows, int], None]:
+    """As many calls of a compiled forward pass as tokens are asked for, after the prompt; no tokens come of them."""
+    room = options.prompt + options.tokens
+
+    def model_of(variables: dict) -> ColumnModel:
+        return ColumnModel(lm.model, variables)
+
+    prefill = jax.jit(lambda variables, tokens: model_of(variables).prefill(tokens, room))
+    bare = jax.jit(lambda variables, columns, rows: model_of(variables).predict(columns, rows)[0].argmax(axis=-1))
+
+    def passes(prompts: Rows, calls: int) -> None:
+        tokens = jnp.asarray(prompts, jnp.int32)
+        columns, lengths = prefill(lm.variables, tokens), jnp.full(len(tokens), options.prompt, jnp.int32)
+        alone = jnp.ones((len(tokens), 1, 1), bool)
+        rows = ColumnRows(tokens[:, -1:], lengths[:, None], alone, lengths)
+        for _ in range(calls):
+            jax.block_until_ready(bare(lm.variables, columns, rows))
+
+    return passes
 
 
 def _by_xla(way: Callable[[Rows, int], Rows]) -> Callable[[Rows, int], Rows]:

@@ -66,6 +66,11 @@ def _write(directory: Path, layers: int, vocabulary: int) -> int:
         "head_dim": HEAD_DIM, "vocab_size": vocabulary, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "max_position_embeddings": 4096, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
     }  # fmt: skip
+    return write_checkpoint(directory, config)
+
+
+def write_checkpoint(directory: Path, config: dict) -> int:
+    """Random weights for a `config.json`; returns their size in bytes."""
     (directory / "config.json").write_text(json.dumps(config))
     rng, tensors = np.random.default_rng(0), {}
     bfloat16 = jnp.dtype("bfloat16")

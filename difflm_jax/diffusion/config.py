@@ -31,10 +31,8 @@ class Layout:
     segments: jax.Array | None = None  # [B, L] int32, number of the example; None: one example per row
 
     def part(self, start: jax.Array | int, length: int) -> "Layout":
-        """Returns columns `start`, ..., `start + length - 1` of rows with one example each."""
-        positions, valid = (
-            jax.lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in (self.positions, self.valid)
-        )
+        """Returns columns `start`, ..., `start + length - 1` of rows with one example each; `start` is [] or [B]."""
+        positions, valid = (columns_from(x, start, length) for x in (self.positions, self.valid))
         return Layout(positions, valid, self.prompt_lengths)
 
     def twice(self) -> "Layout":
@@ -235,6 +233,13 @@ class DiffusionConfig:
             first_BT = positions_BT - (positions_BT - prompts_BT) % self.block_length
             last = first_BT + self.block_length - 1
         return jnp.where(in_prompt_BT, positions_BT, first_BT), jnp.where(in_prompt_BT, positions_BT, last)
+
+
+def columns_from(x_BL: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
+    """[B, length] columns from `start` on, which is [], or [B] where each row has its own."""
+    if jnp.ndim(start) == 0:
+        return jax.lax.dynamic_slice_in_dim(x_BL, start, length, axis=1)
+    return jax.vmap(lambda x_L, first: jax.lax.dynamic_slice_in_dim(x_L, first, length))(x_BL, start)
 
 
 _ALWAYS_WRITTEN = ("mask_token", "mask_token_id", "attention", "logit_shift", "algorithm")

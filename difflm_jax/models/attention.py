@@ -25,11 +25,24 @@ class Window:
     """Where the queries lie among S columns whose keys are in the `cache` collection.
 
     The queries are columns `start`, `start` + 1, ... Those before `written_from` use, and keep, the keys that are
-    cached for them; the others replace theirs.
+    cached for them; the others replace theirs. Each is one column for all rows [], or one of each row [B].
     """
 
-    start: jax.Array | int  # []
-    written_from: jax.Array | int  # []
+    start: jax.Array | int
+    written_from: jax.Array | int
+
+    def placed(self, new_BTKE: jax.Array, cached_BSKE: jax.Array) -> jax.Array:
+        """`cached_BSKE` with what the queries replace."""
+        length, start, written_from = new_BTKE.shape[1], jnp.asarray(self.start), jnp.asarray(self.written_from)
+        if start.ndim == 0:
+            old_BTKE = jax.lax.dynamic_slice_in_dim(cached_BSKE, start, length, axis=1)
+        else:
+            old_BTKE = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, length))(cached_BSKE, start)
+        is_written = start[..., None] + jnp.arange(length) >= written_from[..., None]
+        new_BTKE = jnp.where(is_written[..., None, None], new_BTKE, old_BTKE)
+        if start.ndim == 0:
+            return jax.lax.dynamic_update_slice_in_dim(cached_BSKE, new_BTKE, start, axis=1)
+        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(cached_BSKE, new_BTKE, start, 0)
 
 
 def positions_of(valid_BL: jax.Array) -> jax.Array:

@@ -187,12 +187,7 @@ class Attention(nn.Module):
     def _cached(self, name: str, new_BTKE: jax.Array, window: Window | None) -> jax.Array:
         """The keys or values of the whole canvas: those of the window in their place among the cached ones."""
         if self.has_variable("cache", name):
-            cached_BSKE = self.get_variable("cache", name)
-            length = new_BTKE.shape[1]
-            old_BTKE = jax.lax.dynamic_slice_in_dim(cached_BSKE, window.start, length, axis=1)
-            is_written_T = window.start + jnp.arange(length) >= window.written_from
-            new_BTKE = jnp.where(is_written_T[:, None, None], new_BTKE, old_BTKE)
-            new_BTKE = jax.lax.dynamic_update_slice_in_dim(cached_BSKE, new_BTKE, window.start, axis=1)
+            new_BTKE = window.placed(new_BTKE, self.get_variable("cache", name))
         if self.is_mutable_collection("cache"):
             self.put_variable("cache", name, new_BTKE)
         return new_BTKE

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.sampling.caches import Decoder, fill_on
 from difflm_jax.sampling.loop import Canvas, Plan
 from difflm_jax.sampling.options import SPECULATIVE, Sampling
+from difflm_jax.sampling.places import fill_in_turn
 from difflm_jax.sampling.schedule import quotas, shares
 from difflm_jax.sampling.watch import Host, fill_stepwise
 from difflm_jax.utils.progress import Progress
@@ -149,7 +150,7 @@ def check_seed(seed: int) -> None:
 def _fill(
     decoder: Decoder, prompts: Sequence[np.ndarray], rests: Sequence[np.ndarray], plan: Plan, options: FillOptions
 ) -> Filled:
-    """Samples in batches of equal shape; the last one is filled up with copies of its first row."""
+    """Samples in batches of equal shape, filled up with copies of their first row; rows of a longer set take turns."""
     sampling, batch_size, host = options.sampling, options.batch_size, options.host
     check_positive("batch_size", batch_size)
     check_seed(options.seed)
@@ -168,28 +169,43 @@ def _fill(
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if decoder.mesh is not None:  # rows are divided over the devices
         batch_size += -batch_size % row_shards(decoder.mesh)
-    filled, committed, passes = [], [], []
+
+    def canvas_of(index: np.ndarray) -> Canvas:
+        tokens, valid = _padded([prompts[i] for i in index], [rests[i] for i in index], plan, decoder.pad_token_id)
+        fillable = valid & (tokens == decoder.diffusion.mask_token_id)
+        schedule = quotas(sampling.schedule, masks_BJ[index], steps_BJ[index], plan.steps_per_block)
+        return Canvas(tokens, valid, fillable, prompt_lengths[index], steps_BJ[index], schedule, keys[index])
+
+    filled, passes = [None] * len(rows), np.zeros(len(rows), np.int32)
     with batches_shown(len(rows), batch_size if host is None else len(rows)) as progress:
-        for first in range(0, len(rows), batch_size):
-            count = min(batch_size, len(rows) - first)
-            index = np.concatenate([np.arange(first, first + count), np.full(batch_size - count, first)])
-            tokens, valid = _padded([prompts[i] for i in index], [rests[i] for i in index], plan, decoder.pad_token_id)
-            fillable = valid & (tokens == decoder.diffusion.mask_token_id)
-            steps, schedule = (
-                steps_BJ[index],
-                quotas(sampling.schedule, masks_BJ[index], steps_BJ[index], plan.steps_per_block),
-            )
-            canvas = Canvas(tokens, valid, fillable, prompt_lengths[index], steps, schedule, keys[index])
-            if host is None:
-                carry = fill_on(jax.default_backend())(decoder, plan, canvas, sampling)
-            else:
-                carry = fill_stepwise(decoder, plan, canvas, sampling, range(first, first + count), host)
-            tokens, used = to_host(carry.tokens), to_host(carry.passes)
-            filled += [tokens[i, plan.first_column :][: len(rests[index[i]])] for i in range(count)]
-            committed += (fillable & (tokens != decoder.diffusion.mask_token_id)).sum(axis=1)[:count].tolist()
-            passes += used[:count].tolist()
-            progress.advance(count)
-    return Filled(filled, np.asarray(committed, np.int32), np.asarray(passes, np.int32))
+        if len(rows) > batch_size and host is None and decoder.mesh is None:
+            found = fill_in_turn(decoder, plan, sampling, canvas_of, len(rows), batch_size)
+        else:
+            found = _in_batches(decoder, plan, options, canvas_of, len(rows), batch_size)
+        for row, tokens, used in found:
+            filled[row], passes[row] = tokens[plan.first_column :][: len(rests[row])], used
+            progress.advance(1)
+    committed = masks_BJ.sum(axis=1) - [(row == decoder.diffusion.mask_token_id).sum() for row in filled]
+    return Filled(filled, committed.astype(np.int32), passes)
+
+
+def _in_batches(
+    decoder: Decoder,
+    plan: Plan,
+    options: FillOptions,
+    canvas_of: Callable[[np.ndarray], Canvas],
+    count: int,
+    batch_size: int,
+) -> Iterator[tuple[int, np.ndarray, int]]:
+    """(row, its tokens [L], its passes), batch by batch."""
+    for first in range(0, count, batch_size):
+        rows = range(first, min(first + batch_size, count))
+        canvas = canvas_of(np.concatenate([rows, np.full(batch_size - len(rows), first)]).astype(int))
+        if options.host is None:
+            carry = fill_on(jax.default_backend())(decoder, plan, canvas, options.sampling)
+        else:
+            carry = fill_stepwise(decoder, plan, canvas, options.sampling, rows, options.host)
+        yield from zip(rows, to_host(carry.tokens), to_host(carry.passes).tolist(), strict=False)
 
 
 def batches_shown(rows: int, batch_size: int) -> Progress:

@@ -4,14 +4,16 @@ A cache stores the keys and values of every column of the canvas. A pass runs ov
 replace the cached ones; the other columns are only read:
 
   prompt  exact under `prefix` and `causal` attention: the prompt runs once, a pass is the whole answer
-  blocks  exact under attention in blocks and `causal` attention: the prompt runs once, a pass is the active block; the
-          first pass of a block runs over the finished block before it too, whose keys are then final
+  blocks  exact under attention in blocks and `causal` attention: the prompt runs once, a pass is the active block of
+          each row. A finished block runs once more, whose keys are then final: together with the next block where all
+          rows enter one, else alone, while other rows fill theirs
   prefix  Fast-dLLM (arXiv:2505.22618): the canvas runs at the start of a block, other passes are the block and what
           follows it, against the keys that came before it
   dual    Fast-dLLM: the same, and other passes are the active block alone
 
 `prefix` and `dual` are approximations, for attention under which the keys of a finished token still change.
-`refresh_interval` recomputes them every so many passes of a block.
+`refresh_interval` recomputes them every so many passes of a block. A row that waits for its canvas to run gets it when
+all rows do.
 """
 
 import functools
@@ -23,15 +25,27 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from difflm_jax.diffusion.config import DiffusionConfig, Layout
+from difflm_jax.diffusion.config import DiffusionConfig, Layout, columns_from
+from difflm_jax.distributed.collectives import everywhere, varying_with
 from difflm_jax.distributed.sharding import over_rows
 from difflm_jax.models.attention import Window, positions_of
 from difflm_jax.models.stacks import in_stacks, stay_in_stacks
 from difflm_jax.models.transformer import Transformer, head_logits
-from difflm_jax.sampling.loop import Canvas, Carry, Loop, Plan, Predict
+from difflm_jax.sampling.loop import Canvas, Carry, Loop, Plan, Predict, Turn
 from difflm_jax.sampling.options import Sampling
 
 Variables = dict[str, Any]  # {"params": ..., "lora": ...}
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of every column, and how far each row has brought them."""
+
+    columns: Any  # of the transformer's `cache` collection: [N, B, S, K, E] each
+    state: jax.Array  # [B] int32; blocks: those that are final; dual: 1 while that of the whole canvas is new
+
+
+FirstCache = Callable[[], Cache | None]
 
 
 @struct.dataclass
@@ -60,32 +74,41 @@ def fill(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> Ca
     """Fills a canvas (`fill_on` is this, compiled). Returns what belongs to rows of the last carry."""
 
     def rows(variables: Variables, canvas: Canvas) -> Carry:
-        loop, start = loop_over(decoder.replace(variables=variables), plan, canvas, sampling)
-        return loop.run(start).replace(cache=None, block=None, step=None)
+        loop, first_cache = loop_over(decoder.replace(variables=variables), plan, canvas, sampling)
+        return loop.run(loop.start(first_cache())).slim()
 
     return over_rows(rows, decoder.mesh, decoder.variables, canvas)
 
 
-# Compiles once for each shape of canvas and plan and each set of options that is on; the number of passes is data.
-_compiled = functools.partial(jax.jit, fill, static_argnames="plan")
-_fill = _compiled()
 # A pass over few tokens takes as long as reading the weights. XLA's own GEMMs copy the weights of a layer out of their
 # stack first, and matmuls of one input are joined by writing their weights side by side; cuBLAS reads them in place.
 # Qwen3-4B in blocks of 32 on an H200, per pass: 7.4 ms for 9.1 at batch 1, 10.6 for 15.1 at batch 8 (measured with the
 # matmuls still joined).
-_fill_on_gpu = _compiled(compiler_options={"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0})
+_ON_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def fill_on(platform: str) -> Callable[..., Carry]:
-    """`fill`, compiled for devices of jax's `platform`."""
-    return _fill_on_gpu if platform in ("gpu", "cuda") else _fill
+    """`fill`, compiled for devices of jax's `platform`: once for each shape of canvas and plan and each set of options
+    that is on; the number of passes is data."""
+    return compiled_on(platform, fill)
 
 
-def loop_over(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Loop, Carry]:
-    """The sampler's loop over a model, and its first carry."""
-    predict, cache = make_predict(decoder, plan, canvas, sampling)
+def compiled_on(platform: str, function: Callable[..., Any], donated: str | None = None) -> Callable[..., Any]:
+    """A function of passes over a plan, compiled for devices of jax's `platform`."""
+    return _compiled(platform in ("gpu", "cuda"), function, donated)
+
+
+@functools.cache
+def _compiled(on_gpu: bool, function: Callable[..., Any], donated: str | None) -> Callable[..., Any]:
+    options = _ON_GPU if on_gpu else None
+    return jax.jit(function, static_argnames="plan", donate_argnames=donated, compiler_options=options)
+
+
+def loop_over(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Loop, FirstCache]:
+    """The sampler's loop over a model, and what makes the cache that it starts with."""
+    predict, first_cache = make_predict(decoder, plan, canvas, sampling)
     loop = Loop(predict, canvas, plan, sampling, decoder.diffusion.mask_token_id, decoder.eos_token_ids)
-    return loop, loop.start(cache)
+    return loop, first_cache
 
 
 def cache_kind(diffusion: DiffusionConfig, cache: str) -> str:
@@ -93,41 +116,103 @@ def cache_kind(diffusion: DiffusionConfig, cache: str) -> str:
     return diffusion.exact_cache if cache == "auto" else cache
 
 
-# (cache, tokens, first column of the active block) -> (logits of the block, cache)
-Forward = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (columns, tokens, first column of each row's block) -> (logits of the blocks, columns)
+Forward = Callable[..., tuple[jax.Array, Any]]
 
 
-def make_predict(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Predict, Any]:
-    """`predict` and its first cache, by the kind of cache (see the head of this file)."""
+def make_predict(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Predict, FirstCache]:
+    """`predict` and what makes its first cache, by the kind of cache (see the head of this file)."""
     diffusion = decoder.diffusion
     kind = cache_kind(diffusion, sampling.cache)
-    block, columns = plan.block_length, canvas.tokens.shape[1]
-    shift = diffusion.shift  # windows begin that much earlier
+    columns, shift = canvas.tokens.shape[1], diffusion.shift  # windows begin that much earlier
     answer = plan.first_column - shift
     known = answer if kind != "none" and diffusion.exact_cache != "none" else 0  # columns that never run again
-    runner = _Runner(decoder, block, canvas, sampling.cfg_scale)
+    runner = _Runner(decoder, plan.block_length, canvas, sampling.cfg_scale)
+    one_pass_a_block = plan.steps_per_block == 1 and sampling.edit_threshold is None
+
+    def first_cache(columns: int, state: int) -> Cache:
+        zeros_B = varying_with(jnp.zeros(len(canvas.tokens), jnp.int32), canvas.tokens)
+        return Cache(runner.prefilled(columns), zeros_B + state)
 
     # Each pass: (first column of the block) -> (first column, number of columns, column that is first to be written)
     whole = runner.run(lambda first: (known, columns - known, known), keep=kind in ("prefix", "dual"))
-    rest = runner.run(lambda first: (answer, columns - answer, first), keep=False)
-    one_block = runner.run(lambda first: (first - shift, block + shift, first), keep=False)
-    two_blocks = runner.run(lambda first: (first - block - shift, 2 * block + shift, first - block), keep=True)
-    opening, later = {
-        "none": (whole, whole),
-        "prompt": (whole, whole),
-        "blocks": (two_blocks, one_block),
-        "prefix": (whole, rest),
-        "dual": (whole, one_block),
-    }[kind]
-    one_pass_a_block = plan.steps_per_block == 1 and sampling.edit_threshold is None
+    if kind in ("none", "prompt"):
 
-    def predict(cache: Any, tokens_BL: jax.Array, first: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
-        if opening is later or one_pass_a_block:
-            return opening(cache, tokens_BL, first)
-        in_turn = step if sampling.refresh_interval is None else step % sampling.refresh_interval
-        return jax.lax.cond(in_turn == 0, opening, later, cache, tokens_BL, first)
+        def predict(cache: Cache | None, tokens_BL: jax.Array, turn: Turn) -> tuple[jax.Array, Any, None]:
+            return whole(cache and cache.columns, tokens_BL, turn.first)[0], cache, None
 
-    return predict, None if kind == "none" else runner.prefilled(known)
+        return predict, lambda: None if kind == "none" else first_cache(known, 0)
+    if kind == "blocks":
+        predict = _by_blocks(runner, plan, shift, one_pass_a_block)
+        return predict, lambda: first_cache(plan.first_column, 0)
+    if kind == "prefix":
+        later = runner.run(lambda first: (answer, columns - answer, first), keep=False)
+        return _by_canvases(whole, later, sampling, one_pass_a_block), lambda: first_cache(0, 0)
+    later = runner.run(lambda first: (first - shift, plan.block_length + shift, first), keep=False)
+    begun = (0, 0) if one_pass_a_block else (columns, 1)
+    return _by_canvases(whole, later, sampling, one_pass_a_block), lambda: first_cache(*begun)
+
+
+def _by_blocks(runner: "_Runner", plan: Plan, shift: int, one_pass_a_block: bool) -> Predict:
+    """`predict` of "blocks": a row whose last block is not final yet runs that first, or with its active one."""
+    block = plan.block_length
+
+    def place(first_B: jax.Array) -> tuple[jax.Array, int, jax.Array]:
+        return first_B - shift, block + shift, first_B
+
+    one_block, kept = runner.run(place, keep=False), runner.run(place, keep=True)
+    both = runner.run(lambda first: (first - block - shift, 2 * block + shift, first - block), keep=True)
+
+    def predict(cache: Cache, tokens_BL: jax.Array, turn: Turn) -> tuple[jax.Array, Cache, jax.Array]:
+        block_B = (turn.first - plan.first_column) // block
+        is_behind_B = (block_B > cache.state) & ~turn.finished
+        answered_B = jnp.ones_like(is_behind_B)
+
+        def together() -> tuple[jax.Array, Cache, jax.Array]:
+            logits, columns = both(cache.columns, tokens_BL, turn.first)
+            return logits, Cache(columns, jnp.where(is_behind_B, block_B, cache.state)), answered_B
+
+        def alone() -> tuple[jax.Array, Cache, jax.Array]:
+            logits, columns = one_block(cache.columns, tokens_BL, turn.first)
+            return logits, Cache(columns, cache.state), answered_B
+
+        def mixed() -> tuple[jax.Array, Cache, jax.Array]:
+            first_B = turn.first - block * is_behind_B
+            logits, columns = kept(cache.columns, tokens_BL, first_B, turn.first)
+            return logits, Cache(columns, cache.state + is_behind_B), ~is_behind_B
+
+        if one_pass_a_block:
+            return together()
+        all_behind = everywhere((is_behind_B | turn.finished).all())
+        if len(tokens_BL) == 1:
+            return jax.lax.cond(all_behind & ~everywhere(turn.finished.all()), together, alone)
+        none_behind = everywhere(~is_behind_B.any())
+        return jax.lax.switch(jnp.where(none_behind, 0, jnp.where(all_behind, 1, 2)), [alone, together, mixed])
+
+    return predict
+
+
+def _by_canvases(whole: Forward, later: Forward, sampling: Sampling, one_pass_a_block: bool) -> Predict:
+    """`predict` of "prefix" and "dual"."""
+
+    def predict(cache: Cache, tokens_BL: jax.Array, turn: Turn) -> tuple[jax.Array, Cache, jax.Array]:
+        every = sampling.refresh_interval
+        is_due_B = (turn.step if every is None else turn.step % every) == 0
+        is_due_B &= (cache.state == 0) & ~turn.waits
+
+        def opened() -> tuple[jax.Array, Cache, jax.Array]:
+            logits, columns = whole(cache.columns, tokens_BL, turn.first)
+            return logits, Cache(columns, cache.state), jnp.ones_like(is_due_B)
+
+        def continued() -> tuple[jax.Array, Cache, jax.Array]:
+            logits, columns = later(cache.columns, tokens_BL, turn.first)
+            return logits, Cache(columns, jnp.where(is_due_B, cache.state, 0)), ~is_due_B
+
+        if one_pass_a_block:
+            return opened()
+        return jax.lax.cond(everywhere((is_due_B | turn.waits).all()), opened, continued)
+
+    return predict
 
 
 class _Runner:
@@ -140,14 +225,18 @@ class _Runner:
         self._rows = Layout(positions_of(valid_BL), valid_BL, self._twice(canvas.prompt_lengths))
 
     def run(self, place: Callable[[jax.Array], tuple[Any, int, Any]], keep: bool) -> Forward:
-        """A pass over the window that `place` names; `keep`: the keys that it writes stay in the cache."""
+        """A pass over the window that `place` names; `keep`: the keys that it writes stay in the cache.
 
-        def one_pass(cache: Any, tokens_BL: jax.Array, first: jax.Array) -> tuple[jax.Array, Any]:
-            start, length, written_from = place(first)
-            tokens_BT = jax.lax.dynamic_slice_in_dim(self._with_twins(tokens_BL), start, length, axis=1)
-            rows = self._rows.part(start, length)
+        It takes the first column of the block that runs, and of the active block where that is another.
+        """
+
+        def one_pass(cache: Any, tokens_BL: jax.Array, first_B, active_B=None) -> tuple[jax.Array, Any]:
+            first_B = self._twice(first_B)
+            start, length, written_from = place(first_B)
+            tokens_BT, rows = columns_from(self._with_twins(tokens_BL), start, length), self._rows.part(start, length)
             if self._decoder.diffusion.finished_is_prompt:
-                rows = rows.replace(prompt_lengths=self._rows.part(first, 1).positions[:, 0])
+                active_B = first_B if active_B is None else self._twice(active_B)
+                rows = rows.replace(prompt_lengths=self._rows.part(active_B, 1).positions[:, 0])
             keys, window, cached = None, None, {}
             if cache is not None:
                 keys, window, cached = self._rows, Window(start, written_from), {"cache": cache}
@@ -155,9 +244,8 @@ class _Runner:
             if keep:
                 hidden_BTD, updated = hidden_BTD
                 cache = updated["cache"]
-            hidden_BTD = jax.lax.dynamic_slice_in_dim(
-                hidden_BTD, first - self._decoder.diffusion.shift - start, self._block_length, axis=1
-            )
+            at_B = first_B - self._decoder.diffusion.shift - start
+            hidden_BTD = columns_from(hidden_BTD, at_B, self._block_length)
             return self._logits(hidden_BTD), cache
 
         return one_pass

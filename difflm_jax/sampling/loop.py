@@ -3,7 +3,7 @@
 A pass is: logits of the active block -> a proposal (`proposal`) -> which masks it commits (`commit`, ranked by
 `confidence`, as many as `schedule` says) -> which committed tokens it remasks or replaces (`revise`). The loop knows a
 model only as a function `predict`, so it can be tested with any rigged one. Rows of a batch do not depend on each
-other. They enter a block together, and a row that is done with it waits, unchanged, for the others.
+other: each is in a block and a pass of its own, and enters the next block as soon as it is done with this one.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from difflm_jax.diffusion.config import columns_from
 from difflm_jax.distributed.collectives import everywhere, varying_with
 from difflm_jax.sampling import commit, revise
 from difflm_jax.sampling.grammar.bits import where_allowed
@@ -21,9 +22,20 @@ from difflm_jax.sampling.options import Sampling
 from difflm_jax.sampling.proposal import REMASK_STREAM, Proposal, noise, propose, seen_tokens
 from difflm_jax.sampling.schedule import DEADLINE, time_of
 
-# (cache, tokens [B, L], first column of the active block, step in the block)
-#   -> (float32 logits [B, block_length, V] of that block, cache)
-Predict = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+@struct.dataclass
+class Turn:
+    """Which block each row asks for in a pass."""
+
+    first: jax.Array  # [B] int32, first column of the active block
+    step: jax.Array  # [B] int32, passes that the row made in it
+    waits: jax.Array  # [B] bool, nothing is left to do for the row in it
+    finished: jax.Array  # [B] bool, nothing is left to do for the row at all
+
+
+# (cache, tokens [B, L], turn) -> (float32 logits [B, block_length, V] of the active blocks, cache, answered [B] bool).
+# A row that is not answered takes no step: the pass only brought its cache up to date. None: all rows are answered.
+Predict = Callable[[Any, jax.Array, Turn], tuple[jax.Array, Any, jax.Array | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Plan:
     num_blocks: int
     block_length: int
     steps_per_block: int
+    in_step: bool = False  # rows enter a block together, so that a watcher sees one block at a time
 
 
 @struct.dataclass
@@ -62,9 +75,13 @@ class Carry:
     passes: jax.Array  # [B] int32, forward passes that the row used
     done: jax.Array  # [B] bool, nothing is left to do for the row in the active block
     revisions: jax.Array  # [B] int32, passes since the active block was full
-    block: jax.Array  # [] int32
-    step: jax.Array  # [] int32, passes made in the active block
+    block: jax.Array  # [B] int32, the number of blocks once a row has nothing left to fill
+    step: jax.Array  # [B] int32, passes made in the active block
     cache: Any  # what `predict` keeps
+
+    def slim(self) -> "Carry":
+        """Without what only further passes need."""
+        return self.replace(cache=None, block=None, step=None)
 
 
 @struct.dataclass
@@ -74,6 +91,7 @@ class Attempt:
     proposal: Proposal
     commit: jax.Array  # [B, T] bool
     cache: Any
+    answered: jax.Array | None = None  # [B] bool, as of `Predict`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +110,22 @@ class Loop:
         tokens_BL = self.canvas.tokens
         zeros_B = varying_with(jnp.zeros(tokens_BL.shape[0], jnp.int32), tokens_BL)
         no_confidence_BL = varying_with(jnp.zeros(tokens_BL.shape), tokens_BL)
-        zero = jnp.zeros((), jnp.int32)
-        return Carry(tokens_BL, no_confidence_BL, zeros_B, zeros_B > 0, zeros_B, zero, zero, cache)
+        first_B = jnp.where(self._open(tokens_BL).any(axis=1), 0, self.plan.num_blocks)
+        return Carry(tokens_BL, no_confidence_BL, zeros_B, zeros_B > 0, zeros_B, first_B, zeros_B, cache)
+
+    def finished(self, carry: Carry) -> jax.Array:
+        """[B] bool, True where a row has nothing left to fill."""
+        return carry.block >= self.plan.num_blocks
 
     def unfinished(self, carry: Carry) -> jax.Array:
-        nothing_open = everywhere(~self._open(carry.tokens).any())
-        return (carry.block < self.plan.num_blocks) & ((carry.step > 0) | ~nothing_open)
+        return ~everywhere(self.finished(carry).all())
 
     def run(self, carry: Carry) -> Carry:
         """Passes until nothing is left to fill."""
         return jax.lax.while_loop(self.unfinished, self.step, carry)
 
     def step(self, carry: Carry) -> Carry:
-        """One pass, and to the next block if no row has anything left to do in this one."""
+        """One pass, and to the next block for rows that have nothing left to do in theirs."""
         return self.observed_step(carry)[0]
 
     def observed_step(self, carry: Carry) -> tuple[Carry, Proposal]:
@@ -118,24 +139,24 @@ class Loop:
         `allowed_BTW`: what may stand at each position (`difflm_jax.sampling.grammar.bits`); None: anything.
         """
         open_BT, done_B, committed_BT = self._before(carry)
-        first = self._first(carry)
-        logits_BTV, cache = self.predict(carry.cache, carry.tokens, first, carry.step)
+        turn = Turn(self._first(carry), carry.step, done_B, self.finished(carry))
+        logits_BTV, cache, answered_B = self.predict(carry.cache, carry.tokens, turn)
         if allowed_BTW is not None:
             logits_BTV = where_allowed(logits_BTV, allowed_BTW)
         proposal = self._propose(carry.tokens, logits_BTV, self._keys(carry))
         confidence_BT = self._active(carry, carry.confidence)
         commit_BT = self._commit(carry, proposal, open_BT & ~done_B[:, None], committed_BT, confidence_BT)
-        return Attempt(proposal, commit_BT, cache)
+        return Attempt(proposal, commit_BT, cache, answered_B)
 
     def settle(self, carry: Carry, attempt: Attempt) -> Carry:
-        """The carry after `attempt`: its commits, revisions, and whether a row or all of them leave the block."""
-        proposal, commit_BT = attempt.proposal, attempt.commit
-        open_BT, done_B, committed_BT = self._before(carry)
-        open_BT &= ~done_B[:, None]
-        first = self._first(carry)
+        """The carry after `attempt`: its commits, revisions, and which rows leave their block."""
+        proposal, (open_BT, done_B, committed_BT) = attempt.proposal, self._before(carry)
+        used_B = ~done_B if attempt.answered is None else ~done_B & attempt.answered
+        open_BT, committed_BT, commit_BT = (x & used_B[:, None] for x in (open_BT, committed_BT, attempt.commit))
+        first_B = self._first(carry)
 
         def put(x_BL: jax.Array, x_BT: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(x_BL, x_BT, first, axis=1)
+            return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(x_BL, x_BT, first_B, 0)
 
         tokens_BT, confidence_BT = self._active(carry, carry.tokens), self._active(carry, carry.confidence)
         keys_B = self._keys(carry)
@@ -145,38 +166,43 @@ class Loop:
         confidence_BT = jnp.where(write_BT, proposal.probability, jnp.where(remask_BT, 0.0, confidence_BT))
         tokens_BL = put(carry.tokens, tokens_BT)
 
-        used_B, was_full_B = ~done_B, ~open_BT.any(axis=1)
+        was_full_B = ~open_BT.any(axis=1) & used_B
         revisions_B = jnp.where(carry.step == 0, 0, carry.revisions) + was_full_B
-        settled_B = ~self._active(carry, self._open(tokens_BL)).any(axis=1)
+        open_BL = self._open(tokens_BL)
+        settled_B = ~self._active(carry, open_BL).any(axis=1)
         if self.sampling.edit_threshold is not None:
             settled_B &= was_full_B & (~edit_BT.any(axis=1) | (revisions_B >= self.sampling.edit_passes))
         if self.sampling.remask is not None:
             settled_B = jnp.zeros_like(done_B)  # a full block may be opened again until its time is over
-        done_B |= settled_B | (carry.step + 1 >= self._limit(carry.block))
-        leave = everywhere(done_B.all())
+        done_B |= used_B & (settled_B | (carry.step + 1 >= self._limit(carry.block)))
+        leave_B = everywhere(done_B.all()) & done_B if self.plan.in_step else done_B
+        next_B = jnp.where(open_BL.any(axis=1), carry.block + 1, self.plan.num_blocks)
         return Carry(
             tokens=tokens_BL,
             confidence=put(carry.confidence, confidence_BT),
             passes=carry.passes + used_B,
-            done=done_B,
+            done=done_B & ~leave_B,
             revisions=revisions_B,
-            block=carry.block + leave,
-            step=jnp.where(leave, 0, carry.step + 1),
+            block=jnp.where(leave_B, jnp.minimum(next_B, self.plan.num_blocks), carry.block),
+            step=jnp.where(leave_B, 0, carry.step + used_B),
             cache=attempt.cache,
         )
 
     def _first(self, carry: Carry) -> jax.Array:
-        """[] the first column of the active block."""
-        return self.plan.first_column + carry.block * self.plan.block_length
+        """[B] the first column of the active block, of the last one where a row is finished."""
+        return self.plan.first_column + self._place(carry.block) * self.plan.block_length
+
+    def _place(self, block_B: jax.Array) -> jax.Array:
+        return jnp.minimum(block_B, self.plan.num_blocks - 1)
 
     def _active(self, carry: Carry, x_BL: jax.Array) -> jax.Array:
         """[B, T] the columns of the active block."""
-        return jax.lax.dynamic_slice_in_dim(x_BL, self._first(carry), self.plan.block_length, axis=1)
+        return columns_from(x_BL, self._first(carry), self.plan.block_length)
 
     def _before(self, carry: Carry) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Before a pass: (masks that are to be filled [B, T], rows that are done [B], tokens committed [B, T])."""
         open_BT = self._active(carry, self._open(carry.tokens))
-        done_B = jnp.where(carry.step == 0, ~open_BT.any(axis=1), carry.done)
+        done_B = jnp.where(carry.step == 0, ~open_BT.any(axis=1), carry.done) | self.finished(carry)
         fillable_BT, tokens_BT = self._active(carry, self.canvas.fillable), self._active(carry, carry.tokens)
         return open_BT, done_B, fillable_BT & (tokens_BT != self.mask_token_id) & ~done_B[:, None]
 
@@ -238,8 +264,7 @@ class Loop:
             return commit.deadline_quota(open_BT, self._passes_left(carry))
         steps_B = self._steps(carry.block)
         scheduled_B = jnp.minimum(carry.step, steps_B - 1)
-        quotas_BP = jax.lax.dynamic_index_in_dim(self.canvas.quotas, carry.block, axis=1, keepdims=False)
-        quota_B = jnp.take_along_axis(quotas_BP, scheduled_B[:, None], axis=1)[:, 0]
+        quota_B = self.canvas.quotas[jnp.arange(len(steps_B)), self._place(carry.block), scheduled_B]
         return jnp.where(scheduled_B == steps_B - 1, self.plan.block_length, quota_B)
 
     def _passes_left(self, carry: Carry) -> jax.Array:
@@ -248,24 +273,25 @@ class Loop:
         saved_B = jnp.maximum(self._steps_before(carry.block) - before_B, 0)
         return jnp.maximum(steps_B + saved_B - carry.step, 1)
 
-    def _limit(self, block: jax.Array) -> jax.Array:
+    def _limit(self, block_B: jax.Array) -> jax.Array:
         """[B] passes in a block at most; under a deadline earlier blocks may have saved all of theirs."""
-        before_B = self._steps_before(block) if self.sampling.schedule == DEADLINE else 0
+        before_B = self._steps_before(block_B) if self.sampling.schedule == DEADLINE else 0
         editing = self.sampling.edit_threshold is not None
-        return self._steps(block) + before_B + (self.sampling.edit_passes + 1 if editing else 0)
+        return self._steps(block_B) + before_B + (self.sampling.edit_passes + 1 if editing else 0)
 
-    def _steps(self, block: jax.Array) -> jax.Array:
+    def _steps(self, block_B: jax.Array) -> jax.Array:
         """[B] scheduled passes of a block, 1 where it has no mask."""
-        return jnp.maximum(jax.lax.dynamic_index_in_dim(self.canvas.steps, block, axis=1, keepdims=False), 1)
+        steps_B1 = jnp.take_along_axis(self.canvas.steps, self._place(block_B)[:, None], axis=1)
+        return jnp.maximum(steps_B1[:, 0], 1)
 
-    def _steps_before(self, block: jax.Array) -> jax.Array:
+    def _steps_before(self, block_B: jax.Array) -> jax.Array:
         """[B] scheduled passes of all earlier blocks."""
-        return jnp.where(jnp.arange(self.plan.num_blocks) < block, self.canvas.steps, 0).sum(axis=1)
+        return jnp.where(jnp.arange(self.plan.num_blocks) < block_B[:, None], self.canvas.steps, 0).sum(axis=1)
 
     def _times(self, carry: Carry) -> tuple[jax.Array, jax.Array]:
         """Diffusion time before and after the pass, [B, 1] each."""
         steps_B1 = self._steps(carry.block)[:, None]
-        scheduled_B1 = jnp.minimum(carry.step, steps_B1 - 1)
+        scheduled_B1 = jnp.minimum(carry.step[:, None], steps_B1 - 1)
         return time_of(scheduled_B1, steps_B1), time_of(scheduled_B1 + 1, steps_B1)
 
     def _remask_rate(self, t: jax.Array, s: jax.Array, confidence_BT, committed_BT) -> jax.Array:
@@ -274,5 +300,6 @@ class Loop:
         return revise.remask_rates(self.sampling.remask, self.sampling.remask_eta, confidence_BT, committed_BT, t, s)
 
 
-def _step_keys(keys_B: jax.Array, block: jax.Array, step: jax.Array) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, block), step))(keys_B)
+@jax.vmap
+def _step_keys(key: jax.Array, block: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, block), step)

@@ -77,6 +77,7 @@ def fill_stepwise(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampli
 
     The first rows of `canvas` are those at places `rows` of all; what follows is filler.
     """
+    plan = dataclasses.replace(plan, in_step=True)
     known = (decoder, plan, canvas, sampling)
     carry, unfinished = _begin(decoder, plan, canvas, sampling)
     real_BT = canvas.valid[:, plan.first_column :]
@@ -84,7 +85,7 @@ def fill_stepwise(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampli
     prompts = [np.asarray(canvas.tokens[i, starts[i] : plan.first_column]) for i in range(len(rows))]
     number, count = 0, len(rows)
     while bool(unfinished):
-        before, block = np.asarray(carry.tokens), int(carry.block)
+        before, block = np.asarray(carry.tokens), int(carry.block.min())
         if host.rows is None:
             carry, candidates, probabilities, unfinished = _one_pass(*known, carry)
         else:
@@ -113,7 +114,7 @@ def fill_stepwise(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampli
 
 def _pass_within(rows: Sequence[CanvasRow], decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry):
     """A pass whose commits keep to grammars, as `_one_pass`."""
-    first = plan.first_column + int(carry.block) * plan.block_length
+    first = plan.first_column + int(carry.block.min()) * plan.block_length
     block = slice(first, first + plan.block_length)
     tokens_BL = np.array(carry.tokens)
     allowed = masks_of(rows, tokens_BL, block, plan.first_column, decoder.model.config.vocab_size)
@@ -151,7 +152,8 @@ def _settle(decoder, plan, canvas, sampling, carry: Carry, attempt: Attempt, com
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _begin(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Carry, Any]:
-    loop, start = loop_over(decoder, plan, canvas, sampling)
+    loop, first_cache = loop_over(decoder, plan, canvas, sampling)
+    start = loop.start(first_cache())
     return start, loop.unfinished(start)
 
 

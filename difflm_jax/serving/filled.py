@@ -367,19 +367,19 @@ def _loop(weights: Weights, plan: Plan, carry: Carry, of_row: tuple) -> tuple[Lo
         x[None] for x in (carry.tokens, row.valid, row.fillable, row.prompt_lengths, row.steps, row.quotas, key)
     )
     loop = Loop(
-        predict=lambda cache, *_: (logits_TV[None], cache),
+        predict=lambda cache, *_: (logits_TV[None], cache, None),
         canvas=Canvas(tokens, *batch),
         plan=plan,
         sampling=sampling,
         mask_token_id=decoder.diffusion.mask_token_id,
         eos_token_ids=decoder.eos_token_ids,
     )
-    return loop, jax.tree.map(lambda x: x[None], carry).replace(block=carry.block, step=carry.step)
+    return loop, jax.tree.map(lambda x: x[None], carry)
 
 
 def _of_row(carry: Carry) -> Carry:
     """The carry of a batch of one as that of its row."""
-    return jax.tree.map(lambda x: x[0], carry.replace(block=carry.block[None], step=carry.step[None]))
+    return jax.tree.map(lambda x: x[0], carry)
 
 
 def _found(carry: Carry, after: Carry, proposed: tuple, step: tuple, candidates: int | None) -> tuple[Carry, Found]:

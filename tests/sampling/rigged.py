@@ -41,10 +41,11 @@ class Rigged:
 def _sampled(arrays, canvas, sampling, plan, eos):
     embedding, mix, head, bias = arrays
 
-    def predict(cache, tokens_BL, first, _step):
+    def predict(cache, tokens_BL, turn):
         logits_BLV = jnp.tanh(jnp.einsum("ij,bjd->bid", mix, embedding[tokens_BL], precision="highest"))
         logits_BLV = jnp.einsum("bid,dv->biv", logits_BLV, head, precision="highest") + bias
-        return jax.lax.dynamic_slice_in_dim(logits_BLV, first, plan.block_length, axis=1), cache
+        active_BT = turn.first[:, None] + jnp.arange(plan.block_length)
+        return jnp.take_along_axis(logits_BLV, active_BT[..., None], axis=1), cache, None
 
     loop = Loop(predict, canvas, plan, sampling, MASK, eos)
     return loop.run(loop.start())

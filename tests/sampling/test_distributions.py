@@ -41,9 +41,9 @@ def check(values: np.ndarray, expected: np.ndarray) -> None:
 def _when(bias_T, quotas_BNS, keys_B, sampling, length, steps):
     """[ROWS, length] the step that committed each token; its logit above all others is `bias_T`."""
 
-    def predict(cache, tokens_BL, _first, step):
-        logits_TV = jnp.zeros((length, MASK + 1)).at[:, step].set(bias_T)
-        return jnp.broadcast_to(logits_TV, (tokens_BL.shape[0], length, MASK + 1)), cache
+    def predict(cache, _tokens_BL, turn):
+        is_now_BV = jnp.arange(MASK + 1) == turn.step[:, None]
+        return jnp.where(is_now_BV[:, None], bias_T[:, None], 0.0), cache, None
 
     tokens = jnp.full((ROWS, length), MASK)
     masks, real, prompts = tokens == MASK, jnp.ones((ROWS, length), bool), jnp.zeros(ROWS, jnp.int32)

@@ -1,0 +1,136 @@
+"""Rows of a batch that decode in blocks: all of a batch in step, each in a block of its own, and taking turns.
+
+    python -m benchmarks.blocks --run=runs/quickstart [--attention=block] [--cache=auto] [--max_new_tokens=128]
+             [--block_length=32] [--rows=24] [--batch_size=8] [--samplers=threshold,steady] [--to_the_end] [--out=DIR]
+
+"in step": rows enter a block together, batch by batch. "own blocks": each row enters the next block when it is done
+with one. "in turn": more rows than places, as `generate` does it: a finished row makes room for the next. All give the
+same answers (`same` counts them). Passes of the batch are forward passes over all its rows; a row-pass is wasted where
+a row takes no step: it waits, is finished, or only writes the keys of its finished block. `--to_the_end` forbids an end
+of sequence, so that every answer has all its tokens. The adapter is merged into the weights first.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.common import add_report_flags, alternating, median_of, report
+from benchmarks.generate import load_models
+from difflm_jax.evaluation.tasks import read_questions
+from difflm_jax.evaluation.tasks.exact import normalised
+from difflm_jax.lm import LanguageModel
+from difflm_jax.sampling.batching import Filled, FillOptions, answer_plan, fill_answers
+from difflm_jax.sampling.loop import Loop
+from difflm_jax.sampling.options import sampling_options
+
+SAMPLERS = {"one": {"algorithm": "probability"}, "threshold": {"threshold": 0.9}, "steady": {"algorithm": "steady"}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a finished training run")
+    parser.add_argument("--data", default="builtin:quickstart_heldout")
+    parser.add_argument("--attention", default="block", help="block, or own: that of the run")
+    parser.add_argument("--cache", default="auto")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--block_length", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--samplers", default="one,threshold,steady")
+    parser.add_argument("--to_the_end", action="store_true")
+    parser.add_argument("--dtype", default="")
+    add_report_flags(parser, rounds=3)
+    options = parser.parse_args()
+    questions = read_questions(options.data, options.rows)
+    lm = load_models(Path(options.run), options.block_length, options.dtype)[
+        "block" if options.attention == "block" else None
+    ]
+    prompts = [np.asarray(lm.prompts.prompt(question.messages), np.int32) for question in questions]
+    table = []
+    for name in options.samplers.split(","):
+        table += _table(lm, prompts, [question.reference for question in questions], name, options)
+    report("blocks", options, table, "tokens_per_second")
+
+
+def _table(lm: LanguageModel, prompts: list, references: list[str], name: str, options: argparse.Namespace) -> list:
+    ways = _ways(lm, prompts, name, options)
+    found: dict[str, Filled] = {}
+    seconds = alternating(
+        {way: lambda _, way=way: found.update({way: ways[way]()}) for way in ways}, options.rounds, warm_up=1
+    )
+    passes = {way: _passes_of_batches(run) for way, run in ways.items()}
+    table, first = [], next(iter(found.values()))
+    for way, filled in found.items():
+        texts = [lm.answers.decode(_cut(row, lm.eos_token_ids)) for row in filled.rows]
+        tokens = sum(len(_cut(row, lm.eos_token_ids)) for row in filled.rows)
+        table.append(
+            {
+                "way": f"{name}, {way}",
+                "exact": sum(normalised(a) == normalised(b) for a, b in zip(texts, references, strict=True)),
+                "same": sum((a == b).all() for a, b in zip(filled.rows, first.rows, strict=True)),
+                "passes_per_row": float(filled.passes.mean()),
+                "passes_of_batches": passes[way],
+                "wasted": 1 - float(filled.passes.sum()) / (passes[way] * options.batch_size),
+                "tokens_per_second": tokens / median_of(seconds[way]),
+                "seconds": seconds[way],
+            }
+        )
+    return table
+
+
+def _ways(lm: LanguageModel, prompts: list, name: str, options: argparse.Namespace) -> dict[str, Callable[[], Filled]]:
+    length, size = options.max_new_tokens, options.batch_size
+    given = {"cache": options.cache, **({"eos_penalty": float("inf")} if options.to_the_end else {})}
+    sampling = sampling_options(lm.attention, lm.algorithm, {**given, "algorithm": "probability", **SAMPLERS[name]})
+    block = None if options.attention == "block" else options.block_length
+    plan = answer_plan(lm.diffusion, length, length, block, sampling)
+    fill = FillOptions(sampling, steps=length, batch_size=size)
+
+    def batches(in_step: bool) -> Filled:
+        own = dataclasses.replace(plan, in_step=in_step)
+        parts = [
+            fill_answers(lm.decoder, prompts[at : at + size], length, own, fill) for at in range(0, len(prompts), size)
+        ]
+        return Filled(
+            [row for part in parts for row in part.rows],
+            np.concatenate([part.committed for part in parts]),
+            np.concatenate([part.passes for part in parts]),
+        )
+
+    return {
+        "in step": lambda: batches(in_step=True),
+        "own blocks": lambda: batches(in_step=False),
+        "in turn": lambda: fill_answers(lm.decoder, prompts, length, plan, fill),
+    }
+
+
+def _passes_of_batches(run: Callable[[], Filled]) -> int:
+    """Forward passes of a run, counted by a loop of its own that tells the host of each."""
+    count, step = [0], Loop.step
+
+    def counted(self: Loop, carry):
+        jax.debug.callback(lambda: count.__setitem__(0, count[0] + 1))
+        return step(self, carry)
+
+    Loop.step = counted
+    jax.clear_caches()
+    try:
+        run()
+        jax.effects_barrier()
+    finally:
+        Loop.step = step
+        jax.clear_caches()
+    return count[0]
+
+
+def _cut(row: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:
+    at = np.flatnonzero(np.isin(row, ends))
+    return row[: at[0] + 1] if len(at) else row
+
+
+if __name__ == "__main__":
+    main()
