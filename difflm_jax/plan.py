@@ -250,23 +250,27 @@ def _seconds(found: Estimate, chip: Chip, peak_share: float) -> tuple[float, str
 
 
 def _print(records: Sequence[dict[str, Any]]) -> None:
+    """Three tables that fit a terminal: whether each function fits, where its memory goes, and its work."""
     parts = list(dict.fromkeys(name for record in records for name in record["gib"]))
     has_run = any(record["run_seconds"] is not None for record in records)
-    columns = ["function", "chip", "mesh", "GiB of", "has", "fits", "largest batch_size", *parts, "TFLOP", "GiB linked"]
-    columns += ["seconds", "bound by", *(["steps", "hours of all"] if has_run else [])]
-    rows = []
+    fits, memory, work = [], [], []
     for record in records:
-        row = [record["function"], record["chip"], ",".join(map(str, record["mesh"])), f"{record['total_gib']:.2f}"]
-        row += [f"{record['capacity_gib']:.1f}", "yes" if record["fits"] else "DOES NOT FIT"]
-        row += [str(record.get("largest_batch_size", "-"))]
-        row += [f"{record['gib'][name]:.2f}" if name in record["gib"] else "-" for name in parts]
-        row += [f"{record['teraflop']:.1f}", f"{record['link_gib']:.2f}"]
-        row += [f"{record['seconds']:.3g}" if record["seconds"] else "unknown", record["bound_by"] or "-"]
+        named = [record["function"], record["chip"], ",".join(map(str, record["mesh"]))]
+        size = [f"{record['total_gib']:.2f}", f"{record['capacity_gib']:.1f}"]
+        size += ["yes" if record["fits"] else "DOES NOT FIT", str(record.get("largest_batch_size", "-"))]
+        seconds = f"{record['seconds']:.3g}" if record["seconds"] else "unknown"
+        fits.append([*named, *size, seconds, record["bound_by"] or "-"])
+        memory.append([*named, *(f"{record['gib'][name]:.2f}" if name in record["gib"] else "-" for name in parts)])
+        work.append([*named, f"{record['teraflop']:.1f}", f"{record['link_gib']:.2f}"])
         if has_run:
             known = record["run_seconds"] is not None
-            row += [str(record["steps"]), f"{record['run_seconds'] / 3600:.2f}"] if known else ["-", "-"]
-        rows.append(row)
-    print_table(columns, rows, left=3)
+            work[-1] += [str(record["steps"]), f"{record['run_seconds'] / 3600:.2f}"] if known else ["-", "-"]
+    where = ["function", "chip", "mesh"]
+    print_table([*where, "GiB of", "has", "fits", "largest batch_size", "seconds", "bound by"], fits, left=3)
+    print("\nGiB by part", flush=True)
+    print_table([*where, *parts], memory, left=3, gap=2)
+    print(f"\nWork of a step{' and of the phase' if has_run else ''}", flush=True)
+    print_table([*where, "TFLOP", "GiB linked", *(["steps", "hours of all"] if has_run else [])], work, left=3)
 
 
 def _header(
@@ -277,11 +281,14 @@ def _header(
     if steps:
         lengths = ", ".join(f"{name}: rows of {each.mean_width:.0f} tokens on average" for name, each in steps.items())
         lengths += f" (memory: {config.max_length})"
-    return (
-        f"{config.model}: {model_config.num_layers} layers of {model_config.hidden_size}, {_size(model_config)}"
-        f"{stored.format if stored else config.dtype} base, {config.attention} attention by {config.attention_kernel}, "
-        f"remat {config.remat}; steps of {config.gradient_accumulation_steps} x {config.batch_size}, {lengths}; "
-        f"{'compiled' if flag_values.compile else 'estimated'}, products at {flag_values.peak_share:g} of the peak"
+    return "\n  ".join(
+        (
+            f"{config.model}: {model_config.num_layers} layers of {model_config.hidden_size}, {_size(model_config)}"
+            f"{stored.format if stored else config.dtype} base",
+            f"{config.attention} attention by {config.attention_kernel}, remat {config.remat}",
+            f"steps of {config.gradient_accumulation_steps} x {config.batch_size}, {lengths}",
+            f"{'compiled' if flag_values.compile else 'estimated'}, products at {flag_values.peak_share:g} of the peak",
+        )
     )
 
 

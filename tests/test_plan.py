@@ -34,6 +34,7 @@ def test_the_command_prints_a_line_a_function_chip_and_mesh(model, tmp_path, cap
     assert run(model, "--chips=v5e,h100", *meshes, "--steps=8", "--config.phases=sft", f"--out={out}") == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"^(sft|sampling) .* yes ", printed, re.M)) == 8
+    assert max(map(len, printed.splitlines()[1:])) <= 100
     records = json.loads(out.read_text())
     assert {(r["function"], r["chip"], tuple(r["mesh"])) for r in records} == {
         (function, chip, mesh)

@@ -9,6 +9,7 @@ written into `diffusion_config.json` next to the weights, with its figures: from
 
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,19 @@ def main(flag_values: flags.FlagValues, load: Callable[..., LanguageModel]) -> N
         write_plot(flag_values.plot, points, best)
         print(f"wrote {flag_values.plot}")
     if directory is not None:
-        evidence = {"data": flag_values.data, "task": flag_values.task, "rows": len(questions)}
+        evidence = {"data": _public_name(flag_values.data), "task": flag_values.task, "rows": len(questions)}
         evidence |= {"max_new_tokens": trial.max_new_tokens, **best.record(), **environment()}
         evidence["tried"] = [point.record() for point in points]
         write_preset(directory, best.options, evidence)
         print(f"wrote {directory / DIFFUSION_FILE}: {best.name}")
+
+
+def _public_name(data: str) -> str:
+    """What is published of the rows' name: of a path outside the working directory only its last part."""
+    path = Path(data)
+    if not path.is_absolute():
+        return data
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def write_preset(directory: Path, options: dict[str, Any], evidence: dict[str, Any]) -> None:
@@ -155,3 +164,9 @@ def _figure_class() -> Any:
     except ImportError as error:
         raise UserError(f"plots need matplotlib ({one_line(error)}): pip install -e '.[plot]'") from error
     return Figure
+
+
+if __name__ == "__main__":
+    from difflm_jax.cli import difflm
+
+    sys.exit(difflm(["difflm", "tune", *sys.argv[1:]]))

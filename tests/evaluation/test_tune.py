@@ -1,6 +1,7 @@
 """`difflm tune`: which setting is kept, where it is written, and that it then decodes."""
 
 import json
+import runpy
 
 import pytest
 
@@ -47,6 +48,7 @@ def test_a_setting_is_found_written_and_decodes_from_then_on(made, tmp_path, cap
     assert "threshold=0.03" in shown and "chosen" in shown and plot.read_text().lstrip().startswith("<?xml")
     written = json.loads((adapter / "diffusion_config.json").read_text())
     assert len(written["preset"]["evidence"]["tried"]) == 2 and written["attention"] == "full"
+    assert written["preset"]["evidence"]["data"] == rows.name and str(rows.parent) not in json.dumps(written)
     options = written["preset"]["options"]
 
     lm = difflm_jax.load(model, adapter=adapter, dtype="float32")
@@ -61,6 +63,13 @@ def test_a_setting_is_found_written_and_decodes_from_then_on(made, tmp_path, cap
     assert not difflm_jax.load(model, adapter=adapter, attention="prefix").diffusion.preset
     lm.save_adapter(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "diffusion_config.json").read_text())["preset"] == written["preset"]
+
+
+def test_it_runs_as_a_module_too(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("difflm_jax.evaluation.tune", run_name="__main__")
+    assert ended.value.code == 0 and "--max_new_tokens" in capsys.readouterr().out
 
 
 def test_a_drafting_adapter_is_tried_with_what_its_drafts_promise(made):
