@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from difflm_jax.config.schema import KEYS, flatten
+from difflm_jax.data.packing import PACKED
 from difflm_jax.errors import UserError
 from difflm_jax.quant import QuantConfig
 
@@ -30,6 +31,10 @@ def _rules(config: ConfigDict) -> Iterator[tuple[bool, str]]:
         config.batching == "shared" and attention == "full",
         "batching='shared' needs attention='prefix' or 'block': under 'full' the beginning of a prompt depends on its "
         "rest; choose batching='packed'",
+    )
+    yield (
+        config.row_examples > 0 and config.batching not in PACKED,
+        f"row_examples={config.row_examples} is the width of packed rows: set batching='packed' or 'shared'",
     )
     yield (
         (attention == "block") != (block_length > 0),

@@ -115,6 +115,9 @@ class Data:
         "rows", "grouped: by length; packed: several examples per row; shared: packed, with their common prefix once.",
         choices=BATCHING,
     )  # fmt: skip
+    row_examples: int = setting(
+        0, "Packed rows are as wide as this many examples on average; 0: max_length.", within=NOT_NEGATIVE
+    )
     length_multiple: int = setting(64, "Batches are padded to a multiple of this.", within=POSITIVE)
     dataloader_num_workers: int = setting(4, "Processes that prepare batches.", within=NOT_NEGATIVE)
 

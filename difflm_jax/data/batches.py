@@ -62,7 +62,8 @@ def plan_batches(rows: datasets.Dataset, options: BatchOptions) -> BatchPlan:
     lengths, added = _lengths(rows, options.answer_padding, options.max_length)
     if len(lengths) and (longest := int(lengths.max())) > options.max_length:
         raise ValueError(f"a row of {longest} tokens was not made for max_length={options.max_length}")
-    return BatchPlan(lengths + added, options, shared_prefix(rows) if options.batching == "shared" else 0)
+    shared = shared_prefix(rows) if options.batching == "shared" else 0
+    return BatchPlan(lengths + added, options.fitted(lengths + added, shared), shared)
 
 
 def _lengths(rows: datasets.Dataset, answer_padding: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -38,7 +39,8 @@ class BatchOptions:
 
     Widths are rounded up to a multiple of `length_multiple`. Rows are padded on the right with `pad_id`. With
     `answer_padding` n > 0, an answer at the end of an example is extended with `eos_id` until its length is a multiple
-    of n or the example has `max_length` tokens. These tokens count as answer.
+    of n or the example has `max_length` tokens. These tokens count as answer. With `row_examples` n > 0, packed rows
+    are only as wide as n examples of mean length, and not narrower than the longest (`fitted`).
     """
 
     batch_size: int
@@ -51,6 +53,7 @@ class BatchOptions:
     eos_id: int | None = None
     seed: int = 0
     shuffle: bool = True
+    row_examples: int = 0
 
     def __post_init__(self) -> None:
         if self.batching not in BATCHING:
@@ -75,6 +78,13 @@ class BatchOptions:
     def is_packed(self) -> bool:
         """Whether a row holds several examples, and all rows are `row_length` wide."""
         return self.batching in PACKED
+
+    def fitted(self, lengths: np.ndarray, shared: int) -> "BatchOptions":
+        """These options with the row width that `row_examples` asks for, given examples that share `shared` tokens."""
+        if not (self.row_examples and self.is_packed and len(lengths)):
+            return self
+        wanted = shared + math.ceil(self.row_examples * (lengths.mean() - shared))
+        return dataclasses.replace(self, max_length=min(max(wanted, int(lengths.max())), self.max_length))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -51,6 +51,7 @@ class PhaseData:
             pad_id=self.pad_id,
             eos_id=self.eos_id,
             seed=config.seed,
+            row_examples=config.row_examples,
         )
 
     @property

@@ -1,5 +1,8 @@
 """Tests plans of packed rows: every example once, little waste, a function of lengths, seed and epoch only."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -71,6 +74,18 @@ def test_packed_chat_data_is_real_tokens_to_97_percent(shared_data, name: str) -
         texts.append(" ".join(message["content"] or "" for message in content.messages))
     lengths = np.clip([len(text.split()) for text in texts], 1, 768)
     assert plan(lengths=np.array(lengths), row_length=768).real_share >= 0.97
+
+
+def test_packed_rows_may_be_as_wide_as_a_few_examples() -> None:
+    """At least the longest example fits, and no row is wider than `max_length`."""
+    options = BatchOptions(1, 512, batching="shared", length_multiple=1, row_examples=8)
+    lengths = np.random.default_rng(0).integers(50, 61, 80)
+    fitted = options.fitted(lengths, shared=30)
+    assert fitted.row_length == 30 + math.ceil(8 * (lengths.mean() - 30))
+    assert 10 <= BatchPlan(lengths, fitted, shared=30).epoch(0).num_rows <= 12
+    assert options.fitted(np.array([5] * 20 + [300]), 0).row_length == 300
+    assert options.fitted(np.full(9, 200), 0).row_length == 512
+    assert dataclasses.replace(options, row_examples=0).fitted(lengths, 30).row_length == 512
 
 
 def test_grouped_steps_hold_rows_of_like_length() -> None:
