@@ -179,7 +179,11 @@ def affordable_steps(command: list[str], directory: Path, budget: float, few: in
     command = [*command, f"--config.max_steps={few}", f"--config.output_dir={scratch}"]
     whole = timed(command, directory / "scratch_compiled")
     step = [line["step_seconds"] for line in metrics(scratch) if "step_seconds" in line][-1]
-    return max(1, int((0.95 * budget - (whole - few * step)) / step))
+    steps = int((0.95 * budget - (whole - few * step)) / step)
+    print(f"{few} steps took {whole:.0f} s, {step:.2f} s a step: {steps} fit into {budget:.0f} s", flush=True)
+    if steps < few:
+        raise SystemExit("the budget is too small for a training on this machine: raise --seconds")
+    return steps
 
 
 def timed(command: list[str], compiled: Path) -> float:

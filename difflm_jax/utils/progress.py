@@ -62,30 +62,31 @@ class Progress:
             if self._closed:
                 return
             if sys.stderr.isatty():
-                self._bar = _started_bar(self._what, self._unit, self._total, self._done)
+                self._bar = self._started_bar()
             else:
                 self._line()
+
+    def _started_bar(self) -> Any:
+        from rich import progress  # slow to import, and most commands show no bar
+        from rich.console import Console
+
+        columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn()]
+        columns += [progress.MofNCompleteColumn(), progress.TextColumn(self._unit, markup=False)]
+        columns += [progress.TimeElapsedColumn(), progress.TimeRemainingColumn()]
+        console = Console(file=sys.stderr)
+        bar = progress.Progress(
+            *columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty(), get_time=time.monotonic
+        )
+        bar.add_task(self._what, total=self._total, completed=self._done)
+        bar.tasks[0].start_time = self._began  # the work began before its bar
+        bar.start()
+        return bar
 
     def _line(self) -> None:
         of = "" if self._total is None else f" of {self._total:,}"
         seconds = time.monotonic() - self._began
         print(f"{self._what}: {self._done:,}{of} {self._unit}, {seconds:.0f} s", file=sys.stderr, flush=True)
         self._shown = time.monotonic()
-
-
-def _started_bar(what: str, unit: str, total: int | None, done: int) -> Any:
-    from rich import progress  # slow to import, and most commands show no bar
-    from rich.console import Console
-
-    columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn()]
-    columns += [progress.MofNCompleteColumn(), progress.TextColumn(unit, markup=False)]
-    columns += [progress.TimeElapsedColumn(), progress.TimeRemainingColumn()]
-    bar = progress.Progress(
-        *columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=sys.stdout.isatty()
-    )
-    bar.add_task(what, total=total, completed=done)
-    bar.start()
-    return bar
 
 
 @functools.cache
