@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ from difflm_jax.sampling.batching import Filled, FillOptions, answer_plan, fill_
 from difflm_jax.sampling.loop import Loop
 from difflm_jax.sampling.options import sampling_options
 
-SAMPLERS = {"one": {"algorithm": "probability"}, "threshold": {"threshold": 0.9}, "steady": {"algorithm": "steady"}}
+SAMPLERS = {"one": {}, "threshold": {}, "steady": {"algorithm": "steady"}}
 
 
 def main() -> None:
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--samplers", default="one,threshold,steady")
+    parser.add_argument("--ways", default="in step,own blocks,in turn")
+    parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--to_the_end", action="store_true")
     parser.add_argument("--dtype", default="")
     add_report_flags(parser, rounds=3)
@@ -50,19 +53,32 @@ def main() -> None:
         "block" if options.attention == "block" else None
     ]
     prompts = [np.asarray(lm.prompts.prompt(question.messages), np.int32) for question in questions]
-    table = []
+    table, count = [], []
+    Loop.step = _counted(Loop.step, count)
     for name in options.samplers.split(","):
-        table += _table(lm, prompts, [question.reference for question in questions], name, options)
+        table += _table(lm, prompts, [question.reference for question in questions], name, count, options)
     report("blocks", options, table, "tokens_per_second")
 
 
-def _table(lm: LanguageModel, prompts: list, references: list[str], name: str, options: argparse.Namespace) -> list:
-    ways = _ways(lm, prompts, name, options)
+def _table(
+    lm: LanguageModel, prompts: list, references: list[str], name: str, count: list[int], options: argparse.Namespace
+) -> list:
+    ways = _ways(lm, name, options)
     found: dict[str, Filled] = {}
-    seconds = alternating(
-        {way: lambda _, way=way: found.update({way: ways[way]()}) for way in ways}, options.rounds, warm_up=1
-    )
-    passes = {way: _passes_of_batches(run) for way, run in ways.items()}
+    passes: dict[str, int] = {}
+
+    few = sorted(prompts, key=len)[-options.batch_size - 1 :]  # as wide as all are, and one more than there are places
+
+    def run(way: str, number: int) -> None:
+        if number < 0:  # compiles
+            ways[way](few)
+            return
+        count.clear()
+        found[way] = ways[way](prompts)
+        jax.effects_barrier()
+        passes[way] = len(count)
+
+    seconds = alternating({way: lambda number, way=way: run(way, number) for way in ways}, options.rounds)
     table, first = [], next(iter(found.values()))
     for way, filled in found.items():
         texts = [lm.answers.decode(_cut(row, lm.eos_token_ids)) for row in filled.rows]
@@ -82,15 +98,17 @@ def _table(lm: LanguageModel, prompts: list, references: list[str], name: str, o
     return table
 
 
-def _ways(lm: LanguageModel, prompts: list, name: str, options: argparse.Namespace) -> dict[str, Callable[[], Filled]]:
+def _ways(lm: LanguageModel, name: str, options: argparse.Namespace) -> dict[str, Callable[[list], Filled]]:
     length, size = options.max_new_tokens, options.batch_size
-    given = {"cache": options.cache, **({"eos_penalty": float("inf")} if options.to_the_end else {})}
-    sampling = sampling_options(lm.attention, lm.algorithm, {**given, "algorithm": "probability", **SAMPLERS[name]})
+    given = {"cache": options.cache, "algorithm": "probability", **SAMPLERS[name]}
+    given |= {"eos_penalty": float("inf")} if options.to_the_end else {}
+    given |= {} if name == "one" else {"threshold": options.threshold}
+    sampling = sampling_options(lm.attention, lm.algorithm, given)
     block = None if options.attention == "block" else options.block_length
     plan = answer_plan(lm.diffusion, length, length, block, sampling)
     fill = FillOptions(sampling, steps=length, batch_size=size)
 
-    def batches(in_step: bool) -> Filled:
+    def batches(prompts: list, in_step: bool) -> Filled:
         own = dataclasses.replace(plan, in_step=in_step)
         parts = [
             fill_answers(lm.decoder, prompts[at : at + size], length, own, fill) for at in range(0, len(prompts), size)
@@ -101,30 +119,22 @@ def _ways(lm: LanguageModel, prompts: list, name: str, options: argparse.Namespa
             np.concatenate([part.passes for part in parts]),
         )
 
-    return {
-        "in step": lambda: batches(in_step=True),
-        "own blocks": lambda: batches(in_step=False),
-        "in turn": lambda: fill_answers(lm.decoder, prompts, length, plan, fill),
+    ways = {
+        "in step": lambda prompts: batches(prompts, in_step=True),
+        "own blocks": lambda prompts: batches(prompts, in_step=False),
+        "in turn": lambda prompts: fill_answers(lm.decoder, prompts, length, plan, fill),
     }
+    return {way: ways[way] for way in options.ways.split(",")}
 
 
-def _passes_of_batches(run: Callable[[], Filled]) -> int:
-    """Forward passes of a run, counted by a loop of its own that tells the host of each."""
-    count, step = [0], Loop.step
+def _counted(step: Callable, count: list[int]) -> Callable:
+    """`Loop.step` that tells the host of each pass, which takes no time beside it."""
 
-    def counted(self: Loop, carry):
-        jax.debug.callback(lambda: count.__setitem__(0, count[0] + 1))
+    def counted(self: Loop, carry: Any) -> Any:
+        jax.debug.callback(lambda: count.append(1))
         return step(self, carry)
 
-    Loop.step = counted
-    jax.clear_caches()
-    try:
-        run()
-        jax.effects_barrier()
-    finally:
-        Loop.step = step
-        jax.clear_caches()
-    return count[0]
+    return counted
 
 
 def _cut(row: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:

@@ -218,6 +218,7 @@ def by_data(options: argparse.Namespace) -> list[Point]:
 
     from difflm_jax.data.batches import batches, describe, plan_batches, split
     from difflm_jax.data.packing import BatchOptions
+    from difflm_jax.training.resume import describe_data
 
     count = options.size
     with tempfile.TemporaryDirectory() as directory:
@@ -225,8 +226,9 @@ def by_data(options: argparse.Namespace) -> list[Point]:
         subprocess.run([sys.executable, "-c", _WRITE, str(path), str(count), str(TOKENS_OF_A_ROW)], check=True)
         before, point = _memory(), {"at": count}
         begun = time.perf_counter()
-        train, _ = split(datasets.Dataset.from_file(str(path)), 0.01, 42)
+        train, held_out = split(datasets.Dataset.from_file(str(path)), 0.01, 42)
         describe(train)
+        describe_data(train, held_out)
         point["open"] = time.perf_counter() - begun
         for batching in ("rows", "packed"):
             begun = time.perf_counter()
@@ -346,7 +348,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[Point]], tuple[int, .
         by_data,
         DATA_ROWS,
         {
-            "open": "open, split and describe, s",
+            "open": "open, split, describe and digest, s",
             "first rows": "plan and first batch, s",
             "batches rows": "batches/s at random steps",
             "first packed": "plan and first batch, packed, s",

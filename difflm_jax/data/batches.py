@@ -16,13 +16,12 @@ import pyarrow as pa
 from difflm_jax.data.fields import ROW_LENGTHS, SHARED_SEGMENT, PlacedExample, empty_rows, put_example
 from difflm_jax.data.packing import BatchOptions, BatchPlan
 from difflm_jax.data.shared_prefix import shared_prefix
+from difflm_jax.data.stored import column, tables
 from difflm_jax.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
     import grain
-
-_READ_ROWS = 10_000
 
 
 def split(dataset: datasets.Dataset, test_size: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -37,7 +36,7 @@ def split(dataset: datasets.Dataset, test_size: float, seed: int) -> tuple[datas
         raise UserError(f"test_size={test_size}: is a share of the rows, at least 0 and below 1")
     if test_size == 0:
         return dataset, dataset.select([])
-    draws = _draws(np.asarray(dataset.with_format("arrow")["content_hash"]), seed)
+    draws = _draws(column(dataset, "content_hash"), seed)
     if draws.min(initial=1) >= draws.max(initial=0):
         raise UserError(
             f"test_size={test_size}: {len(dataset)} rows with one and the same content cannot be divided in two; add "
@@ -68,8 +67,7 @@ def plan_batches(rows: datasets.Dataset, options: BatchOptions) -> BatchPlan:
 
 def _lengths(rows: datasets.Dataset, answer_padding: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns two arrays [examples]: tokens of each example, and EOS tokens that extend its last answer."""
-    table = rows.select_columns(["length", "final_answer_length"]).with_format("arrow")[:]
-    length, answer = (table[name].to_numpy().astype(np.int64) for name in table.column_names)
+    length, answer = (column(rows, name).astype(np.int64) for name in ("length", "final_answer_length"))
     if not answer_padding:
         return length, np.zeros_like(length)
     return length, np.where(answer, np.minimum(-answer % answer_padding, max_length - length), 0)
@@ -198,9 +196,9 @@ def describe(dataset: datasets.Dataset) -> str:
     if not len(dataset):
         return "0 rows"
     answer_tokens = 0
-    for table in dataset.select_columns(["answer_mask"]).with_format("arrow").iter(batch_size=_READ_ROWS):
+    for table in tables(dataset, ["answer_mask"]):
         answer_tokens += pa.compute.sum(table["answer_mask"].combine_chunks().flatten()).as_py() or 0
-    lengths = np.asarray(dataset.with_format("arrow")["length"], np.int64)
+    lengths = column(dataset, "length").astype(np.int64)
     p50, p95 = np.percentile(lengths, (50, 95))
     return (
         f"{len(dataset):,} rows, {lengths.sum():,} tokens ({answer_tokens:,} of answers), lengths: p50 {p50:.0f}, "

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from difflm_jax.data.stored import tables
+
 if TYPE_CHECKING:
     import datasets
-
-_READ_ROWS = 10_000
 
 
 def shared_prefix(rows: datasets.Dataset) -> int:
@@ -19,7 +19,7 @@ def shared_prefix(rows: datasets.Dataset) -> int:
     differs between examples.
     """
     prefix = None
-    for table in rows.select_columns(["tokens", "prompt_length"]).with_format("arrow").iter(batch_size=_READ_ROWS):
+    for table in tables(rows, ["tokens", "prompt_length"]):
         tokens = table["tokens"].combine_chunks()
         lengths, flat = tokens.value_lengths().to_numpy(), tokens.flatten().to_numpy()
         starts = np.cumsum(lengths) - lengths

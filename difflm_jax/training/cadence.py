@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from difflm_jax.data.stored import column
 from difflm_jax.training.phase import PhaseData
 
 MOST_EVALUATION = 0.1  # largest share of a phase's work for evaluations, unless `eval_interval` is set
@@ -72,4 +73,4 @@ def evaluation_work(data: PhaseData) -> float:
 
 
 def _lengths(rows: Any) -> np.ndarray:
-    return np.asarray(rows.with_format("arrow")["length"], np.int64) if len(rows) else np.zeros(0, np.int64)
+    return column(rows, "length").astype(np.int64)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from difflm_jax.checkpoint.safetensors import read_json
 from difflm_jax.config.files import difference, load_run_config, to_json
 from difflm_jax.data.examples import PHASES
+from difflm_jax.data.stored import tables
 from difflm_jax.distributed.processes import agreed, by_one_process, told_by_one_process
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.utils.dtypes import AUTO, fastest_dtype
@@ -35,7 +36,6 @@ _FREE = (
     "wandb_config.", "log_interval", "report.", "remat", "attention_kernel", "loss_chunk", "max_nonfinite_steps",
     "unroll_layers",
 )  # fmt: skip
-_READ_ROWS = 10_000
 
 
 class RunLock:
@@ -142,7 +142,7 @@ def describe_data(train_rows: datasets.Dataset, test_rows: datasets.Dataset) -> 
     digest = hashlib.blake2b(digest_size=16)
     for rows in (train_rows, test_rows):
         digest.update(f"{len(rows)}".encode())
-        for table in rows.with_format("arrow").iter(batch_size=_READ_ROWS) if len(rows) else ():
+        for table in tables(rows, ["tokens", "answer_mask"]):
             for column in ("tokens", "answer_mask"):
                 lists = table[column].combine_chunks()
                 digest.update(lists.value_lengths().to_numpy().tobytes())
