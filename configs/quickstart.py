@@ -19,26 +19,18 @@ the end of an answer is learnt where it belongs.
 
 from ml_collections import ConfigDict
 
-from difflm_jax.config import default_config
+from difflm_jax.config import recommended_config
 
 
 def get_config() -> ConfigDict:
-    config = default_config()
+    config = recommended_config()
     config.model = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.dataset = "builtin:quickstart"
     config.output_dir = "runs/quickstart"
     config.dtype = "auto"  # bfloat16, up to twice as fast as float32, where the processor multiplies it
     config.remat = "save_dots"  # faster than to keep everything: less memory to touch
 
-    config.attention = "prefix"
-    config.logit_shift = True
-    config.mask_rate = "row"
-    config.min_mask_probability = 0.3
-    config.max_mask_probability = 1.0
-    config.loss_tokens = "masked"
-    config.loss_weight = "context"
     config.loss_chunk = 128
-    config.algorithm = "steady"
 
     # The system prompt of the chat template is half of every example: it stands once in a row of about 8 of them.
     config.batching = "shared"

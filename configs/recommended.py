@@ -15,20 +15,12 @@ commits what is sure, and the leftmost.
 
 from ml_collections import ConfigDict
 
-from difflm_jax.config import default_config
+from difflm_jax.config import recommended_config
 
 
 def get_config() -> ConfigDict:
-    config = default_config()
+    config = recommended_config()
     config.output_dir = "/tmp/output/recommended"
-    config.attention = "prefix"
-    config.logit_shift = True
-    config.mask_rate = "row"
-    config.min_mask_probability = 0.3
-    config.max_mask_probability = 1.0
-    config.loss_tokens = "masked"
-    config.loss_weight = "context"
     config.answer_padding = 16
-    config.algorithm = "steady"
     config.log_interval = 10
     return config

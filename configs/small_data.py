@@ -14,25 +14,17 @@ few. Held-out rows are scored and two are answered every 60 steps. Nothing goes 
 
 from ml_collections import ConfigDict
 
-from difflm_jax.config import default_config
+from difflm_jax.config import recommended_config
 
 
 def get_config() -> ConfigDict:
-    config = default_config()
+    config = recommended_config()
     config.model = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.output_dir = "runs/small_data"
     config.dtype = "auto"
     config.remat = "save_dots"
 
-    config.attention = "prefix"
-    config.logit_shift = True
-    config.mask_rate = "row"
-    config.min_mask_probability = 0.3
-    config.max_mask_probability = 1.0
-    config.loss_tokens = "masked"
-    config.loss_weight = "context"
     config.loss_chunk = 128
-    config.algorithm = "steady"
 
     config.batching = "shared"
     config.max_length = 512

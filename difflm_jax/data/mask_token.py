@@ -7,7 +7,10 @@ from difflm_jax.errors import UserError
 DEFAULT_MASK_TOKEN = "<|mask|>"
 
 # Tokens that model families reserve and that chat data does not contain, in order of preference.
-_RESERVED = ("<file_sep>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<unused0>", "[control_8]", "<reserved_0>")
+_RESERVED = (
+    *("<file_sep>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<unused0>", "[control_8]", "<reserved_0>"),
+    *("<mask>", "[MASK]"),
+)
 
 
 def token_of_id(tokenizer: Any, token_id: int | None) -> str:
@@ -33,7 +36,8 @@ def choose_mask_token(tokenizer: Any, embedding_rows: int, override: str = "") -
         if not candidates:
             raise UserError(
                 f"mask_token: the embedding has no free row (all {embedding_rows} are tokens) and no reserved token is "
-                "known; name a token that your data does not hold with mask_token"
+                "known; name a token that your data does not hold with mask_token, or add one: "
+                "tokenizer.add_tokens('<mask>', special_tokens=True), model.resize_token_embeddings(len(tokenizer))"
             )
         token = candidates[0]
     if token not in vocabulary and free_row is None:

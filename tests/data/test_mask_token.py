@@ -50,6 +50,13 @@ def test_a_full_table_without_a_reserved_token_is_refused():
         choose_mask_token(tokenizer, len(tokenizer))
 
 
+def test_a_mask_token_that_only_the_vocabulary_names_is_found():
+    tokenizer = without_mask()
+    tokenizer.add_tokens("<mask>", special_tokens=True)
+    assert choose_mask_token(tokenizer, len(tokenizer)) == len(tokenizer) - 1
+    assert tokenizer.mask_token == "<mask>"
+
+
 @pytest.mark.parametrize(("token", "why"), [("<|im_end|>", "end-of-sequence"), ("<|pad|>", "padding")])
 def test_eos_and_padding_are_refused(token, why):
     with pytest.raises(UserError, match=why):
