@@ -34,7 +34,7 @@ def fill_in_turn(
     platform = jax.default_backend()
     begin, passes = compiled_on(platform, _begin), compiled_on(platform, _passes, donated="carry")
     join = compiled_on(platform, _join, donated="batch")
-    together = max(1, places // 4)  # so many rows join at once
+    together = min(places, max(2, places // 4))  # rows that join at once: their prompts are read in one pass
     row_at, following = np.arange(places), places
     canvas = jax.tree.map(jnp.asarray, canvas_of(row_at))
     carry = begin(decoder, plan, canvas, sampling)

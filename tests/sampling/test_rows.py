@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import difflm_jax
+from difflm_jax.sampling import caches
 from difflm_jax.sampling.loop import Loop, Plan
 from tests.sampling import rigged
 from tests.tiny_checkpoint import save_tiny_model
@@ -68,8 +69,11 @@ def test_rows_of_a_long_set_take_turns_and_each_is_what_it_is_alone(load, attent
 
 
 @pytest.mark.slow
-def test_the_keys_of_a_finished_block_are_those_of_a_whole_forward(load):
-    """Rows that finish a block alone, while others fill theirs: tokens and passes of decoding without a cache."""
+@pytest.mark.parametrize("tokens", [0, 256], ids=["a block alone", "two blocks at once"])
+def test_the_keys_of_a_finished_block_are_those_of_a_whole_forward(load, tokens, monkeypatch):
+    """Rows that finish a block while others fill theirs: tokens and passes of decoding without a cache."""
+    monkeypatch.setattr(caches, "TOKENS_OF_ONE_READ", tokens)
+    jax.clear_caches()  # what is compiled does not know of the change
     rng = np.random.default_rng(4)
     rows = [rng.integers(0, 250, n).tolist() for n in (5, 9, 2, 7)]
     for attention, shift in (("block", True), ("causal_context", False)):
