@@ -21,14 +21,15 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROUNDS = 3
+ROUNDS = 2
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 LEAST_TOKENS = 2048  # of a training step, so that short lengths do not measure its fixed cost
 DATA_ROWS, TOKENS_OF_A_ROW = (10**4, 10**5, 10**6, 10**7), 12
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts, separated by commas")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)  # one part, in this process
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=int, default=180, help="seconds of a process, after which its points count")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct.Q4_1.gguf", help="whose tokenizer")
     parser.add_argument("--out", default="", help="directory for growth.json and growth.png")
@@ -70,8 +72,17 @@ def _in_own_process(part: str, size: int, options: argparse.Namespace) -> list[P
         flag = f"--xla_force_host_platform_device_count={size}"
         environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {flag}"}
     command = [sys.executable, "-m", "benchmarks.growth", *flags]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("POINT ")]
+    points = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        timer = threading.Timer(options.limit, process.kill)
+        timer.start()
+        for line in process.stdout:
+            if line.startswith("POINT "):
+                points.append(json.loads(line[6:]))
+        timer.cancel()
+    if process.returncode:
+        print(f"{part}: ended with status {process.returncode}, at most {options.limit} s: {len(points)} points kept")
+    return points
 
 
 def _show(part: str, unit: str, curve: list[Point]) -> None:
@@ -185,34 +196,32 @@ def _pass(options: argparse.Namespace, rows: int, columns: int) -> float:
     return _seconds(lambda: run(variables, cache, asked), 15)
 
 
-def by_length(options: argparse.Namespace) -> list[Point]:
-    points = []
+def by_length(options: argparse.Namespace) -> Iterator[Point]:
+    for length in LENGTHS:
+        yield {"at": length, "decode": 8 / _pass(options, 8, length)}
     for length in LENGTHS:
         rows = max(1, LEAST_TOKENS // length)
-        seconds, _ = _train(options, rows, length)
-        figures = {"train": rows * length / seconds, "decode": 8 / _pass(options, 8, length)}
-        points.append({"at": length, **figures})
-    return points
+        yield {"at": length, "train": rows * length / _train(options, rows, length)[0]}
 
 
-def by_rows(options: argparse.Namespace) -> list[Point]:
-    points: list[Point] = [{"at": n, "decode": n / _pass(options, n, 256)} for n in (1, 2, 4, 8, 16, 32, 64, 128)]
-    return points + [{"at": n, "train": 128 * n / _train(options, n, 128)[0]} for n in (1, 4, 16, 64)]
+def by_rows(options: argparse.Namespace) -> Iterator[Point]:
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+        yield {"at": rows, "decode": rows / _pass(options, rows, 256)}
+    for rows in (1, 4, 16, 64):
+        yield {"at": rows, "train": 128 * rows / _train(options, rows, 128)[0]}
 
 
-def by_layers(options: argparse.Namespace) -> list[Point]:
-    points = []
+def by_layers(options: argparse.Namespace) -> Iterator[Point]:
     for layers in (2, 4, 8, 16, 32):
         seconds, compiled = _train(options, 4, 128, layers)
-        points.append({"at": layers, "train": 4 * 128 * layers / seconds, "compile": compiled})
-    return points
+        yield {"at": layers, "train": 4 * 128 * layers / seconds, "compile": compiled}
 
 
-def by_devices(options: argparse.Namespace) -> list[Point]:
-    return [{"at": options.size, "train": 8 * 128 / _train(options, 8, 128)[0]}]
+def by_devices(options: argparse.Namespace) -> Iterator[Point]:
+    yield {"at": options.size, "train": 8 * 128 / _train(options, 8, 128)[0]}
 
 
-def by_data(options: argparse.Namespace) -> list[Point]:
+def by_data(options: argparse.Namespace) -> Iterator[Point]:
     """From stored rows of random lengths to batches, as training goes about it."""
     import datasets
 
@@ -242,7 +251,7 @@ def by_data(options: argparse.Namespace) -> list[Point]:
                 found[step]
             point[f"batches {batching}"] = 50 / (time.perf_counter() - begun)
         point["memory"] = _memory() - before
-    return [point]
+    yield point
 
 
 # Writes the stored form of `argv[2]` rows, in a process of its own so that its memory is not counted.
@@ -276,12 +285,12 @@ def _memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def by_tokenising(options: argparse.Namespace) -> list[Point]:
+def by_tokenising(options: argparse.Namespace) -> Iterator[Point]:
     import difflm_jax
     from difflm_jax.data.examples import Options
     from difflm_jax.data.tokenised import tokenize
 
-    tokenizer, points = difflm_jax.load(options.model).tokenizer, []
+    tokenizer = difflm_jax.load(options.model).tokenizer
     for count in (10**3, 10**4, 3 * 10**4):
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory, "rows.jsonl")
@@ -292,11 +301,10 @@ def by_tokenising(options: argparse.Namespace) -> list[Point]:
                     file.write(json.dumps({"messages": messages}) + "\n")
             begun = time.perf_counter()
             tokenize(str(path), tokenizer, Options("sft", 256), directory)
-            points.append({"at": count, "rate": count / (time.perf_counter() - begun)})
-    return points
+            yield {"at": count, "rate": count / (time.perf_counter() - begun)}
 
 
-def by_adapters(options: argparse.Namespace) -> list[Point]:
+def by_adapters(options: argparse.Namespace) -> Iterator[Point]:
     """Eight requests at once, divided over the adapters, each of rank 16 on all projections."""
     import dataclasses
 
@@ -315,7 +323,7 @@ def by_adapters(options: argparse.Namespace) -> list[Point]:
         tokenizer.save_pretrained(directory)
         write_checkpoint(Path(directory), model_config(options.width, 4, len(tokenizer)))
         base = difflm_jax.load(directory, attention="block", block_length=8, dtype="float32")
-    lora_config, points = LoraConfig(), []
+    lora_config = LoraConfig()
     sampling = sampling_options("block", "probability", {"stop_at_eos": False})
     for count in (1, 4, 16):
         lms = {}
@@ -334,12 +342,11 @@ def by_adapters(options: argparse.Namespace) -> list[Point]:
                 for ticket in [engine.submit(request) for request in asked]:
                     ticket.result()
 
-            points.append({"at": count, "rate": 8 * 64 / _seconds(eight, warm_up=3)})
-    return points
+            yield {"at": count, "rate": 8 * 64 / _seconds(eight, warm_up=3)}
 
 
 # name -> (its points, the sizes that each have a process of their own, {figure: what it is})
-PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[Point]], tuple[int, ...], dict[str, str]]] = {
+PARTS: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Point]], tuple[int, ...], dict[str, str]]] = {
     "length": (by_length, (0,), {"train": "training, tokens/s", "decode": "decoding 8 rows, tokens/s"}),
     "rows": (by_rows, (0,), {"decode": "decoding, tokens/s", "train": "training, tokens/s"}),
     "layers": (by_layers, (0,), {"train": "training, tokens/s times layers", "compile": "compilation, s"}),
