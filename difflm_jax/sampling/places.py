@@ -1,8 +1,9 @@
 """More rows than a batch has places: a row that is finished makes room for the next, between passes.
 
-The loop is that of `caches.fill`, in three programs: `_begin` for the first rows, `_passes` until enough places are
-free or all rows are finished, and `_join`, which puts new rows into free places. Rows do not depend on each other, so
-each gets the answer that it gets alone.
+The loop is that of `caches.fill`, in three programs: `_begin` for the first rows, `_passes` until free places have
+waited enough, and `_join`, which puts new rows into them. Reading the prompts of new rows takes about as long as a pass,
+in which all places wait. So rows join when free places have waited for as many row-passes as a pass has rows. Rows do
+not depend on each other: each gets the answer that it gets alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from difflm_jax.sampling.loop import Canvas, Carry, Plan
 from difflm_jax.sampling.options import Sampling
 
 FREE = -1
+UNLIMITED = 1 << 30
 
 
 def fill_in_turn(
@@ -34,24 +36,24 @@ def fill_in_turn(
     platform = jax.default_backend()
     begin, passes = compiled_on(platform, _begin), compiled_on(platform, _passes, donated="carry")
     join = compiled_on(platform, _join, donated="batch")
-    together = min(places, max(2, places // 4))  # rows that join at once: their prompts are read in one pass
     row_at, following = np.arange(places), places
     canvas = jax.tree.map(jnp.asarray, canvas_of(row_at))
     carry = begin(decoder, plan, canvas, sampling)
     while (row_at != FREE).any():
-        wanted = together if following < count else places
-        carry, is_finished = passes(decoder, plan, canvas, sampling, carry, wanted)
+        patience = places if following < count else UNLIMITED
+        carry, is_finished = passes(decoder, plan, canvas, sampling, carry, patience)
         leaving = np.flatnonzero(np.asarray(is_finished) & (row_at != FREE))
         tokens, used = np.asarray(carry.tokens), np.asarray(carry.passes)
         for place in leaving:
             yield int(row_at[place]), tokens[place], int(used[place])
         row_at[leaving] = FREE
-        while following < count and (row_at == FREE).sum() >= together:
-            rows = np.arange(following, min(following + together, count))
-            following += len(rows)
-            at = np.flatnonzero(row_at == FREE)[: len(rows)]
+        at = np.flatnonzero(row_at == FREE)[: count - following]
+        if len(at):
+            rows = np.arange(following, following + len(at))
+            following += len(at)
             row_at[at] = rows
-            filler = together - len(rows)
+            half = max(1, places // 2)  # two sizes, so that two are compiled
+            filler = (half if len(at) <= half else places) - len(at)
             new = jax.tree.map(jnp.asarray, canvas_of(np.concatenate([rows, np.repeat(rows[:1], filler)])))
             at = np.concatenate([at, np.full(filler, 2 * places)])  # no place: what is put there is dropped
             canvas, carry = join(decoder, plan, (canvas, carry), new, sampling, at)
@@ -63,11 +65,20 @@ def _begin(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> 
 
 
 def _passes(
-    decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry: Carry, wanted: int
+    decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry: Carry, patience: int
 ) -> tuple[Carry, jax.Array]:
-    """(carry, finished [B]) after passes until `wanted` rows are finished."""
+    """(carry, finished [B]) after passes until all rows are finished, or have waited `patience` row-passes."""
     loop, _ = loop_over(decoder, plan, canvas, sampling)
-    carry = jax.lax.while_loop(lambda carry: loop.finished(carry).sum() < wanted, loop.step, carry)
+
+    def one(state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+        carry, waited = state
+        carry = loop.step(carry)
+        return carry, waited + loop.finished(carry).sum()
+
+    def goes_on(state: tuple[Carry, jax.Array]) -> jax.Array:
+        return loop.unfinished(state[0]) & (state[1] < patience)
+
+    carry, _ = jax.lax.while_loop(goes_on, one, (carry, jnp.int32(0)))
     return carry, loop.finished(carry)
 
 
