@@ -1,9 +1,9 @@
 """More rows than a batch has places: a row that is finished makes room for the next, between passes.
 
 The loop is that of `caches.fill`, in three programs: `_begin` for the first rows, `_passes` until free places have
-waited enough, and `_join`, which puts new rows into them. Reading the prompts of new rows takes about as long as a pass,
-in which all places wait. So rows join when free places have waited for as many row-passes as a pass has rows. Rows do
-not depend on each other: each gets the answer that it gets alone.
+waited enough, and `_join`, which puts new rows into them. Reading the prompts of new rows takes about as long as a
+pass, in which all places wait. So rows join when free places have waited for as many row-passes as a pass has rows.
+Rows do not depend on each other: each gets the answer that it gets alone.
 """
 
 from collections.abc import Callable, Iterator
