@@ -1,9 +1,9 @@
 """More rows than a batch has places: a row that is finished makes room for the next, between passes.
 
 The loop is that of `caches.fill`, in three programs: `_begin` for the first rows, `_passes` until free places have
-waited enough, and `_join`, which puts new rows into them. Reading the prompts of new rows takes about as long as a
-pass, in which all places wait. So rows join when free places have waited for as many row-passes as a pass has rows.
-Rows do not depend on each other: each gets the answer that it gets alone.
+waited enough, and `_join`, which puts new rows into them. While the prompts of new rows are read, all places wait. So
+rows join when free places have waited for about as long as joining takes: short answers are then decoded batch by
+batch, and long ones that end early make room. Rows do not depend on each other: each gets its own answer.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,10 +37,11 @@ def fill_in_turn(
     begin, passes = compiled_on(platform, _begin), compiled_on(platform, _passes, donated="carry")
     join = compiled_on(platform, _join, donated="batch")
     row_at, following = np.arange(places), places
+    half = max(1, places // 2)  # rows join in two sizes, so that two are compiled
     canvas = jax.tree.map(jnp.asarray, canvas_of(row_at))
     carry = begin(decoder, plan, canvas, sampling)
     while (row_at != FREE).any():
-        patience = places if following < count else UNLIMITED
+        patience = joining_cost(plan, sampling, places) if following < count else UNLIMITED
         carry, is_finished = passes(decoder, plan, canvas, sampling, carry, patience)
         leaving = np.flatnonzero(np.asarray(is_finished) & (row_at != FREE))
         tokens, used = np.asarray(carry.tokens), np.asarray(carry.passes)
@@ -52,11 +53,16 @@ def fill_in_turn(
             rows = np.arange(following, following + len(at))
             following += len(at)
             row_at[at] = rows
-            half = max(1, places // 2)  # two sizes, so that two are compiled
             filler = (half if len(at) <= half else places) - len(at)
             new = jax.tree.map(jnp.asarray, canvas_of(np.concatenate([rows, np.repeat(rows[:1], filler)])))
             at = np.concatenate([at, np.full(filler, 2 * places)])  # no place: what is put there is dropped
             canvas, carry = join(decoder, plan, (canvas, carry), new, sampling, at)
+
+
+def joining_cost(plan: Plan, sampling: Sampling, places: int) -> int:
+    """Row-passes that take about as long as reading the columns of half of the places."""
+    columns = plan.first_column + (plan.num_blocks * plan.block_length if sampling.cache == "dual" else 0)
+    return places + places // 2 * columns // plan.block_length
 
 
 def _begin(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> Carry:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import difflm_jax
-from difflm_jax.sampling import caches
+from difflm_jax.sampling import caches, places
 from difflm_jax.sampling.loop import Loop, Plan
 from tests.sampling import rigged
 from tests.tiny_checkpoint import save_tiny_model
@@ -54,8 +54,9 @@ def test_a_row_that_is_done_with_its_block_does_not_wait_for_the_others(monkeypa
     ],
     ids=str,
 )
-def test_rows_of_a_long_set_take_turns_and_each_is_what_it_is_alone(load, attention, block, shift, options):
-    """Blocks end after different numbers of passes, answers too, and the last rows find free places around them."""
+def test_rows_of_a_long_set_take_turns_and_are_what_they_are_alone(load, attention, block, shift, options, monkeypatch):
+    """Blocks end after different numbers of passes, answers too. Rows join as soon as a place is free."""
+    monkeypatch.setattr(places, "joining_cost", lambda *_: 1)
     lm, rng = load(attention, block, shift), np.random.default_rng(2)
     rows = [rng.integers(0, 250, n).tolist() for n in (9, 3, 12, 6, 15, 4, 8, 11, 5, 7)]
     options = {"max_new_tokens": 16, "steps": 16, "threshold": 0.12, "algorithm": "probability", **options}
