@@ -7,7 +7,8 @@
 with one. "in turn": more rows than places, as `generate` does it: a finished row makes room for the next. All give the
 same answers (`same` counts them). Passes of the batch are forward passes over all its rows; a row-pass is wasted where
 a row takes no step: it waits, is finished, or only writes the keys of its finished block. `--to_the_end` forbids an end
-of sequence, so that every answer has all its tokens. The adapter is merged into the weights first.
+of sequence, so that every answer has all its tokens; `--ends=40` lets every 40th token of the vocabulary end an answer,
+so that lengths differ as those of real answers do. The adapter is merged into the weights first.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.evaluation.tasks.exact import normalised
 from difflm_jax.lm import LanguageModel
 from difflm_jax.sampling.batching import Filled, FillOptions, answer_plan, fill_answers
+from difflm_jax.sampling.caches import Decoder
 from difflm_jax.sampling.loop import Loop
 from difflm_jax.sampling.options import sampling_options
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--samplers", default="one,threshold,steady")
     parser.add_argument("--ways", default="in step,own blocks,in turn")
     parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--ends", type=int, default=0)
     parser.add_argument("--to_the_end", action="store_true")
     parser.add_argument("--dtype", default="")
     add_report_flags(parser, rounds=3)
@@ -67,22 +70,17 @@ def _table(
     found: dict[str, Filled] = {}
     passes: dict[str, int] = {}
 
-    few = sorted(prompts, key=len)[-options.batch_size - 1 :]  # as wide as all are, and one more than there are places
-
-    def run(way: str, number: int) -> None:
-        if number < 0:  # compiles
-            ways[way](few)
-            return
+    def run(way: str) -> None:
         count.clear()
         found[way] = ways[way](prompts)
         jax.effects_barrier()
         passes[way] = len(count)
 
-    seconds = alternating({way: lambda number, way=way: run(way, number) for way in ways}, options.rounds)
-    table, first = [], next(iter(found.values()))
+    seconds = alternating({way: lambda _, way=way: run(way) for way in ways}, options.rounds)
+    table, first, ends = [], next(iter(found.values())), _decoder(lm, options).eos_token_ids
     for way, filled in found.items():
-        texts = [lm.answers.decode(_cut(row, lm.eos_token_ids)) for row in filled.rows]
-        tokens = sum(len(_cut(row, lm.eos_token_ids)) for row in filled.rows)
+        texts = [lm.answers.decode(_cut(row, ends)) for row in filled.rows]
+        tokens = sum(len(_cut(row, ends)) for row in filled.rows)
         table.append(
             {
                 "way": f"{name}, {way}",
@@ -108,10 +106,12 @@ def _ways(lm: LanguageModel, name: str, options: argparse.Namespace) -> dict[str
     plan = answer_plan(lm.diffusion, length, length, block, sampling)
     fill = FillOptions(sampling, steps=length, batch_size=size)
 
+    decoder = _decoder(lm, options)
+
     def batches(prompts: list, in_step: bool) -> Filled:
         own = dataclasses.replace(plan, in_step=in_step)
         parts = [
-            fill_answers(lm.decoder, prompts[at : at + size], length, own, fill) for at in range(0, len(prompts), size)
+            fill_answers(decoder, prompts[at : at + size], length, own, fill) for at in range(0, len(prompts), size)
         ]
         return Filled(
             [row for part in parts for row in part.rows],
@@ -122,9 +122,15 @@ def _ways(lm: LanguageModel, name: str, options: argparse.Namespace) -> dict[str
     ways = {
         "in step": lambda prompts: batches(prompts, in_step=True),
         "own blocks": lambda prompts: batches(prompts, in_step=False),
-        "in turn": lambda prompts: fill_answers(lm.decoder, prompts, length, plan, fill),
+        "in turn": lambda prompts: fill_answers(decoder, prompts, length, plan, fill),
     }
     return {way: ways[way] for way in options.ways.split(",")}
+
+
+def _decoder(lm: LanguageModel, options: argparse.Namespace) -> Decoder:
+    if not options.ends:
+        return lm.decoder
+    return lm.decoder.replace(eos_token_ids=tuple(range(0, lm.config.vocab_size, options.ends)))
 
 
 def _counted(step: Callable, count: list[int]) -> Callable:
