@@ -98,7 +98,8 @@ def config_problems(values: Mapping[str, Any], config: ModelConfig) -> list[str]
         known = [module.name for module in peft_modules(config)]
         outside = [str(name) for name in targets if str(name).split(".")[-1] not in known]
         if outside:
-            problems.append(f"target_modules {', '.join(outside)} are none of {', '.join(known)}; {MERGE}")
+            advice = "merge the adapter with peft, and load the result as the model"
+            problems.append(f"target_modules {', '.join(outside)} are none of {', '.join(known)}: {advice}")
     return problems + _trained_token_problems(values.get("trainable_token_indices"), config.vocab_size)
 
 
