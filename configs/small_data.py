@@ -5,8 +5,7 @@ Command:   difflm train --config=configs/small_data.py --config.dataset=mine.jso
            A directory of your own with this recipe in it: difflm init DIR --data=mine.jsonl
 Hardware:  2 CPU cores; a step holds about 8 rows.
 Expect:    20 epochs, at most 240 steps (140 for 60 short rows), then an adapter in runs/small_data/sft_model. The first
-           lines show the time to go: --config.max_steps=100 ends sooner. docs/recipes.md compares 60 rows with a causal
-           LoRA of the same five minutes.
+           lines show the time to go: --config.max_steps=100 ends sooner. docs/recipes.md has the scores of 60 rows.
 
 Rows share one copy of the beginning that their prompts have in common. The learning rate is high, because the steps are
 few. Held-out rows are scored and two are answered every 60 steps. Nothing goes to Weights & Biases.
