@@ -9,10 +9,10 @@ Hardware:  2 CPU cores without an accelerator, 3 GB of memory; with the environm
            Where the processor multiplies bfloat16 (AMX) this recipe was not timed; an earlier one took a third.
            `dtype=auto` takes bfloat16 there and with AVX512_BF16; scores of both dtypes are in docs/quickstart.md.
 Expect:    masked NLL of answers from about 3 to 0.6; at the end, on 60 held-out questions, the causal base's greedy
-           exact match (0.70) beside the converted model's at 1, 2 and 4 tokens a forward pass. README.md shows it all.
+           exact match (0.70) next to the converted model's at 1, 2 and 4 tokens a forward pass. README.md shows it all.
 
 Prefix attention and the logit shift keep the base's knowledge within so few steps; rates of 0.3 to 1 train what a
-sampler meets that starts from masks alone; masks beside visible tokens count most (CART), as they are what a sampler
+sampler meets that starts from masks alone; masks next to visible tokens count most (CART), as they are what a sampler
 commits next; answers are padded with end-of-sequence tokens to the canvas of 16, so that
 the end of an answer is learnt where it belongs.
 """
