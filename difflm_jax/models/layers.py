@@ -16,11 +16,11 @@ from difflm_jax.models.attention import View, Window
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, lora_down, lora_up
 from difflm_jax.models.rope import Rotation, rotate
+from difflm_jax.ops import few_rows
 from difflm_jax.ops.attention import attend_beside
 from difflm_jax.ops.attention_kernels import attend_with, scaled
 from difflm_jax.ops.cpu import floats_of, kept
 from difflm_jax.ops.few_rows import InStack
-from difflm_jax.ops.few_rows import attend_beside as attend_in_stacks
 from difflm_jax.ops.matmul import matmul
 from difflm_jax.ops.random import fold_seeds
 
@@ -75,22 +75,31 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, low_BLR: jax.Array | None) -> jax.Array:
-        weight = self.variable("params", "weight", stored).value
-        if self.has_variable("stacks", "weight"):  # `weight` is the index of the layer
-            weight = InStack(self.get_variable("stacks", "weight"), weight)
-        y = matmul(x_BLD, gathered(weight))
+        y = matmul(x_BLD, gathered(self.variable("params", "weight", stored).value))
         if low_BLR is not None:
             y = y + lora_up(low_BLR, self.variable("lora", "lora_B", stored).value, self.lora)
         if self.name in ROW_PARALLEL:
             y = summed(y)
-        if self.has_variable("params", "bias"):
-            y = y + self.variable("params", "bias", stored).value.astype(y.dtype)
-        return kept(y, PROJECTION)
+        return kept(self.with_bias(y), PROJECTION)
+
+    def with_bias(self, y: jax.Array) -> jax.Array:
+        """`y` plus the bias, if there is one."""
+        bias = self.get_variable("params", "bias") if self.has_variable("params", "bias") else None
+        return y if bias is None else y + bias.astype(y.dtype)
 
     def down_factor(self) -> jax.Array | None:
         """The factor that reads the input; None where this projection is not adapted."""
-        is_adapted = self.lora is not None and self.has_variable("lora", "lora_A")
-        return self.get_variable("lora", "lora_A") if is_adapted else None
+        return self.get_variable("lora", "lora_A") if self.is_adapted else None
+
+    def in_stack(self, collection: str, name: str) -> InStack | None:
+        """A matrix that is left in its stack (`models.stacks`); its collection has the index of the layer."""
+        if not self.has_variable("stacks", name):
+            return None
+        return InStack(self.get_variable("stacks", name), self.get_variable(collection, name))
+
+    @property
+    def is_adapted(self) -> bool:
+        return self.lora is not None and self.has_variable("lora", "lora_A")
 
 
 def adapted(
@@ -104,6 +113,8 @@ def adapted(
 
     `stream` is that of its dropout; `gate_BL` is that of `lora_down`.
     """
+    if all(projection.has_variable("stacks", "weight") for projection in projections):
+        return _adapted_in_stacks(projections, x_BLD, gate_BL)
     factors = [projection.down_factor() for projection in projections]
     if seeds_BL is not None:
         seeds_BL = fold_seeds(seeds_BL, stream)
@@ -111,6 +122,27 @@ def adapted(
     return [
         projection(x_BLD, None if factor is None else kept(next(low), LOW_RANK))
         for projection, factor in zip(projections, factors, strict=True)
+    ]
+
+
+def _adapted_in_stacks(projections: Sequence[Linear], x_BLD: jax.Array, gate_BL: jax.Array | None) -> list[jax.Array]:
+    """`adapted` without dropout, where all weights and factors are left in their stacks."""
+    rows, updates = x_BLD.shape[0] * x_BLD.shape[1], None
+    factors = [
+        (projection.in_stack("lora", "lora_A"), projection.in_stack("lora", "lora_B"))
+        if projection.is_adapted
+        else None
+        for projection in projections
+    ]
+    if any(factors):
+        gate_BLR = jnp.ones((1, 1, 1), bool) if gate_BL is None else gate_BL.reshape(*gate_BL.shape[:2], -1)
+        gate = jnp.broadcast_to(gate_BLR, (*x_BLD.shape[:2], gate_BLR.shape[2])).reshape(rows, -1)
+        updates = few_rows.Updates(factors, gate, projections[0].lora.scaling)
+    weights = [projection.in_stack("params", "weight") for projection in projections]
+    results = few_rows.products(x_BLD.reshape(rows, -1), weights, updates)
+    return [
+        projection.with_bias(y.reshape(*x_BLD.shape[:2], -1))
+        for projection, y in zip(projections, results, strict=True)
     ]
 
 
@@ -167,7 +199,7 @@ class Attention(nn.Module):
         sinks_H = self._sinks(q_BTHE.shape[2:3])
         if self.has_variable("stacks", "k"):
             in_stacks = [InStack(self.get_variable("stacks", x), self.get_variable("columns", x)) for x in ("k", "v")]
-            y_BTHE = attend_in_stacks(q_BTHE, in_stacks, (k_BSKE, v_BSKE), view.mask, config.attention_softcap)
+            y_BTHE = few_rows.attend_beside(q_BTHE, in_stacks, (k_BSKE, v_BSKE), view.mask, config.attention_softcap)
         elif self.has_variable("columns", "k"):
             columns_BKSE = tuple(floats_of(self.get_variable("columns", name)) for name in ("k", "v"))
             own = (k_BSKE, v_BSKE)

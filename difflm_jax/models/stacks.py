@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difflm_jax.distributed.collectives import COLUMN_PARALLEL, DATA, FSDP, ROW_PARALLEL, TENSOR, axes_of
+from difflm_jax.distributed.collectives import DATA, FSDP, TENSOR, axes_of
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.ops import few_rows
 from difflm_jax.ops.cpu import bits_of
 from difflm_jax.quant.qtensor import QTensor
 
-_PROJECTIONS = (*COLUMN_PARALLEL, *ROW_PARALLEL)
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # of one input
 
 
 def stay_in_stacks(model: Transformer, x: jax.Array, rows: int) -> bool:
@@ -22,34 +22,55 @@ def stay_in_stacks(model: Transformer, x: jax.Array, rows: int) -> bool:
 
 
 def in_stacks(variables: dict[str, Any], config: ModelConfig, rows: int) -> dict[str, Any]:
-    """`variables` for a pass over `rows` tokens, with projections and cached columns in their stacks where that is
-    faster.
+    """`variables` for a pass over `rows` tokens, with projections, their low-rank factors and cached columns in their
+    stacks where that is faster.
 
-    The collection `stacks` has the stacks; `params` and `columns` have the indices of layers in their place.
+    The collection `stacks` has the stacks; `params`, `lora` and `columns` have the indices of layers in their place.
     """
-    params, columns, stacks = dict(variables["params"]), dict(variables.get("columns", {})), {}
+    params, columns = dict(variables["params"]), dict(variables.get("columns", {}))
+    lora, stacks = dict(variables.get("lora", {})), {}
     params["embed_tokens"] = bits_of(params["embed_tokens"])  # else XLA makes a float32 copy of it to read a few rows
     reads_columns = rows <= few_rows.MAX_DENSE_ROWS and config.head_dim % few_rows.LANES == 0 and not config.sinks
     for name, _, _ in config.stacks:
-        params[name], stacks[name] = _divided(params[name], rows)
+        params[name], factors, stacks[name] = _divided(params[name], lora.get(name, {}), rows)
+        if name in lora:
+            lora[name] = factors
         if columns and reads_columns:
             cached = columns[name]["self_attn"]
             stacks[name]["self_attn"] = {**stacks[name].get("self_attn", {}), **cached}
             columns[name] = {"self_attn": jax.tree.map(_indices, cached)}
-    return {**variables, "params": params, "columns": columns, "stacks": stacks}
+    divided = {**variables, "params": params, "columns": columns, "stacks": stacks}
+    return {**divided, "lora": lora} if "lora" in variables else divided
 
 
-def _divided(module: dict[str, Any], rows: int, name: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
-    own, stacks = {}, {}
-    for key, value in module.items():
-        if isinstance(value, dict):
-            own[key], stacks[key] = _divided(value, rows, key)
-        elif key == "weight" and name in _PROJECTIONS and few_rows.suits(value, rows):
-            own[key], stacks[key] = _indices(value.codes if isinstance(value, QTensor) else value), value
-        else:
-            own[key] = value
-    return own, {key: value for key, value in stacks.items() if not isinstance(value, dict) or value}
+def _divided(params: dict[str, Any], lora: dict[str, Any], rows: int) -> tuple[dict[str, Any], ...]:
+    """(params, lora, stacks) of a module: projections of one input stay in their stacks together, or not at all."""
+    params, lora, stacks = dict(params), dict(lora), {}
+    for group in GROUPS:
+        names = [name for name in group if name in params]
+        if names and all(_suits(params[name], lora.get(name, {}), rows) for name in names):
+            for name in names:
+                stacks[name] = {"weight": params[name]["weight"], **lora.get(name, {})}
+                params[name] = {**params[name], "weight": _indices(params[name]["weight"])}
+                if name in lora:
+                    lora[name] = jax.tree.map(_indices, lora[name])
+    for name, value in params.items():
+        if isinstance(value, dict) and not any(name in group for group in GROUPS):
+            params[name], factors, own = _divided(value, lora.get(name, {}), rows)
+            if name in lora:
+                lora[name] = factors
+            if own:
+                stacks[name] = own
+    return params, lora, stacks
 
 
-def _indices(stack: jax.Array) -> jax.Array:
-    return jnp.arange(len(stack), dtype=jnp.int32)
+def _suits(params: dict[str, Any], lora: dict[str, Any], rows: int) -> bool:
+    factors = jax.tree.leaves(lora)
+    return (
+        "weight" in params and few_rows.suits(params["weight"], rows) and all(x.dtype == jnp.float32 for x in factors)
+    )
+
+
+def _indices(stack: jax.Array | QTensor) -> jax.Array:
+    """The numbers of the layers of a stack."""
+    return jnp.arange(len(jax.tree.leaves(stack)[0]), dtype=jnp.int32)

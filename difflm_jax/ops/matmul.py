@@ -30,7 +30,7 @@ def matmul(x: jax.Array, w: jax.Array | QTensor | InStack, dtype: Any = None) ->
     left in its stack has no gradient.
     """
     if isinstance(w, InStack):
-        return few_rows.product(_rows(x), w).astype(dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
+        return few_rows.product(_rows(x), w, dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
     w = own_scales(w) if isinstance(w, QTensor) else varying_with(w, x)
     rows = _rows(varying_with(x, w))
     return _product(jnp.dtype(dtype or x.dtype), x.dtype, rows, w).reshape(*x.shape[:-1], w.shape[0])

@@ -47,7 +47,8 @@ def has_native(source: Path, functions: tuple[str, ...]) -> bool:
 def _built(source: Path, compiler: str) -> Path:
     """Returns the shared library of `source` for this processor, compiler and jaxlib; builds it if it is not cached."""
     version = _said([compiler, "--version"], 60)
-    described = [source.read_text(encoding="utf-8"), version, *FLAGS, jax.lib.__version__]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    described = [*texts, version, *FLAGS, jax.lib.__version__]
     name = hashlib.blake2b("\0".join(described).encode(), digest_size=12).hexdigest()
     library = own_directory("native") / f"{source.stem}-{name}.so"
     if library.is_file():

@@ -54,6 +54,43 @@ def test_a_row_does_not_depend_on_how_many_there_are(name: str, dtype: str) -> N
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize("rank", (8, 16))
+def test_a_low_rank_update_is_added_where_the_gate_is_open(dtype, rank: int) -> None:
+    w = InStack(stack_of("nf4-64"), jnp.int32(1))
+    keys = jax.random.split(jax.random.key(2), 3)
+    down = jax.random.normal(keys[0], (LAYERS, rank, WIDTH)) * 0.1
+    up = jax.random.normal(keys[1], (LAYERS, OUTPUTS, rank))
+    x, gate = jax.random.normal(keys[2], (9, WIDTH)).astype(dtype), (jnp.arange(9) > 3)[:, None]
+    updates = few_rows.Updates([(InStack(down, w.index), InStack(up, w.index)), None], gate, 2.0)
+    own, bare = few_rows.products(x, [w, w], updates, jnp.float32)
+    np.testing.assert_array_equal(own[:4], bare[:4])
+    update = 2.0 * x[4:].astype(jnp.float32) @ down[1].T @ up[1].T
+    tolerance = 0.02 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(own[4:] - bare[4:], update, atol=tolerance * float(jnp.abs(update).max()))
+
+
+@needs_compiler
+def test_attention_does_not_depend_on_which_keys_are_columns() -> None:
+    """A token sees the same keys, as rows of its pass or as columns of a cache of any size: bit for bit the same."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    q, k, v = (jax.random.normal(key, (1, 24, heads, 32)) for key, heads in zip(keys, (6, 2, 2), strict=True))
+
+    def attended(known: int, room: int) -> np.ndarray:
+        columns = [
+            jnp.pad(jnp.swapaxes(x[:, :known], 1, 2), [(0, 0)] * 2 + [(0, room - known), (0, 0)])[None] for x in (k, v)
+        ]
+        step = jnp.arange(24 - known)
+        is_known = jnp.broadcast_to(jnp.arange(room) < known, (1, len(step), room))
+        mask = jnp.concatenate([is_known, (step <= step[:, None])[None]], axis=2)
+        stacks = tuple(InStack(x, jnp.int32(0)) for x in columns)
+        return np.asarray(few_rows.attend_beside(q[:, known:], stacks, (k[:, known:], v[:, known:]), mask))[:, -1]
+
+    for known, room in ((16, 40), (5, 5), (22, 31)):
+        np.testing.assert_array_equal(attended(known, room), attended(23, 29))
+
+
+@needs_compiler
 def test_inputs_that_end_within_a_vector_of_pairs_meet_no_neighbour() -> None:
     """In bfloat16 32 inputs are read at a time; of 208 the last vector has half of them."""
     w = jax.random.normal(jax.random.key(1), (2, OUTPUTS, 208)).astype(jnp.bfloat16)
@@ -165,6 +202,7 @@ def test_it_is_built_once_and_kept_for_the_owner_alone(tmp_path) -> None:
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True) for _ in range(2)
     ]
     assert [run.stdout.strip() for run in runs] == ["True", "True"]
-    assert [run.stderr.count("building few_rows.cc") for run in runs] == [1, 0]
-    (library,) = tmp_path.rglob("*.so")
-    assert library.parent.stat().st_mode & 0o777 == 0o700
+    for name in ("few_rows.cc", "beside.cc"):
+        assert [run.stderr.count(f"building {name}") for run in runs] == [1, 0]
+    assert len(libraries := list(tmp_path.rglob("*.so"))) == 2
+    assert {library.parent.stat().st_mode & 0o777 for library in libraries} == {0o700}
