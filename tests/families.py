@@ -23,6 +23,11 @@ _BY_TYPE = {"full_attention": YARN, "sliding_attention": {"rope_type": "default"
 _ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 1e4, "factor": 1.0}
 _LLAMA4_SCALE = {**YARN, "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.1}
 
+_GEMMA4 = {
+    "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0, "sliding_window": 5, "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+}  # fmt: skip
 _EXPERTS = {"num_hidden_layers": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 # model_type -> what its config has beyond SIZES; windows are shorter than the rows of the tests
@@ -35,6 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0,
                "final_logit_softcapping": 3.0},
     "gemma3_text": {"head_dim": 16, "sliding_window": 5, "layer_types": _LOCAL},
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": {**_GEMMA4, "attention_k_eq_v": False, "num_hidden_layers": 3, "layer_types": None},
     "phi3": {"rope_parameters": {**_LONG, "partial_rotary_factor": 0.5}, "original_max_position_embeddings": 32,
              "sliding_window": 7},
     "olmo2": {},

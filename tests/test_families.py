@@ -136,7 +136,9 @@ def test_peft_and_a_merged_checkpoint_give_our_logits_after_training(family, tra
     assert error(ours, logits_of(merged.eval(), masked)) <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "granite_swa", "phi3", "olmo3", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["gemma2", "gemma3_text", "gemma4_text", "granite_swa", "phi3", "olmo3", "gpt_oss"], indirect=True
+)
 def test_generation_with_a_cache_is_that_without(family, lm):
     """Windows, sinks, caps and layers without RoPE, in rows that are longer than a window."""
     text = {"max_new_tokens": 12, "steps": 6, "seed": 0}

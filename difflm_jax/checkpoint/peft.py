@@ -6,6 +6,7 @@ Keys and layout are those of peft 0.21: `adapter_config.json`, `adapter_model.sa
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def save_adapter(
     config = adapter_config(lora_config, base.name, base.revision, trained_tokens)
     ranks, alphas = patterns(base.config, lora_config)
     config |= {"rank_pattern": ranks, "alpha_pattern": alphas, **peft_targets(base.config, lora_config)}
+    if base.config.decoder != "model":  # projections of other parts, some of which PEFT cannot wrap, have equal names
+        config["exclude_modules"] = rf"(?!{re.escape(base.config.decoder)}\.).*"
     if "target_parameters" in config:  # PEFT opens such an adapter only without dropout
         config["lora_dropout"] = 0.0
     with new_directory(directory, may_replace=_is_adapter_directory) as fresh:

@@ -95,7 +95,7 @@ def config_problems(values: Mapping[str, Any], config: ModelConfig) -> list[str]
     problems += pattern_problems(values)
     targets = values.get("target_modules")
     if isinstance(targets, list):
-        known = [module.name for module in peft_modules(config)]
+        known = list(dict.fromkeys(module.name for module in peft_modules(config)))
         outside = [str(name) for name in targets if str(name).split(".")[-1] not in known]
         if outside:
             advice = "merge the adapter with peft, and load the result as the model"

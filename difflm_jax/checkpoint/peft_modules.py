@@ -72,15 +72,16 @@ class PeftModule:
 
 
 def peft_modules(config: ModelConfig) -> tuple[PeftModule, ...]:
-    """Returns the modules of a model that can be adapted."""
-    found: dict[str, list[Row]] = {}
+    """Returns the modules of a model that can be adapted: one for each path and each size that it has in the layers."""
+    heads = {stack.name: config.of_stack(stack).head_dim for stack in config.stacks}
+    found: dict[tuple[str, int], list[Row]] = {}
     for row in table(config):
         if row.quantisable:
             path = (row.fused or row.hf).removeprefix("model.layers.{layer}.").removesuffix(".weight")
             if row.experts:
                 path = config.experts.names.module + ("" if row.path[-2] == "down_proj" else ".base_layer")
-            found.setdefault(path, []).append(row)
-    return tuple(_module(config, path, rows) for path, rows in found.items())
+            found.setdefault((path, heads[row.path[0]]), []).append(row)
+    return tuple(_module(config, path, rows) for (path, _), rows in found.items())
 
 
 def _module(config: ModelConfig, path: str, rows: list[Row]) -> PeftModule:

@@ -7,14 +7,25 @@ from typing import Any
 from difflm_jax.checkpoint.safetensors import TensorFiles
 from difflm_jax.models.families import FAMILIES
 
-_COMPOSITES = ("gemma3", "mistral3")
+_COMPOSITES = ("gemma3", "gemma4", "gemma4_unified", "mistral3")
 DECODER = "model.language_model"  # path of the text model in transformers 5
 _RENAMED = {
     "language_model.model.": "model.",
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
-_IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_IMAGES = tuple(
+    f"{at}{part}."
+    for at in ("", "model.")
+    for part in (
+        "vision_tower",
+        "vision_embedder",
+        "multi_modal_projector",
+        "embed_vision",
+        "embed_audio",
+        "audio_tower",
+    )
+)
 
 
 def text_config(hf_config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -75,7 +75,8 @@ def check_model(config: Any, block_size: int, mesh: Mesh) -> None:
             f"mesh.tensor={tensor} and mesh.fsdp={fsdp} do not divide the model's {config.experts.count} experts"
         )
     mlp = _mlp_width(config)
-    for key, size in (("num_key_value_heads", config.num_kv_heads), ("intermediate_size", mlp)):
+    heads = () if config.global_heads is None else (("num_global_key_value_heads", config.global_heads.number),)
+    for key, size in (("num_key_value_heads", config.num_kv_heads), *heads, ("intermediate_size", mlp)):
         if size % tensor:
             raise UserError(f"mesh.tensor={tensor} does not divide the model's {key}={size}")
     for name, size in (("o_proj", config.num_heads * config.head_dim), ("down_proj", mlp)):

@@ -7,7 +7,7 @@ from typing import Any
 from difflm_jax.errors import UserError
 from difflm_jax.models.experts import Experts, LayerStack, experts_of, stacks_of, unstated
 from difflm_jax.models.families import FAMILIES, Family, Structure
-from difflm_jax.models.layer_kinds import layer_kinds
+from difflm_jax.models.layer_kinds import Heads, global_heads, layer_kinds
 from difflm_jax.models.refused import refusal
 from difflm_jax.models.rope import RopeConfig
 
@@ -113,6 +113,8 @@ class ModelConfig(Structure):
     attention_softcap: float | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    global_heads: Heads | None = None  # of layers without a window, where they differ from the others
+    has_values: bool = True  # else values are the result of `k_proj`
     experts: Experts | None = None  # of the layers that are mixtures
     decoder: str = "model"  # the path of the decoder in transformers' model of the checkpoint
 
@@ -124,7 +126,25 @@ class ModelConfig(Structure):
     @property
     def stacks(self) -> tuple[LayerStack, ...]:
         """The layers, as the tree of weights has them: a stack for each run of layers of one kind."""
-        return stacks_of(self.experts, self.num_layers)
+        sparse = (False,) * self.num_layers if self.experts is None else self.experts.sparse
+        return stacks_of(sparse, tuple(self.global_heads is not None and not window for window in self.windows))
+
+    def of_stack(self, stack: LayerStack) -> "ModelConfig":
+        """The config of a stack's layers: the model's own, or with their heads and RoPE if `global_heads` differ."""
+        if self.global_heads is None:
+            return self
+        layer = stack.layers[0]
+        local = Heads(self.num_kv_heads, self.head_dim)
+        heads = local if self.windows[layer] else self.global_heads
+        return dataclasses.replace(
+            self,
+            num_kv_heads=heads.number,
+            head_dim=heads.size,
+            has_values=heads.has_values,
+            ropes=(self.ropes[self.layer_ropes[layer]],),
+            layer_ropes=(0,) * self.num_layers,
+            global_heads=None,
+        )
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
@@ -136,11 +156,13 @@ class ModelConfig(Structure):
             raise UserError(f"config.json: {refusal(hf, sorted(FAMILIES))}")
         _check_known(hf, family)
         defaults = family.defaults if family.experts is None else unstated(family.defaults, family.experts, hf)
-        hf = {**defaults, **hf}
+        hf = {**defaults, **{key: value for key, value in hf.items() if value is not None or key not in family.refuses}}
+        _check_refused(hf, family)
         heads = _integer(hf, "num_attention_heads")
         hidden = _integer(hf, "hidden_size")
         layers = _integer(hf, "num_hidden_layers")
         head_dim = _integer(hf, "head_dim") if hf.get("head_dim") else hidden // heads
+        kv_heads = _integer(hf, "num_key_value_heads") if hf.get("num_key_value_heads") else heads
         kinds = layer_kinds(hf, family, layers)
         config = cls(
             **_structure(hf, family),
@@ -151,7 +173,7 @@ class ModelConfig(Structure):
             intermediate_size=_integer(hf, "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=_integer(hf, "num_key_value_heads") if hf.get("num_key_value_heads") else heads,
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
             norm_eps=float(hf.get(family.epsilon) or 1e-6),
             activation=_activation(hf, family),
@@ -163,21 +185,23 @@ class ModelConfig(Structure):
             o_bias=_flag(hf, family.o_bias),
             mlp_bias=_flag(hf, family.mlp_bias),
             max_position_embeddings=_longest(hf, kinds.ropes),
+            global_heads=global_heads(hf, family, kinds.windows, Heads(kv_heads, head_dim)),
             experts=experts_of(hf, family.experts, layers),
         )
         config._check()
         return config
 
     def _check(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"config.json: num_attention_heads={self.num_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"config.json: head_dim={self.head_dim} must be even")
-        for rope in filter(None, self.ropes):
-            rope.rotated(self.head_dim)
+        for config in map(self.of_stack, self.stacks):
+            if config.num_heads % config.num_kv_heads:
+                raise UserError(
+                    f"config.json: num_attention_heads={config.num_heads} is not a multiple of "
+                    f"num_key_value_heads={config.num_kv_heads}"
+                )
+            if config.head_dim % 2:
+                raise UserError(f"config.json: head_dim={config.head_dim} must be even")
+            for rope in filter(None, config.ropes):
+                rope.rotated(config.head_dim)
 
 
 def unknown_keys(hf: dict[str, Any]) -> list[str]:
@@ -189,7 +213,8 @@ def unknown_keys(hf: dict[str, Any]) -> list[str]:
 def _own_keys(family: Family) -> set[str]:
     """The keys that a family reads beyond those of all."""
     named = (family.epsilon, family.activation, family.qkv_bias, family.o_bias, family.mlp_bias, family.qk_norm_key)
-    own = {*family.reads, *family.defaults, *(key for key in named if isinstance(key, str))}
+    heads = ("num_global_key_value_heads", "attention_k_eq_v", "per_layer_config") if family.global_heads else ()
+    own = {*family.reads, *family.defaults, *family.refuses, *heads, *(key for key in named if isinstance(key, str))}
     return own if family.experts is None else own | family.experts.keys()
 
 
@@ -198,7 +223,7 @@ def _check_known(hf: dict[str, Any], family: Family) -> None:
     for key, allowed in _ONLY.items():
         if key in hf and hf[key] not in allowed and (key not in _own_keys(family) or key == family.activation):
             raise UserError(f"config.json: {key}={_short(hf[key])} is not supported for model_type {model_type!r}")
-    if hf.get(_BIDIRECTIONAL) not in (None, False):
+    if hf.get(_BIDIRECTIONAL) not in (None, False, "vision"):  # "vision": tokens of images alone, in Gemma 4
         raise UserError(
             f"config.json: {_BIDIRECTIONAL}={_short(hf[_BIDIRECTIONAL])}: such a model is an encoder already, and has "
             "no causal base to convert"
@@ -208,6 +233,14 @@ def _check_known(hf: dict[str, Any], family: Family) -> None:
         raise UserError(
             f"config.json: {experts[0]}={_short(hf[experts[0]])} is not supported for model_type {model_type!r}"
         )
+
+
+def _check_refused(hf: dict[str, Any], family: Family) -> None:
+    for key, meaning in family.refuses.items():
+        if hf.get(key):
+            raise UserError(
+                f"config.json: {key}={_short(hf[key])} ({meaning}) is not supported for model_type {hf['model_type']!r}"
+            )
 
 
 def _structure(hf: dict[str, Any], family: Family) -> dict[str, Any]:

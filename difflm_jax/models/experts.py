@@ -96,10 +96,10 @@ class LayerStack(NamedTuple):
     sparse: bool
 
 
-def stacks_of(experts: Experts | None, layers: int) -> tuple[LayerStack, ...]:
-    """The stacks of a model in order; a model whose layers are all alike has one, called `layers`."""
-    sparse = (False,) * layers if experts is None else experts.sparse
-    starts = [i for i in range(layers) if i == 0 or sparse[i] != sparse[i - 1]]
+def stacks_of(sparse: tuple[bool, ...], heads: tuple[bool, ...]) -> tuple[LayerStack, ...]:
+    """The stacks of a model in order: runs of layers that agree in `sparse` and `heads`. A single one is `layers`."""
+    layers, kinds = len(sparse), list(zip(sparse, heads, strict=True))
+    starts = [i for i in range(layers) if i == 0 or kinds[i] != kinds[i - 1]]
     if len(starts) == 1:
         return (LayerStack("layers", tuple(range(layers)), sparse[0]),)
     return tuple(

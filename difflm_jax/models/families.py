@@ -33,7 +33,7 @@ _PARALLEL = Norms("input_layernorm", None, None, None)
 class Structure:
     """What all models of a family share. The defaults are Llama's."""
 
-    norm: str = "rms"  # "rms" or "layer": whether the mean is subtracted first
+    norm: str = "rms"  # "layer" subtracts the mean first, "rms_once" rounds after the weight
     norm_offset: float = 0.0  # added to the weight of every norm
     norm_bias: bool = False
     norms: Norms = PRE
@@ -44,6 +44,8 @@ class Structure:
     qk_norm_after_rope: bool = False
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
     rope_interleaved: bool = False  # a pair is elements 2i and 2i + 1 of a head, not i and i + E/2
+    value_norm: bool = False  # values are normalised per head, without a weight
+    layer_scalar: bool = False  # a stored number multiplies what a layer returns
     sinks: bool = False  # each head may attend to nothing, with a learned score
     names: tuple[tuple[str, str], ...] = ()  # of a layer's modules: ours, and Hugging Face's where it is another
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()  # tensors that hold several of our projections, joined by rows
@@ -77,11 +79,14 @@ class Family:
     partial_rotary: bool = False
     longrope: bool = False  # any scaling is LongRoPE, whatever it is called
     scaled_embedding: bool = False  # by the square root of the hidden size
+    global_heads: bool = False  # global layers have heads of another size, and may lack `v_proj`
+    refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)  # keys that must be off, and what they mean
     experts: ExpertFamily | None = None  # of a family whose layers are mixtures
 
 
 _RMS_OFFSET = {"norm_offset": 1.0}
 _GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "rms_norm_eps": 1e-6}
+_GEMMA4_NEUTRAL = ("vocab_size_per_layer_input", "use_double_wide_mlp", "top_k_experts", "moe_intermediate_size")
 _CAPS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 _QKV = ("qkv_proj", ("q_proj", "k_proj", "v_proj"))
@@ -94,6 +99,23 @@ _GLM = {
     "partial_rotary_factor": 0.5,
 }
 _LAYER_NORM = {"norm": "layer", "norm_bias": True}
+
+_GEMMA4 = Family(
+    structure=Structure(norm="rms_once", norms=SANDWICH, qk_norm="head", value_norm=True, layer_scalar=True),
+    scaled_embedding=True, activation="hidden_activation", windows="typed", period=6, rotated="typed",
+    partial_rotary=True, global_heads=True,
+    reads=("use_bidirectional_attention", "final_logit_softcapping", "attention_multiplier", *_GEMMA4_NEUTRAL),
+    refuses={"hidden_size_per_layer_input": "an embedding per layer, as in E2B and E4B",
+             "num_kv_shared_layers": "layers without keys of their own, as in E2B and E4B",
+             "enable_moe_block": "experts next to the MLP, as in 26B-A4B"},
+    defaults={**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "attention_multiplier": 1.0,
+              "sliding_window": 512, "num_key_value_heads": 4, "rope_theta": 1e4,
+              "hidden_size_per_layer_input": 256, "global_head_dim": 512,
+              "rope_parameters": {
+                  "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                  "full_attention": {"rope_type": "proportional", "rope_theta": 1e6,
+                                     "partial_rotary_factor": 0.25}}},
+)  # fmt: skip
 
 FAMILIES = {
     "llama": Family(mlp_bias="mlp_bias"),  # SmolLM2 too
@@ -128,6 +150,8 @@ FAMILIES = {
                   "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4,
                   "max_position_embeddings": 131_072},
     ),
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": dataclasses.replace(_GEMMA4, defaults={**_GEMMA4.defaults, "sliding_window": 1024}),
     "phi3": Family(
         structure=Structure(fused=(_QKV, _GATE_UP)), qkv_bias=False, o_bias=False, windows="every",
         partial_rotary=True, longrope=True, defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},

@@ -110,7 +110,7 @@ def parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def _attention(config: ModelConfig) -> int:
-    return config.num_layers * config.num_heads * config.head_dim
+    return sum(len(stack.layers) * config.num_heads * config.of_stack(stack).head_dim for stack in config.stacks)
 
 
 def peak_flops(device_kind: str) -> float | None:

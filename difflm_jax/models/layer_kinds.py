@@ -39,6 +39,52 @@ def layer_kinds(hf: Mapping[str, Any], family: Family, layers: int) -> LayerKind
     return LayerKinds(windows, ropes, tuple(ropes.index(rope) for rope in per_layer))
 
 
+class Heads(NamedTuple):
+    """The keys and values of a layer: their heads, the elements of each, and whether values have a projection."""
+
+    number: int
+    size: int
+    has_values: bool = True
+
+
+def global_heads(hf: Mapping[str, Any], family: Family, windows: tuple[int, ...], local: Heads) -> Heads | None:
+    """Those of the layers without a window where they differ from `local`, those of the others. None: all are alike.
+
+    transformers 5.23 reads `global_head_dim` and, with `attention_k_eq_v`, `num_global_key_value_heads`. It saves the
+    same as `per_layer_config`. Raises `UserError` naming a key.
+    """
+    if not family.global_heads:
+        return None
+    if not any(windows):
+        raise UserError("config.json: sliding_window is needed: no layer is local, but heads of local layers are given")
+    is_shared = bool(hf.get("attention_k_eq_v"))
+    given = hf.get("per_layer_config")
+    if given is None:
+        number = hf.get("num_global_key_value_heads") if is_shared else None
+        own = {"head_dim": hf["global_head_dim"], "num_key_value_heads": number or local.number}
+        return _heads(own, local, is_shared)
+    if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
+        raise UserError("config.json: per_layer_config must give an object for each layer that it names")
+    of_layer = {str(layer): own for layer, own in given.items()}
+    kinds = {False: set(), True: set()}  # is it global -> heads of its layers
+    for layer, window in enumerate(windows):
+        own, is_global = of_layer.get(str(layer), {}), not window
+        kinds[is_global].add(_heads(own, local, is_shared and is_global))
+    if kinds[False] != {local} or len(kinds[True]) > 1:
+        raise UserError("config.json: per_layer_config must say the same of all global layers, and nothing of others")
+    return next(iter(kinds[True]), None)
+
+
+def _heads(own: Mapping[str, Any], local: Heads, is_shared: bool) -> Heads:
+    if other := sorted(set(own) - {"head_dim", "num_key_value_heads"}):
+        raise UserError(f"config.json: {other[0]} of per_layer_config is not supported")
+    sizes = own.get("num_key_value_heads", local.number), own.get("head_dim", local.size)
+    for each in sizes:
+        if isinstance(each, bool) or not isinstance(each, int) or each < 1:
+            raise UserError(f"config.json: heads of global layers must be positive integers, not {str(each)[:40]}")
+    return Heads(*sizes, has_values=not is_shared)
+
+
 def _window(hf: Mapping[str, Any], family: Family) -> int | None:
     if family.windows == "none" or (family.windows.startswith("qwen") and not hf.get("use_sliding_window")):
         return None
@@ -71,7 +117,8 @@ def _layer_types(hf: Mapping[str, Any], family: Family, layers: int) -> list[str
             )
         return [SLIDING] * layers
     if given is not None:
-        return [*map(str, given[:layers]), *[FULL] * (layers - len(given))]
+        types = [*map(str, given[:layers]), *[FULL] * (layers - len(given))]
+        return [*types[:-1], FULL] if family.global_heads else types  # the last is global, as there
     if family.windows == "qwen":
         first = hf.get("max_window_layers")
         if family.rotated == "no_rope_layers":
@@ -80,7 +127,8 @@ def _layer_types(hf: Mapping[str, Any], family: Family, layers: int) -> list[str
     if family.windows == "qwen_even":
         first = hf.get("max_window_layers")
         return [SLIDING if i % 2 == 0 and i < (28 if first is None else first) else FULL for i in range(layers)]
-    return [FULL if _is_global(hf, family, i) else SLIDING for i in range(layers)]
+    types = [FULL if _is_global(hf, family, i) else SLIDING for i in range(layers)]
+    return [*types[:-1], FULL] if family.global_heads else types
 
 
 def _is_global(hf: Mapping[str, Any], family: Family, index: int) -> bool:

@@ -39,8 +39,9 @@ def stored(*_: Any) -> Any:
 class Norm(nn.Module):
     """x / rms(x) over the last axis (arXiv:1910.07467) times the weight, in float32, returned in the dtype of `x`.
 
-    `kind` "layer" subtracts the mean first (arXiv:1607.06450). `offset` is added to the weight. If heads are divided
-    over devices, and the axis or the weight is one of all heads, so is the norm.
+    `kind` "layer" subtracts the mean first (arXiv:1607.06450). "rms" without an offset is rounded before the weight, as
+    in Llama; "rms_once" is not. `offset` is added to the weight. If heads are divided over devices, and the axis or
+    the weight is one of all heads, so is the norm.
     """
 
     epsilon: float
@@ -63,6 +64,12 @@ class Norm(nn.Module):
         if self.has_variable("params", "bias"):
             x32 = x32 + self.variable("params", "bias", stored).value.astype(jnp.float32)
         return x32.astype(x.dtype)
+
+
+def without_scale(x: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) over the last axis, calculated in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -178,12 +185,16 @@ class Attention(nn.Module):
     ) -> jax.Array:
         config = self.config
         batch, length, _ = x_BTD.shape
-        projections = [Linear(self.lora, name=name) for name in ("q_proj", "k_proj", "v_proj")]
-        q, k, v = adapted(projections, x_BTD, seeds_BT, _ATTENTION_INPUT, gate_BT)
+        names = ("q_proj", "k_proj", "v_proj") if config.has_values else ("q_proj", "k_proj")
+        projections = [Linear(self.lora, name=name) for name in names]
+        q, k, *v = adapted(projections, x_BTD, seeds_BT, _ATTENTION_INPUT, gate_BT)
+        v = v[0] if v else k
         if config.qk_norm == "all":
             q, k = self._normalised(q, k)
         # As many heads as this device has.
         q_BTHE, k_BSKE, v_BSKE = (x.reshape(batch, length, -1, config.head_dim) for x in (q, k, v))
+        if config.value_norm:
+            v_BSKE = without_scale(v_BSKE, config.norm_eps)
         is_per_head = config.qk_norm in ("head", "each")
         if is_per_head and not config.qk_norm_after_rope:
             q_BTHE, k_BSKE = self._normalised(q_BTHE, k_BSKE)

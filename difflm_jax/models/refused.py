@@ -20,10 +20,12 @@ _TEXT_FAMILY = {
     "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "paligemma": "gemma or gemma2",
     "llava": "llama or mistral", "mllama": "llama", "smolvlm": "llama", "idefics3": "llama", "internvl": "qwen2",
     "gemma3": "gemma3_text", "mistral3": "ministral3 or mistral", "cohere2_vision": "cohere2",
-    "gemma3n": "gemma3_text", "exaone4_5": "exaone4",
+    "gemma3n": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text", "exaone4_5": "exaone4",
 }  # fmt: skip
 _OTHER = {
     "gemma3n_text": "its layers have embeddings of their own and share keys and values; use gemma3_text",
+    "diffusion_gemma": "it has an encoder and a decoder; use gemma4_text",
+    "diffusion_gemma_text": "it has an encoder and a decoder; use gemma4_text",
     "gpt2": "it has learned positions (wpe) and no RoPE; use llama or qwen3",
     "opt": "it has learned positions and no RoPE; use llama or qwen3",
     "bloom": "it has ALiBi and no RoPE; use llama or qwen3",
@@ -31,28 +33,6 @@ _OTHER = {
     "llama4": "its layers attend within fixed chunks (attention_chunk_size); use llama or qwen3",
     "llama4_text": "its layers attend within fixed chunks (attention_chunk_size); use llama or qwen3",
 }  # fmt: skip
-
-_GEMMA4 = (
-    "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "diffusion_gemma", "diffusion_gemma_text",
-)  # fmt: skip
-# Keys of theirs that give layers other tensors, or tie them together; none of these fits in one scanned stack.
-_GEMMA4_KEYS = {
-    "attention_k_eq_v": "global layers without v_proj",
-    "num_kv_shared_layers": "layers without keys of their own",
-    "use_double_wide_mlp": "wider MLPs",
-    "hidden_size_per_layer_input": "an embedding per layer",
-    "enable_moe_block": "experts next to the MLP",
-}
-
-
-def _gemma4(hf: Mapping[str, Any]) -> str:
-    text = hf.get("text_config")
-    text = text if isinstance(text, Mapping) else hf
-    others = [f"{key}={text[key]} ({meaning})" for key, meaning in _GEMMA4_KEYS.items() if text.get(key)]
-    return (
-        f"its local and global layers differ in head_dim{''.join(f'; {each}' for each in others)}: one stack of equal "
-        "layers cannot hold them; use gemma3_text"
-    )
 
 
 def refusal(hf: Mapping[str, Any], known: Sequence[str]) -> str:
@@ -73,8 +53,6 @@ def refusal(hf: Mapping[str, Any], known: Sequence[str]) -> str:
         return (
             f"{head}: its attention is latent (kv_lora_rank); use a model with grouped-query attention, such as qwen3"
         )
-    if model_type in _GEMMA4:
-        return f"{head}: {_gemma4(hf)}"
     if model_type in _TEXT_FAMILY or "vision_config" in hf:
         instead = _TEXT_FAMILY.get(model_type, "qwen3 or llama")
         return f"{head}: it reads images too (vision_config); use a text model of its kind ({instead})"

@@ -26,6 +26,7 @@ _KEYS = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "proportional": ((), ("factor",)),
     "yarn": (("factor",), (*_YARN, "llama_4_scaling_beta")),
     "longrope": ((*_LONG, "original_max_position_embeddings"), ("factor", "attention_factor")),
     # HunYuan's: with `alpha` it is fixed, and the other keys are not read; without, it would depend on the length
@@ -38,7 +39,8 @@ _HAS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 class RopeConfig:
     """`theta` and the scaling rule; `options` holds the rule's own keys as (name, value) pairs (hashable).
 
-    `partial` is the share of each head that is rotated, from its start.
+    `partial` is the share of each head that is rotated, from its start. Of type "proportional" all of a head is paired,
+    and that share of the pairs is rotated, those with the highest frequencies.
     """
 
     theta: float
@@ -93,7 +95,7 @@ class RopeConfig:
 
     def rotated(self, head_dim: int) -> int:
         """How many elements of a head are rotated. Raises `UserError` if they are not even in number."""
-        size = int(head_dim * self.partial)
+        size = head_dim if self.type == "proportional" else int(head_dim * self.partial)
         if size % 2 or not 0 < size <= head_dim:
             raise UserError(
                 f"config.json: partial_rotary_factor={self.partial} of head_dim={head_dim} must be an even number of "
@@ -140,6 +142,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
     if rope.type == "dynamic":
         theta *= options["alpha"] ** (size / (size - 2))
     frequencies = (theta ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))) ** -1
+    if rope.type == "proportional":
+        frequencies[int(rope.partial * head_dim // 2) :] = 0.0
+        return (frequencies / options.get("factor", 1.0)).astype(np.float32), 1.0
     if rope.type == "linear":
         return (frequencies / options["factor"]).astype(np.float32), 1.0
     if rope.type == "llama3":

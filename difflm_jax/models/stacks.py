@@ -30,8 +30,9 @@ def in_stacks(variables: dict[str, Any], config: ModelConfig, rows: int) -> dict
     params, columns = dict(variables["params"]), dict(variables.get("columns", {}))
     lora, stacks = dict(variables.get("lora", {})), {}
     params["embed_tokens"] = bits_of(params["embed_tokens"])  # else XLA makes a float32 copy of it to read a few rows
-    reads_columns = rows <= few_rows.MAX_DENSE_ROWS and config.head_dim % few_rows.LANES == 0 and not config.sinks
-    for name, _, _ in config.stacks:
+    for stack in config.stacks:
+        name, heads = stack.name, config.of_stack(stack).head_dim
+        reads_columns = rows <= few_rows.MAX_DENSE_ROWS and heads % few_rows.LANES == 0 and not config.sinks
         params[name], factors, stacks[name] = _divided(params[name], lora.get(name, {}), rows)
         if name in lora:
             lora[name] = factors

@@ -11,6 +11,7 @@ from flax import struct
 from difflm_jax.distributed.collectives import lookup, rows_together, whole_vocabulary
 from difflm_jax.models.attention import View, Window
 from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.experts import LayerStack
 from difflm_jax.models.layers import LOW_RANK, MLP, PROJECTION, Attention, norm, stored
 from difflm_jax.models.lora import LoraConfig
 from difflm_jax.models.moe import MoE
@@ -91,7 +92,10 @@ class Layer(nn.Module):
             return self._added(self._added(x_BTD, update_BTD), mlp(h_BTD, seeds_BT, gate_BT)), None
         x_BTD = self._added(x_BTD, update_BTD)
         update_BTD = mlp(self._normalised(config.norms.before_mlp, x_BTD), seeds_BT, gate_BT)
-        return self._added(x_BTD, self._normalised(config.norms.after_mlp, update_BTD)), None
+        x_BTD = self._added(x_BTD, self._normalised(config.norms.after_mlp, update_BTD))
+        if config.layer_scalar:
+            x_BTD = x_BTD * self.variable("params", "layer_scalar", stored).value.astype(x_BTD.dtype)
+        return x_BTD, None
 
     def _normalised(self, name: str | None, x_BTD: jax.Array) -> jax.Array:
         return x_BTD if name is None else norm(self.config, name)(x_BTD)
@@ -137,14 +141,12 @@ class Transformer(nn.Module):
         `lora.lora_down` for other shapes. Collections `columns` and `rows` are those of `layers.Attention`, `stacks` is
         that of `models.stacks`.
         """
-        rope = rotation(self.config.ropes, self.config.head_dim, positions_BT)
-
         layer = Layer
         if self.remat != "none":
             # Outside a loop XLA would find what is computed twice, and keep it.
             layer = nn.remat(Layer, prevent_cse=self.unroll, policy=REMAT[self.remat])
-        kinds, view = _kinds(self.config, view)
         x_BTD = self.embed(tokens_BT)
+        shared = _Shared(positions_BT, view)
         for name, members, sparse in self.config.stacks:
             layers = nn.scan(
                 layer,
@@ -158,9 +160,10 @@ class Transformer(nn.Module):
             )
             if self.on_cpu:
                 layers = nn.map_variables(layers, "params", _matrices_as_bits)
-            stack = layers(self.config, self.lora, self.attention_kernel, sparse, name=name)
-            own = jax.tree.map(lambda leaf, layers=members: leaf[layers[0] : layers[-1] + 1], kinds)
-            x_BTD, _ = stack(x_BTD, own, rope, view, seeds_BT, window, gate_BT)
+            config = self.config.of_stack(LayerStack(name, members, sparse))
+            stack = layers(config, self.lora, self.attention_kernel, sparse, name=name)
+            kinds, rope, seen = shared.of_layers(config, members)
+            x_BTD, _ = stack(x_BTD, kinds, rope, seen, seeds_BT, window, gate_BT)
         x_BTD = norm(self.config, "norm")(x_BTD)
         return x_BTD if self.config.logit_scale == 1.0 else x_BTD * self.config.logit_scale
 
@@ -174,18 +177,32 @@ class Transformer(nn.Module):
         return x_BTD if multiplier == 1.0 else x_BTD * jnp.asarray(multiplier, self.dtype)
 
 
-def _kinds(config: ModelConfig, view: View) -> tuple[LayerKind, View]:
-    """What each layer has of its own, and what they share of `view`: a window that is the same for all is in the mask.
+class _Shared:
+    """Rotations and masks that stacks share, each made once."""
 
-    A window that reaches as far as the keys do is none.
-    """
-    rope = jnp.asarray(config.layer_ropes, jnp.int32) if len(config.ropes) > 1 else None
-    index, columns = jnp.arange(config.num_layers), view.mask.shape[2]
-    windows = [width if 0 < width < columns else 0 for width in config.windows]
-    if len(set(windows)) == 1:
-        return LayerKind(index, None, rope), view.within(windows[0]) if windows[0] else view
-    windows = jnp.asarray([width or jnp.iinfo(jnp.int32).max for width in windows], jnp.int32)
-    return LayerKind(index, windows, rope), view.replace(lengths=None)
+    def __init__(self, positions_BT: jax.Array, view: View):
+        self._positions_BT, self._view = positions_BT, view
+        self._rotations: dict[Any, Rotation] = {}
+        self._views: dict[int, View] = {0: view}
+
+    def of_layers(self, config: ModelConfig, layers: tuple[int, ...]) -> tuple[LayerKind, Rotation, View]:
+        """What each of `layers` has of its own, and what they share: a window that all have is in the mask.
+
+        A window that reaches as far as the keys do is none.
+        """
+        first, end = layers[0], layers[-1] + 1
+        key = config.ropes, config.head_dim
+        if key not in self._rotations:
+            self._rotations[key] = rotation(*key, self._positions_BT)
+        rope = jnp.asarray(config.layer_ropes[first:end], jnp.int32) if len(config.ropes) > 1 else None
+        index, columns = jnp.arange(first, end), self._view.mask.shape[2]
+        windows = [width if 0 < width < columns else 0 for width in config.windows[first:end]]
+        if len(set(windows)) == 1:
+            if windows[0] not in self._views:
+                self._views[windows[0]] = self._view.within(windows[0])
+            return LayerKind(index, None, rope), self._rotations[key], self._views[windows[0]]
+        windows = jnp.asarray([width or jnp.iinfo(jnp.int32).max for width in windows], jnp.int32)
+        return LayerKind(index, windows, rope), self._rotations[key], self._view.replace(lengths=None)
 
 
 def _matrices_as_bits(params: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def table(config: ModelConfig) -> tuple[Row, ...]:
     vocabulary, hidden = config.vocab_size, config.hidden_size
     rows = [Row(("embed_tokens", "weight"), "model.embed_tokens.weight", "token_embd.weight", (vocabulary, hidden))]
     for stack in config.stacks:
-        rows += [_row(config, stack, leaf) for leaf in _layer_leaves(config, stack.sparse)]
+        rows += [_row(config, stack, leaf) for leaf in _layer_leaves(config.of_stack(stack), stack.sparse)]
     for leaf in _norm_leaves(config, "norm", "output_norm", (hidden,)):
         rows.append(Row(("norm", leaf.name), f"model.norm.{leaf.name}", f"output_norm.{leaf.name}", leaf.shape))
     if not config.tie_word_embeddings:
@@ -174,7 +174,8 @@ def _layer_leaves(config: ModelConfig, sparse: bool) -> Iterator[_Leaf]:
         ("v_proj", (kv, hidden), config.qkv_bias),
         ("o_proj", (hidden, q), config.o_bias),
     ):
-        yield from _linear_leaves(name, shape, bias)
+        if config.has_values or name != "v_proj":
+            yield from _linear_leaves(name, shape, bias)
     if config.qk_norm is not None:
         shapes = {"head": ((head,), (head,)), "each": ((heads, head), (kv_heads, head)), "all": ((q,), (kv,))}
         for name, shape in zip(("q_norm", "k_norm"), shapes[config.qk_norm], strict=True):
@@ -185,6 +186,8 @@ def _layer_leaves(config: ModelConfig, sparse: bool) -> Iterator[_Leaf]:
         yield from _norm_leaves(config, place, places[place], (hidden,))
     yield from _mixture_leaves(config, config.experts) if sparse else _mlp_leaves(config)
     yield from _norm_leaves(config, after_mlp, places[after_mlp], (hidden,))
+    if config.layer_scalar:
+        yield _Leaf("layer_scalar", "layer_output_scale", (1,), name="")
 
 
 def _mlp_leaves(config: ModelConfig) -> Iterator[_Leaf]:

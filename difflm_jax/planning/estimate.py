@@ -147,8 +147,9 @@ def sampling_estimate(config: ConfigDict, model_config: ModelConfig, sizes: Size
     is_cached = job.arguments["decoder"].diffusion.exact_cache != "none"
     lora = None if config.trained == "all" else lora_config(config)
     arguments = argument_parts(job)
-    head = model_config.num_kv_heads * model_config.head_dim
-    cache = 2 * model_config.num_layers * rows * columns * head * _itemsize(config) // sizes[2] if is_cached else 0
+    each = ((len(stack.layers), model_config.of_stack(stack)) for stack in model_config.stacks)
+    heads = sum(layers * own.num_kv_heads * own.head_dim for layers, own in each)
+    cache = 2 * rows * columns * heads * _itemsize(config) // sizes[2] if is_cached else 0
     logits = 4 * rows * block * model_config.vocab_size
     working = int(_BACKENDS[platform].canvas * logits) + _copies(config, model_config, sizes, platform)
     queries = rows * (block if is_cached else columns)
@@ -206,10 +207,12 @@ def device_bytes(tree: Any) -> int:
 
 def _part(config: ModelConfig, tensor: int) -> ModelConfig:
     """Returns the config of the narrower model that each device along `tensor` computes."""
+    own = config.global_heads
     return dataclasses.replace(
         config,
         num_heads=config.num_heads // tensor,
         num_kv_heads=config.num_kv_heads // tensor,
+        global_heads=own and own._replace(number=own.number // tensor),
         intermediate_size=config.intermediate_size // tensor,
         experts=None if config.experts is None else _part_of_experts(config.experts, tensor),
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config, Mistral3Config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config, Gemma4Config, Mistral3Config
 
 import difflm_jax
 from difflm_jax.models.lora import LoraConfig, init_lora
@@ -17,20 +17,26 @@ _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "
            "image_size": 28, "patch_size": 14}  # fmt: skip
 WHOLE = {
     "gemma3": (Gemma3Config, "gemma3_text", {"mm_tokens_per_image": 4}),
+    "gemma4": (Gemma4Config, "gemma4_text", {}),
     "mistral3": (Mistral3Config, "ministral3", {}),
 }
+
+# Gemma 4's norm of values magnifies last bits here: peft's own merge is 7e-5 from its adapter.
+_LIMITS = {"gemma3": 1e-5, "gemma4": 3e-4, "mistral3": 1e-5}
+_TOWERS = {"gemma3": "siglip_vision_model", "gemma4": "gemma4_vision", "mistral3": "pixtral"}
 
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_the_text_part_and_its_adapter_give_the_logits_of_the_whole(kind, tmp_path):
     config_class, text, own = WHOLE[kind]
     inner = {**SIZES, **FAMILIES[text], "vocab_size": 264, "model_type": text}
-    vision = {**_VISION, "model_type": "siglip_vision_model" if kind == "gemma3" else "pixtral"}
+    vision = {**_VISION, "model_type": _TOWERS[kind]}
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config_class(text_config=inner, vision_config=vision, **own))
+    spread = 0.1 if kind == "gemma4" else 0.2  # its scores are not scaled: larger weights saturate them
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(spread * torch.randn_like(parameter))
     model.float().eval().save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     lm = difflm_jax.load(tmp_path / "base", causal=True, dtype="float32")
@@ -53,8 +59,8 @@ def test_the_text_part_and_its_adapter_give_the_logits_of_the_whole(kind, tmp_pa
     tokens[:, 3] = lm.mask_token_id
     expected = theirs(adapted.eval())
     again = difflm_jax.load(tmp_path / "base", adapter=tmp_path / "adapter", causal=True, dtype="float32")
-    assert np.abs(again(tokens) - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(again(tokens) - expected).max() <= _LIMITS[kind] * np.abs(expected).max()
 
     lm.merge().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert np.abs(theirs(merged) - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(theirs(merged) - expected).max() <= _LIMITS[kind] * np.abs(expected).max()

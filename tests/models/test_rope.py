@@ -11,6 +11,8 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.rope import inverse_frequencies
 from tests.families import FAMILIES, SIZES
 
+_GEMMA4 = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "head_dim": 8, "attention_k_eq_v": True}
+
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"factor": 4.0}
 BESIDE = {"original_max_position_embeddings": 16}
@@ -95,6 +97,7 @@ def test_the_first_name_of_longrope_is_understood():
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_key_that_a_config_leaves_out_is_what_transformers_fills_in(model_type):
     needed = {"ministral3": ("rope_parameters",), "hunyuan_v1_dense": ("head_dim",), "ministral": ("head_dim",)}
+    needed |= dict.fromkeys(("gemma4_text", "gemma4_unified_text"), ("hidden_size_per_layer_input",))
     own = {key: FAMILIES[model_type][key] for key in needed.get(model_type, ())}
     sizes = {key: value for key, value in SIZES.items() if not key.endswith("_id")} | own
     filled = CONFIG_MAPPING[model_type](**sizes).to_dict()
@@ -130,12 +133,21 @@ def test_a_key_that_a_config_leaves_out_is_what_transformers_fills_in(model_type
         ({"model_type": "t5gemma", "is_encoder_decoder": True}, "is_encoder_decoder=true"),
         ({"model_type": "qwen2_5_vl", "vision_config": {}}, "reads images too (vision_config); use a text model"),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 8}, "its attention is latent (kv_lora_rank)"),
-        ({"model_type": "gemma4_text"}, "differ in head_dim: one stack"),
+        ({"model_type": "gemma4_text"}, "hidden_size_per_layer_input=256 (an embedding per layer, as in E2B and E4B)"),
         (
-            {"model_type": "gemma4", "vision_config": {}, "text_config": {"num_kv_shared_layers": 18}},
-            "differ in head_dim; num_kv_shared_layers=18 (layers without keys of their own): one stack",
+            {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 18},
+            "num_kv_shared_layers=18 (layers without keys of their own, as in E2B and E4B) is not supported",
         ),
-        ({"model_type": "diffusion_gemma_text"}, "use gemma3_text"),
+        (
+            {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "enable_moe_block": True},
+            "enable_moe_block=True (experts next to the MLP, as in 26B-A4B) is not supported",
+        ),
+        (
+            {**_GEMMA4, "per_layer_config": {"1": {"head_dim": 16, "intermediate_size": 8}}},
+            "intermediate_size of per_layer_config is not supported",
+        ),
+        ({**_GEMMA4, "per_layer_config": {"0": {"head_dim": 16}}}, "must say the same of all global layers"),
+        ({"model_type": "diffusion_gemma_text"}, "use gemma4_text"),
         ({"model_type": "gpt2"}, "it has learned positions"),
         ({"model_type": "ernie4_5_moe", "use_bias": True}, "use_bias=True is not supported"),
         ({"model_type": "phimoe", "num_local_experts": 8}, "mixtures of experts of this kind are not"),

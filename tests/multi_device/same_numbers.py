@@ -30,7 +30,7 @@ from tests.tiny import tiny_config, tiny_params
 
 ROWS, LENGTH, MASK = 16, 20, 96
 
-# Local layers and one without RoPE; its default attention_multiplier of 1 saturates the scores of random weights.
+# Local layers and one without RoPE; the default attention_multiplier of 1 saturates the scores of random weights.
 _GRANITE = {"model_type": "granite_swa", "sliding_window": 6, "layer_rope_theta": [0, 1e4, 1e4]}
 # What is divided over `tensor` with the heads: norms over all of them, weights of each; and capped logits.
 FAMILIES = {
@@ -39,6 +39,16 @@ FAMILIES = {
     "granite_swa": {**_GRANITE, "attention_multiplier": 0.06},
     "saturated": _GRANITE,
     "gemma2": {"model_type": "gemma2", "sliding_window": 6, "final_logit_softcapping": 3.0},
+    "gemma4_text": {
+        "model_type": "gemma4_text",
+        "attention_multiplier": 0.06,
+        "sliding_window": 6,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "cohere": {"model_type": "cohere", "use_qk_norm": True},
     "qwen2_moe": {
         "model_type": "qwen2_moe",

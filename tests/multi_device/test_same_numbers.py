@@ -21,6 +21,7 @@ CASES = [
     {"family": "olmo2", "trained": "all", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"family": "granite_swa", "micro_batches": 2, "mesh": [1, 2, 2], "evaluated": False},
     {"family": "gemma2", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
+    {"family": "gemma4_text", "micro_batches": 2, "mesh": [2, 2, 2], "evaluated": False},
     {"family": "cohere", "micro_batches": 2, "mesh": [1, 1, 2], "evaluated": False},
     {"family": "qwen2_moe", "quantization": "nf4", "micro_batches": 2, "mesh": [2, 2, 2]},
     {"family": "qwen2_moe", "trained": "all", "micro_batches": 2, "mesh": [1, 4, 2], "evaluated": False},
