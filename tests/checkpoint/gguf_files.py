@@ -27,6 +27,10 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
@@ -42,8 +46,16 @@ _ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
+    "qwen2_moe": "qwen2moe",
+    "mixtral": "llama",
+    "olmoe": "olmoe",
+    "granitemoe": "granitemoe",
     "gemma3_text": "gemma3",
 }
+
+
+def gguf_architecture(model_type: str) -> str:
+    return _ARCHITECTURES[model_type]
 
 
 def gguf_name(name: str, architecture: str = "llama") -> str:
@@ -52,6 +64,7 @@ def gguf_name(name: str, architecture: str = "llama") -> str:
     module, leaf = name.rsplit(".", 1)
     if module.startswith("model.layers."):
         _, _, layer, module = module.split(".", 3)
+        module = module.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe.", "mlp.")
         return f"blk.{layer}.{names[module]}.{leaf}"
     return f"{names[module]}.{leaf}"
 
@@ -87,10 +100,19 @@ def write_gguf(
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
-    if config.model_type == "qwen3_moe":
-        writer.add_expert_count(config.num_experts)
+    if hasattr(config, "num_experts_per_tok"):
+        count = "num_experts" if hasattr(config, "num_experts") else "num_local_experts"
+        writer.add_expert_count(getattr(config, count))
         writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type in ("qwen3_moe", "qwen2_moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if config.model_type == "granitemoe":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if config.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -164,9 +186,11 @@ def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
             parts = {"down_proj": array} if leaf == "down_proj" else _halves(array)
             arrays |= {f"{module}.{part}.weight": np.ascontiguousarray(each) for part, each in parts.items()}
             continue
-        if _ARCHITECTURES[config.model_type] == "llama" and ".q_proj." in name:
+        if name.endswith("shared_expert_gate.weight"):
+            array = array[0]
+        if _ARCHITECTURES[config.model_type] in ("llama", "granitemoe") and ".q_proj." in name:
             array = permute(array, config.num_attention_heads)
-        if _ARCHITECTURES[config.model_type] == "llama" and ".k_proj." in name:
+        if _ARCHITECTURES[config.model_type] in ("llama", "granitemoe") and ".k_proj." in name:
             array = permute(array, config.num_key_value_heads)
         if _ARCHITECTURES[config.model_type] == "gemma3" and name.endswith("norm.weight"):
             array = array + 1

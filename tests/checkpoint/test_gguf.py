@@ -1,12 +1,21 @@
 """Tests reading GGUF files against the weights they were written from and transformers' own GGUF loading."""
 
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+from gguf import (
+    MODEL_ARCH_NAMES,
+    MODEL_TENSORS,
+    TENSOR_NAMES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    RopeScalingType,
+)
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -15,7 +24,7 @@ from difflm_jax.checkpoint.source import open_source
 from difflm_jax.errors import UserError
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.rope import RopeConfig, inverse_frequencies
-from tests.checkpoint.gguf_files import write_gguf
+from tests.checkpoint.gguf_files import gguf_architecture, write_gguf
 from tests.families import torch_model
 from tests.tiny import params_from_state_dict
 
@@ -156,6 +165,30 @@ def test_qwen3_moe_as_transformers_reads_it(kind, tmp_path, our_logits, their_lo
     assert (np.abs(their_logits(model, tokens_BL) - expected).max() > 1e-4) == (kind != "F32")
 
 
+_MIXTURES = {
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4},
+    "granitemoe": {"num_local_experts": 4, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+                   "attention_multiplier": 0.2, "logits_scaling": 2.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", _MIXTURES)
+def test_other_mixtures_are_the_models_that_their_files_were_made_of(model_type, tmp_path, our_logits, their_logits):
+    """Names are those of the gguf package; rows of q and k are permuted where llama.cpp's converter does it."""
+    model = torch_model(model_type, num_hidden_layers=2, num_experts_per_tok=2, **_MIXTURES[model_type])
+    path = write_gguf(tmp_path / "model.gguf", model)
+    written = {re.sub(r"\.\d+\.", ".{bid}.", each.name).rpartition(".")[0] for each in GGUFReader(path).tensors}
+    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == gguf_architecture(model_type))
+    assert written <= {TENSOR_NAMES[each] for each in MODEL_TENSORS[architecture]}
+    source = open_source(str(path))
+    tokens_BL = np.random.default_rng(0).integers(3, 100, (2, 12))
+    expected = their_logits(model, tokens_BL)
+    ours = our_logits(source.config, load_params(source, "float32"), tokens_BL)
+    assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
 def test_experts_of_another_number_and_what_llama_cpp_does_not_read(tmp_path):
     model = torch_model("qwen3_moe", **QWEN3_MOE, moe_intermediate_size=32)
     path = write_gguf(tmp_path / "a.gguf", model, metadata=lambda writer: writer.add_expert_count(3))
@@ -212,7 +245,7 @@ def test_frequency_factors_of_llama_3(tmp_path, tiny_model):
         (lambda w: w.add_rope_scaling_type(RopeScalingType.LONGROPE), "rope.scaling.type 'longrope'"),
         (lambda w: w.add_rope_scaling_attn_factors(1.2), "llama.rope.scaling.attn_factor"),
         (lambda w: w.add_sliding_window(16), "llama.attention.sliding_window"),
-        (lambda w: w.add_expert_count(8), "llama.expert_count"),
+        (lambda w: w.add_expert_count(8), "metadata lacks llama.expert_used_count"),
         (lambda w: w.add_logit_scale(0.5), "llama.logit_scale"),
         (lambda w: w.add_attention_scale(0.5), "llama.attention.scale"),
         (lambda w: w.add_residual_scale(0.5), "llama.residual_scale"),

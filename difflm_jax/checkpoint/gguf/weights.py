@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from transformers import PreTrainedTokenizerBase
 
 from difflm_jax.checkpoint.gguf.header import check_header
+from difflm_jax.checkpoint.gguf.mixtures import MIXTURES, mixture_config, mixture_of
 from difflm_jax.checkpoint.gguf.reader import Reader
 from difflm_jax.checkpoint.gguf.tokenizer import build_tokenizer
 from difflm_jax.checkpoint.safetensors import TensorFiles
@@ -27,7 +28,6 @@ _ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 _SIZES = {
@@ -37,11 +37,6 @@ _SIZES = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
-_EXPERTS = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
 }
 _ROPE_SCALING = {
     "factor": "factor",
@@ -61,6 +56,7 @@ _NEUTRAL_AT = {
     "residual_scale": 1.0,
     "rope.scaling.attn_factor": 1.0,
 }
+_SHARED_GATE = ".shared_expert_gate.weight"
 _ROPE_FREQS = "rope_freqs.weight"
 _PERMUTED = {"self_attn.q_proj": "num_heads", "self_attn.k_proj": "num_kv_heads"}
 
@@ -85,15 +81,19 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
     tensors.pop(_ROPE_FREQS, None)  # it is in the config now
     named = _by_hf_name(tensors, config)
     shapes = {name: _shape(tensor)[0 if expert is None else 1 :] for name, (tensor, expert) in named.items()}
+    for name in (name for name in named if name.endswith(_SHARED_GATE)):  # llama.cpp has a vector
+        shapes[name] = (1, *shapes[name][-1:])
+    mixture = MIXTURES.get(metadata.architecture)
+    is_permuted = metadata.architecture == "llama" or (mixture is not None and mixture.permuted)
 
     def read(name: str) -> np.ndarray:
         array = _dequantize(path, *named[name])
         for module, heads in _PERMUTED.items():
-            if metadata.architecture == "llama" and f".{module}." in name:
+            if is_permuted and f".{module}." in name:
                 array = _unpermute(array, getattr(config, heads))
         if config.norm_offset and "norm.weight" in name:  # llama.cpp's converter adds it
             array = array - np.float32(config.norm_offset)
-        return array
+        return array.reshape(shapes[name]) if name.endswith(_SHARED_GATE) else array
 
     return hf_config, TensorFiles(shapes, read), lambda: build_tokenizer(metadata)
 
@@ -132,8 +132,8 @@ class _Metadata:
         if (self.get("split.count") or 1) > 1:
             raise UserError(f"{path}: is one of {self.get('split.count')} parts; join them with gguf-split --merge")
         self.architecture = self.get("general.architecture")
-        if self.architecture not in _ARCHITECTURES:
-            known = ", ".join(_ARCHITECTURES)
+        if self.architecture not in _ARCHITECTURES | MIXTURES:
+            known = ", ".join(sorted(_ARCHITECTURES | MIXTURES))
             raise UserError(f"{path}: architecture {self.architecture!r} is not supported (known: {known})")
 
     def get(self, key: str) -> Any:
@@ -156,7 +156,10 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
         raise UserError(f"{path}: has no token_embd.weight")
     if missing := [key for key in _SIZES if values.get(key) is None]:
         raise UserError(f"{path}: metadata lacks {', '.join(f'{metadata.architecture}.{key}' for key in missing)}")
-    model_type, architecture = _ARCHITECTURES[metadata.architecture]
+    mixture = mixture_of(metadata.architecture, values)
+    model_type, architecture = (
+        (mixture.model_type, mixture.class_name) if mixture else _ARCHITECTURES[metadata.architecture]
+    )
     hf_config = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -180,8 +183,8 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
     hf_config["rope_scaling"] = _rope_scaling(path, values, hf_config, tensors.get(_ROPE_FREQS))
     if model_type == "gemma3_text":
         hf_config |= _gemma3(values, hf_config)
-    if model_type == "qwen3_moe":
-        hf_config |= _qwen3_moe(path, values)
+    if mixture is not None:
+        hf_config |= mixture_config(path, metadata.architecture, values, hf_config)
     if strange := [key for key, value in values.items() if not _is_neutral(key, value, hf_config)]:
         named = ", ".join(f"{metadata.architecture}.{key}" for key in strange)
         raise UserError(f"{path}: metadata that cannot be represented: {named}")
@@ -222,20 +225,6 @@ def _gemma3(values: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, Any]
         "final_logit_softcapping": values.pop("final_logit_softcapping", None) or None,
         "attn_logit_softcapping": values.pop("attn_logit_softcapping", None) or None,
     }
-
-
-def _qwen3_moe(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """What a Qwen3-MoE file says of its experts (taken out of `values`).
-
-    The rest is llama.cpp's, src/models/qwen3moe.cpp: every layer is sparse, and the weights of a token's experts are a
-    softmax over all of them, divided by their sum.
-    """
-    if missing := [f"qwen3moe.{key}" for key in _EXPERTS if values.get(key) is None]:
-        raise UserError(f"{path}: metadata lacks {', '.join(missing)}")
-    if values.pop("expert_weights_norm", True) is not True:
-        raise UserError(f"{path}: metadata that cannot be represented: qwen3moe.expert_weights_norm=false")
-    read = {name: values.pop(key) for key, name in _EXPERTS.items()}
-    return read | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def _head_dim(path: Path, hf_config: dict[str, Any]) -> int:
