@@ -79,11 +79,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def torch_model(model_type: str, **changes: Any) -> PreTrainedModel:
-    """A random float32 model of transformers in which no parameter is at zero or one."""
+    """A random float32 model of transformers in which no parameter or stored buffer is at zero or one."""
     torch.manual_seed(0)
     hf_config = CONFIG_MAPPING[model_type](**{**SIZES, **changes})
     model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").eval().float()
-    with torch.no_grad():
-        for parameter in model.parameters():  # the library's own init leaves biases at zero and attention flat
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    stored = model.state_dict().keys()
+    buffers = [each for name, each in model.named_buffers() if name in stored and each.is_floating_point()]
+    with torch.no_grad():  # the library's own init leaves biases at zero and attention flat
+        for tensor in [*model.parameters(), *buffers]:
+            tensor.add_(0.2 * torch.randn_like(tensor))
     return model
