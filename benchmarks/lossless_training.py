@@ -3,12 +3,15 @@
     python -m benchmarks.lossless_training --model=DIRECTORY_OR_GGUF [--batch=4 --length=192 --anchors=8 --rows=4]
 
 The peer is what one writes with transformers and peft: the clean rows without the adapter and without a gradient, their
-key-value cache, and then the noise rows after each anchor under a mask of four dimensions; the loss is the
-cross-entropy with the base's choices, and AdamW updates the adapter. Both get the same tokens, anchors and sizes, and
-take turns. `--dtype=float32` is the default of the draft objective on a CPU without AMX.
+key-value cache, and then the noise rows after each anchor under a mask of four dimensions. The loss is the
+cross-entropy with the base's choices, and AdamW updates the adapter. Both get the same tokens and sizes, in turns.
+
+Each is timed in two ways: with the clean rows in each step, and with their keys kept from an earlier epoch. The
+training loop keeps them from the second epoch on.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from difflm_jax.diffusion.lossless import Draft
 from difflm_jax.distributed.mesh import make_mesh
 from difflm_jax.distributed.sharding import batch_sharding, place, place_rows
 from difflm_jax.models.lora import ADAPTABLE, LoraConfig, init_lora
+from difflm_jax.training.clean_copies import CleanCopies
 from difflm_jax.training.optimizer import clip_by_global_norm
 from difflm_jax.training.step import StepOptions, TrainState, make_train_step
 
@@ -39,10 +43,15 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--chunk", type=int, default=512)
     add_report_flags(parser, rounds=5)
     options = parser.parse_args()
     tokens = np.random.default_rng(0).integers(10, 40_000, (options.batch, options.length)).astype(np.int32)
-    ways = {"difflm_jax": ours(tokens, options), "torch + peft": peer(tokens, options)}
+    lm = difflm_jax.load(options.model, dtype=options.dtype, causal=True)
+    ways = {"difflm_jax": ours(lm, tokens, options, kept=True)}
+    ways["difflm_jax, clean rows in each step"] = ours(lm, tokens, options, kept=False)
+    ways |= peers(tokens, options)
     noise = options.batch * options.anchors * options.rows
     seconds = alternating(ways, options.rounds, warm_up=2)
     found = [
@@ -57,17 +66,16 @@ def main() -> None:
     report("lossless_training", options, found, "noise_rows_per_second")
 
 
-def ours(tokens: np.ndarray, options: argparse.Namespace) -> Callable[[int], Any]:
-    """A step of the training loop's own program."""
-    lm = difflm_jax.load(options.model, dtype=options.dtype, causal=True)
+def ours(lm: Any, tokens: np.ndarray, options: argparse.Namespace, kept: bool) -> Callable[[int], Any]:
+    """A step of the training loop's own program. `kept`: with clean copies, as in the second epoch."""
     lora_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0)
     lora = init_lora(jax.random.key(0), lm.params, lora_config, None)
     diffusion = lm.with_diffusion(gated=True, noise="uniform", draft_length=options.rows).diffusion
     draft = Draft(rows=options.rows, curriculum=(options.rows,), anchors=options.anchors)
-    model = lm.model.clone(lora=lora_config, remat="full")
+    model = lm.model.clone(lora=lora_config, remat=options.remat)
     optimizer = optax.chain(clip_by_global_norm(1.0), optax.scale_by_adam())
     mesh = make_mesh(1, 1, 1)
-    step_options = StepOptions(model, Corruption(diffusion, scope="answer", draft=draft), 128)
+    step_options = StepOptions(model, Corruption(diffusion, scope="answer", draft=draft), options.chunk)
     step = make_train_step(step_options, optimizer, lambda _: 1e-3, mesh)
     frozen = place({"params": lm.params}, mesh)
     state = place(TrainState({"lora": lora}, optimizer.init({"lora": lora})), mesh)
@@ -80,18 +88,21 @@ def ours(tokens: np.ndarray, options: argparse.Namespace) -> Callable[[int], Any
         example_ids=np.arange(batch, dtype=np.int32),
         strata=np.arange(batch) / batch,
     )
-    rows = place_rows(jax.tree.map(lambda x: np.asarray(x)[None], rows), batch_sharding(mesh))
+    fields = {name: np.asarray(x)[None] for name, x in vars(rows).items() if x is not None}
+    copies = CleanCopies(step_options, mesh, frozen, 4.0, 64) if kept else None
 
     def run(number: int) -> Any:
         nonlocal state
-        state, metrics = step(frozen, state, rows, jax.random.key(5), jnp.int32(number + 2))
+        batch = CleanBatch(**fields) if copies is None else copies.added(fields)
+        batch = place_rows(batch, batch_sharding(mesh))
+        state, metrics = step(frozen, state, batch, jax.random.key(5), jnp.int32(number + 2))
         return metrics["grad_norm"]
 
     return run
 
 
-def peer(tokens: np.ndarray, options: argparse.Namespace) -> Callable[[int], Any]:
-    """The same step in torch, transformers and peft."""
+def peers(tokens: np.ndarray, options: argparse.Namespace) -> dict[str, Callable[[int], Any]]:
+    """The same step in torch, transformers and peft, with the clean rows in each step, and with their keys kept."""
     import torch
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
@@ -112,16 +123,21 @@ def peer(tokens: np.ndarray, options: argparse.Namespace) -> Callable[[int], Any
     weights = 0.8 ** (depth - 1).float()
     rng = np.random.default_rng(1)
 
-    def run(_: int) -> None:
+    def columns() -> list[tuple[Any, Any]]:
+        with torch.no_grad(), model.disable_adapter():
+            out = model(clean, use_cache=True, logits_to_keep=1)
+        return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+    found = columns()
+
+    def run(kept: bool, _: int) -> None:
         anchors = np.stack(
             [rng.permutation(np.arange(PROMPT, length - options.rows - 2))[: options.anchors] for _ in tokens]
         )
         at = torch.tensor(np.repeat(anchors, options.rows, axis=1))
-        with torch.no_grad(), model.disable_adapter():
-            out = model(clean, use_cache=True, logits_to_keep=1)
         cache = DynamicCache()
-        for i, layer in enumerate(out.past_key_values.layers):
-            cache.update(layer.keys, layer.values, i)
+        for i, (keys, values) in enumerate(found if kept else columns()):
+            cache.update(keys, values, i)
         known = torch.arange(length) <= at[..., None]
         seen = torch.cat([known, own.expand(batch, -1, -1)], dim=-1)[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
@@ -134,7 +150,10 @@ def peer(tokens: np.ndarray, options: argparse.Namespace) -> Callable[[int], Any
         optimizer.step()
         optimizer.zero_grad()
 
-    return run
+    return {
+        "torch + peft": functools.partial(run, False),
+        "torch + peft, keys kept": functools.partial(run, True),
+    }
 
 
 if __name__ == "__main__":

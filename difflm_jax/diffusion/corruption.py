@@ -5,7 +5,7 @@ same step on another mesh hides the same tokens.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,7 @@ class CleanBatch(_Fields):
     """Rows of one or several examples, padded on the right: arrays [B, L] named as `difflm_jax.data.fields.FIELDS`."""
 
     row_lengths: jax.Array | None = None  # [B] int32, real tokens if each row is one example; None: packed rows
+    clean: Any = None  # `lossless.CleanCopy` of the rows under the draft objective, if it was kept; rows first
 
     @classmethod
     def of_rows(cls, tokens, lengths, answer_mask, prompt_lengths, example_ids, strata) -> "CleanBatch":

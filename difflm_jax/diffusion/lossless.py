@@ -1,8 +1,9 @@
 """The draft objective: noise rows after a clean text learn what the causal base says there (Uno, arXiv:2609.04010).
 
 Row j after column p sees the base's keys and values of columns 0..p and the noise rows before it. It learns the base's
-token p + j + 1. The clean copy runs once, without the adapter and without gradient. So a step costs a forward pass of
-the clean rows and a training step of the noise rows.
+token p + j + 1. The clean copy is never differentiated: it runs without the adapter, and only its keys and values are
+read. They never change, so that a batch may carry those of an earlier step (`CleanBatch.clean`). A step then costs the
+noise rows alone.
 """
 
 import dataclasses
@@ -52,7 +53,16 @@ class Draft:
     anchors: int = setting(8, "Places per row and step after which noise rows are inserted.", within=POSITIVE)
     prompts: int = setting(2000, "Prompts of the training split that are regenerated; 0: all.", within=NOT_NEGATIVE)
     answer_tokens: int = setting(128, "Maximum number of tokens of a regenerated answer.", within=POSITIVE)
+    keep_gib: float = setting(
+        4.0, "Host memory for the base's keys and values of training rows, which later epochs read; 0: none.",
+        within=NOT_NEGATIVE,
+    )  # fmt: skip
     steps: int = 1
+
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether the loss reads more of the base than its keys and values."""
+        return self.loss != "argmax" or self.answers == "own"
 
     def rows_at(self, index: jax.Array | int) -> jax.Array:
         """Returns int32 []: noise rows after an anchor at step `index`."""
@@ -62,6 +72,14 @@ class Draft:
     def most_anchors(self, train: bool) -> int:
         """Returns the largest number of anchors per row: that with the fewest noise rows of the curriculum."""
         return self.anchors * self.rows // min(*self.curriculum, self.rows) if train else self.anchors
+
+
+@struct.dataclass
+class CleanCopy:
+    """What noise rows read of the base's pass over the clean text, rows first. It is never differentiated."""
+
+    columns: Any  # keys and values of each stack of layers, [B, N, K, L, E]
+    hidden: jax.Array | None  # [B, L, D]; None where `Draft.needs_distribution` is false
 
 
 @struct.dataclass
@@ -121,16 +139,16 @@ def draft_sums(
     """
     diffusion, draft = corruption.diffusion, corruption.draft
     rows = noise_rows(batch, corruption.scope, draft, key, index, train)
-    clean_BLD, columns = _clean_copy(model, diffusion, variables["params"], batch)
+    clean = batch.clean if batch.clean is not None else clean_copy(model, corruption, variables["params"], batch)
     hidden_BMD = model.apply(
-        {**variables, "columns": columns},
+        {**variables, "columns": _layers_first(clean.columns)},
         _noise(rows, batch, draft, diffusion, key, model.config.vocab_size),
         rows.at(batch.positions) + rows.depths,
         _view(rows, batch),
         _dropout_seeds(rows, batch, key) if train else None,
     )
     weights_BM = rows.valid * DEPTH_DECAY ** (rows.depths - 1.0)
-    teacher_BMD = rows.at(clean_BLD, rows.depths)
+    teacher_BMD = rows.at(clean.hidden, rows.depths) if draft.needs_distribution else None
     targets_BM = rows.at(batch.tokens, rows.depths + 1)
     if draft.answers == "own":
         targets_BM = _outputs(model, diffusion, variables, teacher_BMD).argmax(axis=-1).astype(jnp.int32)
@@ -187,10 +205,12 @@ def draft_logits(
     key: jax.Array,
 ) -> jax.Array:
     """Returns float32 logits [B, M, V] of the noise `rows` after clean text, as in a drafting pass."""
-    _, columns = _clean_copy(model, diffusion, variables["params"], batch)
+    clean = clean_copy(model, Corruption(diffusion, draft=draft), variables["params"], batch)
     noise = _noise(rows, batch, draft, diffusion, key, model.config.vocab_size)
     positions = rows.at(batch.positions) + rows.depths
-    hidden_BMD = model.apply({**variables, "columns": columns}, noise, positions, _view(rows, batch))
+    hidden_BMD = model.apply(
+        {**variables, "columns": _layers_first(clean.columns)}, noise, positions, _view(rows, batch)
+    )
     return _outputs(model, diffusion, variables, hidden_BMD)
 
 
@@ -210,14 +230,17 @@ def accepted_drafts(reached: Any, count: Any) -> dict[str, Any]:
     }
 
 
-def _clean_copy(model: Transformer, diffusion: DiffusionConfig, params: Any, batch: CleanBatch):
-    """Returns (hidden states [B, L, D] of the base, its keys and values as columns), both without gradient."""
+def clean_copy(model: Transformer, corruption: Corruption, params: Any, batch: CleanBatch) -> CleanCopy:
+    """Returns what the base's pass over the clean rows of `batch` leaves for noise rows."""
     layout = Layout(batch.positions, batch.segments != 0, batch.prompt_lengths, batch.segments)
-    base = model.clone(lora=None, remat="none")
-    hidden_BLD, kept = base.apply(
-        {"params": params}, batch.tokens, batch.positions, diffusion.causal().view(layout), mutable=["rows"]
-    )
-    return jax.lax.stop_gradient((hidden_BLD, kept["rows"]))
+    base, view = model.clone(lora=None, remat="none"), corruption.diffusion.causal().view(layout)
+    hidden_BLD, kept = base.apply({"params": params}, batch.tokens, batch.positions, view, mutable=["rows"])
+    columns = jax.tree.map(lambda x_NBKLE: jnp.moveaxis(x_NBKLE, 0, 1), kept["rows"])
+    return jax.lax.stop_gradient(CleanCopy(columns, hidden_BLD if corruption.draft.needs_distribution else None))
+
+
+def _layers_first(columns: Any) -> Any:
+    return jax.tree.map(lambda x_BNKLE: jnp.moveaxis(x_BNKLE, 1, 0), columns)
 
 
 def _view(rows: NoiseRows, batch: CleanBatch) -> View:

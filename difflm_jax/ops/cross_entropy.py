@@ -60,7 +60,11 @@ def scored_cross_entropy(
     computed together with the loss: the backward pass costs no product with the head, and a frozen head has no
     gradient. The number of chunks follows the number of scored positions, not M.
     """
-    static = (chunk, (outputs.forbidden_id, outputs.vocab_size or head_VD.shape[0], outputs.softcap))
+    # A chunk is padded to its size: one larger than all positions would only multiply padding with the head.
+    static = (
+        min(chunk, hidden_MD.shape[0]),
+        (outputs.forbidden_id, outputs.vocab_size or head_VD.shape[0], outputs.softcap),
+    )
     return _cross_entropy(*static, hidden_MD, head_VD, targets_M, weights_M, teacher)
 
 

@@ -25,6 +25,7 @@ from difflm_jax.evaluation.masked import Evaluator, by_rate, summarise
 from difflm_jax.models.transformer import Transformer
 from difflm_jax.training.cadence import Cadence
 from difflm_jax.training.checkpoints import Checkpoints, Restored, shapes_of
+from difflm_jax.training.clean_copies import CleanCopies, clean_copies
 from difflm_jax.training.interruption import StopRequest
 from difflm_jax.training.meter import Measured, Meter, Throughput
 from difflm_jax.training.metrics import MetricsLog
@@ -94,7 +95,8 @@ def run_phase(
     meter = make_meter(phase, cadence, out, resumed)
     heartbeat = Heartbeat(out.directory, data.config.heartbeat_seconds, data.name, total)
     duties = Duties(heartbeat, _profile(data, out), meter)
-    next_batch, key = _reader(phase, done), phase_key(data.name, data.config.seed)
+    copies = clean_copies(data, options, phase.mesh, phase.frozen)
+    next_batch, key = _reader(phase, done, copies), phase_key(data.name, data.config.seed)
 
     with contextlib.closing(duties):
         for step in range(done + 1, total + 1):
@@ -136,8 +138,11 @@ def _profile(data: PhaseData, out: Outputs) -> Profile:
     return Profile(out.directory / "profile" / data.name, settings.first_step, settings.steps)
 
 
-def _reader(phase: Phase, done: int) -> Callable[[], tuple[CleanBatch, float]]:
-    """Returns a function that returns the next batch after step `done`, on the mesh, and the seconds waited for it."""
+def _reader(phase: Phase, done: int, copies: CleanCopies | None) -> Callable[[], tuple[CleanBatch, float]]:
+    """Returns a function that gives the next batch after step `done`, on the mesh, and the seconds waited for it.
+
+    `copies` adds the clean copies that it keeps.
+    """
     config, sharding = phase.data.config, batch_sharding(phase.mesh)
     local_rows = rows_of_process(phase.mesh, config.batch_size)
     iterator = prefetch(phase.data.train_batches(local_rows), done, config.dataloader_num_workers)
@@ -146,7 +151,7 @@ def _reader(phase: Phase, done: int) -> Callable[[], tuple[CleanBatch, float]]:
         began = time.perf_counter()
         batch = next(iterator)
         waited = time.perf_counter() - began
-        return place_rows(CleanBatch(**batch), sharding), waited
+        return place_rows(CleanBatch(**batch) if copies is None else copies.added(batch), sharding), waited
 
     return next_batch
 

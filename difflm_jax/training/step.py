@@ -12,6 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from difflm_jax.diffusion.corruption import CleanBatch, Corruption
+from difflm_jax.diffusion.lossless import CleanCopy, clean_copy
 from difflm_jax.diffusion.objective import RATE_BUCKETS, LossSums, loss_sums
 from difflm_jax.distributed.collectives import DATA, FSDP, ROW_AXES, varies
 from difflm_jax.distributed.sharding import rows_spec, specs
@@ -119,6 +120,22 @@ def make_eval_step(options: StepOptions, mesh: Mesh) -> Callable[..., LossSums]:
     def sharded(variables: Tree, batch: CleanBatch, key: jax.Array) -> LossSums:
         in_specs = (specs(variables, mesh), rows_spec(), whole)
         return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=whole)(variables, batch, key)
+
+    return jax.jit(sharded)
+
+
+def make_clean_step(options: StepOptions, mesh: Mesh) -> Callable[[Tree, CleanBatch], CleanCopy]:
+    """Returns `step(frozen, batch) -> CleanCopy` for arrays [B, ...], the first half of a step of the draft objective.
+
+    The axis `tensor` must have one device: what divides the heads would divide the copy.
+    """
+
+    def step(frozen: Tree, batch: CleanBatch) -> CleanCopy:
+        return clean_copy(options.model, options.corruption, frozen["params"], batch)
+
+    def sharded(frozen: Tree, batch: CleanBatch) -> CleanCopy:
+        rows = rows_spec(leading=0)
+        return jax.shard_map(step, mesh=mesh, in_specs=(specs(frozen, mesh), rows), out_specs=rows)(frozen, batch)
 
     return jax.jit(sharded)
 
