@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     config.lr_schedule = "linear"
     config.warmup_steps = 10
 
+    config.remat = "none"  # noise rows are few
     config.log_interval = 10
     config.log_frequency_per_epoch = 1
     config.sample_prompts = 2

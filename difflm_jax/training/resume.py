@@ -34,7 +34,7 @@ _FREE = (
     "output_dir", "mesh.", "cache_dir", "dataloader_num_workers", "pin_memory", "keep_checkpoints", "profile.",
     "heartbeat_seconds",
     "wandb_config.", "log_interval", "report.", "remat", "attention_kernel", "loss_chunk", "max_nonfinite_steps",
-    "unroll_layers",
+    "unroll_layers", "draft.keep_gib",
 )  # fmt: skip
 
 

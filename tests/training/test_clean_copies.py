@@ -64,7 +64,7 @@ def trainer(mesh_shape, draft):
 EPOCHS = [batch(np.arange(EXAMPLES)), batch(np.arange(EXAMPLES)[::-1], 48)]  # an example's place and width change
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss": "kl"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, pytest.param({"loss": "kl"}, marks=pytest.mark.slow)], ids=str)
 def test_losses_do_not_depend_on_what_is_kept(settings, monkeypatch):
     """Kept, computed again each time, kept in part: the same bits; and those of a step that runs its clean rows."""
     passes = []
