@@ -4,6 +4,7 @@ Tokens are sorted by expert, so that the rows of each are together (`ops.grouped
 divided over `tensor`, a device computes what its own experts give to all tokens, and the results are summed.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,7 +118,7 @@ class RoutedExperts(nn.Module):
         order = jnp.argsort(here, stable=True)
         back = jnp.argsort(order)
         sizes_X = jnp.bincount(here, length=count).astype(jnp.int32)
-        rows = _permuted(jnp.repeat(x_MD, experts.per_token, axis=0), order, back)
+        rows = _spread(x_MD, order, back, experts.per_token)
         gates = None if gate_MR is None else jnp.repeat(gate_MR, experts.per_token, axis=0)[order]
         inner = _activated(self.config, *(y.astype(jnp.float32) for y in projected([gate, up], rows, sizes_X, gates)))
         y = projected([down], inner.astype(x_MD.dtype), sizes_X, gates)[0]
@@ -169,6 +170,23 @@ def _activated(config: ModelConfig, gate: jax.Array, up: jax.Array) -> jax.Array
     limit, alpha = config.experts.clamp
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * nn.sigmoid(alpha * gate) * (up + 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x_MD: jax.Array, order: jax.Array, back: jax.Array, per_token: int) -> jax.Array:
+    """Each row `per_token` times, [M K, D], in `order`; `back` is its inverse. Both passes are gathers."""
+    return x_MD[order // per_token]
+
+
+def _spread_forward(x_MD: jax.Array, order: jax.Array, back: jax.Array, per_token: int) -> tuple[jax.Array, Any]:
+    return x_MD[order // per_token], back
+
+
+def _spread_backward(per_token: int, back: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    return gradient[back].reshape(-1, per_token, gradient.shape[-1]).sum(axis=1), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 @jax.custom_vjp
