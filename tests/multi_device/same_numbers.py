@@ -105,7 +105,7 @@ def rows_of_a_step() -> dict[str, np.ndarray]:
         example_ids=np.arange(ROWS, dtype=np.int32),
         strata=np.arange(ROWS) / ROWS,
     )
-    return {name: np.asarray(field) for name, field in vars(rows).items()}
+    return {name: np.asarray(field) for name, field in vars(rows).items() if field is not None}
 
 
 def micro_batched(count: int) -> CleanBatch:
