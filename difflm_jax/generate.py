@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from difflm_jax.checkpoint.memory import check_weights
 from difflm_jax.cli import (
     define_model_flags,
     define_sampling_flags,
@@ -25,7 +26,6 @@ from difflm_jax.cli import (
 )
 from difflm_jax.errors import UserError
 from difflm_jax.lm import Generation, LanguageModel
-from difflm_jax.planning.memory import check_weights
 from difflm_jax.sampling.grammar.grammar import Grammar
 from difflm_jax.sampling.options import sampling_options
 from difflm_jax.sampling.watch import Watcher

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
 from difflm_jax.checkpoint.hf import check_quantization
+from difflm_jax.checkpoint.memory import check_weights
 from difflm_jax.checkpoint.peft import Adapter, load_adapter
 from difflm_jax.checkpoint.peft_merged import merged_source
 from difflm_jax.checkpoint.source import Source, open_source
@@ -71,6 +72,7 @@ def load(  # noqa: PLR0913 - the public face, kept stable
     mask_token: str | None = None,
     revision: str | None = None,
     block_length: int | None = None,
+    check_fit: bool = True,
 ) -> LanguageModel:
     """Loads a Hugging Face directory, a hub id or a `.gguf` file, with a PEFT adapter if one is given.
 
@@ -78,8 +80,9 @@ def load(  # noqa: PLR0913 - the public face, kept stable
     the merged checkpoint was trained for, else "full" and False. `causal=True` is the base's own attention (with the
     shift it was trained with). `quantization` stores the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
     the block size too); a checkpoint that bitsandbytes quantised stays unchanged. `dtype` "auto" is what this machine
-    computes fastest (`difflm_jax.utils.dtypes`). Without an adapter the model is the checkpoint as stored. Raises
-    `UserError` for anything that cannot be represented.
+    computes fastest (`difflm_jax.utils.dtypes`). Without an adapter the model is the checkpoint as stored.
+    `check_fit` refuses weights that exceed the memory of this machine before they are read, and prints a note if they
+    leave little of it. Raises `UserError` for that and for anything that cannot be represented.
     """
     if causal:
         attention, logit_shift = "causal", True if logit_shift is None else logit_shift
@@ -94,7 +97,10 @@ def load(  # noqa: PLR0913 - the public face, kept stable
         block_length=block_length,
         logit_shift=logit_shift,
     )
-    return open_model(spec).with_weights()
+    lm = open_model(spec)
+    if check_fit and (note := check_weights(lm, "quantization", "check_fit=False")):
+        print(f"note: {note}", file=sys.stderr)
+    return lm.with_weights()
 
 
 def load_model(

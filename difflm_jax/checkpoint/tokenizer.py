@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from difflm_jax.checkpoint.safetensors import read_json
 from difflm_jax.errors import UserError, one_line
 
+# Classes that tokenizer.json describes completely: what is saved of a tokenizer by transformers 5 and before.
+_PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 # A text that all splitting rules in use split differently: indented numbers, contractions, case, spaces, scripts.
@@ -70,11 +72,15 @@ def _missing_packages(directory: Path) -> str:
 
 
 def _as_transformers_does(directory: Path) -> PreTrainedTokenizerBase:
-    # Imported here: `AutoTokenizer` takes two seconds if PyTorch is installed, and a .gguf file does not need it.
+    config = directory / "tokenizer_config.json"
+    named = read_json(config).get("tokenizer_class") if config.is_file() else None
+    is_plain = named in _PLAIN and (directory / "tokenizer.json").is_file()
+    if is_plain and not (directory / "config.json").is_file():  # without a config.json the class decides, not the model
+        return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    # Imported here: `AutoTokenizer` takes two seconds and 200 MB if PyTorch is installed.
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
-    named = directory / "tokenizer_config.json"
-    if named.is_file() and read_json(named).get("tokenizer_class") == "DreamTokenizer":
+    if named == "DreamTokenizer":
         return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)  # DreamTokenizer is a copy of it
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from difflm_jax.checkpoint.hf import check_quantization
+from difflm_jax.checkpoint.memory import free_bytes
 from difflm_jax.config.files import load_config
 from difflm_jax.distributed.mesh import abstract_mesh
 from difflm_jax.errors import UserError
@@ -18,7 +19,6 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.planning.chips import GIB
 from difflm_jax.planning.estimate import device_bytes, sampling_estimate
 from difflm_jax.planning.jobs import Generation, sampling_job
-from difflm_jax.planning.memory import free_bytes
 from difflm_jax.quant import QuantConfig
 
 _TIGHT = 0.85  # share of the free memory

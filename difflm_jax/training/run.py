@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from difflm_jax.checkpoint.diffusion_config import read_diffusion_config
+from difflm_jax.checkpoint.memory import check_weights
 from difflm_jax.config.files import CONVERTED, notes, phase_config, to_json
 from difflm_jax.data.batches import describe, split
 from difflm_jax.data.examples import Options
@@ -22,7 +23,6 @@ from difflm_jax.lm import LanguageModel
 from difflm_jax.loading import open_model, spec_of_config
 from difflm_jax.models.config import ModelConfig
 from difflm_jax.ops.attention_kernels import check_kernel
-from difflm_jax.planning.memory import check_weights
 from difflm_jax.quant import QuantConfig
 from difflm_jax.sampling.options import SPECULATIVE
 from difflm_jax.training.checkpoints import Checkpoints, shapes_of

@@ -1,6 +1,7 @@
 """Tests tokenizers of Hugging Face directories: tokenizer.json decides, and `tokenizers` is the oracle."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -62,6 +63,24 @@ def test_a_tokenizer_that_transformers_reads_right_stays_of_its_class(folder, ca
     path = folder("TokenizersBackend", "llama")
     assert type(load_tokenizer(path)) is type(AutoTokenizer.from_pretrained(path))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("tokenizer_class", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_the_tokenizer_of_an_adapter_is_that_of_transformers_and_does_not_wait_for_pytorch(folder, tokenizer_class):
+    path = folder(tokenizer_class, "llama")
+    (path / "config.json").unlink()  # an adapter has none
+    ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map and ours.init_kwargs == theirs.init_kwargs
+    assert ours.chat_template == theirs.chat_template
+    assert ours(TEXT)["input_ids"] == theirs(TEXT)["input_ids"]
+    code = (
+        "import sys; from pathlib import Path; from difflm_jax.checkpoint.tokenizer import load_tokenizer; "
+        "load_tokenizer(Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 def test_a_sentencepiece_file_alone_names_the_package_that_is_missing(tmp_path, monkeypatch):

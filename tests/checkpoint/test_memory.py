@@ -1,4 +1,4 @@
-"""generate and train refuse weights that exceed memory before they read them, and refuse nothing else."""
+"""load, generate and train refuse weights that exceed memory before they read them, and refuse nothing else."""
 
 import time
 
@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from difflm_jax import UserError, generate, train
+from difflm_jax.checkpoint import memory
 from difflm_jax.cli import run_command
 from difflm_jax.loading import ModelSpec, load, open_model
-from difflm_jax.planning import memory
 from tests.tiny_checkpoint import save_tiny_model
 
 
@@ -69,6 +69,19 @@ def test_generate_refuses_before_it_reads_and_obeys_its_flag(tiny_dir, pretended
     assert "will not fit: needs" in message and "--nocheck_fit loads it all the same" in message
     with pytest.raises(pytest.fail.Exception, match="weights were read"):
         run_command(generate.main, generate.FLAGS, "", [*arguments, "--nocheck_fit"])
+
+
+def test_load_refuses_before_it_reads_and_obeys_its_argument(tiny_dir, pretended, unread, capsys):
+    pretended(1000)
+    with pytest.raises(UserError, match=r"will not fit: needs .*; check_fit=False loads it all the same"):
+        load(tiny_dir)
+    with pytest.raises(pytest.fail.Exception, match="weights were read"):
+        load(tiny_dir, check_fit=False)
+    assert capsys.readouterr().err == ""
+    pretended(2**40, free=1000)
+    with pytest.raises(pytest.fail.Exception, match="weights were read"):
+        load(tiny_dir)
+    assert "note: memory is tight" in capsys.readouterr().err
 
 
 def test_train_refuses_before_it_reads_and_writes_nothing(tiny_dir, tmp_path, pretended, unread, capsys):

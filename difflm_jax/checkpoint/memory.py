@@ -1,26 +1,39 @@
 """Checks whether the weights of an opened model fit into memory before they are read. Nothing is traced.
 
-Only weights are counted, so a refused model could not have run. `fit` and `plan` estimate everything else.
+Only weights are counted, so a refused model could not have run. `planning` estimates everything else.
 """
 
 import contextlib
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from difflm_jax.checkpoint.hf import abstract_params, check_quantization
+from difflm_jax.checkpoint.source import Source
 from difflm_jax.errors import UserError
-from difflm_jax.lm import LanguageModel
+from difflm_jax.models.config import ModelConfig
+from difflm_jax.models.transformer import Transformer
 from difflm_jax.quant import QuantConfig
 
 _GIB = 2**30
 _TIGHT = 0.85  # share of the free memory
 
 
+class OpenModel(Protocol):
+    """What is read of a `LanguageModel`, which may be without its weights."""
+
+    source: Source
+    model: Transformer
+    quantization: QuantConfig | None
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
 def check_weights(
-    lm: LanguageModel, flag: str, override: str, is_divided: bool = False, are_trained: bool = False
+    lm: OpenModel, flag: str, override: str, is_divided: bool = False, are_trained: bool = False
 ) -> str | None:
     """Returns a note if the weights leave little free memory, else None. Raises `UserError` if they exceed all memory.
 
@@ -42,7 +55,7 @@ def check_weights(
     return None
 
 
-def weight_bytes(lm: LanguageModel, dtype: Any, quantization: QuantConfig | None) -> int:
+def weight_bytes(lm: OpenModel, dtype: Any, quantization: QuantConfig | None) -> int:
     """Returns the bytes of the weights of `lm` in this form. A partly quantised checkpoint counts as quantised."""
     leaves = jax.tree.leaves(abstract_params(lm.config, dtype, quantization))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -68,7 +81,7 @@ def free_bytes() -> int | None:
     return sum(found) if found else _pages("SC_AVPHYS_PAGES")
 
 
-def _smaller(lm: LanguageModel, flag: str, room: int) -> list[str]:
+def _smaller(lm: OpenModel, flag: str, room: int) -> list[str]:
     """Returns the flags that make the weights fit into `room` bytes, the gentlest first."""
     ways = []
     for name in ("int8", "nf4") if lm.quantization is None else ():
