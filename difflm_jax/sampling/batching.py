@@ -150,7 +150,8 @@ def check_seed(seed: int) -> None:
 def _fill(
     decoder: Decoder, prompts: Sequence[np.ndarray], rests: Sequence[np.ndarray], plan: Plan, options: FillOptions
 ) -> Filled:
-    """Samples in batches of equal shape, filled up with copies of their first row; rows of a longer set take turns."""
+    """Samples in batches of equal shape (`rows_of_batch`), filled up with copies of their first row; rows of a longer
+    set take turns."""
     sampling, batch_size, host = options.sampling, options.batch_size, options.host
     check_positive("batch_size", batch_size)
     check_seed(options.seed)
@@ -167,6 +168,7 @@ def _fill(
     rows = [np.concatenate(parts) for parts in zip(prompts, rests, strict=True)]
     keys = row_keys(options.seed, rows)
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    batch_size = rows_of_batch(len(prompts), batch_size)
     if decoder.mesh is not None:  # rows are divided over the devices
         batch_size += -batch_size % row_shards(decoder.mesh)
 
@@ -206,6 +208,14 @@ def _in_batches(
         else:
             carry = fill_stepwise(decoder, plan, canvas, options.sampling, rows, options.host)
         yield from zip(rows, to_host(carry.tokens), to_host(carry.passes).tolist(), strict=False)
+
+
+def rows_of_batch(count: int, batch_size: int) -> int:
+    """Returns the rows that `count` prompts are computed in: the next power of two, at most `batch_size`.
+
+    A single prompt would else take the time and memory of `batch_size` rows.
+    """
+    return min(batch_size, 1 << (max(count, 1) - 1).bit_length())
 
 
 def batches_shown(rows: int, batch_size: int) -> Progress:

@@ -16,6 +16,7 @@ from difflm_jax.sampling.batching import (
     check_positive,
     check_seed,
     row_keys,
+    rows_of_batch,
     width_bucket,
 )
 from difflm_jax.sampling.caches import Decoder
@@ -97,7 +98,7 @@ def continue_rows(
     # As for the canvas of the diffusion loop, so that a watched generation draws the same tokens.
     masks = np.full(max_new_tokens, decoder.diffusion.mask_token_id, np.int32)
     keys = row_keys(options.seed, [np.concatenate([prompt, masks]) for prompt in prompts])
-    batch_size = min(options.batch_size, 1 << (max(len(prompts), 1) - 1).bit_length())
+    batch_size = rows_of_batch(len(prompts), options.batch_size)
     if decoder.mesh is not None:  # rows are divided over the devices
         batch_size += -batch_size % row_shards(decoder.mesh)
     observer = Observer(watch, ended)

@@ -228,6 +228,18 @@ def test_a_new_prompt_another_threshold_and_another_batch_do_not_compile_again(l
     assert caches.fill_on("cpu")._cache_size() == before + 1
 
 
+def test_one_prompt_takes_the_time_of_one_row_and_its_answer_is_that_of_a_full_batch(load):
+    lm = load("full")
+    options = {"max_new_tokens": 8, "block_length": 4}
+    alone = lm.generate(prompts()[:1], batch_size=1, **options)
+    before = caches.fill_on("cpu")._cache_size()
+    assert lm.generate(prompts()[:1], **options).tokens[0].tolist() == alone.tokens[0].tolist()
+    assert caches.fill_on("cpu")._cache_size() == before  # the program of one row again
+    full = lm.generate(prompts()[:1] * 16, batch_size=16, **options)
+    assert caches.fill_on("cpu")._cache_size() == before + 1
+    assert all(row.tolist() == alone.tokens[0].tolist() for row in full.tokens)
+
+
 @pytest.mark.parametrize("algorithm", ["probability", "steady", "origin"])
 def test_another_number_of_passes_does_not_compile_again(load, algorithm):
     lm = load("full")
