@@ -1,4 +1,4 @@
-"""The shape of a model, read from a Hugging Face `config.json`; what cannot be represented is refused by name."""
+"""Reads the shape of a model from a Hugging Face `config.json`, and refuses unsupported keys by name."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ _ACTIVATIONS = {
     "relu2": "relu2", "xielu": "xielu",
 }  # fmt: skip
 
-# Keys that change the result in ways this model does not represent, unless they hold one of these values or their
+# Keys that change the result in ways this model does not represent. They must have one of these values, unless the
 # family reads them.
 _ONLY = {
     "hidden_act": tuple(_ACTIVATIONS),
@@ -34,7 +34,7 @@ _ONLY = {
     "qk_layernorm": (False, None),
     "use_bias": (False, None),
     "clip_qkv": (None,),
-    "quantization_config": (None,),  # `checkpoint.source` takes out the kinds that can be read
+    "quantization_config": (None,),  # `checkpoint.source` removes the supported kinds
     "auto_map": (None, {}),
 }
 _BIDIRECTIONAL = "use_bidirectional_attention"
@@ -47,7 +47,7 @@ _READ = {
     _BIDIRECTIONAL,
 }  # fmt: skip
 
-# Keys that say how a model was trained, stored or is served, and change nothing here.
+# Keys about training, storage or serving, which change nothing here.
 _NEUTRAL = {
     "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
     "initializer_range", "torch_dtype", "dtype", "transformers_version", "transformers.js_config", "use_cache",
@@ -59,7 +59,7 @@ _NEUTRAL = {
 
 KNOWN_KEYS = _READ | _NEUTRAL | set(_ONLY)
 
-# What a key must be if it is there and not null; integers are checked where they are read.
+# The type of a key that is present and not null. Integers are checked where they are read.
 _NUMBERS = (
     "rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon", "rope_theta", "rope_local_base_freq",
     "partial_rotary_factor", "sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping",
@@ -76,7 +76,7 @@ _TYPES = {
                "attention_out_bias", "use_parallel_residual", "use_qk_norm"),
     ),
 }  # fmt: skip
-_MAX_LAYERS, _MAX_SIZE = 10_000, 2**31 - 1  # names and shapes are made of these before any file is compared with them
+_MAX_LAYERS, _MAX_SIZE = 10_000, 2**31 - 1  # names and shapes are built from these before any file is read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,9 @@ class ModelConfig(Structure):
     """A decoder: its sizes, and (inherited) how its family differs from Llama.
 
     `vocab_size` is the number of embedding rows, which may exceed the tokenizer's. `head_dim` need not be
-    `hidden_size / num_heads`. `windows` has one entry per layer: a token sees keys at a distance below it (0: at any).
-    `layer_ropes` is the index of each layer's RoPE in `ropes`, whose None is none. `attention_scale` multiplies the
-    scores, `logit_scale` the logits; a cap c turns x into c tanh(x / c).
+    `hidden_size / num_heads`. `windows` has one entry per layer: a token sees keys at a smaller distance (0: all keys).
+    `layer_ropes` has the index of each layer's RoPE in `ropes`; None in `ropes` means no RoPE. `attention_scale`
+    multiplies the scores and `logit_scale` the logits. A cap c turns x into c tanh(x / c).
     """
 
     model_type: str
@@ -113,24 +113,24 @@ class ModelConfig(Structure):
     attention_softcap: float | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    global_heads: Heads | None = None  # of layers without a window, where they differ from the others
-    has_values: bool = True  # else values are the result of `k_proj`
-    experts: Experts | None = None  # of the layers that are mixtures
-    decoder: str = "model"  # the path of the decoder in transformers' model of the checkpoint
+    global_heads: Heads | None = None  # heads of layers without a window, if they differ from the others
+    has_values: bool = True  # if False, `k_proj` also returns the values
+    experts: Experts | None = None  # the mixtures; None if every layer is dense
+    decoder: str = "model"  # path of the decoder in transformers' model
 
     @property
     def rope(self) -> RopeConfig:
-        """The RoPE of a model that has one for all layers; else the first."""
+        """The RoPE of all layers, or the first one if they differ."""
         return next(rope for rope in self.ropes if rope is not None)
 
     @property
     def stacks(self) -> tuple[LayerStack, ...]:
-        """The layers, as the tree of weights has them: a stack for each run of layers of one kind."""
+        """The layers as stacked in the tree of weights: one stack per run of layers of the same kind."""
         sparse = (False,) * self.num_layers if self.experts is None else self.experts.sparse
         return stacks_of(sparse, tuple(self.global_heads is not None and not window for window in self.windows))
 
     def of_stack(self, stack: LayerStack) -> "ModelConfig":
-        """The config of a stack's layers: the model's own, or with their heads and RoPE if `global_heads` differ."""
+        """Returns the config of a stack's layers: this one, or with their heads and RoPE if `global_heads` is set."""
         if self.global_heads is None:
             return self
         layer = stack.layers[0]
@@ -148,7 +148,7 @@ class ModelConfig(Structure):
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
-        """Reads the dictionary of a `config.json`. Raises `UserError` for what this model cannot represent."""
+        """Reads the dictionary of a `config.json`. Raises `UserError` if this model cannot represent it."""
         _check_types(hf)
         model_type = hf.get("model_type")
         family = FAMILIES.get(model_type)
@@ -205,13 +205,13 @@ class ModelConfig(Structure):
 
 
 def unknown_keys(hf: dict[str, Any]) -> list[str]:
-    """Keys of a `config.json` that nothing here reads, to be announced rather than skipped in silence."""
+    """Returns the keys of a `config.json` that nothing here reads, so that the caller can report them."""
     family = FAMILIES.get(hf.get("model_type"), Family())
     return sorted(set(hf) - KNOWN_KEYS - _own_keys(family))
 
 
 def _own_keys(family: Family) -> set[str]:
-    """The keys that a family reads beyond those of all."""
+    """Returns the keys that a family reads in addition to the common ones."""
     named = (family.epsilon, family.activation, family.qkv_bias, family.o_bias, family.mlp_bias, family.qk_norm_key)
     heads = ("num_global_key_value_heads", "attention_k_eq_v", "per_layer_config") if family.global_heads else ()
     own = {*family.reads, *family.defaults, *family.refuses, *heads, *(key for key in named if isinstance(key, str))}
@@ -223,7 +223,7 @@ def _check_known(hf: dict[str, Any], family: Family) -> None:
     for key, allowed in _ONLY.items():
         if key in hf and hf[key] not in allowed and (key not in _own_keys(family) or key == family.activation):
             raise UserError(f"config.json: {key}={_short(hf[key])} is not supported for model_type {model_type!r}")
-    if hf.get(_BIDIRECTIONAL) not in (None, False, "vision"):  # "vision": tokens of images alone, in Gemma 4
+    if hf.get(_BIDIRECTIONAL) not in (None, False, "vision"):  # "vision" (Gemma 4): image tokens only
         raise UserError(
             f"config.json: {_BIDIRECTIONAL}={_short(hf[_BIDIRECTIONAL])}: such a model is an encoder already, and has "
             "no causal base to convert"
@@ -274,7 +274,7 @@ def _activation(hf: dict[str, Any], family: Family) -> str:
     name = hf.get(family.activation) or "silu"
     if name not in _ACTIVATIONS:
         raise UserError(f"config.json: {family.activation}={_short(name)} is not supported")
-    if family.scaled_embedding and name == "gelu":  # Gemma's releases say gelu and mean its approximation
+    if family.scaled_embedding and name == "gelu":  # Gemma's releases say gelu but use the tanh approximation
         return "gelu_tanh"
     if name == "xielu" and family.structure.gated_mlp:
         raise UserError(f"config.json: {family.activation}='xielu' is not supported for {hf['model_type']!r}")
@@ -286,7 +286,10 @@ def _flag(hf: dict[str, Any], key: str | bool) -> bool:
 
 
 def _longest(hf: dict[str, Any], ropes: tuple[RopeConfig | None, ...]) -> int:
-    """LongRoPE has other frequencies for rows beyond the original length; they are not represented."""
+    """Returns the longest supported row.
+
+    LongRoPE uses other frequencies beyond the original length. They are not implemented, so that length is the limit.
+    """
     longest = _integer(hf, "max_position_embeddings")
     if any(rope is not None and rope.type == "longrope" for rope in ropes):
         return min(longest, int(ropes[0].option("original_max_position_embeddings")))

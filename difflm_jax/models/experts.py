@@ -1,4 +1,4 @@
-"""Mixtures of experts as data: what a family's `config.json` says of its router and experts."""
+"""Mixtures of experts as data: the router and experts that a `config.json` describes."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,31 +11,32 @@ from difflm_jax.errors import UserError
 class ExpertNames:
     """Hugging Face's names of the parts of a mixture, within a layer.
 
-    `stored` says how checkpoints hold routed experts: "each" (a tensor for every expert), "fused" (gate and up of all
-    in one tensor [X, 2F, D]) or "interleaved" ([X, D, 2F], gate in the even places, with biases and maybe in MXFP4).
+    `stored` is the layout of routed experts in checkpoints: "each" (one tensor per expert), "fused" (gate and up of all
+    experts in one tensor [X, 2F, D]) or "interleaved". The last is [X, D, 2F] with gate at even indices, with biases
+    and possibly in MXFP4.
     """
 
     block: str = "mlp"
     router: str = "gate"
-    correction: str = ""  # a bias that counts in the choice of experts, and not in their weights
-    correction_axes: int = 1  # of that tensor: [X] or [1, X]
-    projections: tuple[tuple[str, str], ...] = ()  # ours, and theirs where it is another
+    correction: str = ""  # a bias that affects the choice of experts but not their weights
+    correction_axes: int = 1  # 1 if that tensor is [X], 2 if [1, X]
+    projections: tuple[tuple[str, str], ...] = ()  # (our name, their name) where they differ
     shared: str = ""
     shared_gate: str = ""
     module: str = "mlp.experts"  # the module of routed experts in transformers' model
     stored: str = "each"
     gate_up: str = "experts.gate_up_proj"
     down: str = "experts.down_proj"
-    in_memory: tuple[tuple[str, str], ...] = ()  # parts of names that transformers has in memory, and checkpoints'
+    in_memory: tuple[tuple[str, str], ...] = ()  # (part of a name in transformers' memory, in checkpoints)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertFamily:
-    """How the mixtures of a family differ, and the keys of `config.json` that say so; a value may be a constant.
+    """How the mixtures of a family differ, and the keys of `config.json` that describe them. A value may be a constant.
 
-    `layers` says which layers are sparse: "all", "qwen" (`decoder_sparse_step`, `mlp_only_layers`), "ernie"
+    `layers` is the rule for sparse layers: "all", "qwen" (`decoder_sparse_step`, `mlp_only_layers`), "ernie"
     (`moe_layer_start_index`, `moe_layer_end_index`, `moe_layer_interval`) or "first_dense" (`first_k_dense_replace`).
-    `shared` is the key of the width of shared experts, or, with `shared_is_count`, of their number.
+    `shared` is the key of the width of shared experts; with `shared_is_count`, of their number.
     """
 
     names: ExpertNames = ExpertNames()
@@ -46,31 +47,31 @@ class ExpertFamily:
     score: str = "softmax"  # or "sigmoid"
     normalised: str | bool = True
     scale: str = ""
-    groups: tuple[str, str] | None = None  # keys: groups of experts, and how many of them a token chooses from
+    groups: tuple[str, str] | None = None  # keys: number of groups, and how many a token chooses from
     router_bias: bool = False
-    bias: bool = False  # of the experts' projections
+    bias: bool = False  # bias of the experts' projections
     shared: str = ""
     shared_is_count: bool = False
     clamped: bool = False  # SwiGLU with limits (`swiglu_limit`, `swiglu_alpha`)
 
     def keys(self) -> set[str]:
-        """The keys of `config.json` that this reads."""
+        """Returns the keys of `config.json` that this family reads."""
         named = {*self.count, *self.per_token, self.width, self.scale, self.shared, *(self.groups or ())}
         clamp = {"swiglu_limit", "swiglu_alpha"} if self.clamped else set()
         normalised = {self.normalised} if isinstance(self.normalised, str) else set()
         return (named | clamp | normalised | set(_SPARSE[self.layers].keys) | TRAINING) - {""}
 
 
-# Keys of the loss that balances experts in pretraining, and of noise in training: nothing here depends on them.
+# Keys of the load-balancing loss and of router noise in pretraining. Nothing here depends on them.
 TRAINING = {"router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "router_z_loss_coef"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The mixture of a model: X = `count` experts of `width`, of which a token has `per_token`.
+    """The mixture of a model: X = `count` experts of `width`; each token is routed to `per_token` of them.
 
-    `sparse` has one entry per layer: False where the layer has one dense MLP instead. `groups` are (how many there
-    are, how many a token chooses from). `clamp` are SwiGLU's (limit, alpha).
+    `sparse` has one entry per layer, False if the layer has one dense MLP instead. `groups` is (number of groups, how
+    many a token chooses from). `clamp` is SwiGLU's (limit, alpha).
     """
 
     count: int
@@ -89,7 +90,7 @@ class Experts:
 
 
 class LayerStack(NamedTuple):
-    """Consecutive layers of one kind, which one scan runs: a collection of the model has them under `name`."""
+    """Consecutive layers of one kind, run by one scan. `name` is their key in each collection of the model."""
 
     name: str
     layers: tuple[int, ...]
@@ -97,7 +98,10 @@ class LayerStack(NamedTuple):
 
 
 def stacks_of(sparse: tuple[bool, ...], heads: tuple[bool, ...]) -> tuple[LayerStack, ...]:
-    """The stacks of a model in order: runs of layers that agree in `sparse` and `heads`. A single one is `layers`."""
+    """Returns the stacks of a model in order: runs of layers with equal `sparse` and `heads`.
+
+    A single stack is called `layers`; of several, each is called `layers_` plus its first layer.
+    """
     layers, kinds = len(sparse), list(zip(sparse, heads, strict=True))
     starts = [i for i in range(layers) if i == 0 or kinds[i] != kinds[i - 1]]
     if len(starts) == 1:
@@ -109,7 +113,7 @@ def stacks_of(sparse: tuple[bool, ...], heads: tuple[bool, ...]) -> tuple[LayerS
 
 
 def experts_of(hf: Mapping[str, Any], family: ExpertFamily | None, layers: int) -> Experts | None:
-    """The mixture that `hf` describes, with the family's defaults filled in. Raises `UserError` naming a key."""
+    """Reads the mixture from `hf`, which already has the family's defaults. Raises `UserError` naming a key."""
     if family is None:
         return None
     count, per_token = _one_of(hf, family.count), _one_of(hf, family.per_token)
@@ -142,7 +146,7 @@ def experts_of(hf: Mapping[str, Any], family: ExpertFamily | None, layers: int) 
 
 
 def unstated(defaults: Mapping[str, Any], family: ExpertFamily, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` without those of keys that `hf` has under another spelling."""
+    """Returns `defaults` without the keys that `hf` has under another spelling."""
     stated = {key for keys in (family.count, family.per_token) if any(hf.get(each) is not None for each in keys)
               for key in keys}  # fmt: skip
     return {key: value for key, value in defaults.items() if key not in stated}
@@ -185,7 +189,7 @@ _SPARSE = {
 
 
 def _one_of(hf: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """A positive integer that may stand under any of `keys`, and under several if they agree."""
+    """Reads a positive integer from any of `keys`. Several of them may be present if they agree."""
     stated = [key for key in keys if hf.get(key) is not None] or list(keys)
     value = _positive(hf, stated[0])
     if odd := [f"{key}={str(hf[key])[:40]}" for key in stated[1:] if hf.get(key) != value]:

@@ -1,7 +1,7 @@
-"""Model families as data: a row says how a family differs from Llama, and where its `config.json` says so.
+"""Model families as data: each row lists the differences from Llama and the keys of `config.json` that set them.
 
-Every row was read off the modelling code of transformers 5.23, which `tests/models/test_oracle.py` compares it with.
-To add a family, add a row here and a tiny model there.
+The rows follow the modelling code of transformers 5.23; `tests/models/test_oracle.py` compares them with it. To add a
+family, add a row here and a tiny model there.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from difflm_jax.models.experts import ExpertFamily, ExpertNames
 
 
 class Norms(NamedTuple):
-    """The norms of a layer by their place, under Hugging Face's names; None where there is none."""
+    """Hugging Face's names of the norms of a layer, by position; None if the layer lacks that norm."""
 
     before_attention: str | None
     after_attention: str | None
@@ -31,7 +31,7 @@ _PARALLEL = Norms("input_layernorm", None, None, None)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Structure:
-    """What all models of a family share. The defaults are Llama's."""
+    """The structure that all models of a family share. The defaults are Llama's."""
 
     norm: str = "rms"  # "layer" subtracts the mean first, "rms_once" rounds after the weight
     norm_offset: float = 0.0  # added to the weight of every norm
@@ -42,30 +42,34 @@ class Structure:
         None  # "head": one weight [E]; "each": one for each head [H, E]; "all": over all heads [H * E]
     )
     qk_norm_after_rope: bool = False
-    gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
+    gated_mlp: bool = True  # down(act(gate(x)) * up(x)), or down(act(up(x))) if False
     rope_interleaved: bool = False  # a pair is elements 2i and 2i + 1 of a head, not i and i + E/2
     value_norm: bool = False  # values are normalised per head, without a weight
-    layer_scalar: bool = False  # a stored number multiplies what a layer returns
+    layer_scalar: bool = False  # the output of a layer is multiplied by a stored number
     sinks: bool = False  # each head may attend to nothing, with a learned score
-    names: tuple[tuple[str, str], ...] = ()  # of a layer's modules: ours, and Hugging Face's where it is another
-    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()  # tensors that hold several of our projections, joined by rows
+    names: tuple[tuple[str, str], ...] = ()  # modules of a layer: (our name, Hugging Face's) where they differ
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()  # tensors with several of our projections, joined by rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A row. `defaults` are those of keys that `config.json` may leave out; a bias is a key or a constant.
+    """A row of the table. `defaults` are for keys that `config.json` may omit. A bias is a key or a constant.
 
-    `windows` says which layers `sliding_window` is for: "none", "every", "typed" (those that `layer_types` calls
-    sliding; by default all but one of `period`, of which the last, or the first, is global) or, only with
-    `use_sliding_window`, "qwen" (typed, by default those from `max_window_layers` on), "qwen_even" (typed, by default
-    the even ones below it) and "qwen_every". `rotated` says which layers have RoPE: "all", "sliding", "unless_global"
-    (the sliding ones, or all in a model without a window), "no_rope_layers" or "layer_rope_theta"; "typed" gives each
-    type of layer a RoPE of its own.
+    `windows` is the rule for layers with `sliding_window`:
+
+    - "none" and "every";
+    - "typed": layers that `layer_types` calls sliding. By default, one layer in `period` is global: the last, or the
+      first with `first_is_global`;
+    - "qwen", "qwen_even" and "qwen_every" require `use_sliding_window`. The first two are typed; by default layers
+      from `max_window_layers` on, or even layers below it, are sliding.
+
+    `rotated` is the rule for layers with RoPE: "all", "sliding", "unless_global" (sliding layers, or all in a model
+    without a window), "no_rope_layers" or "layer_rope_theta". "typed" gives each type of layer its own RoPE.
     """
 
     structure: Structure = Structure()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    reads: tuple[str, ...] = ()  # keys of its own: multipliers, caps and what `windows` and `rotated` need
+    reads: tuple[str, ...] = ()  # its own keys: multipliers, caps, and those of `windows` and `rotated`
     epsilon: str = "rms_norm_eps"
     activation: str = "hidden_act"
     qkv_bias: str | bool = "attention_bias"
@@ -77,11 +81,11 @@ class Family:
     first_is_global: bool = False
     rotated: str = "all"
     partial_rotary: bool = False
-    longrope: bool = False  # any scaling is LongRoPE, whatever it is called
-    scaled_embedding: bool = False  # by the square root of the hidden size
-    global_heads: bool = False  # global layers have heads of another size, and may lack `v_proj`
-    refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)  # keys that must be off, and what they mean
-    experts: ExpertFamily | None = None  # of a family whose layers are mixtures
+    longrope: bool = False  # any scaling is LongRoPE, under any name
+    scaled_embedding: bool = False  # multiplied by the square root of the hidden size
+    global_heads: bool = False  # global layers have their own head size, and may lack `v_proj`
+    refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)  # keys that must be off, with their meaning
+    experts: ExpertFamily | None = None  # None for a family of dense models
 
 
 _RMS_OFFSET = {"norm_offset": 1.0}
@@ -123,7 +127,7 @@ FAMILIES = {
         qkv_bias=False, o_bias=False, windows="every",
         defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     ),
-    # Qwen2 has biases of q, k and v alone, whatever attention_bias says
+    # Qwen2 has biases of q, k and v only, whatever attention_bias says
     "qwen2": Family(qkv_bias=True, o_bias=False, windows="qwen"),
     "qwen3": Family(structure=Structure(qk_norm="head"), windows="qwen", defaults={"head_dim": 128}),
     "gemma": Family(
@@ -146,7 +150,7 @@ FAMILIES = {
         reads=("use_bidirectional_attention", "rope_local_base_freq", "sliding_window_pattern", *_CAPS),
         defaults={**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
                   "sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
-                  # sizes that the text_config of Gemma 3 4B leaves out
+                  # sizes that the text_config of Gemma 3 4B omits
                   "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4,
                   "max_position_embeddings": 131_072},
     ),

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and what share of the hardware's peak they are."""
+"""Floating-point operations of forward passes and training steps, and their share of the hardware's peak (MFU)."""
 
 import math
 
@@ -9,7 +9,7 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.lora import LoraConfig, is_adapted
 from difflm_jax.models.weights import table
 
-# Dense bfloat16 peak of one device in FLOP/s by the beginning of jax's `device_kind`, from the vendors' data sheets
+# Dense bfloat16 peak of one device in FLOP/s, by prefix of jax's `device_kind`. Source: the vendors' data sheets
 # (cloud.google.com/tpu/docs, NVIDIA's architecture white papers; figures "with sparsity" halved). A TPU v2 or v3
 # device is one of the two cores of a chip.
 _PEAK = {
@@ -40,8 +40,12 @@ _PEAK = {
 
 @struct.dataclass
 class Work:
-    """What passes through a model: `tokens` through its layers, `pairs` of a query and a key in each layer's attention,
-    and `scored` tokens whose logits are made. Numbers, or float32 scalars of a step."""
+    """The amount of work of a pass, as numbers or as float32 scalars of a step.
+
+    tokens: tokens that pass through the layers.
+    pairs: pairs of a query and a key in the attention of one layer.
+    scored: tokens whose logits are computed.
+    """
 
     tokens: float | jax.Array
     pairs: float | jax.Array
@@ -49,28 +53,29 @@ class Work:
 
 
 def forward_flops(config: ModelConfig, lora: LoraConfig | None, work: Work) -> float:
-    """FLOPs of the matrix products of a forward pass: layers and output head. Element-wise work is not counted."""
+    """Counts the FLOPs of the matmuls of a forward pass: layers and output head. Element-wise work is not counted."""
     base, adapted = _weights(config, lora)
     layers = 2 * (base + adapted) * work.tokens + 4 * _attention(config) * work.pairs
     return float(layers + 2 * config.hidden_size * config.vocab_size * work.scored)
 
 
 def train_flops(config: ModelConfig, lora: LoraConfig | None, work: Work, remat: str = "none") -> float:
-    """FLOPs of the matrix products of a training step, forward and backward.
+    """Counts the FLOPs of the matmuls of a training step, forward and backward.
 
-    With P weights in the projections of all layers, P_lora in the factors, N layers, H heads of E and a head of D x V:
+    P is the number of weights in the projections of all layers, P_lora in the factors. There are N layers, H heads of
+    size E, and an output head of D x V:
 
-        forward of the layers   F = (2 P + 2 P_lora) tokens + 4 N H E pairs   (two products per pair in attention)
+        forward of the layers   F = (2 P + 2 P_lora) tokens + 4 N H E pairs   (two matmuls per pair in attention)
         backward                (2 P + 4 P_lora) tokens + 8 N H E pairs       (the frozen base needs no weight gradient)
         output head             4 D V scored                                  (logits, and their gradient to the states)
         remat                   "full": F again; "save_attention": F again without attention
 
     Without `lora` every weight is trained: backward 4 P tokens + 8 N H E pairs, and 6 D V for the head.
 
-    This is the count of Kaplan et al. (arXiv:2001.08361, section 2.1: 2 FLOPs per weight and token forward, 4 backward)
-    without the weight gradients of what is frozen. The mask row counts as trained, so the backward pass reaches the
-    first layer whatever the target modules. Model FLOPs in the sense of PaLM (arXiv:2204.02311, appendix B) are those
-    of remat "none".
+    This is the count of Kaplan et al. (arXiv:2001.08361, section 2.1: 2 FLOPs per weight and token forward, 4
+    backward), without the weight gradients of frozen weights. The mask row counts as trained, so the backward pass
+    reaches the first layer for all target modules. Use remat "none" for model FLOPs as PaLM defines them
+    (arXiv:2204.02311, appendix B).
     """
     base, adapted = _weights(config, lora)
     attention = _attention(config) * work.pairs
@@ -83,12 +88,12 @@ def train_flops(config: ModelConfig, lora: LoraConfig | None, work: Work, remat:
 
 
 def train_flops_per_token(config: ModelConfig, length: int, lora: LoraConfig | None) -> float:
-    """`train_flops` per token of rows of `length` tokens, all pairs of a row and the logits of every token counted."""
+    """Returns `train_flops` per token for rows of `length`, with all pairs of a row and the logits of every token."""
     return train_flops(config, lora, Work(1, length, 1))
 
 
 def _weights(config: ModelConfig, lora: LoraConfig | None) -> tuple[int, int]:
-    """Weights of the projections of all layers that a token passes through, and of their factors."""
+    """Counts the weights of the projections that a token passes through, and those of their low-rank factors."""
     base = adapted = 0
     for row in table(config):
         if row.quantisable:
@@ -100,7 +105,7 @@ def _weights(config: ModelConfig, lora: LoraConfig | None) -> tuple[int, int]:
 
 
 def parameters(config: ModelConfig) -> tuple[int, int]:
-    """(all weights of a model, those that a token passes through: without the experts that it is not routed to)."""
+    """Counts (all weights of a model, active weights). Experts that a token is not routed to are not active."""
     total = active = 0
     for row in table(config):
         size = math.prod(row.shape)
@@ -114,12 +119,12 @@ def _attention(config: ModelConfig) -> int:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device of jax's `device_kind`, or None if it is unknown (a CPU)."""
+    """Returns the dense bfloat16 FLOP/s of one device of jax's `device_kind`; None if unknown (such as a CPU)."""
     known = [kind for kind in _PEAK if device_kind == kind or device_kind.startswith((f"{kind} ", f"{kind}-"))]
     return _PEAK[max(known, key=len)] if known else None
 
 
 def mfu(flops_per_second: float, device_kind: str, num_devices: int) -> float | None:
-    """Share of the bfloat16 peak of `num_devices` devices, or None if the peak is unknown."""
+    """Returns `flops_per_second` as a share of the bfloat16 peak of `num_devices`; None if the peak is unknown."""
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_second / (peak * num_devices)

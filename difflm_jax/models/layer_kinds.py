@@ -1,4 +1,4 @@
-"""Which layers of a model have which attention window and which RoPE, read from `config.json`."""
+"""Reads the attention window and the RoPE of each layer from `config.json`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from difflm_jax.models.families import Family
 from difflm_jax.models.rope import RopeConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# What other values of `layer_types` mean, for the message that refuses them.
+# The meaning of unsupported values of `layer_types`, for the error message.
 _OTHER_LAYERS = {
     "linear_attention": "recurrent: a token there sees earlier ones only",
     "mamba": "recurrent: a token there sees earlier ones only",
@@ -20,7 +20,7 @@ _OTHER_LAYERS = {
 
 
 class LayerKinds(NamedTuple):
-    """One entry per layer: its window (0: none), and the index of its RoPE in `ropes`, whose None is no RoPE."""
+    """Per layer: its window (0: none) and the index of its RoPE in `ropes`. None in `ropes` means no RoPE."""
 
     windows: tuple[int, ...]
     ropes: tuple[RopeConfig | None, ...]
@@ -28,7 +28,7 @@ class LayerKinds(NamedTuple):
 
 
 def layer_kinds(hf: Mapping[str, Any], family: Family, layers: int) -> LayerKinds:
-    """The kinds of all layers; `hf` has the family's defaults filled in. Raises `UserError` naming a key."""
+    """Reads the kinds of all layers; `hf` already has the family's defaults. Raises `UserError` naming a key."""
     types = _layer_types(hf, family, layers)
     window = _window(hf, family)
     windows = tuple(window if window and each == SLIDING else 0 for each in types)
@@ -40,7 +40,7 @@ def layer_kinds(hf: Mapping[str, Any], family: Family, layers: int) -> LayerKind
 
 
 class Heads(NamedTuple):
-    """The keys and values of a layer: their heads, the elements of each, and whether values have a projection."""
+    """Keys and values of a layer: number of heads, elements per head, and whether values have their own projection."""
 
     number: int
     size: int
@@ -48,10 +48,10 @@ class Heads(NamedTuple):
 
 
 def global_heads(hf: Mapping[str, Any], family: Family, windows: tuple[int, ...], local: Heads) -> Heads | None:
-    """Those of the layers without a window where they differ from `local`, those of the others. None: all are alike.
+    """Returns the heads of layers without a window, or None if they equal `local`, the heads of the other layers.
 
-    transformers 5.23 reads `global_head_dim` and, with `attention_k_eq_v`, `num_global_key_value_heads`. It saves the
-    same as `per_layer_config`. Raises `UserError` naming a key.
+    transformers 5.23 reads `global_head_dim` and, with `attention_k_eq_v`, `num_global_key_value_heads`. It saves both
+    as `per_layer_config`. Raises `UserError` naming a key.
     """
     if not family.global_heads:
         return None
@@ -66,7 +66,7 @@ def global_heads(hf: Mapping[str, Any], family: Family, windows: tuple[int, ...]
     if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
         raise UserError("config.json: per_layer_config must give an object for each layer that it names")
     of_layer = {str(layer): own for layer, own in given.items()}
-    kinds = {False: set(), True: set()}  # is it global -> heads of its layers
+    kinds = {False: set(), True: set()}  # whether a layer is global -> the heads found
     for layer, window in enumerate(windows):
         own, is_global = of_layer.get(str(layer), {}), not window
         kinds[is_global].add(_heads(own, local, is_shared and is_global))
@@ -118,7 +118,7 @@ def _layer_types(hf: Mapping[str, Any], family: Family, layers: int) -> list[str
         return [SLIDING] * layers
     if given is not None:
         types = [*map(str, given[:layers]), *[FULL] * (layers - len(given))]
-        return [*types[:-1], FULL] if family.global_heads else types  # the last is global, as there
+        return [*types[:-1], FULL] if family.global_heads else types  # the last layer is global, as in transformers
     if family.windows == "qwen":
         first = hf.get("max_window_layers")
         if family.rotated == "no_rope_layers":
@@ -189,7 +189,7 @@ def _of_theta(hf, family, types, window):
 
 
 def _of_type(hf, family, types, window):
-    """Each type of layer has its own: nested in `rope_parameters`, or as transformers 4 spelt it."""
+    """Reads one RoPE per type of layer, nested in `rope_parameters` or in the spelling of transformers 4."""
     nested = hf.get("rope_parameters") or {}
     is_nested = any(isinstance(nested.get(key), dict) for key in (FULL, SLIDING))
     if nested and not is_nested:
@@ -202,7 +202,7 @@ def _of_type(hf, family, types, window):
         parameters = {**(nested.get(kind) or {}), **(scaling if kind == FULL else {})}
         theta = parameters.pop("rope_theta", None) or thetas[kind]
         alone = {"rope_scaling": None, "rope_parameters": {**parameters, "rope_theta": theta}}
-        # next to nested parameters the model's own original length is not read
+        # transformers ignores the model's original length if parameters are nested
         return _one({**hf, **alone, "original_max_position_embeddings": None}, family)
 
     return [of(each) for each in types]

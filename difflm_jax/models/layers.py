@@ -1,7 +1,7 @@
-"""The parts of a transformer layer. Weights live in `params`, low-rank factors in `lora`; one of them is trained.
+"""The parts of a transformer layer. Weights are in `params`, low-rank factors in `lora`; one of the two is trained.
 
-A weight is read with `self.variable`, not `self.param`: the latter would compare its shape with that of a dense
-initialiser on every call, and refuse quantised or sharded leaves. Shapes are checked once, when a file is read.
+Weights are read with `self.variable`, not `self.param`. The latter compares the shape with a dense initialiser on
+every call and would refuse quantised or sharded leaves. Shapes are checked once, when a file is read.
 """
 
 from collections.abc import Sequence
@@ -27,21 +27,21 @@ from difflm_jax.ops.random import fold_seeds
 # Names in remat policies.
 PROJECTION, LOW_RANK = "projection", "low_rank"
 
-# Each input of projections has a dropout of its own.
+# Each input of projections has its own dropout.
 _ATTENTION_INPUT, _ATTENTION_OUTPUT, _MLP_INPUT, _MLP_HIDDEN = range(4)
 
 
 def stored(*_: Any) -> Any:
-    """The initialiser of every variable: there is none, weights come from files."""
+    """Raises `ValueError`. It is the initialiser of every variable: weights come from files."""
     raise ValueError("the model is applied to weights that were read from a file; it initialises none")
 
 
 class Norm(nn.Module):
     """x / rms(x) over the last axis (arXiv:1910.07467) times the weight, in float32, returned in the dtype of `x`.
 
-    `kind` "layer" subtracts the mean first (arXiv:1607.06450). "rms" without an offset is rounded before the weight, as
-    in Llama; "rms_once" is not. `offset` is added to the weight. If heads are divided over devices, and the axis or
-    the weight is one of all heads, so is the norm.
+    `kind` "layer" subtracts the mean first (arXiv:1607.06450). "rms" without an offset rounds before the weight, as
+    Llama does; "rms_once" does not. `offset` is added to the weight. If heads are sharded and the normalised axis or
+    the weight spans all heads, the norm does too.
     """
 
     epsilon: float
@@ -58,7 +58,7 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x32 = x32 - mean_of_heads(x32, is_divided)
         x32 = x32 * jax.lax.rsqrt(mean_of_heads(jnp.square(x32), is_divided) + self.epsilon)
-        if self.kind == "rms" and not self.offset:  # rounded before the weight, as Llama does
+        if self.kind == "rms" and not self.offset:  # rounds before the weight, as Llama does
             return x32.astype(x.dtype) * weight.astype(x.dtype)
         x32 = x32 * (self.offset + weight.astype(jnp.float32))
         if self.has_variable("params", "bias"):
@@ -67,15 +67,15 @@ class Norm(nn.Module):
 
 
 def without_scale(x: jax.Array, epsilon: float) -> jax.Array:
-    """x / rms(x) over the last axis, calculated in float32."""
+    """Returns x / rms(x) over the last axis, computed in float32."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """A projection [out, in] with an optional bias, plus its low-rank update where `lora` holds one.
+    """A projection [out, in] with an optional bias, plus its low-rank update if `lora` has one.
 
-    `low_BLR` is that update's inner value, which projections of the same input make together (`adapted`).
+    `low_BLR` is the inner value of that update. `adapted` computes it for all projections of an input at once.
     """
 
     lora: LoraConfig | None
@@ -90,16 +90,16 @@ class Linear(nn.Module):
         return kept(self.with_bias(y), PROJECTION)
 
     def with_bias(self, y: jax.Array) -> jax.Array:
-        """`y` plus the bias, if there is one."""
+        """Returns `y` plus the bias, if any."""
         bias = self.get_variable("params", "bias") if self.has_variable("params", "bias") else None
         return y if bias is None else y + bias.astype(y.dtype)
 
     def down_factor(self) -> jax.Array | None:
-        """The factor that reads the input; None where this projection is not adapted."""
+        """Returns the factor that reads the input; None if this projection is not adapted."""
         return self.get_variable("lora", "lora_A") if self.is_adapted else None
 
     def in_stack(self, collection: str, name: str) -> InStack | None:
-        """A matrix that is left in its stack (`models.stacks`); its collection has the index of the layer."""
+        """Returns a matrix left in its stack (`models.stacks`), or None. `collection` has the index of its layer."""
         if not self.has_variable("stacks", name):
             return None
         return InStack(self.get_variable("stacks", name), self.get_variable(collection, name))
@@ -116,9 +116,9 @@ def adapted(
     stream: int,
     gate_BL: jax.Array | None,
 ) -> list[jax.Array]:
-    """The results of `projections`, which share an input.
+    """Applies `projections`, which share the input `x_BLD`.
 
-    `stream` is that of its dropout; `gate_BL` is that of `lora_down`.
+    `stream` selects the dropout of this input; see `lora_down` for `gate_BL`.
     """
     if all(projection.has_variable("stacks", "weight") for projection in projections):
         return _adapted_in_stacks(projections, x_BLD, gate_BL)
@@ -133,7 +133,7 @@ def adapted(
 
 
 def _adapted_in_stacks(projections: Sequence[Linear], x_BLD: jax.Array, gate_BL: jax.Array | None) -> list[jax.Array]:
-    """`adapted` without dropout, where all weights and factors are left in their stacks."""
+    """Does the work of `adapted` without dropout, with all weights and factors left in their stacks."""
     rows, updates = x_BLD.shape[0] * x_BLD.shape[1], None
     factors = [
         (projection.in_stack("lora", "lora_A"), projection.in_stack("lora", "lora_B"))
@@ -154,19 +154,19 @@ def _adapted_in_stacks(projections: Sequence[Linear], x_BLD: jax.Array, gate_BL:
 
 
 def norm(config: ModelConfig, name: str) -> Norm:
-    """The norm called `name` of a model."""
+    """Returns a norm of the model's kind, with the module name `name`."""
     return Norm(config.norm_eps, config.norm, config.norm_offset, name=name)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with RoPE and, where the model has them, norms of queries and keys.
+    """Grouped-query self-attention with RoPE and, if the model has them, norms of queries and keys.
 
-    Applied with an empty, mutable `cache` collection it leaves its keys and values there. Applied with a filled one its
-    queries are the columns of `window`: their keys take the place of the cached ones, and `view` covers them all.
+    With an empty, mutable `cache` collection, keys and values are stored there. With a filled one, the queries are the
+    columns of `window`: their keys replace the cached ones, and `view` covers all columns.
 
-    Applied with a `columns` collection (`k` and `v` [B, K, S, E]), the queries are rows beside those S columns. The
+    With a `columns` collection (`k` and `v` [B, K, S, E]), the queries are extra rows next to those S columns. The
     first S keys of the mask [B, T, S + T] are the columns, the last T the rows themselves. A mutable collection `rows`
-    receives the keys and values of the queries, [B, K, T, E]; whoever decodes writes those that it keeps.
+    receives the keys and values of the queries, [B, K, T, E]; the decoder writes back the ones that it keeps.
     """
 
     config: ModelConfig
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         v = v[0] if v else k
         if config.qk_norm == "all":
             q, k = self._normalised(q, k)
-        # As many heads as this device has.
+        # -1: the heads of this device.
         q_BTHE, k_BSKE, v_BSKE = (x.reshape(batch, length, -1, config.head_dim) for x in (q, k, v))
         if config.value_norm:
             v_BSKE = without_scale(v_BSKE, config.norm_eps)
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         return own_heads(self.variable("params", "sinks", stored).value, heads) if self.config.sinks else None
 
     def _cached(self, name: str, new_BTKE: jax.Array, window: Window | None) -> jax.Array:
-        """The keys or values of the whole canvas: those of the window in their place among the cached ones."""
+        """Returns the keys or values of the whole canvas: the cached ones, with those of the window written over."""
         if self.has_variable("cache", name):
             new_BTKE = window.placed(new_BTKE, self.get_variable("cache", name))
         if self.is_mutable_collection("cache"):
@@ -269,7 +269,7 @@ class MLP(nn.Module):
         activation = XIELU(name="act_fn") if kind == "xielu" else ACTIVATIONS[kind]
         names = ("gate_proj", "up_proj") if is_gated else ("up_proj",)
         inner = adapted([Linear(self.lora, name=name) for name in names], x_BLD, seeds_BL, _MLP_INPUT, gate_BL)
-        # One rounding: between operations in bfloat16 there would be one each, and half of the time is theirs on a CPU.
+        # float32 inside, so there is one rounding. In bfloat16 each operation rounds: half of the MLP's time on a CPU.
         first_BLF, *up = (x_BLF.astype(jnp.float32) for x_BLF in inner)
         hidden_BLF = activation(first_BLF)
         if is_gated:

@@ -1,8 +1,8 @@
 """Low-rank adaptation (arXiv:2106.09685), written by hand: y = W x + scaling * B (A dropout(x)).
 
-The trained tree is the `lora` collection: for every adapted projection `lora_A` [N, R, in] and `lora_B` [N, out, R],
-stacked over layers (and experts) like the base, and `mask_row` [D], the input embedding of the mask token, where that
-is trained. All masters are float32.
+The trained tree is the `lora` collection: each adapted projection has `lora_A` [N, R, in] and `lora_B` [N, out, R],
+stacked over layers (and experts) like the base. `mask_row` [D] is the input embedding of the mask token, if it is
+trained. All leaves are float32.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "do
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """PEFT's keys, with PEFT's meaning. `target_modules` are names of projections."""
+    """LoRA options with the names and meaning of PEFT's. `target_modules` are names of projections."""
 
     r: int = setting(16, "Rank.", within=POSITIVE)
     lora_alpha: float = setting(32, "The update is multiplied by lora_alpha / r.", within=POSITIVE)
@@ -48,7 +48,7 @@ class LoraConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def of_model(self, projections: Sequence[str]) -> "LoraConfig":
-        """The same for a model with these projections: all that there are stand for all that it has."""
+        """Returns the config for a model with these `projections`. All of `ADAPTABLE` means all that the model has."""
         if set(self.target_modules) != set(ADAPTABLE):
             return self
         return dataclasses.replace(self, target_modules=tuple(name for name in ADAPTABLE if name in projections))
@@ -61,12 +61,13 @@ def lora_down(
     seeds_BL: jax.Array | None,
     gate_BL: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """A dropout(x) [B, L, R] for the factor A of each projection that `x` is the input of.
+    """Returns A dropout(x) [B, L, R] for each factor A of the projections that share the input `x`.
 
-    It is one matmul: several of rank 16 each would read `x` as often, and run far below the speed of a wide one. So
-    projections of one input share its dropout, whose mask follows from `seeds_BL` (see `dropout`; None: no dropout).
-    `gate_BL` bool is False where a token has no update and is exactly the base's (None: every token has one); as
-    [B, L or 1, R] it says so of each of the R inner values, as `joined_adapters` does.
+    It is one wide matmul: several of rank 16 would each read `x` again, and run far slower. So projections of one
+    input share its dropout, whose mask follows from `seeds_BL` (see `dropout`; None: no dropout).
+
+    `gate_BL` bool is False for tokens without an update, which get exactly the base's result (None: all tokens have
+    one). As [B, L or 1, R] it gates each of the R inner values, for `joined_adapters`.
     """
     if not factors_A:
         return []
@@ -81,17 +82,17 @@ def lora_down(
 
 
 def lora_up(low_BLR: jax.Array, lora_B: jax.Array, config: LoraConfig) -> jax.Array:
-    """The update scaling * B (A dropout(x)), [B, L, out], of what `lora_down` gave."""
+    """Returns the update scaling * B (A dropout(x)), [B, L, out], from the result of `lora_down`."""
     return matmul(low_BLR * jnp.asarray(config.scaling, low_BLR.dtype), lora_B)
 
 
 def joined_adapters(
     adapters: Sequence[tuple[dict[str, Any], LoraConfig] | None],
 ) -> tuple[dict[str, Any], LoraConfig, np.ndarray]:
-    """Several adapters of one base as one whose inner values are theirs, in their order: (`lora`, config, owners).
+    """Joins adapters of one base into a single one with all their inner values, in order: (`lora`, config, owners).
 
-    `owners` [X, R] bool says which of the R inner values belong to adapter x; given as the gate of a row, they make it
-    a row of that adapter. Ranks, targets and scaling may differ; None is the base itself. Mask rows are left out.
+    `owners` [X, R] bool is True for the inner values of adapter x. As the gate of a row, it applies that adapter to the
+    row. Ranks, targets and scaling may differ; None is the base itself. Mask rows are left out.
     """
     present = [adapter for adapter in adapters if adapter is not None]
     rank = sum(config.r for _, config in present)
@@ -126,25 +127,27 @@ def _of_rank(factor: jax.Array, axis: int, rank: int) -> tuple[int, ...]:
 
 
 def dropout(x_BLD: jax.Array, rate: float, seeds_BL: jax.Array) -> jax.Array:
-    """`x` with the share `rate` of its elements set to zero and the others divided by 1 - rate.
+    """Sets the share `rate` of the elements of `x` to zero and divides the others by 1 - rate.
 
-    Whether an element is dropped is a function of its token's seed (`difflm_jax.ops.random`) and its place in the
-    token's vector. It depends neither on other tokens and rows, nor on padding, packing or the mesh.
+    Whether an element is dropped depends only on its token's seed (`difflm_jax.ops.random`) and its index in the
+    token's vector. Other tokens and rows, padding, packing and the mesh have no effect.
     """
     width = x_BLD.shape[-1]
     start = jax.lax.axis_index(TENSOR) * width if varies(x_BLD, TENSOR) else 0
     kept = element_bits(seeds_BL, start + jnp.arange(width)) >= np.uint32(round(rate * 2**32))
-    # A product: the zero of a `jnp.where` is an array to jax, which every layer would read.
+    # Multiply instead of `jnp.where`: its zero would be an array, read by every layer.
     return x_BLD / jnp.asarray(1.0 - rate, x_BLD.dtype) * kept.astype(x_BLD.dtype)
 
 
 def init_lora(
     key: jax.Array, params: dict[str, Any], config: LoraConfig, mask_row_D: jax.Array | None
 ) -> dict[str, Any]:
-    """A fresh `lora` tree: A as PEFT draws it (uniform in ±1/sqrt(in), Kaiming with a = sqrt 5), B zero.
+    """Returns a fresh `lora` tree: A as PEFT draws it (uniform in ±1/sqrt(in), Kaiming with a = sqrt 5), B zero.
 
-    `params` is the base (its stacked projections give the shapes), `mask_row_D` the starting mask embedding (None: it
-    is not trained, and stays the base's). Raises `UserError` for a target module that the model lacks.
+    params: the base. Its stacked projections give the shapes.
+    mask_row_D: the starting mask embedding. None: it is not trained, and stays the base's.
+
+    Raises `UserError` for a target module that the model lacks.
     """
     lora: dict[str, Any] = {} if mask_row_D is None else {"mask_row": mask_row_D.astype(jnp.float32)}
     found = [path for path in projection_paths(params) if is_adapted(path, config)]
@@ -172,9 +175,9 @@ def is_adapted(path: tuple[str, ...], config: LoraConfig) -> bool:
 
 
 def projection_paths(params: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The paths of all projections: by stack, in the order of `ADAPTABLE`, those of routed experts last.
+    """Returns the paths of all projections: by stack, in the order of `ADAPTABLE`, with routed experts last.
 
-    The order of `params` depends on which files the weights were read from.
+    The order is fixed here because that of `params` depends on the files that the weights were read from.
     """
 
     def under(path: tuple[str, ...], tree: Any) -> Iterator[tuple[str, ...]]:
@@ -192,14 +195,14 @@ def projection_paths(params: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
-    """What a nested dictionary has at `path`, or None."""
+    """Returns the value at `path` of a nested dictionary, or None."""
     for name in path:
         tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree
 
 
 def set_leaf(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
-    """Puts `leaf` at `path` of a nested dictionary, making the dictionaries on the way."""
+    """Sets `path` of a nested dictionary to `leaf`, and creates the dictionaries on the way."""
     functools.reduce(lambda inner, name: inner.setdefault(name, {}), path[:-1], tree)[path[-1]] = leaf
 
 
@@ -214,10 +217,10 @@ def merge_lora(
     mask_token_id: int | None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """The base with scaling * B A added to each adapted weight and the mask row put in its place.
+    """Returns the base with scaling * B A added to each adapted weight, and with the trained mask row.
 
-    Sums are made in float32, a layer at a time. Quantised weights, adapted or not, become dense ones in the dtype
-    of the embedding. With a `mesh`, over which all of it is divided, so is the result.
+    Sums are computed in float32, one layer at a time. Quantised weights, adapted or not, become dense in the dtype of
+    the embedding. With a `mesh`, over which the inputs are sharded, the result is sharded in the same way.
     """
 
     def laid(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""A mixture of experts in place of an MLP: a router in float32, routed experts, and experts that every token has.
+"""A mixture of experts in place of an MLP: a float32 router, routed experts, and shared experts for every token.
 
-Tokens are sorted by expert, so that the rows of each are together (`ops.grouped`); none is dropped. With experts
-divided over `tensor`, a device computes what its own experts give to all tokens, and the results are summed.
+Tokens are sorted by expert, so the rows of each expert are contiguous (`ops.grouped`); none is dropped. If experts are
+sharded over `tensor`, each device applies its own experts to all tokens, and the results are summed.
 """
 
 import functools
@@ -22,7 +22,7 @@ from difflm_jax.ops.grouped import grouped_matmul
 
 
 class Router(nn.Module):
-    """The experts of each row and their weights, both [M, K]; in float32 whatever the model computes in."""
+    """Returns the experts of each row and their weights, both [M, K]. Always computed in float32."""
 
     experts: Experts
 
@@ -45,7 +45,10 @@ class Router(nn.Module):
 
 
 def within_groups(scores_MX: jax.Array, groups: int, per_token: int) -> jax.Array:
-    """`scores_MX`, minus infinity outside the `per_token` groups whose two best scores have the greatest sums."""
+    """Returns `scores_MX` with minus infinity outside the best `per_token` groups.
+
+    A group is ranked by the sum of its two highest scores.
+    """
     if groups == per_token:
         return scores_MX
     by_group = scores_MX.reshape(len(scores_MX), groups, -1)
@@ -55,13 +58,13 @@ def within_groups(scores_MX: jax.Array, groups: int, per_token: int) -> jax.Arra
 
 
 class GroupedLinear(nn.Module):
-    """A projection [X, out, in] of sorted rows, each with the weight of its expert; see `projected`."""
+    """A projection [X, out, in] of rows sorted by expert, each with its expert's weight; see `projected`."""
 
     lora: LoraConfig | None
 
     @nn.compact
     def __call__(self, y: jax.Array, low: jax.Array | None, sizes_X: jax.Array) -> jax.Array:
-        """`y`, the product with the weight, plus the low-rank update of the inner values `low`, and the bias."""
+        """Adds the low-rank update of the inner values `low`, and the bias, to `y`, the matmul with the weight."""
         if low is not None:
             low = kept(low * jnp.asarray(self.lora.scaling, low.dtype), LOW_RANK)
             y = y + grouped_matmul(low, [self.get_variable("lora", "lora_B")], sizes_X)[0]
@@ -75,7 +78,7 @@ class GroupedLinear(nn.Module):
         return gathered_experts(self.get_variable("params", "weight"))
 
     def down_factor(self) -> jax.Array | None:
-        """The factor that reads the input; None where experts are not adapted."""
+        """Returns the factor that reads the input; None if experts are not adapted."""
         is_adapted = self.lora is not None and self.has_variable("lora", "lora_A")
         return self.get_variable("lora", "lora_A") if is_adapted else None
 
@@ -83,7 +86,7 @@ class GroupedLinear(nn.Module):
 def projected(
     projections: Sequence[GroupedLinear], rows: jax.Array, sizes_X: jax.Array, gate: jax.Array | None
 ) -> list[jax.Array]:
-    """The results of `projections`, which share their rows; `gate` [M, R or 1] turns the low-rank updates off."""
+    """Applies `projections`, which share their rows. `gate` [M, R or 1] is False where the update is turned off."""
     products = grouped_matmul(rows, [projection.weight() for projection in projections], sizes_X)
     factors = [projection.down_factor() for projection in projections]
     adapted = [factor for factor in factors if factor is not None]
@@ -98,7 +101,7 @@ def projected(
 
 
 class RoutedExperts(nn.Module):
-    """Σ over the experts k of a row of weight_k down_k(act(gate_k(x)) * up_k(x)), [M, D]."""
+    """Σ_k weight_k down_k(act(gate_k(x)) * up_k(x)) over the experts k of each row, [M, D]."""
 
     config: ModelConfig
     lora: LoraConfig | None
@@ -114,7 +117,7 @@ class RoutedExperts(nn.Module):
         x_MD, chosen_MK, weights_MK = (varying_with(each, own) for each in (x_MD, chosen_MK, weights_MK))
         first, count = own_experts(own, experts.count)
         here = chosen_MK.reshape(-1) - first
-        here = jnp.where((here >= 0) & (here < count), here, count)  # those of other devices come last
+        here = jnp.where((here >= 0) & (here < count), here, count)  # experts of other devices sort last
         order = jnp.argsort(here, stable=True)
         back = jnp.argsort(order)
         sizes_X = jnp.bincount(here, length=count).astype(jnp.int32)
@@ -142,7 +145,7 @@ class MoE(nn.Module):
         if self.is_mutable_collection("routing"):
             self.put_variable("routing", "chosen", chosen_MK.reshape(*x_BTD.shape[:2], -1))
         gate_MR = None
-        if gate_BT is not None:  # of the whole update, or of each of its inner values
+        if gate_BT is not None:  # gates the whole update, or each of its inner values
             gate_BTR = gate_BT[..., None] if gate_BT.ndim == 2 else gate_BT
             gate_MR = jnp.broadcast_to(gate_BTR, (*x_BTD.shape[:2], gate_BTR.shape[-1])).reshape(len(x_MD), -1)
         routed = RoutedExperts(self.config, self.lora, name="experts")
@@ -164,7 +167,7 @@ class _Stored(nn.Module):
 
 
 def _activated(config: ModelConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """act(gate) * up in float32; with limits it is gpt-oss's gate * sigmoid(alpha gate) * (up + 1)."""
+    """Returns act(gate) * up in float32; with limits, gpt-oss's gate * sigmoid(alpha gate) * (up + 1)."""
     if config.experts.clamp is None:
         return ACTIVATIONS[config.activation](gate) * up
     limit, alpha = config.experts.clamp
@@ -174,7 +177,7 @@ def _activated(config: ModelConfig, gate: jax.Array, up: jax.Array) -> jax.Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _spread(x_MD: jax.Array, order: jax.Array, back: jax.Array, per_token: int) -> jax.Array:
-    """Each row `per_token` times, [M K, D], in `order`; `back` is its inverse. Both passes are gathers."""
+    """Repeats each row `per_token` times, [M K, D], in `order`; `back` is its inverse. Both passes are gathers."""
     return x_MD[order // per_token]
 
 
@@ -191,7 +194,7 @@ _spread.defvjp(_spread_forward, _spread_backward)
 
 @jax.custom_vjp
 def _permuted(rows: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """`rows[order]`; `back` is the inverse of `order`. Both passes are gathers: jax's own gradient is a scatter."""
+    """Returns `rows[order]`; `back` is the inverse of `order`. Both passes are gathers; jax's gradient is a scatter."""
     return rows[order]
 
 

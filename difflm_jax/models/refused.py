@@ -1,4 +1,4 @@
-"""Models that cannot be represented: what of them, and what to use instead."""
+"""Error messages for unsupported models: why, and which model to use instead."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,7 +36,7 @@ _OTHER = {
 
 
 def refusal(hf: Mapping[str, Any], known: Sequence[str]) -> str:
-    """One line that says why a `config.json` of an unknown family cannot be used, and what can."""
+    """Returns one line that says why a `config.json` of an unknown family cannot be used, and what to use instead."""
     model_type = hf.get("model_type")
     head = f"model_type {model_type!r} is not supported"
     if model_type in _RECURRENT:

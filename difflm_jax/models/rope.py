@@ -1,4 +1,4 @@
-"""Rotary position embedding: the inverse frequencies of every scaling rule we know, and the rotation."""
+"""Rotary position embedding: the inverse frequencies of every supported scaling rule, and the rotation."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ _YARN = (
     "truncate",
 )
 _LONG = ("short_factor", "long_factor")
-# Rope type -> the keys it needs and the keys it may have, as `config.json` spells them.
+# Rope type -> its required and its optional keys in `config.json`.
 _KEYS = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -29,7 +29,7 @@ _KEYS = {
     "proportional": ((), ("factor",)),
     "yarn": (("factor",), (*_YARN, "llama_4_scaling_beta")),
     "longrope": ((*_LONG, "original_max_position_embeddings"), ("factor", "attention_factor")),
-    # HunYuan's: with `alpha` it is fixed, and the other keys are not read; without, it would depend on the length
+    # HunYuan's: with `alpha` it is fixed and ignores the other keys; without, it would depend on the length
     "dynamic": (("alpha",), ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
 }
 _HAS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
@@ -37,10 +37,10 @@ _HAS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """`theta` and the scaling rule; `options` holds the rule's own keys as (name, value) pairs (hashable).
+    """`theta` and the scaling rule; `options` has the rule's own keys as (name, value) pairs (hashable).
 
-    `partial` is the share of each head that is rotated, from its start. Of type "proportional" all of a head is paired,
-    and that share of the pairs is rotated, those with the highest frequencies.
+    `partial` is the share of each head that is rotated, from its start. With type "proportional" all elements are
+    paired, and `partial` is the share of pairs that are rotated: those with the highest frequencies.
     """
 
     theta: float
@@ -52,9 +52,9 @@ class RopeConfig:
     def from_hf(cls, hf: dict[str, Any], has_partial: bool = False, is_longrope: bool = False) -> "RopeConfig":
         """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
 
-        As in transformers, `rope_scaling` replaces `rope_parameters`, and `original_max_position_embeddings` next to
-        them comes before the one inside. `is_longrope`: any scaling is LongRoPE (Phi-3 called it "su" and "yarn").
-        Raises `UserError` for a rope type, or a key of one, that is not represented here.
+        As in transformers, `rope_scaling` replaces `rope_parameters`. An `original_max_position_embeddings` of the
+        model takes precedence over one inside them. `is_longrope`: any scaling is LongRoPE (Phi-3 called it "su" and
+        "yarn"). Raises `UserError` for a rope type, or a key of one, that is not supported.
         """
         scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
         theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
@@ -90,11 +90,11 @@ class RopeConfig:
         return cls(float(theta), rope_type, tuple(sorted(options.items())), float(partial))
 
     def option(self, key: str) -> Any:
-        """A key of the rule, or None."""
+        """Returns the value of a key of the rule, or None."""
         return dict(self.options).get(key)
 
     def rotated(self, head_dim: int) -> int:
-        """How many elements of a head are rotated. Raises `UserError` if they are not even in number."""
+        """Returns how many elements of a head are rotated. Raises `UserError` if that number is not even."""
         size = head_dim if self.type == "proportional" else int(head_dim * self.partial)
         if size % 2 or not 0 < size <= head_dim:
             raise UserError(
@@ -117,7 +117,7 @@ def _ratio(hf: dict[str, Any], scaling: dict[str, Any]) -> Any:
 
 
 def _check_option(key: str, value: Any) -> None:
-    """Raises `UserError` for what no rule can calculate with."""
+    """Raises `UserError` for a value that no rule can compute with."""
     if value is None or (key == "truncate" and isinstance(value, bool)):
         return
     if key in _LONG:
@@ -134,8 +134,8 @@ def _check_option(key: str, value: Any) -> None:
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     """Returns ([R/2] float32 inverse frequencies of the R rotated elements, the factor that scales cos and sin).
 
-    The rules are those of `transformers.modeling_rope_utils`; YaRN is arXiv:2309.00071, LongRoPE arXiv:2402.13753 (the
-    factors of short rows), llama3 the scaling of the Llama 3.1 release.
+    The rules are those of `transformers.modeling_rope_utils`. YaRN is arXiv:2309.00071, LongRoPE arXiv:2402.13753
+    (with the factors of short rows), and llama3 the scaling of the Llama 3.1 release.
     """
     options, size = dict(rope.options), rope.rotated(head_dim)
     theta = rope.theta
@@ -183,7 +183,7 @@ def _yarn(frequencies: np.ndarray, theta: float, size: int, options: dict[str, f
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    span = high - low or 0.001  # as the reference, against division by zero
+    span = high - low or 0.001  # avoids division by zero, as the reference does
     ramp = np.clip((np.arange(size // 2, dtype=np.float32) - low) / span, 0, 1)
     scaled = frequencies / factor * ramp + frequencies * (1 - ramp)
     return scaled.astype(np.float32), float(attention_factor)
@@ -202,24 +202,24 @@ def _longrope(frequencies: np.ndarray, options: dict[str, Any]) -> tuple[np.ndar
 
 @struct.dataclass
 class Rotation:
-    """What is done to the queries and keys of each token: float32, e is half of the rotated elements of a head.
+    """The rotation of the queries and keys of each token, in float32. e is half of the rotated elements of a head.
 
-    With a leading axis of C on cos and sin these are the choices among which each layer has its own (`of_layer`).
+    cos and sin may have a leading axis [C]: one choice per RoPE of the model, selected by `of_layer`.
     """
 
     cos: jax.Array  # [B, T, e]
     sin: jax.Array  # [B, T, e]
-    query_scale: jax.Array | None = None  # [B, T], of the queries alone
+    query_scale: jax.Array | None = None  # [B, T], scales the queries only
 
     def of_layer(self, choice: jax.Array | None) -> "Rotation":
-        """That of a layer whose RoPE has the index `choice` (None: there is only one)."""
+        """Returns the rotation of a layer whose RoPE has the index `choice` (None: there is only one)."""
         return self if choice is None else self.replace(cos=self.cos[choice], sin=self.sin[choice])
 
 
 def rotation(ropes: tuple[RopeConfig | None, ...], head_dim: int, positions_BL: jax.Array) -> Rotation:
-    """The rotation at integer `positions_BL`; with a leading axis if there are several `ropes` (None rotates nothing).
+    """Returns the rotation at integer `positions_BL`, with a leading axis if there are several `ropes`.
 
-    They rotate the same number of elements.
+    A rope of None rotates nothing. All ropes must rotate the same number of elements.
     """
     positions_BL1 = positions_BL.astype(jnp.float32)[..., None]
     first = next(rope for rope in ropes if rope is not None)
@@ -233,7 +233,7 @@ def rotation(ropes: tuple[RopeConfig | None, ...], head_dim: int, positions_BL: 
 
     cos, sin = zip(*(table(rope) for rope in ropes), strict=True)
     scale = None
-    if (beta := first.option("llama_4_scaling_beta")) is not None:  # arXiv:2501.19399, as Llama 4 has it
+    if (beta := first.option("llama_4_scaling_beta")) is not None:  # arXiv:2501.19399, as in Llama 4
         length = first.option("original_max_position_embeddings")
         scale = 1 + beta * jnp.log1p(jnp.floor(positions_BL.astype(jnp.float32) / length))
     if len(ropes) == 1:

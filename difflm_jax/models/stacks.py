@@ -1,4 +1,4 @@
-"""Weights of projections left in their stack over layers, for passes over few rows on a CPU."""
+"""Leaves the weights of projections in their stacks over layers, for passes over few rows on a CPU."""
 
 from typing import Any
 
@@ -12,24 +12,24 @@ from difflm_jax.ops import few_rows
 from difflm_jax.ops.cpu import bits_of
 from difflm_jax.quant.qtensor import QTensor
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # of one input
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # by input
 
 
 def stay_in_stacks(model: Transformer, x: jax.Array, rows: int) -> bool:
-    """Whether `ops.few_rows` serves passes of `model` over `rows` tokens. `x`, which has them, is on one device."""
+    """Whether passes of `model` over `rows` tokens can use `ops.few_rows`. Requires `x`, their input, on one device."""
     is_divided = axes_of(x, (DATA, FSDP, TENSOR)) != ()
     return model.on_cpu and not is_divided and rows <= few_rows.MAX_ROWS and few_rows.is_available()
 
 
 def in_stacks(variables: dict[str, Any], config: ModelConfig, rows: int) -> dict[str, Any]:
-    """`variables` for a pass over `rows` tokens, with projections, their low-rank factors and cached columns in their
-    stacks where that is faster.
+    """Returns `variables` for a pass over `rows` tokens, with stacks left whole where that is faster.
 
-    The collection `stacks` has the stacks; `params`, `lora` and `columns` have the indices of layers in their place.
+    This applies to projections, their low-rank factors and cached columns. The collection `stacks` has the stacks;
+    `params`, `lora` and `columns` have the indices of layers instead.
     """
     params, columns = dict(variables["params"]), dict(variables.get("columns", {}))
     lora, stacks = dict(variables.get("lora", {})), {}
-    params["embed_tokens"] = bits_of(params["embed_tokens"])  # else XLA makes a float32 copy of it to read a few rows
+    params["embed_tokens"] = bits_of(params["embed_tokens"])  # else XLA copies it to float32 to read a few rows
     for stack in config.stacks:
         name, heads = stack.name, config.of_stack(stack).head_dim
         reads_columns = rows <= few_rows.MAX_DENSE_ROWS and heads % few_rows.LANES == 0 and not config.sinks
@@ -45,7 +45,7 @@ def in_stacks(variables: dict[str, Any], config: ModelConfig, rows: int) -> dict
 
 
 def _divided(params: dict[str, Any], lora: dict[str, Any], rows: int) -> tuple[dict[str, Any], ...]:
-    """(params, lora, stacks) of a module: projections of one input stay in their stacks together, or not at all."""
+    """Returns (params, lora, stacks) of a module. Projections of one input stay in stacks together or not at all."""
     params, lora, stacks = dict(params), dict(lora), {}
     for group in GROUPS:
         names = [name for name in group if name in params]
@@ -73,5 +73,5 @@ def _suits(params: dict[str, Any], lora: dict[str, Any], rows: int) -> bool:
 
 
 def _indices(stack: jax.Array | QTensor) -> jax.Array:
-    """The numbers of the layers of a stack."""
+    """Returns the indices [N] int32 of the layers of a stack."""
     return jnp.arange(len(jax.tree.leaves(stack)[0]), dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""The decoder: embed, scanned stacks of layers, final norm; and the output head as a function of hidden states."""
+"""The decoder (embedding, scanned stacks of layers, final norm) and the output head, a function of hidden states."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,15 +29,15 @@ _policies = jax.checkpoint_policies
 
 
 def _keeping(*names: str) -> Callable[..., bool]:
-    """A policy that saves values of these names and the results of fused kernels."""
+    """Returns a policy that saves values with these names and the results of fused kernels."""
     of_name = _policies.save_only_these_names(*names)
     return lambda primitive, *args, **params: primitive.name in FUSED_FORWARD or of_name(primitive, *args, **params)
 
 
-# What a layer saves for its backward pass besides its input; the rest is recomputed there.
+# The values that a layer saves for its backward pass, in addition to its input. The rest is recomputed.
 REMAT = {
     "none": _policies.everything_saveable,
-    "save_dots": _keeping(PROJECTION, LOW_RANK, ATTENTION_OUTPUT),  # the results of products
+    "save_dots": _keeping(PROJECTION, LOW_RANK, ATTENTION_OUTPUT),  # the results of matmuls
     "save_attention": _keeping(ATTENTION_OUTPUT),
     "full": _policies.nothing_saveable,
 }
@@ -45,7 +45,7 @@ REMAT = {
 
 @struct.dataclass
 class LayerKind:
-    """What a layer has of its own: scanned arrays with an axis of layers. None where all layers are alike."""
+    """The properties of one layer, scanned from arrays with an axis of layers. None if all layers agree."""
 
     index: jax.Array  # [], int32
     window: jax.Array | None = None  # [], int32: keys at this distance or beyond are not seen
@@ -53,8 +53,10 @@ class LayerKind:
 
 
 class Layer(nn.Module):
-    """Attention and MLP, with norms where the model has them. Its signature is that of a `nn.scan` body: the hidden
-    states are the carry."""
+    """Attention and MLP, with the model's norms.
+
+    The signature is that of a `nn.scan` body, with the hidden states as the carry.
+    """
 
     config: ModelConfig
     lora: LoraConfig | None
@@ -72,11 +74,11 @@ class Layer(nn.Module):
         window: Window | None,
         gate_BT: jax.Array | None,
     ) -> tuple[jax.Array, None]:
-        # The barrier keeps XLA from hoisting the expanded mask and angles out of the layer loop at the size of the
-        # scores and of all heads.
+        # Without the barrier XLA hoists the mask and angles out of the layer loop, expanded to the size of the scores
+        # and of all heads.
         x_BTD, rope, mask_BTS = jax.lax.optimization_barrier((x_BTD, rope, view.mask))
         view = view.replace(mask=mask_BTS)
-        rope = jax.lax.stop_gradient(rope)  # behind the barrier they would have one
+        rope = jax.lax.stop_gradient(rope)  # the barrier would give it a gradient
         if seeds_BT is not None:
             seeds_BT = fold_seeds(seeds_BT, kind.index)
         config = self.config
@@ -106,12 +108,12 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Hidden states of a Llama-like decoder; applied to `{"params": ..., "lora": ...}`.
+    """A Llama-like decoder without its head, applied to `{"params": ..., "lora": ...}`.
 
     Without a `lora` collection it is the base. `mask_token_id` is the token whose embedding is the trained row
-    `lora/mask_row`, if there is one. `attention_kernel` is a key of `ops.attention_kernels.KERNELS`. `remat` (a key of
-    `REMAT`) says what the backward pass computes again. `unroll` compiles every layer for itself, in place of one loop
-    over a stack. `on_cpu`: that loop takes its slices of bfloat16 weights as bits (`difflm_jax.ops.cpu`).
+    `lora/mask_row`, if present. `attention_kernel` is a key of `ops.attention_kernels.KERNELS`. `remat` (a key of
+    `REMAT`) selects what the backward pass recomputes. `unroll` compiles every layer separately instead of one loop
+    over a stack. With `on_cpu`, that loop slices bfloat16 weights as bits (`difflm_jax.ops.cpu`).
     """
 
     config: ModelConfig
@@ -133,17 +135,19 @@ class Transformer(nn.Module):
         window: Window | None = None,
         gate_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, D] hidden states after the final norm, in `dtype`.
+        """Returns the hidden states [B, T, D] after the final norm, in `dtype`.
 
-        `positions_BT` [B, T] int32 are those of RoPE; `view` says which keys each token sees. `seeds_BT` are those of
-        `difflm_jax.models.lora.dropout` (None: no dropout). `window` places the tokens among columns whose keys are in
-        the `cache` collection. `gate_BT` bool is False at tokens without the adapter (None: all have it); see
-        `lora.lora_down` for other shapes. Collections `columns` and `rows` are those of `layers.Attention`, `stacks` is
-        that of `models.stacks`.
+        positions_BT: [B, T] int32, the positions for RoPE.
+        view: the keys that each token sees.
+        seeds_BT: the seeds of `difflm_jax.models.lora.dropout` (None: no dropout).
+        window: the position of the tokens among columns whose keys are in the `cache` collection.
+        gate_BT: bool, False for tokens without the adapter (None: all have it). See `lora.lora_down` for other shapes.
+
+        See `layers.Attention` for the collections `columns` and `rows`, and `models.stacks` for `stacks`.
         """
         layer = Layer
         if self.remat != "none":
-            # Outside a loop XLA would find what is computed twice, and keep it.
+            # Outside a loop, XLA would deduplicate the recomputation and keep the first result.
             layer = nn.remat(Layer, prevent_cse=self.unroll, policy=REMAT[self.remat])
         x_BTD = self.embed(tokens_BT)
         shared = _Shared(positions_BT, view)
@@ -178,7 +182,7 @@ class Transformer(nn.Module):
 
 
 class _Shared:
-    """Rotations and masks that stacks share, each made once."""
+    """Rotations and masks that stacks share, each computed once."""
 
     def __init__(self, positions_BT: jax.Array, view: View):
         self._positions_BT, self._view = positions_BT, view
@@ -186,9 +190,9 @@ class _Shared:
         self._views: dict[int, View] = {0: view}
 
     def of_layers(self, config: ModelConfig, layers: tuple[int, ...]) -> tuple[LayerKind, Rotation, View]:
-        """What each of `layers` has of its own, and what they share: a window that all have is in the mask.
+        """Returns the properties of each of `layers`, and the rotation and view that they share.
 
-        A window that reaches as far as the keys do is none.
+        A window that all of them have is part of the mask. A window at least as wide as the keys counts as none.
         """
         first, end = layers[0], layers[-1] + 1
         key = config.ropes, config.head_dim
@@ -206,12 +210,12 @@ class _Shared:
 
 
 def _matrices_as_bits(params: dict[str, Any]) -> dict[str, Any]:
-    """Stacked matrices as `matmul` takes them from a loop; norms and biases, which are small, as they are."""
+    """Converts stacked matrices to bits, which `matmul` reads in a loop. Norms and biases are small, and unchanged."""
     return jax.tree.map(lambda leaf: bits_of(leaf) if leaf.ndim > 2 else leaf, params)
 
 
 class Embedding(nn.Module):
-    """Rows of a table [V, D]."""
+    """Looks up rows of a table [V, D]."""
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -219,7 +223,7 @@ class Embedding(nn.Module):
 
 
 def head_weight(config: ModelConfig, params: dict[str, Any]) -> jax.Array:
-    """The output matrix [V, D]: the embedding itself where they are tied."""
+    """Returns the output matrix [V, D]; the embedding if they are tied."""
     return params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
 
 
@@ -231,10 +235,11 @@ def head_logits(
     hidden: jax.Array,
     in_place: bool = False,
 ) -> jax.Array:
-    """float32 logits [..., V] of `hidden` [..., D], which the model's `logit_scale` is in; capped if it has a cap.
+    """Returns float32 logits [..., V] of `hidden` [..., D], capped if the model has a cap.
 
-    With tied embeddings a trained mask row is an output row too, as in `peft` and in a merged export. `in_place`: the
-    matrix is read as it is stored, by `ops.few_rows` if that reads such weights.
+    `hidden` must already be multiplied by the model's `logit_scale`. With tied embeddings, a trained mask row is also
+    an output row, as in `peft` and in a merged export. `in_place`: `ops.few_rows` reads the matrix in its stored
+    format, if it supports it.
     """
     head_VD = head_weight(config, params)
     is_read = in_place and few_rows.suits(head_VD[None], hidden.size // hidden.shape[-1])

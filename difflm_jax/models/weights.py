@@ -1,4 +1,4 @@
-"""The one table of weights: the shape of each leaf of our tree, and its name in Hugging Face's and GGUF's spelling.
+"""The table of weights: the shape of each leaf of our tree, and its name in Hugging Face and GGUF files.
 
 Our parameter tree is Hugging Face's with the layers stacked: `model.layers.{i}.self_attn.q_proj.weight` [out, in] is
 row i of `layers/self_attn/q_proj/weight` [N, out, in]. Weights keep the [out, in] order, so import, export and PEFT
@@ -36,11 +36,11 @@ _GGUF_NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm") 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One leaf of our tree: `hf` and `gguf` have `{layer}` in them if the leaf is stacked; `shape` is one layer's.
+    """One leaf of our tree. `hf` and `gguf` contain `{layer}` if the leaf is stacked; `shape` is that of one layer.
 
-    `fused` is the Hugging Face name of the tensor that this one is a part of, along its first axis; "" if it is whole.
-    `layers` are those that have it. A leaf of routed experts has `{expert}` in its names too, and `shape` is one
-    expert's.
+    `fused` is the Hugging Face name of the tensor that contains this one along its first axis; "" if it is whole.
+    `layers` are the layers that have the leaf. The names of routed experts also contain `{expert}`, and `shape` is that
+    of one expert.
     """
 
     path: tuple[str, ...]
@@ -57,12 +57,12 @@ class Row:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The axes of our leaf before those of `shape`: of layers, and of experts."""
+        """The leading axes of our leaf, before `shape`: layers, then experts."""
         return ((len(self.layers), self.experts) if self.experts else (len(self.layers),)) if self.stacked else ()
 
     @property
     def quantisable(self) -> bool:
-        """Whether a quantised base holds this leaf in its format: projections, but not embedding, head or biases."""
+        """Whether a quantised base stores this leaf quantised: projections are, but not embedding, head or biases."""
         return self.path[-2] in PROJECTIONS and self.path[-1] == "weight"
 
     @property
@@ -72,12 +72,12 @@ class Row:
 
     @property
     def gguf_names(self) -> list[str]:
-        """The same in GGUF's spelling."""
+        """The GGUF names of this leaf, in the same order."""
         return self._expand(self.gguf)
 
     @property
     def fused_names(self) -> list[str]:
-        """The Hugging Face names of the tensors that hold this leaf: its own, or those that it is a part of."""
+        """The Hugging Face names of the tensors with this leaf: its own, or the fused ones that contain it."""
         return self._expand(self.fused or self.hf)
 
     def _expand(self, pattern: str) -> list[str]:
@@ -89,9 +89,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A leaf of one layer. `module` is its path in our tree; `hf` Hugging Face's, where only that of a mixture tells.
+    """A leaf of one layer. `module` is its path in our tree; `hf` is its Hugging Face path, given for mixtures only.
 
-    `experts` is the number of routed experts that have it each; `fused` the one tensor that checkpoints hold them in.
+    `experts` is the number of routed experts that each have the leaf. `fused` is the tensor that stores all of them in
+    a checkpoint.
     """
 
     module: str
@@ -104,7 +105,7 @@ class _Leaf:
 
 
 def table(config: ModelConfig) -> tuple[Row, ...]:
-    """The rows of a model, in the order in which a checkpoint is read and written."""
+    """Returns the rows of a model, in the order in which a checkpoint is read and written."""
     vocabulary, hidden = config.vocab_size, config.hidden_size
     rows = [Row(("embed_tokens", "weight"), "model.embed_tokens.weight", "token_embd.weight", (vocabulary, hidden))]
     for stack in config.stacks:
@@ -117,7 +118,7 @@ def table(config: ModelConfig) -> tuple[Row, ...]:
 
 
 def joined_rows(config: ModelConfig) -> list[tuple[Row, ...]]:
-    """The rows of `table`, those together that Hugging Face's checkpoints hold in one tensor, in their order there."""
+    """Groups the rows of `table` by tensor of Hugging Face's checkpoints; a fused tensor has several, in its order."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in table(config):
         groups.setdefault((row.path[0], row.fused or row.hf), []).append(row)
@@ -125,13 +126,13 @@ def joined_rows(config: ModelConfig) -> list[tuple[Row, ...]]:
 
 
 def hf_module(config: ModelConfig, projection: str) -> str:
-    """The path within a layer of Hugging Face's model of the module that has our `projection` as its weight."""
+    """Returns the path, within a layer of Hugging Face's model, of the module with our `projection` as its weight."""
     block, name = PROJECTIONS[projection]
     return f"{block}.{_renamed(config, name)}"
 
 
 def projections_of(config: ModelConfig) -> tuple[str, ...]:
-    """The projections that a model has, but those of routed experts."""
+    """Returns the projections of a model, except those of routed experts."""
     mixture = config.experts
     has_mlp = mixture is None or mixture.shared_width > 0 or not all(mixture.sparse)
     names = PROJECTIONS if has_mlp else [name for name, (block, _) in PROJECTIONS.items() if block != "mlp"]
@@ -139,7 +140,7 @@ def projections_of(config: ModelConfig) -> tuple[str, ...]:
 
 
 def fused_name(config: ModelConfig, projection: str) -> str | None:
-    """The Hugging Face module that holds our `projection` together with others, if there is one."""
+    """Returns the Hugging Face module that fuses our `projection` with others, or None."""
     return next((name for name, parts in config.fused if projection in parts), None)
 
 
@@ -195,7 +196,7 @@ def _mlp_leaves(config: ModelConfig) -> Iterator[_Leaf]:
     for name, shape in (("gate_proj", (mlp, hidden)), ("up_proj", (mlp, hidden)), ("down_proj", (hidden, mlp))):
         if config.gated_mlp or name != "gate_proj":
             yield from _linear_leaves(name, shape, config.mlp_bias)
-    if config.activation == "xielu":  # its parameters, and the two constants that checkpoints hold as well
+    if config.activation == "xielu":  # its parameters, and two constants that checkpoints also store
         for name, shape in (("alpha_p", (1,)), ("alpha_n", (1,)), ("beta", ()), ("eps", ())):
             yield _Leaf("mlp.act_fn", "ffn_act", shape, name=name)
 
