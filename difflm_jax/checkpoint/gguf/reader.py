@@ -1,5 +1,6 @@
 """`gguf.GGUFReader` with long arrays read at once: vocabulary and merges took it most of the time of opening a file."""
 
+import mmap
 from typing import Any
 
 from gguf import GGUFReader, GGUFValueType
@@ -7,6 +8,14 @@ from gguf import GGUFReader, GGUFValueType
 
 class Reader(GGUFReader):
     """Its fields and tensors are those of `GGUFReader`; the strings of an array are views of the file's bytes."""
+
+    def release(self) -> None:
+        """Takes the pages of the file that were read out of this process. Whoever reads them again gets the same bytes.
+
+        A mapped file else counts in full towards the memory of the process once all tensors were read.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.data._mmap.madvise(mmap.MADV_DONTNEED)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
         if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":

@@ -88,6 +88,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
 
     def read(name: str) -> np.ndarray:
         array = _dequantize(path, *named[name])
+        reader.release()
         for module, heads in _PERMUTED.items():
             if is_permuted and f".{module}." in name:
                 array = _unpermute(array, getattr(config, heads))
