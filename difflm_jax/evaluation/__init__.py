@@ -1,1 +1,1 @@
-"""Scores: masked likelihood, tasks compared with the causal base, fluency, intervals and results files."""
+"""Evaluation: masked likelihood, tasks compared with the causal base, fluency, intervals and results files."""

@@ -1,4 +1,4 @@
-"""How generated answers read, right or wrong: length, ends, repetition, and what the causal base thinks of them."""
+"""Fluency of generated answers, right or wrong: length, end of sequence, repetition, and NLL under the causal base."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,15 +12,17 @@ from difflm_jax.evaluation.tasks import Question
 from difflm_jax.lm import LanguageModel
 from difflm_jax.view.tables import print_table
 
-NGRAM = 4  # tokens whose recurrence within an answer counts as repetition
+NGRAM = 4  # length of the token sequences whose recurrence counts as repetition
 
 
 def fluency(lm: LanguageModel, questions: Sequence[Question], column: Column, batch_size: int) -> dict[str, Any]:
-    """Returns figures of one decoding's answers: means over the questions with 95 % bootstrap intervals.
+    """Returns metrics of one decoding's answers: means over the questions with 95 % bootstrap intervals.
 
-    tokens: length, with the end of sequence. ended: share of answers with an end of sequence within the canvas. empty:
-    share of answers that begin with one. repetition: share of an answer's 4-grams of tokens that occur earlier in it.
-    base_nll: exact nats per token under the causal base; None if no answer has more than its end.
+    tokens: length, including the end of sequence.
+    ended: share of answers with an end of sequence within the canvas.
+    empty: share of answers that start with an end of sequence.
+    repetition: share of an answer's 4-grams of tokens that occur earlier in it.
+    base_nll: exact nats per token under the causal base; None if every answer is only an end of sequence.
     """
     ends = [bool(np.isin(tokens[-1:], lm.eos_token_ids).any()) for tokens in column.tokens]
     rows = {
@@ -42,7 +44,7 @@ def fluency(lm: LanguageModel, questions: Sequence[Question], column: Column, ba
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """The share of the 4-grams of `tokens` that occur earlier in them; 0 if there are fewer than two."""
+    """Returns the share of the 4-grams of `tokens` that occur earlier in them; 0 if there are fewer than two."""
     ngrams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(Counter(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -50,7 +52,7 @@ def repetition(tokens: Sequence[int]) -> float:
 def print_fluency(
     lm: LanguageModel, questions: Sequence[Question], columns: Sequence[Column], batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Prints a table of all decodings and returns their figures by name."""
+    """Prints a table of all decodings and returns their metrics by name."""
     found = {column.name: fluency(lm, questions, column, batch_size) for column in columns}
     print("\nHow the answers read")
     print_table(

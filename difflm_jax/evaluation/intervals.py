@@ -1,4 +1,4 @@
-"""Error bars of 95 %: bootstrap percentiles over rows (Efron and Tibshirani, 1993, chapter 13), Wilson's for shares."""
+"""95 % intervals: bootstrap percentiles over rows (Efron and Tibshirani, 1993, chapter 13), Wilson's for shares."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,14 +9,14 @@ LEVEL = 0.95
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The interval of the mean over rows."""
+    """Returns the interval of the mean over rows."""
     return _interval(lambda x, axis: x.mean(axis=axis), seed, values)
 
 
 def share_interval(hits: Sequence[bool]) -> tuple[float, float]:
-    """The interval of a share of rows: Wilson's score interval (1927).
+    """Returns the interval of a share of rows: Wilson's score interval (1927).
 
-    A bootstrap of rows that are all wrong, or all right, has no width however few they are.
+    A bootstrap would have zero width if all rows are right, or all wrong, even for a few rows.
     """
     from scipy import stats
 
@@ -25,12 +25,12 @@ def share_interval(hits: Sequence[bool]) -> tuple[float, float]:
 
 
 def difference_interval(values: Sequence[float], others: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The interval of the mean of `values` minus the mean of `others`. Both belong to the same rows, drawn together."""
+    """Returns the interval of mean(`values`) - mean(`others`). Both belong to the same rows, resampled together."""
     return mean_interval(np.asarray(values, np.float64) - np.asarray(others, np.float64), seed)
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The interval of a ratio of sums over rows (nats per token, bits per byte). Both sums use the same drawn rows."""
+    """Returns the interval of a ratio of sums over rows, as in nats per token. Both sums resample the same rows."""
     return _interval(lambda x, y, axis: x.sum(axis=axis) / y.sum(axis=axis), seed, numerators, denominators)
 
 

@@ -1,7 +1,7 @@
-"""What a drafting adapter saves: tokens per pass of every strategy, from one table of drafts, and timed real loops.
+"""Reports the speed of a drafting adapter: tokens per pass of every strategy, and the time of real loops.
 
-The table has the drafts after every position of the base's own answers. The text does not depend on drafts. The table
-therefore gives a strategy's passes exactly (for one draw of the noise), without running its loop.
+A table has the drafts after every position of the base's own answers. Since drafts do not change the text, the table
+gives the passes of any strategy exactly (for one draw of the noise), without running its loop.
 """
 
 import dataclasses
@@ -30,27 +30,27 @@ _NOTHING = np.zeros(0, np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer and its drafts. Index p - start has those after position p of prompt and answer together."""
+    """One answer and its drafts. Index p - start has the drafts after position p of the whole text."""
 
     text: np.ndarray  # prompt and answer
     start: int  # the last position of the prompt
-    drafts: np.ndarray  # [positions, m, C] int32, the most probable first
+    drafts: np.ndarray  # [positions, m, C] int32, by descending probability
     log_p: np.ndarray  # [positions, m, C] float32
 
     def after(self, position: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(drafts of the tokens from `position` + 2 on, their confidence)."""
+        """Returns (drafts of the tokens from `position` + 2 on, their confidence)."""
         index = position - self.start
         return self.drafts[index, :length, 0], np.exp(self.log_p[index, :length, 0])
 
     def accepted(self, position: int, proposal: np.ndarray) -> int:
-        """The number of leading tokens of `proposal` that the base itself chooses after `position`."""
+        """Counts the leading tokens of `proposal` that agree with the base's choice after `position`."""
         own = self.text[position + 1 :][: len(proposal)]
         wrong = np.flatnonzero(own != proposal[: len(own)])
         return int(wrong[0]) if len(wrong) else len(own)
 
 
 def draft_table(lm: LanguageModel, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], length: int):
-    """A `Row` per answer, with `length` drafts after every position from the last one of the prompt."""
+    """Returns a `Row` per answer, with `length` drafts after every position from the end of the prompt on."""
     rows = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         text = np.concatenate([prompt, answer]).astype(np.int32)
@@ -64,7 +64,7 @@ def draft_table(lm: LanguageModel, prompts: Sequence[np.ndarray], answers: Seque
 
 
 def passes(row: Row, drafting: Drafting) -> int:
-    """The number of forward passes that a strategy needs for the answer of `row`."""
+    """Counts the forward passes that a strategy needs for the answer of `row`."""
     position, end, count, ready = row.start, len(row.text) - 1, 0, (_NOTHING, _NOTHING)
     suffixes = WITHOUT_DRAFTS if drafting.beside or drafting.strategy == "lookup" else SUFFIXES
 
@@ -100,7 +100,7 @@ def passes(row: Row, drafting: Drafting) -> int:
 
 
 def strategies(length: int) -> dict[str, Drafting]:
-    """The strategies of the report, by name."""
+    """Returns the strategies of the report, by name."""
     shorter = max(length // 2, 1)
     named = {"prompt lookup": Drafting("lookup", LOOKED_UP)}
     for strategy in ("two_pass", "one_pass", "likeliest", "tree"):
@@ -113,7 +113,7 @@ def strategies(length: int) -> dict[str, Drafting]:
 
 
 def print_lossless(lm: LanguageModel, prompts: Sequence[Any], max_new_tokens: int, batch_size: int) -> dict[str, Any]:
-    """Prints and returns tokens per pass of every strategy, the time of real loops, and which rows differ."""
+    """Prints and returns tokens per pass of every strategy, the time of real loops, and the rows that differ."""
     if not lm.diffusion.gated:
         raise UserError("--lossless: this model has no adapter that drafts (train one with objective=draft)")
     rows = lm.prompts.all(prompts)
@@ -145,9 +145,9 @@ def print_lossless(lm: LanguageModel, prompts: Sequence[Any], max_new_tokens: in
 
 
 def print_texts(lm: LanguageModel, prompts: Sequence[Any], max_new_tokens: int) -> list[bool]:
-    """Prints the answers of the base, whether those with drafts are the same, and both numbers of forward passes.
+    """Prints the base's answers, whether drafts change them, and the forward passes with and without drafts.
 
-    Returns for each prompt whether the tokens are equal.
+    Returns whether the tokens are equal, for each prompt.
     """
     rows = lm.prompts.all(prompts)
     base, drafted = (x.generate(rows, max_new_tokens, batch_size=1) for x in (lm.base(), lm))
@@ -168,7 +168,7 @@ def _line(text: str) -> str:
 
 
 def _timed(generate: Callable[..., Any], rows: list[np.ndarray], arguments: dict[str, Any]) -> tuple[Any, float]:
-    """(the result of `generate`, seconds). Times the second of two runs, which compiles nothing."""
+    """Returns (the result of `generate`, seconds). Runs twice and times the second run, which compiles nothing."""
     generate(rows, **arguments)
     began = time.perf_counter()
     return generate(rows, **arguments), time.perf_counter() - began
@@ -179,7 +179,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _one_row(text: np.ndarray, prompt: int, number: int, pad: int) -> CleanBatch:
-    """A batch of one example, padded to one of a few widths to limit compilation."""
+    """Returns a batch of one example, padded to one of a few widths to limit compilation."""
     width = width_bucket(len(text))
     padded = np.pad(text, (0, width - len(text)), constant_values=pad)
     place = np.arange(width)
@@ -195,7 +195,7 @@ def _one_row(text: np.ndarray, prompt: int, number: int, pad: int) -> CleanBatch
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _drafts(model, diffusion, length: int, variables, batch: CleanBatch, first: jax.Array):
-    """(tokens, log-probabilities) [ANCHORS, length, C] of the drafts after `ANCHORS` positions, starting at `first`."""
+    """Drafts after `ANCHORS` positions from `first` on: (tokens, log-probabilities), both [ANCHORS, length, C]."""
     number = jnp.arange(ANCHORS * length, dtype=jnp.int32)
     anchors, depths = number // length, number % length + 1
     rows = NoiseRows(first + anchors[None], anchors, depths, jnp.ones((1, len(number)), bool))
@@ -206,7 +206,7 @@ def _drafts(model, diffusion, length: int, variables, batch: CleanBatch, first: 
 
 
 def _looked_up(text: np.ndarray, count: int, suffixes: tuple[int, ...]) -> np.ndarray | None:
-    """`lookup.looked_up` for one row, on the host."""
+    """Does the work of `lookup.looked_up` for one row, on the host."""
     last = len(text) - 1
     for size in sorted(suffixes, reverse=True):
         if len(text) <= size:
@@ -220,7 +220,10 @@ def _looked_up(text: np.ndarray, count: int, suffixes: tuple[int, ...]) -> np.nd
 
 
 def _anchors(chains: list[np.ndarray], drafting: Drafting) -> set[tuple[int, int]]:
-    """`drafts.anchors` for one row, on the host: (chain, accepted tokens of it), for none of any (0, 0)."""
+    """Does the work of `drafts.anchors` for one row, on the host.
+
+    Returns pairs (chain, number of its accepted tokens); (0, 0) if no token is accepted.
+    """
     if drafting.num_anchors == drafting.num_nodes + 1:
         return {(chain, right) for chain in range(2) for right in range(drafting.num_nodes + 1)}
     sizes = [drafting.length, drafting.beside] if drafting.beside else [drafting.num_nodes]
@@ -235,7 +238,7 @@ def _anchors(chains: list[np.ndarray], drafting: Drafting) -> set[tuple[int, int
 
 
 def _walked(row: Row, position: int, drafting: Drafting) -> int:
-    """The depth to which the tree of drafts, made one position earlier, contains the base's text."""
+    """Returns how many of the base's next tokens are a path in the tree drafted one position earlier."""
     index = position - 1 - row.start
     tokens, log_p = row.drafts[index, : drafting.length], row.log_p[index, : drafting.length]
     paths = [(0.0, ())]

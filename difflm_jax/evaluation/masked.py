@@ -1,4 +1,4 @@
-"""Evaluation on a test split with fixed masks: the same rows, rates and masks at every call, in batches of any size."""
+"""Evaluation on a test split with fixed masks: every call uses the same rows, rates and masks, at any batch size."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -16,16 +16,17 @@ from difflm_jax.utils.progress import Progress
 
 
 def add_sums(a: LossSums | None, b: LossSums) -> LossSums:
-    """Sum of two `LossSums` on the host."""
+    """Adds two `LossSums` on the host."""
     b = jax.tree.map(lambda x: np.asarray(x, np.float64), b)
     return b if a is None else jax.tree.map(np.add, a, b)
 
 
 def summarise(sums: LossSums) -> dict[str, Any]:
-    """loss (weighted, as trained on), masked_nll (nats per hidden token), masked_accuracy, perplexity (its exp).
+    """Returns loss (weighted, as in training), masked_nll (nats per masked token), masked_accuracy and perplexity.
 
-    In a model with experts `expert_load` too: the tokens of the busiest expert of a layer over the average, as the mean
-    over layers. It is 1 if all have as many, and X / K if each token goes to the same K of X.
+    Perplexity is exp(masked_nll). A model with experts also has `expert_load`: the tokens of the busiest expert over
+    the average, as the mean over layers. It is 1 if experts have equal loads, and X / K if all tokens go to the same K
+    of X experts.
     """
     count = float(np.sum(sums.masked_count))
     nll = float(np.sum(sums.masked_nll)) / count if count else None
@@ -42,7 +43,7 @@ def summarise(sums: LossSums) -> dict[str, Any]:
 
 
 def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
-    """masked_nll, masked_accuracy and perplexity for every bucket of mask rates that has a hidden token."""
+    """Returns masked_nll, masked_accuracy and perplexity for every bucket of mask rates with a masked token."""
     buckets = {}
     for i in range(RATE_BUCKETS):
         if sums.masked_count[i]:
@@ -58,8 +59,8 @@ def by_rate(sums: LossSums) -> dict[str, dict[str, float]]:
 class Evaluator:
     """Runs the evaluation step over a fixed list of batches.
 
-    Batches made with `strata="rows"` stratify rates over the whole split. Rates then do not depend on which rows share
-    a batch or which examples share a row.
+    Batches built with `strata="rows"` stratify rates over the whole split. Rates then do not depend on how rows are
+    batched or packed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Questions with known answers: how often a model and its own causal base are right, with error bars."""
+"""Accuracy of a model and of its causal base on questions with known answers, with 95 % intervals."""
 
 import dataclasses
 import time
@@ -14,7 +14,7 @@ from difflm_jax.view.tables import print_table
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The answers of one decoding: for each question the text, the tokens, whether it is right, and forward passes."""
+    """The answers of one decoding. Each question has a text, tokens, whether it is right, and forward passes."""
 
     name: str
     answers: list[str]
@@ -25,7 +25,7 @@ class Column:
     tokens: list[list[int]]
 
     def record(self, base: "Column") -> dict[str, Any]:
-        """The column, its accuracy and the difference from the base's accuracy, with 95 % intervals."""
+        """Returns the column, its accuracy and the difference from the base's accuracy, with 95 % intervals."""
         return {
             **dataclasses.asdict(self),
             "accuracy": self.matches / len(self.correct),
@@ -39,7 +39,7 @@ class Column:
 class Decodings:
     """How questions are answered.
 
-    tokens_per_pass: tokens committed per forward pass; each value is a decoding of its own.
+    tokens_per_pass: tokens committed per forward pass; each value is a separate decoding.
     max_new_tokens: length of the canvas. batch_size: questions per batch.
     task: decides which answers count as right. options: of `LanguageModel.generate`, for the converted model.
     causally: adds the same weights, adapter included, decoded as a causal model.
@@ -54,7 +54,7 @@ class Decodings:
 
 
 def compare(lm: LanguageModel, questions: Sequence[Question], decodings: Decodings) -> list[Column]:
-    """Greedy answers of the causal base, of `lm` at each number of tokens per pass, and of `lm` decoded causally."""
+    """Decodes greedy answers with the causal base, with `lm` at each `tokens_per_pass`, and with `lm` causally."""
     ways = [(lm.base(), "causal base", 1, {})]
     ways += [
         (lm, f"{tokens} token{'s' if tokens > 1 else ''} a pass", tokens, decodings.options)

@@ -1,4 +1,4 @@
-"""Results files: the command, the environment and all results."""
+"""Writes results files: the command, the environment and all results."""
 
 import datetime
 import importlib.metadata
@@ -17,7 +17,7 @@ _PACKAGES = ("difflm_jax", "jax", "jaxlib", "flax", "numpy", "transformers", "to
 
 
 def environment() -> dict[str, Any]:
-    """The command, the time, the package versions and the device of this process."""
+    """Returns the command, the time, the package versions and the device of this process."""
     devices = jax.devices()
     return {
         "command": sys.argv,

@@ -26,7 +26,7 @@ class Scored:
     bytes: np.ndarray
 
     def record(self) -> dict[str, Any]:
-        """Figures of both models, with their values per row."""
+        """Returns the scores of both models, with their values per row."""
         nats_base, nats = -self.base.values, -self.diffusion.values
         low, high = difference_interval(nats, nats_base)
         tokens = self.base.tokens.mean()
@@ -69,7 +69,7 @@ def score_answers(lm: LanguageModel, questions: Sequence[Question], samples: int
 
 
 def score_text(lm: LanguageModel, windows: Sequence[tuple[list[int], int]], samples, seed, batch_size) -> Scored:
-    """Scores windows of `read_windows`, each by itself after the token that begins a text."""
+    """Scores each window of `read_windows` on its own, after the token that begins a text."""
     tokenizer = lm.tokenizer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows = [[start]] * len(windows), [tokens for tokens, _ in windows]
@@ -81,7 +81,10 @@ def score_text(lm: LanguageModel, windows: Sequence[tuple[list[int], int]], samp
 
 
 def read_windows(dataset: str, tokenizer: Any, max_length: int, rows: int = 0) -> list[tuple[list[int], int]]:
-    """[(tokens, bytes)] of the first `rows` (0: all) windows of at most `max_length` - 1 tokens of plain texts."""
+    """Reads the first `rows` (0: all) windows of plain texts, as (tokens, bytes).
+
+    A window has at most `max_length` - 1 tokens.
+    """
     windows = []
     for row in open_source(dataset).rows():
         try:

@@ -1,4 +1,4 @@
-"""Decoding settings compared on questions with known answers: quality against speed, and which one to keep."""
+"""Compares decoding settings on questions with known answers: quality against speed, and the setting to keep."""
 
 import dataclasses
 import time
@@ -14,33 +14,33 @@ from difflm_jax.evaluation.lossless import draft_table, passes, strategies
 from difflm_jax.evaluation.tasks import TASKS, Question
 from difflm_jax.lm import LanguageModel
 
-BLOCK = 32  # of candidates that fill an answer in blocks
+BLOCK = 32  # block length of candidates that fill an answer in blocks
 TOKENS_PER_PASS = (1, 2, 4)
 THRESHOLDS = (0.5, 0.7, 0.9)
-FASTEST_STRATEGIES = 4  # of a drafting adapter: those that the table of drafts promises most are timed
+FASTEST_STRATEGIES = 4  # of a drafting adapter: only the best by the table of drafts are timed
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What one setting reached."""
+    """The results of one setting."""
 
-    options: dict[str, Any]  # of `LanguageModel.generate`, and tokens_per_pass
+    options: dict[str, Any]  # those of `LanguageModel.generate`, and tokens_per_pass
     correct: list[bool]
-    passes: float  # forward passes of an answer, on average
+    passes: float  # mean forward passes per answer
     tokens_per_second: float
 
     @property
     def quality(self) -> float:
-        """Share of right answers."""
+        """The share of right answers."""
         return sum(self.correct) / len(self.correct)
 
     @property
     def name(self) -> str:
-        """The options as flags are written."""
+        """The options, written as flags."""
         return " ".join(f"{name}={value}" for name, value in self.options.items())
 
     def record(self) -> dict[str, Any]:
-        """Its figures, for a file."""
+        """Returns the results as a JSON record."""
         return {
             "options": self.options,
             "quality": round(self.quality, 4),
@@ -52,7 +52,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """How settings are tried: `max_new_tokens` an answer, in batches, judged by the rules of `task`."""
+    """How settings are tried: `max_new_tokens` per answer, in batches, judged by the rules of `task`."""
 
     max_new_tokens: int
     task: str = "exact"
@@ -61,7 +61,7 @@ class Trial:
 
 
 def candidates(lm: LanguageModel, questions: Sequence[Question], trial: Trial) -> list[dict[str, Any]]:
-    """The settings that make sense for a model. Raises `UserError` where there is nothing to choose."""
+    """Returns the settings that are worth trying for a model. Raises `UserError` if there is nothing to tune."""
     if lm.diffusion.gated:
         return _drafting(lm, questions, trial)
     if lm.attention == "causal":
@@ -77,7 +77,7 @@ def candidates(lm: LanguageModel, questions: Sequence[Question], trial: Trial) -
 
 
 def _drafting(lm: LanguageModel, questions: Sequence[Question], trial: Trial) -> list[dict[str, Any]]:
-    """Strategies of a drafting adapter in the order of their passes, which the table of its drafts gives exactly."""
+    """Returns the strategies of a drafting adapter with the fewest passes, counted exactly from a table of drafts."""
     rows = lm.prompts.all([question.prompt for question in questions])
     base = lm.base().generate(rows, trial.max_new_tokens, trial.max_new_tokens, batch_size=trial.batch_size)
     table = draft_table(lm, rows, base.tokens, lm.diffusion.draft_length)
@@ -89,7 +89,7 @@ def _drafting(lm: LanguageModel, questions: Sequence[Question], trial: Trial) ->
 
 
 def measured(lm: LanguageModel, questions: Sequence[Question], options: Mapping[str, Any], trial: Trial) -> Point:
-    """Answers all questions with `options`; the first batch is answered before, so that nothing is compiled."""
+    """Times the answers to all questions with `options`, after a first batch as warm-up for compilation."""
     prompts, most = [question.prompt for question in questions], trial.max_new_tokens
     given = {name: value for name, value in options.items() if name != "tokens_per_pass"}
     steps = -(-most // options.get("tokens_per_pass", 1))
@@ -105,7 +105,7 @@ def measured(lm: LanguageModel, questions: Sequence[Question], options: Mapping[
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in quality and tokens/s, the fastest first."""
+    """Returns the Pareto front in quality and tokens/s, fastest first."""
 
     def beaten(point: Point) -> bool:
         return any(
@@ -119,7 +119,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def chosen(points: Sequence[Point]) -> Point:
-    """The fastest of the points whose quality these rows do not tell from the best's (paired bootstrap, 95 %)."""
+    """Returns the fastest point whose quality is not significantly below the best (paired bootstrap, 95 %)."""
     best = max(points, key=lambda point: (point.quality, point.tokens_per_second))
     good = [point for point in points if difference_interval(point.correct, best.correct)[1] >= 0]
     return max(good, key=lambda point: point.tokens_per_second)

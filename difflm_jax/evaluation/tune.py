@@ -2,9 +2,9 @@
 
     difflm tune --run=DIR --data=FILE [--task=gsm8k --rows=64 --max_new_tokens=128 --plot=FILE.png]
 
-Tries the settings that make sense for the model, or those of `--try`, and prints a table. `*` marks settings that no
-other beats in both quality and tokens/s. The fastest setting whose quality these rows do not tell from the best is
-written into `diffusion_config.json` next to the weights, with its figures: from then on it is the default.
+Tries settings that suit the model, or those of `--try`, and prints a table. `*` marks settings that no other beats in
+both quality and tokens/s. The fastest setting that is not significantly worse than the best becomes the default: it
+is written into `diffusion_config.json` next to the weights, with its results.
 """
 
 import io
@@ -30,7 +30,7 @@ from difflm_jax.view.tables import print_table
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
-    """The flags of `difflm tune` besides those of the model."""
+    """Defines the flags of `difflm tune`, except those of the model."""
     flags.DEFINE_string("data", "", "Held-out rows with answers.", flag_values=flag_values)
     flags.DEFINE_enum("task", "exact", list(TASKS), "What counts as right.", flag_values=flag_values)
     flags.DEFINE_integer("rows", 64, "Only the first rows (0: all).", lower_bound=0, flag_values=flag_values)
@@ -46,7 +46,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 
 def main(flag_values: flags.FlagValues, load: Callable[..., LanguageModel]) -> None:
-    """Prints the table, and writes what the flags ask for. `load`: flags to a model."""
+    """Prints the table, and writes the preset and the plot if asked to. `load` maps flags to a model."""
     if not flag_values.data:
         raise UserError("name the held-out rows with --data")
     if flag_values.plot:
@@ -59,9 +59,9 @@ def main(flag_values: flags.FlagValues, load: Callable[..., LanguageModel]) -> N
     lm = load(flag_values, with_base=True)
     directory = _directory(flag_values) if flag_values.write else None
     trial = Trial(flag_values.max_new_tokens, flag_values.task, flag_values.batch_size, flag_values.seed)
-    lm = lm.with_diffusion(preset="")  # an earlier choice must not colour this one
+    lm = lm.with_diffusion(preset="")  # an earlier preset must not affect this one
     settings = tried or candidates(lm, questions, trial)
-    for options in settings:  # all before the first is run
+    for options in settings:  # check all of them before the first run
         sampling_options(lm.attention, lm.algorithm, of_sampling(options))
     points = []
     with Progress("trying", "settings", len(settings)) as progress:
@@ -82,7 +82,7 @@ def main(flag_values: flags.FlagValues, load: Callable[..., LanguageModel]) -> N
 
 
 def _public_name(data: str) -> str:
-    """What is published of the rows' name: of a path outside the working directory only its last part."""
+    """Returns the name of the rows to publish; for a path outside the working directory, only its last part."""
     path = Path(data)
     if not path.is_absolute():
         return data
@@ -90,7 +90,7 @@ def _public_name(data: str) -> str:
 
 
 def write_preset(directory: Path, options: dict[str, Any], evidence: dict[str, Any]) -> None:
-    """Puts the preset into the `diffusion_config.json` of `directory`, whole or not at all."""
+    """Writes the preset into the `diffusion_config.json` of `directory`, atomically."""
     path = directory / DIFFUSION_FILE
     known = read_diffusion_config(directory)
     if known is None:
@@ -132,7 +132,7 @@ def _print(points: Sequence[Point], best: Point, title: str) -> None:
 
 
 def _setting(words: str) -> dict[str, Any]:
-    """Options of one `--try`, with their types. Raises `UserError`."""
+    """Parses the options of one `--try`. Raises `UserError`."""
     types = {name: field.metadata["type"] for name, field in Sampling.__dataclass_fields__.items()}
     types |= {"block_length": int, "tokens_per_pass": int}
     found: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def _setting(words: str) -> dict[str, Any]:
 
 
 def _directory(flag_values: flags.FlagValues) -> Path:
-    """Where the weights that the flags name hold their `diffusion_config.json`. Raises `UserError`."""
+    """Returns the directory of the weights, which has their `diffusion_config.json`. Raises `UserError`."""
     spec = spec_of_names(flag_values.model, flag_values.adapter, flag_values.run)
     directory = Path(spec.adapter or spec.source).expanduser()
     if read_diffusion_config(directory) is None:
