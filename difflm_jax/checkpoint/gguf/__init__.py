@@ -1,1 +1,1 @@
-"""GGUF files: header, weights and tokenizer, read without running anything of theirs."""
+"""Reads GGUF files: header, weights and tokenizer. Nothing in a file is executed."""

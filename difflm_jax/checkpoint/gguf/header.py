@@ -1,7 +1,7 @@
-"""Every length in the header of a GGUF file, checked against the bytes that there are, before anything trusts it.
+"""Checks every length in the header of a GGUF file against the size of the file.
 
-`gguf.GGUFReader` believes the header: an array said to have 2^60 elements keeps it appending to a list until memory is
-gone. The layout is that of the GGUF specification (github.com/ggml-org/ggml/blob/master/docs/gguf.md), version 2 and 3.
+`gguf.GGUFReader` trusts the header: for an array of 2^60 elements it appends to a list until memory runs out. The
+layout is that of the GGUF specification (github.com/ggml-org/ggml/blob/master/docs/gguf.md), version 2 and 3.
 """
 
 import struct
@@ -31,7 +31,7 @@ _SCALARS = {
 
 
 def check_header(path: Path) -> None:
-    """Raises `ValueError` that says what is wrong, in time and memory that the size of the file bounds."""
+    """Raises `ValueError` for a bad header. The size of the file bounds the time and memory of the check."""
     with path.open("rb") as file:
         header = _Header(file, path.stat().st_size)
         if header.take(4) != _MAGIC:
@@ -50,7 +50,7 @@ def check_header(path: Path) -> None:
 
 
 def _check_tensor(header: "_Header") -> int:
-    """The bytes behind the header that one tensor needs there to be."""
+    """Returns the number of bytes that a tensor needs after the header."""
     header.skip_string(_MAX_NAME)
     if (dimensions := header.number("<I")) > _MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {dimensions} dimensions")
@@ -66,7 +66,7 @@ def _check_tensor(header: "_Header") -> int:
 
 
 class _Header:
-    """Reads forward, and never more than there is."""
+    """Reads values in order, and never past the end of the file."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file, self.left = file, size

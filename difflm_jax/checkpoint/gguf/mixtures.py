@@ -1,7 +1,7 @@
-"""What a GGUF file of a mixture of experts says of it, in the spelling of `config.json`.
+"""Translates the metadata of mixtures of experts in GGUF files to keys of `config.json`.
 
-A file says neither which layers are sparse nor how the weights of a token's experts are normalised. Both are constants
-of llama.cpp (src/models/*.cpp), which this table has.
+A file does not tell which layers are sparse, nor how the weights of a token's experts are normalised. Both are
+constants of llama.cpp (src/models/*.cpp), copied into this table.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """The mixtures of an architecture of GGUF.
+    """The mixtures of a GGUF architecture.
 
-    read: their keys, and those of `config.json`. normalised: whether the weights of a token's experts sum to one.
+    read: their keys, and the keys of `config.json`. normalised: whether the weights of a token's experts sum to one.
     permuted: whether rows of q and k are in the order of interleaved RoPE.
     """
 
@@ -52,7 +52,7 @@ MIXTURES = {
                                              _SHARED: "shared_expert_intermediate_size"},
         False, {**_ALL_SPARSE, "norm_topk_prob": False},
     ),
-    # Mixtral; a file of Llama has no expert_count
+    # Mixtral; files of Llama have no expert_count
     "llama": Mixture(
         "mixtral", "MixtralForCausalLM", {_COUNT: "num_local_experts", _USED: "num_experts_per_tok"}, True,
         permuted=True,
@@ -76,7 +76,7 @@ def mixture_of(architecture: str, values: Mapping[str, Any]) -> Mixture | None:
 def mixture_config(
     path: Path, architecture: str, values: dict[str, Any], hf_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the keys of `config.json` that describe a mixture; theirs are taken out of `values`."""
+    """Returns the keys of `config.json` that describe a mixture, and removes the GGUF keys from `values`."""
     mixture = MIXTURES[architecture]
     if missing := [f"{architecture}.{key}" for key in mixture.read if values.get(key) is None]:
         raise UserError(f"{path}: metadata lacks {', '.join(missing)}")
@@ -88,7 +88,7 @@ def mixture_config(
         raise UserError(f"{path}: {architecture}.{_WIDTH} differs from {architecture}.feed_forward_length")
     read = {name: values.pop(key) for key, name in mixture.read.items()}
     read |= {name: values.pop(key) for key, name in mixture.optional.items() if values.get(key)}
-    if "attention.scale" in mixture.optional:  # llama.cpp's scale where a file has none
+    if "attention.scale" in mixture.optional:  # llama.cpp's scale if a file has none
         read.setdefault("attention_multiplier", hf_config["head_dim"] ** -0.5)
     if mixture.model_type == "qwen2_moe":
         read["qkv_bias"] = hf_config["attention_bias"]

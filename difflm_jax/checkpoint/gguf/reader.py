@@ -1,4 +1,4 @@
-"""`gguf.GGUFReader` with long arrays read at once: vocabulary and merges took it most of the time of opening a file."""
+"""A faster `gguf.GGUFReader`: long arrays (vocabulary, merges) are read at once, as they dominated the time to open."""
 
 import mmap
 from typing import Any
@@ -7,7 +7,7 @@ from gguf import GGUFReader, GGUFValueType
 
 
 class Reader(GGUFReader):
-    """Its fields and tensors are those of `GGUFReader`; the strings of an array are views of the file's bytes."""
+    """Has the fields and tensors of `GGUFReader`; the strings of an array are views of the file's bytes."""
 
     def release(self) -> None:
         """Takes the pages of the file that were read out of this process. Whoever reads them again gets the same bytes.
@@ -34,7 +34,7 @@ class Reader(GGUFReader):
         return 12 + size, [*head, *parts], list(places), types
 
     def _strings(self, start: int, count: int) -> tuple[list[memoryview], int]:
-        """The lengths and bytes of `count` strings in turn, and how many bytes that is."""
+        """Returns the length and the bytes of each of `count` strings in turn, and the total number of bytes."""
         data, at, parts = memoryview(self.data), start, []
         for _ in range(count):
             text = at + 8

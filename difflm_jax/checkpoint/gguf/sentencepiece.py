@@ -1,4 +1,4 @@
-"""SentencePiece BPE of a .gguf file (Llama 2's, Gemma's): pieces with scores, rebuilt with the `tokenizers` library."""
+"""Rebuilds SentencePiece BPE of a .gguf file (Llama 2, Gemma) from its scored pieces, with the `tokenizers` library."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ _WITHOUT_PARTS = (TokenType.CONTROL, TokenType.UNUSED, TokenType.BYTE, TokenType
 def sentencepiece_tokenizer(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], space_prefix: bool
 ) -> Tokenizer:
-    """Byte-fallback BPE over text whose spaces are "▁"; `space_prefix` puts one before the text.
+    """Returns byte-fallback BPE over text with "▁" for spaces; `space_prefix` adds one before the text.
 
-    SentencePiece joins the pair that makes the piece of the highest score; as merges that is their order.
+    SentencePiece joins the pair whose result has the highest score, so merges are sorted by score.
     """
     vocabulary = {token: index for index, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.UNKNOWN), "<unk>")

@@ -1,6 +1,6 @@
-"""The tokenizer inside a .gguf file, rebuilt with the `tokenizers` library.
+"""Rebuilds the tokenizer of a .gguf file with the `tokenizers` library.
 
-`transformers` can read it only where torch is installed, and forgets the digit rule of `smollm`.
+`transformers` reads it only if torch is installed, and drops the digit rule of `smollm`.
 """
 
 from pathlib import Path
@@ -18,25 +18,25 @@ _QWEN2 = (
     r"|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-# Mistral's: words are cut where a capital follows.
+# Mistral's: words are split before a capital.
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What llama.cpp falls back to, one after the other.
+# llama.cpp's fallback, applied in this order.
 _DEFAULT = (
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 )
-# A word that is a token needs no merges; bos comes first unless the file says otherwise.
+# A word that is a token skips merges; bos is added first unless the file says otherwise.
 _WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 class Metadata(Protocol):
-    """What is needed of a file: its path, and its values by key (None where it has none)."""
+    """The part of a file that is needed: its path, and its values by key (None for a missing key)."""
 
     path: Path
 
@@ -44,9 +44,9 @@ class Metadata(Protocol):
 
 
 def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
-    """The tokenizer of a file, with chat template and special ids: SentencePiece, or byte-level BPE.
+    """Builds the tokenizer of a file, with chat template and special ids: SentencePiece or byte-level BPE.
 
-    Raises `UserError` for another kind of tokenizer, and by name for another `pre`.
+    Raises `UserError` that names the kind of tokenizer, or its `pre`, if it is not supported.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     tokens, types = _tokens(metadata)
@@ -86,7 +86,7 @@ def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(metadata: Metadata, kind: str | None, pre: str | None, tokens: list[str]) -> Tokenizer:
-    """Byte-level BPE from tokens and merges, split as `tokenizer.ggml.pre` says."""
+    """Returns byte-level BPE from tokens and merges, with the pre-tokenizer that `tokenizer.ggml.pre` names."""
     path = metadata.path
     if kind != "gpt2":
         raise UserError(f"{path}: tokenizer.ggml.model {kind!r} is not supported (known: gpt2, llama)")
@@ -136,7 +136,7 @@ _SPLITTERS = {
 
 
 def _tokens(metadata: Metadata) -> tuple[list[str], list[int]]:
-    """Tokens and their types, without the unused ones that pad the list to the rows of the embedding."""
+    """Returns the tokens and their types, without unused ones that pad the list to the rows of the embedding."""
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not tokens or types is None or len(types) != len(tokens):
         raise UserError(f"{metadata.path}: tokenizer.ggml.tokens and tokenizer.ggml.token_type do not match")
@@ -160,7 +160,7 @@ def _named_token(metadata: Metadata, key: str, tokens: list[str]) -> str | None:
 def _add_bos_and_eos(
     metadata: Metadata, tokenizer: Tokenizer, special: dict[str, str], add_bos_by_default: bool
 ) -> None:
-    """Puts bos before and eos after a text where the file says so; llama.cpp adds bos to some kinds unasked."""
+    """Adds bos before and eos after a text if the file says so. By default, llama.cpp adds bos to some kinds."""
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
     wanted = {
         "bos_token": add_bos_by_default if add_bos is None else add_bos,

@@ -1,7 +1,7 @@
-"""A .gguf file as a source of weights: llama.cpp's names, layout and metadata turned into Hugging Face's.
+"""Opens a .gguf file as a source of weights, with Hugging Face's names, layout and metadata.
 
-The format is read through the `gguf` package (numpy only); its keys are those of the GGUF specification
-(github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what llama.cpp's converter does to weights is undone here.
+The `gguf` package (numpy only) reads the format. The keys are those of the GGUF specification
+(github.com/ggml-org/ggml/blob/master/docs/gguf.md). Changes that llama.cpp's converter made to weights are undone.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ _ROPE_SCALING = {
     "yarn_beta_slow": "beta_slow",
 }
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-# Keys that change no result, and those that change none at one value; what is 0 or false is taken as "off".
+# Keys that change no result, and keys that change none at one value. 0 and false count as "off".
 _NEUTRAL = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
 _NEUTRAL_AT = {
     "attention.output_scale": 1.0,
@@ -62,14 +62,14 @@ _PERMUTED = {"self_attn.q_proj": "num_heads", "self_attn.k_proj": "num_kv_heads"
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], PreTrainedTokenizerBase]]:
-    """(config in Hugging Face's spelling, tensors under Hugging Face's names, a function that builds the tokenizer).
+    """Returns (config, tensors, a function that builds the tokenizer), with Hugging Face's keys and names.
 
-    Raises `UserError` for a damaged file and for an architecture, a key or a RoPE that cannot be represented.
+    Raises `UserError` for a damaged file and for an architecture, a key or a RoPE that is not supported.
     """
     try:
         check_header(path)
         reader = Reader(path)
-    except Exception as error:  # the reader checks little: a damaged file raises whatever numpy makes of it
+    except Exception as error:  # the reader checks little: a damaged file raises errors of numpy
         raise UserError(f"{path}: not a complete GGUF file ({one_line(error)}); fetch it again") from error
     metadata = _Metadata(path, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -78,10 +78,10 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
         config = ModelConfig.from_hf(hf_config)
     except UserError as error:
         raise UserError(f"{path}: metadata: {str(error).removeprefix('config.json: ')}") from error
-    tensors.pop(_ROPE_FREQS, None)  # it is in the config now
+    tensors.pop(_ROPE_FREQS, None)  # the config has it now
     named = _by_hf_name(tensors, config)
     shapes = {name: _shape(tensor)[0 if expert is None else 1 :] for name, (tensor, expert) in named.items()}
-    for name in (name for name in named if name.endswith(_SHARED_GATE)):  # llama.cpp has a vector
+    for name in (name for name in named if name.endswith(_SHARED_GATE)):  # a vector in llama.cpp
         shapes[name] = (1, *shapes[name][-1:])
     mixture = MIXTURES.get(metadata.architecture)
     is_permuted = metadata.architecture == "llama" or (mixture is not None and mixture.permuted)
@@ -100,9 +100,9 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles, Callable[[], Pre
 
 
 def _by_hf_name(tensors: dict[str, ReaderTensor], config: ModelConfig) -> dict[str, tuple[ReaderTensor, int | None]]:
-    """{Hugging Face's name: (a tensor, the expert whose part of it this is; None: it is whole)}.
+    """Maps Hugging Face's name to (tensor, the expert whose slice it is; None: the whole tensor).
 
-    A tensor that the table does not have keeps its own name, so that it is reported under it.
+    A tensor that the table lacks keeps its own name, for error messages.
     """
     named, others = {}, dict(tensors)
     for row in table(config):
@@ -123,7 +123,7 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
 
 
 class _Metadata:
-    """The key-value part of a file, values decoded when asked for."""
+    """The key-value part of a file. Values are decoded on access."""
 
     def __init__(self, path: Path, reader: GGUFReader):
         self.path = path
@@ -138,20 +138,20 @@ class _Metadata:
             raise UserError(f"{path}: architecture {self.architecture!r} is not supported (known: {known})")
 
     def get(self, key: str) -> Any:
-        """The value of `key`, or None if the file does not have it."""
+        """Returns the value of `key`, or None if the file lacks it."""
         field = self._fields.get(key)
         value = None if field is None else field.contents()
-        # float32 1e-5 is 9.999999747378752e-06; its shortest spelling is what was meant
+        # float32 1e-5 is 9.999999747378752e-06; its shortest spelling is the intended value
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def of_architecture(self) -> dict[str, Any]:
-        """The values under `{architecture}.`, without that prefix."""
+        """Returns the values under `{architecture}.`, without that prefix."""
         prefix = f"{self.architecture}."
         return {key.removeprefix(prefix): self.get(key) for key in self._fields if key.startswith(prefix)}
 
 
 def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
-    """`config.json` as the model's Hugging Face repository would have it."""
+    """Returns the `config.json` that the model's Hugging Face repository would have."""
     path, values = metadata.path, metadata.of_architecture()
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path}: has no token_embd.weight")
@@ -193,7 +193,7 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, ReaderTensor]) -> dict[st
 
 
 def _is_neutral(key: str, value: Any, hf_config: dict[str, Any]) -> bool:
-    """Whether a key changes no result: its value is the one that the architecture has without it."""
+    """Whether a key changes no result, because its value is the architecture's default."""
     if key == "attention.causal":
         return value is True
     if key in _NEUTRAL or value in (0, False):
@@ -206,10 +206,10 @@ def _is_neutral(key: str, value: Any, hf_config: dict[str, Any]) -> bool:
 
 
 def _gemma3(values: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, Any]:
-    """What a Gemma 3 file says beyond the keys of all (taken out of `values`), and what llama.cpp knows of its own.
+    """Returns the config keys that are particular to Gemma 3, and removes the GGUF keys from `values`.
 
-    The constants are those of llama.cpp, src/models/gemma3.cpp: every sixth layer is global, local layers have a RoPE
-    base of 10000, and the 27B model of 62 layers scales scores by the width of a head of equal shares.
+    The constants are those of llama.cpp, src/models/gemma3.cpp: every sixth layer is global, and local layers have a
+    RoPE base of 10000. The 27B model, with 62 layers, scales scores by hidden size / number of heads.
     """
     hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
     is_27b = hf_config["num_hidden_layers"] == 62
@@ -230,7 +230,7 @@ def _gemma3(values: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, Any]
 
 def _head_dim(path: Path, hf_config: dict[str, Any]) -> int:
     hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
-    if not isinstance(heads, int) or heads <= 0:  # llama.cpp also allows one number a layer
+    if not isinstance(heads, int) or heads <= 0:  # llama.cpp also allows one number per layer
         raise UserError(f"{path}: attention.head_count must be one positive number, not {heads}")
     return hidden // heads
 
@@ -238,8 +238,8 @@ def _head_dim(path: Path, hf_config: dict[str, Any]) -> int:
 def _rope_scaling(
     path: Path, values: dict[str, Any], hf_config: dict[str, Any], rope_freqs: ReaderTensor | None
 ) -> dict[str, Any] | None:
-    """`rope_scaling`, from the metadata (its keys are taken out of `values`) or the tensor of frequency factors."""
-    # llama.cpp takes a factor without a type for linear scaling
+    """Returns `rope_scaling`, from the metadata (whose keys are removed from `values`) or from frequency factors."""
+    # llama.cpp treats a factor without a type as linear scaling
     rope_type = values.pop("rope.scaling.type", "linear" if values.get("rope.scaling.factor") else "none")
     options = {name: values.pop(f"rope.scaling.{key}", None) for key, name in _ROPE_SCALING.items()}
     options = {name: value for name, value in options.items() if value is not None}
@@ -257,9 +257,9 @@ def _rope_scaling(
 
 
 def _llama3_scaling(path: Path, hf_config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
-    """The Llama 3.1 rule behind `rope_freqs.weight`, which holds original / scaled frequency for every pair.
+    """Returns the Llama 3.1 rule that `rope_freqs.weight` was computed from: original / scaled frequency per pair.
 
-    The rule's constants are not in the file. They are those of the Llama 3.1 to 3.3 releases, or the file is refused.
+    The file lacks the constants of the rule. They must be those of Llama 3.1 to 3.3, or `UserError` is raised.
     """
     options = {
         "factor": float(factors.max()),
@@ -286,6 +286,6 @@ def _dequantize(path: Path, tensor: ReaderTensor, expert: int | None = None) -> 
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q and k from llama.cpp's interleaved RoPE order back to two halves; [out, in] or a bias [out]."""
+    """Reorders rows of q or k from llama.cpp's interleaved RoPE to two halves. Takes [out, in] or a bias [out]."""
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
