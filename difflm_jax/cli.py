@@ -1,6 +1,6 @@
-"""What the commands share: flags parsed by absl, help, errors as one line, the model that flags name.
+"""Code shared by the commands: absl flags, help, one-line errors, and loading the model that flags name.
 
-What needs jax is imported where it is used: `difflm --help` does not wait for it.
+Modules that need jax are imported where they are used, so that `difflm --help` does not wait for it.
 """
 
 import copy
@@ -32,8 +32,8 @@ def run_command(
 ) -> int:
     """Parses `argv` (the process's own by default) and runs `main(flag_values)`; returns the exit status.
 
-    keys: those of the config, for commands that take `--config.KEY`: an unknown flag may have meant one of them. Bad
-    flags and every `UserError` print one line that begins with `error:`; `--debug_traceback` shows the traceback.
+    keys: the config keys, for commands that take `--config.KEY`. They are suggested for unknown flags. Bad flags and
+    every `UserError` print one line that starts with `error:`; `--debug_traceback` also shows the traceback.
     """
     argv = list(sys.argv if argv is None else argv)
     flag_values = copy.deepcopy(flag_values)  # a second command in the same process starts from the defaults
@@ -48,7 +48,7 @@ def run_command(
         except flags.UnrecognizedFlagError as error:
             known = [*flag_values, *(f"config.{key}" for key in keys)]
             near = nearest(error.flagname, known)
-            if error.flagname == "run" and "config" in flag_values:  # of the commands that take a config
+            if error.flagname == "run" and "config" in flag_values:  # commands that take a config
                 made = item.partition("=")[2] if (item := _item(argv, "run")) else ""
                 near = f"config={Path(made or 'RUN') / 'config.json'}"
             raise UserError(f"--{error.flagname}: unknown flag (did you mean --{near}?)") from error
@@ -64,14 +64,14 @@ def run_command(
         announce_compilation()
         return main(flag_values)
 
-    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks must not end the work
+    for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot encode must not end the work
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     asked = [item.partition("=")[2].lower() for item in argv if re.fullmatch("--debug_traceback(=.*)?", item)]
     return exit_with_errors(command, debug_traceback=bool(asked) and asked[-1] not in ("false", "f", "0", "no"))
 
 
-# Flags that name files or directories: the shell leaves the `~` of --name=~/path to us.
+# Flags that name files or directories. The shell does not expand the `~` of --name=~/path, so we do.
 PATH_FLAGS = (
     *("model", "adapter", "run", "config", "data", "base", "text", "out", "file", "watch_html", "plot"),
     *("json_schema", "lark"),
@@ -94,7 +94,7 @@ _MODEL_FLAGS = ("model", "adapter", "run", "revision", "dtype", "quantization", 
 
 
 def _titles(flag_values: flags.FlagValues) -> dict[str, str]:
-    """The groups of `--help`: those of the flags that several commands share."""
+    """Returns the groups of `--help`, for flags that several commands share."""
     shared = dict.fromkeys((*_MODEL_FLAGS, "chat_template"), "Model")
     titles = shared if {"model", "adapter"} <= set(flag_values) else {}
     titles |= dict.fromkeys((*_HOST_FLAGS, *(["mesh"] if titles else [])), "Devices and processes")
@@ -111,7 +111,7 @@ _HOST_FLAGS = ("coordinator_address", "num_processes", "process_id")
 
 
 def define_host_flags(flag_values: flags.FlagValues) -> None:
-    """The flags that name the other processes; without them Cloud TPU, SLURM and Open MPI are asked."""
+    """Defines the flags for runs with several processes. Defaults come from Cloud TPU, SLURM or Open MPI."""
     flags.DEFINE_string(
         "coordinator_address", "", "host:port of process 0, where there are several.", flag_values=flag_values
     )
@@ -120,14 +120,14 @@ def define_host_flags(flag_values: flags.FlagValues) -> None:
 
 
 def connect_from_flags(flag_values: flags.FlagValues) -> None:
-    """Joins the processes that the flags of `define_host_flags` name."""
+    """Connects to the processes that the flags of `define_host_flags` name."""
     from difflm_jax.distributed.processes import connect
 
     connect(**{name: flag_values[name].value for name in _HOST_FLAGS})
 
 
 def define_model_flags(flag_values: flags.FlagValues) -> None:
-    """The flags that name a model (a checkpoint, the adapter or the run on top of it) and the devices for it."""
+    """Defines the flags that name a model (a checkpoint with an adapter, or a run) and its devices."""
     define_host_flags(flag_values)
     flags.DEFINE_list(
         "mesh", [], "Devices along data, fsdp and tensor (-1: what is left), as 1,4,2; default: one device.",
@@ -138,7 +138,7 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
 
 
 def define_source_flags(flag_values: flags.FlagValues) -> None:
-    """The flags that name a checkpoint or a run, and say how its weights are held."""
+    """Defines the flags that name a checkpoint or a run, and the format of its weights in memory."""
     from difflm_jax.quant import FORMATS
     from difflm_jax.utils.dtypes import AUTO, DTYPES
 
@@ -171,7 +171,7 @@ def define_source_flags(flag_values: flags.FlagValues) -> None:
 
 
 def define_sampling_flags(flag_values: flags.FlagValues) -> None:
-    """A flag for every option of decoding."""
+    """Defines a flag for every decoding option."""
     from difflm_jax.sampling.options import Sampling
 
     define = {float: flags.DEFINE_float, int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
@@ -180,7 +180,7 @@ def define_sampling_flags(flag_values: flags.FlagValues) -> None:
 
 
 def sampling_flags(flag_values: flags.FlagValues) -> dict[str, Any]:
-    """The options of decoding that the flags name."""
+    """Returns the decoding options that the flags set."""
     from difflm_jax.sampling.options import Sampling
 
     options = {field.name: flag_values[field.name].value for field in dataclasses.fields(Sampling)}
@@ -190,7 +190,7 @@ def sampling_flags(flag_values: flags.FlagValues) -> dict[str, Any]:
 def load_from_flags(
     flag_values: flags.FlagValues, with_base: bool = False, check: Callable[["LanguageModel"], None] | None = None
 ) -> "LanguageModel":
-    """Loads what the flags of `define_model_flags` name; `with_base` and `check` as for `load_model`."""
+    """Loads the model that the flags of `define_model_flags` name; see `load_model` for `with_base` and `check`."""
     from difflm_jax.data.template_forms import read_template
     from difflm_jax.loading import load_model, spec_of_names
 
@@ -203,7 +203,7 @@ def load_from_flags(
 
 
 def with_template(lm: "LanguageModel", flag_values: flags.FlagValues) -> "LanguageModel":
-    """`lm`, whose tokenizer and that of its origin have the chat template that a flag gives. Raises `UserError`."""
+    """Returns `lm` with the chat template of a flag, on its own and its origin's tokenizer. Raises `UserError`."""
     from difflm_jax.data.template_forms import read_template
 
     for each in (lm, lm.origin) if flag_values.chat_template else ():
@@ -213,7 +213,7 @@ def with_template(lm: "LanguageModel", flag_values: flags.FlagValues) -> "Langua
 
 
 def check_names_a_model(flag_values: flags.FlagValues) -> None:
-    """Raises `UserError` if the flags of `define_source_flags` name no model, or a run in its place."""
+    """Raises `UserError` if the flags of `define_source_flags` name no model, or give a run as `--model`."""
     if not flag_values.model and not flag_values.run:
         raise UserError("name a model with --model=... or a training run with --run=...")
     if flag_values.model and is_run(flag_values.model):
@@ -231,7 +231,7 @@ def suggest_next(line: str) -> None:
     print(f"next: {line}", file=sys.stderr)
 
 
-# What `difflm COMMAND` runs: the module of that name.
+# `difflm COMMAND` runs the module of that name.
 COMMANDS = {
     "train": "train a masked-diffusion model out of a causal one",
     "generate": "answer prompts, fill masks, or chat",
@@ -245,7 +245,7 @@ COMMANDS = {
 }
 
 
-# Commands without a module of their own.
+# Commands without their own module.
 TOOLS = {
     "init": "write a config for your own data into a new directory, and preview it",
     "recipes": "list, show or copy the configs of the repository",
@@ -274,7 +274,7 @@ def difflm(argv: Sequence[str] | None = None) -> int:
 
 
 def tune_flags() -> flags.FlagValues:
-    """The flags of `difflm tune`."""
+    """Returns the flags of `difflm tune`."""
     from difflm_jax.evaluation import tune
 
     known = flags.FlagValues()

@@ -1,4 +1,4 @@
-"""Checks whether this machine can do the work, and says how to mend what it finds.
+"""Checks whether this machine is ready, and prints a fix for each problem.
 
     difflm doctor [--config=FILE [--config.key=value ...]] [--json]
 
@@ -32,13 +32,13 @@ flags.DEFINE_bool("json", False, "Print the checks as JSON.", flag_values=FLAGS)
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 _GIB = 2**30
-_LITTLE_DISK, _LITTLE_MEMORY = 5 * _GIB, 3 * _GIB  # of the quickstart: environment, model, run
+_LITTLE_DISK, _LITTLE_MEMORY = 5 * _GIB, 3 * _GIB  # needed for the quickstart: environment, model, run
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: `state` is ok, warning or failure; `fix` says how to mend what is not ok."""
+    """The result of one check: `state` is ok, warning or failure; `fix` says how to fix a problem."""
 
     name: str
     state: str
@@ -47,7 +47,7 @@ class Check:
 
 
 def main(flag_values: flags.FlagValues, overrides: Sequence[str]) -> int:
-    """Prints a line per check, and a line that mends what is not ok; 1 if something will not work."""
+    """Prints a line per check, and a fix if it is not ok. Returns 1 if something will not work."""
     config = load_config(flag_values.config, overrides) if flag_values.config or overrides else None
     checks = []
     for check in examine(config, flag_values.config, overrides):
@@ -65,7 +65,7 @@ def main(flag_values: flags.FlagValues, overrides: Sequence[str]) -> int:
 
 
 def examine(config: ConfigDict | None = None, path: str = "", overrides: Sequence[str] = ()) -> Iterator[Check]:
-    """Every check in turn; those of a run only with its `config`."""
+    """Yields the result of every check. Checks of a run require its `config`."""
     yield _python()
     yield from _packages()
     yield _devices()
@@ -96,7 +96,7 @@ def _installed(name: str) -> str | None:
 
 
 def _packages() -> Iterator[Check]:
-    """jax, jaxlib and plugins, which must be of one version."""
+    """Checks that jax, jaxlib and plugins have the same version."""
     jax, jaxlib = _installed("jax"), _installed("jaxlib")
     update = "bash scripts/setup.sh --update (with --cuda or --tpu, if that is what you have)"
     if jax is None or jaxlib is None:
@@ -112,7 +112,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _devices() -> Check:
-    """What jax sees, and whether that is what the machine has."""
+    """Checks that jax sees the devices that the machine has."""
     import jax
 
     try:
@@ -141,7 +141,7 @@ def _host_memory() -> Check:
 
 
 def _caches() -> dict[str, Path]:
-    """Where the libraries and this program keep what they fetched, tokenised or compiled."""
+    """Returns the cache directories for downloads, tokenised data and compiled programs, by name."""
     import datasets
     import huggingface_hub
 
@@ -154,7 +154,7 @@ def _caches() -> dict[str, Path]:
 
 
 def _disk(name: str, directory: Path) -> Check:
-    """Room and the right to write where a directory is, or will be."""
+    """Checks free space and write permission for a directory that exists or will be created."""
     there = directory.expanduser().absolute()
     while not there.exists():
         there = there.parent
@@ -171,7 +171,7 @@ def _disk(name: str, directory: Path) -> Check:
 
 
 def _hub(needed: bool) -> Check:
-    """Whether the Hugging Face hub answers; no failure unless the config's model comes from there."""
+    """Checks that the Hugging Face hub answers. It is a failure only if the config's model comes from there."""
     import huggingface_hub
 
     state = FAILURE if needed else WARNING
@@ -197,7 +197,7 @@ def _wandb(config: ConfigDict | None) -> Check:
 
 
 def _data(config: ConfigDict) -> Check:
-    """Whether the model's config and the data of the run are there."""
+    """Checks that the model's config and the data of the run can be found."""
     from difflm_jax.checkpoint.source import read_model_config
     from difflm_jax.data.sources import open_source
 
@@ -210,7 +210,7 @@ def _data(config: ConfigDict) -> Check:
 
 
 def _plan(path: str, overrides: Sequence[str]) -> Check:
-    """What `difflm plan` says of this machine's memory."""
+    """Checks the run against this machine's memory with `difflm plan`."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "plan.json"
         words = [*([f"--config={path}"] if path else []), *(f"--config.{item}" for item in overrides)]

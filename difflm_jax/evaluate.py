@@ -1,11 +1,11 @@
-"""Scores a converted model on rows with known answers, beside its own causal base.
+"""Scores a converted model, and its causal base, on rows with known answers.
 
     python -m difflm_jax.evaluate (--model=SOURCE [--adapter=DIR] | --run=DIR) --data=FILE [--task=gsm8k ...]
 
-Prints masked NLL, accuracy and perplexity of the answers by mask rate, then right answers at several numbers of tokens
-a forward pass, with 95 % bootstrap intervals. `--likelihood=128` adds the likelihood of the answers, `--text=FILE` that
-of plain text in bits a byte: of the base exactly, of the diffusion model as a Monte-Carlo bound. `--out=FILE` keeps
-the command, versions, seed, every figure and every answer as JSON.
+Prints masked NLL, accuracy and perplexity of the answers by mask rate, then the share of right answers at several
+numbers of tokens per forward pass, with 95 % bootstrap intervals. `--likelihood=128` adds the likelihood of the
+answers, and `--text=FILE` that of plain text in bits per byte. Both are exact for the base and a Monte-Carlo bound for
+the diffusion model. `--out=FILE` saves the command, versions, seed, all results and all answers as JSON.
 """
 
 import dataclasses
@@ -99,11 +99,11 @@ flags.DEFINE_string("out", "", "A JSON file for the figures and every answer.", 
 
 define_sampling_flags(FLAGS)
 
-TEXT_SAMPLES = 32  # masked copies of a window of text, where --likelihood does not say
+TEXT_SAMPLES = 32  # masked copies of a window of text, if --likelihood is not given
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Prints the tables that the flags ask for, and writes `--out` if it is given."""
+    """Prints the tables that the flags select, and writes `--out` if given."""
     if flag_values.run:
         _take_settings_of_run(flag_values, read_run_config(Path(flag_values.run)))
     elif flag_values.held_out:
@@ -116,7 +116,7 @@ def main(flag_values: flags.FlagValues) -> None:
         raise UserError(f"--likelihood: rows of the task {flag_values.task} hold no answer to score")
     if flag_values.out:
         check_writable(flag_values.out)
-    questions = []  # read before the model: bad rows cost no load
+    questions = []  # read before the model, so that bad rows fail early
     if flag_values.data:
         naming = parse_naming(flag_values.columns, flag_values.roles)
         count = 0 if flag_values.held_out else flag_values.rows
@@ -156,9 +156,9 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 def _take_settings_of_run(flag_values: flags.FlagValues, config: ConfigDict) -> None:
-    """Columns and roles that no flag names are called as in the run; `--held_out` takes its data.
+    """Takes the names of columns and roles from the run unless flags set them; `--held_out` also takes its data.
 
-    Rows that the run was trained on are announced.
+    Prints a notice about rows that the run was trained on.
     """
     for name, value in (("columns", config.data.columns), ("roles", config.data.roles)):
         flag_values[name].value = flag_values[name].value or value
@@ -180,14 +180,14 @@ def _same_data(one: str, other: str) -> bool:
 
 
 def _held_out(lm: LanguageModel, run: str) -> frozenset[str]:
-    """Where the rows of the run's test split stand."""
+    """Returns the origins (file and line) of the rows of the run's test split."""
     config = read_run_config(Path(run))
     _, test_rows = read_rows(config, config.phases[-1], lm)
     return frozenset(test_rows["origin"])
 
 
 def _lossless(lm: LanguageModel, flag_values: flags.FlagValues, questions: list[Question]) -> None:
-    """The report on a drafting adapter; `--out` gets its figures."""
+    """Prints the report on a drafting adapter and writes it to `--out`."""
     if not questions:
         raise UserError("--lossless: name the prompts with --data")
     prompts = [question.prompt for question in questions]
@@ -197,7 +197,10 @@ def _lossless(lm: LanguageModel, flag_values: flags.FlagValues, questions: list[
 
 
 def _with_its_base(lm: LanguageModel, base: str) -> LanguageModel:
-    """`lm` beside the causal model `base`; without a name its base is its own weights, which may not be one."""
+    """Returns `lm` with the causal model `base` as its origin. Without a name, returns it unchanged.
+
+    Prints a notice if its own weights, used as the base, are not a causal model.
+    """
     if base:
         return with_origin(lm, ModelSpec(base))
     if lm.mask_is_trained and lm.origin is None:
@@ -221,7 +224,7 @@ def _tokens_per_pass(items: list[str]) -> list[int]:
 def _check_decoding(
     lm: LanguageModel, flag_values: flags.FlagValues, tokens_per_pass: list[int], decoding: dict[str, Any]
 ) -> None:
-    """Raises `UserError` for options that the model cannot decode with."""
+    """Raises `UserError` for decoding options that the model does not support."""
     sampling = sampling_options(lm.attention, lm.algorithm, decoding)
     length = flag_values.max_new_tokens
     for tokens in tokens_per_pass if flag_values.data else []:
@@ -242,7 +245,7 @@ def _answer_scores(
     decoding: dict[str, Any],
     origins: frozenset[str] | None,
 ) -> dict[str, Any]:
-    """Masked scores and likelihoods of the reference answers, then generated answers."""
+    """Scores the reference answers (masked and likelihood), then generates and scores answers."""
     record: dict[str, Any] = {"task": flag_values.task, "data": flag_values.data}
     if TASKS[flag_values.task].has_answers:
         record["masked"] = scores = masked_scores(
@@ -282,7 +285,7 @@ def _answer_scores(
 
 
 def _text_scores(lm: LanguageModel, flag_values: flags.FlagValues) -> dict[str, Any]:
-    """Both models on plain text."""
+    """Scores both models on plain text."""
     samples = flag_values.likelihood or TEXT_SAMPLES
     windows = read_windows(flag_values.text, lm.tokenizer, flag_values.max_length, flag_values.rows)
     scored = score_text(lm, windows, samples, flag_values.seed, flag_values.batch_size)
@@ -300,10 +303,10 @@ def masked_scores(
     reading: Options | None = None,
     origins: frozenset[str] | None = None,
 ) -> dict[str, Any]:
-    """NLL, accuracy and perplexity of hidden answer tokens, at rates stratified over (0, 1].
+    """Returns NLL, accuracy and perplexity of masked answer tokens, at rates stratified over (0, 1].
 
-    Of the first `rows` (0: all) of `dataset`; those above `max_length` tokens are cut. `reading` says how rows are
-    read otherwise, `origins` where those to be scored stand (None: all).
+    Scores the first `rows` (0: all) of `dataset`; rows above `max_length` tokens are cut. `reading` has the other
+    options of reading rows, and `origins` the rows to score (None: all).
     """
     reading = dataclasses.replace(reading or Options("sft", max_length), mask_token_id=lm.mask_token_id)
     examples = tokenize(dataset, lm.tokenizer, reading)

@@ -1,9 +1,9 @@
-"""Writes what a training run made as a PEFT adapter or as a (merged) Hugging Face checkpoint.
+"""Exports the result of a training run as a PEFT adapter or as a (merged) Hugging Face checkpoint.
 
     python -m difflm_jax.export --run=DIR --to=peft|merged --out=DIR
 
-`--model` and `--adapter` name the parts where there is no run directory, or where the base has moved.
-`--push_to_hub=OWNER/NAME` uploads it, too; the model card names the base and the run's last evaluation.
+`--model` and `--adapter` name the parts if there is no run directory, or if the base has moved.
+`--push_to_hub=OWNER/NAME` also uploads it; the model card names the base and the run's last evaluation.
 """
 
 import hashlib
@@ -68,14 +68,14 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 def _evaluations(run: str) -> list[dict[str, Any]]:
-    """The records of a run's evaluations; none where it has no log."""
+    """Returns the records of a run's evaluations; an empty list if it has no log."""
     if not (Path(run) / METRICS_FILE).is_file():
         return []
     return [record for record in read_metrics(run) if "masked_nll" in record and "eval_loss" in record]
 
 
 def _weights_hash(directory: str) -> str | None:
-    """A hash of the weights of the adapter that is there; None if none is."""
+    """Returns a hash of the weights of the adapter in `directory`; None if it has none."""
     path = Path(directory).expanduser() / WEIGHTS_FILE
     if not path.is_file():
         return None
@@ -84,7 +84,7 @@ def _weights_hash(directory: str) -> str | None:
 
 
 def _reopened(flag_values: flags.FlagValues) -> str:
-    """The flags that open what was written."""
+    """Returns the flags that open the exported model."""
     if flag_values.to == "merged":
         return f"--model={flag_values.out}"
     base = flag_values.model or read_run_config(Path(flag_values.run)).model

@@ -2,8 +2,8 @@
 
     python -m difflm_jax.generate (--model=SOURCE [--adapter=DIR] | --run=DIR) --prompt="..." [--max_new_tokens=64 ...]
 
-Without --prompt or --file it reads lines from a pipe (one prompt a line, one answer each), or chats on a terminal.
-`--watch` shows on stderr how an answer comes out of its masks; `--watch_html=FILE` makes a page of it to scrub through.
+Without --prompt or --file it reads lines from a pipe (one prompt per line, one answer each), or chats on a terminal.
+`--watch` shows on stderr how masks turn into an answer; `--watch_html=FILE` writes a page to scrub through the passes.
 """
 
 import functools
@@ -65,12 +65,12 @@ define_sampling_flags(FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Prints one answer a prompt; newlines within an answer are escaped when there are several prompts."""
+    """Prints one answer per prompt. With several prompts, newlines within an answer are escaped."""
     if flag_values.prompt is not None and flag_values.file is not None:
         raise UserError("give --prompt or --file, not both")
     if flag_values.watch_html:
         check_writable(flag_values.watch_html)
-    lines = _lines(flag_values)  # before the model: a missing file should not cost a load
+    lines = _lines(flag_values)  # before the model, so that a missing file fails early
     _grammar(flag_values)
     if flag_values.infill and lines is None and flag_values.prompt is None:
         raise UserError("--infill fills texts, and does not chat: give --prompt, --file or a pipe")
@@ -100,7 +100,7 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 def _check(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list[str]) -> None:
-    """Raises `UserError` for prompts and options that the model cannot take. Its weights are not read yet."""
+    """Raises `UserError` for prompts and options that the model does not support, before its weights are read."""
     if not flag_values.causal:
         try:
             sampling_options(lm.attention, lm.algorithm, sampling_flags(flag_values))
@@ -122,7 +122,7 @@ def _check(lm: LanguageModel, flag_values: flags.FlagValues, prompts: list[str])
 
 
 def _notes(lm: LanguageModel, flag_values: flags.FlagValues) -> list[str]:
-    """What a user should know of answers that the model cannot give well."""
+    """Returns notes for the user on why answers may be poor."""
     notes = []
     if not (flag_values.causal or lm.lora or lm.mask_is_trained):
         notes.append(
@@ -135,7 +135,7 @@ def _notes(lm: LanguageModel, flag_values: flags.FlagValues) -> list[str]:
 
 
 def _lines(flag_values: flags.FlagValues) -> list[str] | None:
-    """The prompts of a file or a pipe; None where there is one prompt, or a terminal to chat on."""
+    """Reads the prompts of a file or a pipe; None if there is one prompt, or a terminal for a chat."""
     if flag_values.prompt is not None:
         return None
     if flag_values.file is not None:
@@ -151,7 +151,7 @@ def _lines(flag_values: flags.FlagValues) -> list[str] | None:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text ({error})") from error
-    # Not `splitlines`, which would cut a prompt at a form feed or a U+2028 that stands in it.
+    # Not `splitlines`, which would also split a prompt at a form feed or a U+2028.
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if not any(map(str.strip, lines)):
         raise UserError("there is no prompt to answer")
@@ -159,7 +159,7 @@ def _lines(flag_values: flags.FlagValues) -> list[str] | None:
 
 
 def _options(flag_values: flags.FlagValues) -> dict[str, Any]:
-    """What `generate` and `infill` are given of the flags."""
+    """Returns the arguments of `generate` and `infill` from the flags."""
     one_by_one = flag_values.watch or flag_values.watch_html
     return sampling_flags(flag_values) | {
         "seed": flag_values.seed,
@@ -168,7 +168,7 @@ def _options(flag_values: flags.FlagValues) -> dict[str, Any]:
 
 
 def _grammar(flag_values: flags.FlagValues) -> Grammar | None:
-    """What answers must be, if a flag says so."""
+    """Returns the grammar that a flag sets for answers, or None."""
     given = [name for name in ("json_schema", "json_object", "regex", "choice", "lark") if flag_values[name].value]
     if not given:
         return None
@@ -194,7 +194,7 @@ def _page(lm: LanguageModel, flag_values: flags.FlagValues, options: dict[str, A
 
 
 def _watcher(lm: LanguageModel, flag_values: flags.FlagValues, page: PageRecorder | None) -> Watcher | None:
-    """Who is told of every pass."""
+    """Returns the observer of every pass, or None."""
     watchers: list[Watcher] = [page] if page is not None else []
     if flag_values.watch:
         watchers.append(TerminalView(lm.tokenizer, lm.mask_token_id, lm.eos_token_ids, sys.stderr))
@@ -235,15 +235,17 @@ def _answers(
 
 
 def _stats(out: Generation, infill: bool, seconds: float) -> str:
-    """A line on what was made: tokens of the answers, without what fills their canvas up after an end of sequence."""
+    """Returns a line of statistics. It counts the tokens of answers, without padding after an end of sequence."""
     tokens, passes = int(out.committed.sum()) if infill else sum(map(len, out.tokens)), int(out.steps.sum())
     rate = f"{tokens / max(passes, 1):.2f} per pass"
     return f"{tokens} tokens in {passes} passes ({rate}), {seconds:.1f} s with compilation"
 
 
 def _steps(lm: LanguageModel, flag_values: flags.FlagValues) -> int | None:
-    """The budget of forward passes: --steps, else what `difflm tune` found (None), else a pass for each place of the
-    canvas (128 for --infill)."""
+    """Returns the budget of forward passes.
+
+    It is --steps if given, None with a preset of `difflm tune`, else one pass per token of the canvas (--infill: 128).
+    """
     steps = flag_values.steps
     if flag_values.infill:
         return 128 if steps is None else steps
@@ -258,7 +260,7 @@ CHAT_HELP = "/reset starts the conversation anew, /exit or Ctrl-D ends it, /help
 
 
 def _chat(lm: LanguageModel, answers: Callable[[list], list[str]]) -> None:
-    """A conversation that remembers its turns, until /exit or the end of input."""
+    """Runs a chat with memory of earlier turns, until /exit or the end of input."""
     if lm.tokenizer.chat_template is None:
         raise UserError("this tokenizer has no chat template: give --prompt, --file or a pipe")
     print(f"{lm.source.name}: {CHAT_HELP}", file=sys.stderr)
@@ -283,7 +285,7 @@ def _turn(messages: list[dict[str, str]], line: str, answers: Callable[[list], l
     asked = [*messages, {"role": "user", "content": line}]
     try:
         answer = answers([asked])[0]
-    except UserError as error:  # too long by now, or a mask in it: the conversation stays unchanged
+    except UserError as error:  # too long, or it contains a mask: the conversation stays unchanged
         print(f"error: {error}", file=sys.stderr)
         return messages
     print(answer)

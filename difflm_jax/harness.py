@@ -1,13 +1,13 @@
-"""A model of lm-evaluation-harness (`pip install -e '.[lm-eval]'`), so that its tasks score a converted model.
+"""A model class for lm-evaluation-harness (`pip install -e '.[lm-eval]'`), to score a converted model on its tasks.
 
     python -m difflm_jax.harness run --model difflm_jax --model_args run=runs/quickstart,samples=32 --tasks arc_easy
 
-is lm-eval's own command line with this model registered. From Python:
+runs lm-eval's own command line with this model registered. From Python:
 
     lm_eval.simple_evaluate(DiffusionHarness(difflm_jax.load(...)), tasks=[...])
 
-Log-likelihoods are LLaDA's Monte-Carlo bound (`causal=True`: those of the base, exact); answers are decoded by filling
-masks.
+Log-likelihoods are LLaDA's Monte-Carlo bound, or exact ones of the base with `causal=True`. Answers are decoded by
+filling masks.
 """
 
 import dataclasses
@@ -37,17 +37,20 @@ except ImportError as error:
 _TRUE = ("true", "1", "yes")
 
 
-_LM_EVAL = ("device", "max_batch_size")  # arguments of its other models, without meaning here
+_LM_EVAL = ("device", "max_batch_size")  # arguments of its other models, ignored here
 
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
     """How texts are scored and requests answered.
 
-    batch_size: rows at a time. max_length: longest row, in tokens. samples: masked copies of a row by which its
-    log-likelihood is bounded. max_gen_toks: the answer's canvas where a task names none. tokens_per_pass: tokens
-    committed per forward pass, so that `steps` follows the canvas. check_greedy: whether to find out if decoding would
-    give a scored text (costs a pass per token; tasks that read `acc` of a single continuation need it).
+    batch_size: rows at a time.
+    max_length: longest row, in tokens.
+    samples: masked copies per row for the bound of its log-likelihood.
+    max_gen_toks: the answer's canvas if a task sets none.
+    tokens_per_pass: tokens committed per forward pass, so that `steps` follows the canvas.
+    check_greedy: whether to check if greedy decoding gives the scored text. It costs one pass per token. Tasks that
+      read `acc` of a single continuation need it.
     """
 
     batch_size: int = 16
@@ -60,7 +63,7 @@ class Scoring:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Scoring":
-        """From values as lm-eval gives them, which may be text. Raises `UserError`."""
+        """Parses arguments of lm-eval, which may be text. Raises `UserError`."""
         values = {}
         for field in dataclasses.fields(cls):
             if (value := arguments.get(field.name)) is None:
@@ -78,16 +81,16 @@ class Scoring:
 
 
 def _taken(arguments: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Those of `arguments` with one of the `names`, which are taken out."""
+    """Removes `names` from `arguments` and returns the removed items."""
     return {name: arguments.pop(name) for name in [*names] if name in arguments}
 
 
 @register_model("difflm_jax")
 class DiffusionHarness(TemplateLM):
-    """`lm`, or what `model` (with `adapter`) or `run` name, behind the interface of lm-eval.
+    """A converted model with the interface of lm-eval: `lm`, or the one that `model` (with `adapter`) or `run` names.
 
     The arguments are those of `loading.spec_of_names`, the fields of `Scoring`, and options of
-    `LanguageModel.generate`. `causal`: the base.
+    `LanguageModel.generate`. `causal` selects the base.
     """
 
     def __init__(self, lm: LanguageModel | None = None, causal: bool | str = False, **arguments: Any):
@@ -104,13 +107,13 @@ class DiffusionHarness(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "DiffusionHarness":
-        """lm-eval's constructor; what `--model_args` says goes before what its own flags say, or leave at a default."""
+        """Builds the model for lm-eval. `--model_args` takes precedence over lm-eval's own flags and their defaults."""
         given = {key: value for key, value in (additional_config or {}).items() if value is not None}
         return cls(**{**given, **arg_dict})
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "DiffusionHarness":
-        """The same for the arguments as text."""
+        """Builds the model for lm-eval from arguments as text."""
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     @property
@@ -119,7 +122,7 @@ class DiffusionHarness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -128,7 +131,7 @@ class DiffusionHarness(TemplateLM):
         return self._lm.source.name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; without a generation prompt the last turn stays open."""
+        """Renders a conversation as text. Without a generation prompt the last turn stays open."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -137,24 +140,24 @@ class DiffusionHarness(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids. By default they begin once with what the tokenizer begins texts with (BOS), as in lm-eval's `hf`.
+        """Tokenises a text. By default the ids start with the tokenizer's BOS exactly once, as in lm-eval's `hf`.
 
-        Tokens that a tokenizer adds at the end are left out, so that no prompt ends its own answer.
+        Tokens that the tokenizer adds at the end are removed; they would end the answer within the prompt.
         """
         if add_special_tokens:
             return self.tokenizer(string, verbose=False)["input_ids"]
         tokens = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
-        is_begun = tokens[: len(self._beginning)] == self._beginning  # by a chat template, which writes its own
+        is_begun = tokens[: len(self._beginning)] == self._beginning  # by a chat template that has BOS
         return tokens if add_special_tokens is False or is_begun else [*self._beginning, *tokens]
 
     @functools.cached_property
     def _beginning(self) -> list[int]:
-        """What the tokenizer puts before a text."""
+        """The tokens that the tokenizer adds before a text."""
         plain, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of `max_length` that overlap by a token."""
+        """Returns log-likelihoods of whole texts, in windows of `max_length` that overlap by a token."""
         windows, owners = [], []
         for index, request in enumerate(requests):
             rolling = utils.get_rolling_token_windows(
@@ -172,7 +175,7 @@ class DiffusionHarness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether decoding gives it) of continuations; contexts are cut from the left."""
+        """Returns (log-likelihood, whether decoding gives it) per continuation. Contexts are cut from the left."""
         rows = []
         for (context, continuation), before, after in requests:
             if not after:
@@ -188,7 +191,7 @@ class DiffusionHarness(TemplateLM):
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to the first of a request's `until` texts, requests with equal options together."""
+        """Generates answers up to the first of a request's `until` texts. Requests with equal options are batched."""
         answers: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):

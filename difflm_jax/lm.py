@@ -1,4 +1,4 @@
-"""The public face: a model with its tokenizer, mask token and adapter, that scores, generates, infills and saves."""
+"""The public API: `LanguageModel`, with its tokenizer, mask token and adapter, scores, generates, infills and saves."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ from difflm_jax.view.stream import StreamerFeed
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A converted model. Make one with `difflm_jax.load`; its arrays are on the device, everything else is data."""
+    """A converted model, opened with `difflm_jax.load`. Its arrays are on the device; everything else is plain data."""
 
     source: Source
     model: Transformer
@@ -49,8 +49,8 @@ class LanguageModel:
     diffusion: DiffusionConfig
     lora: dict[str, Any] | None = None
     quantization: QuantConfig | None = None
-    provenance: str = ""  # where the weights come from, if not from the source unchanged
-    mesh: Mesh | None = None  # over which the arrays are divided; None: they are on one device
+    provenance: str = ""  # the origin of the weights, if they are not those of the source
+    mesh: Mesh | None = None  # the mesh that arrays are sharded over; None: one device
     adapter_knows_masks: bool = False  # the adapter was trained on masks, with a row of its own for them or the table's
     origin: "LanguageModel | None" = None  # the causal base, if it has other weights (read when asked for); else None
 
@@ -80,12 +80,12 @@ class LanguageModel:
 
     @property
     def mask_is_trained(self) -> bool:
-        """The embedding has a row of the mask token that was trained as one."""
+        """Whether the mask token's row of the embedding was trained."""
         return self.diffusion.mask_is_trained
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The collections that the model is applied to."""
+        """The Flax collections that the model is applied to."""
         return {"params": self.params} if self.lora is None else {"params": self.params, "lora": self.lora}
 
     @property
@@ -96,15 +96,14 @@ class LanguageModel:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills rows up: the tokenizer's padding token, or its end of sequence; it is never attended to."""
+        """The token that pads rows: the tokenizer's padding token, or its end of sequence. It is never attended to."""
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def with_weights(self, converted: Path | None = None, mesh: Mesh | None = None) -> "LanguageModel":
-        """This model with its weights read from the source, on the first device or divided over a `mesh`.
+        """Returns this model with its weights read from the source, on the first device or sharded over a `mesh`.
 
-        `converted` is a directory where a base that is quantised on its way in is kept, and found the next time; not
-        with a mesh.
+        `converted` is a cache directory for a base that is quantised while it loads. It is not used with a mesh.
         """
         if mesh is not None:
             params = load_params(self.source, self.model.dtype, self.quantization, mesh)
@@ -116,20 +115,22 @@ class LanguageModel:
         return dataclasses.replace(self, params=params)
 
     def with_diffusion(self, **changes: Any) -> "LanguageModel":
-        """The same arrays under another attention rule, logit shift or preset: fields of `DiffusionConfig`."""
+        """Returns a model with the same arrays and other fields of `DiffusionConfig`, such as the attention rule."""
         return dataclasses.replace(self, diffusion=dataclasses.replace(self.diffusion, **changes))
 
     def with_model(self, model: Transformer) -> "LanguageModel":
-        """The same arrays under another form of the model (remat, say)."""
+        """Returns a model with the same arrays and another `Transformer`, for example with remat."""
         return dataclasses.replace(self, model=model)
 
     def with_adapter(self, lora: dict[str, Any], lora_config: LoraConfig) -> "LanguageModel":
-        """The same base with another adapter on it (arrays, nothing is copied)."""
+        """Returns the same base with another adapter. No array is copied."""
         return dataclasses.replace(self, model=self.model.clone(lora=lora_config), lora=lora)
 
     def base(self) -> "LanguageModel":
-        """The causal model that this one was made from: its `origin`, or the same weights, no adapter, its own
-        attention."""
+        """Returns the causal model that this one was converted from.
+
+        It is `origin`, or the same weights without an adapter and with causal attention.
+        """
         if self.origin is not None:
             return self._origin
         return dataclasses.replace(
@@ -146,14 +147,14 @@ class LanguageModel:
         attention_mask: Any | None = None,
         prompt_lengths: Any | None = None,
     ) -> jax.Array:
-        """float32 logits [B, L, V], as the head gives them at each position (no logit shift is applied).
+        """Returns float32 logits [B, L, V] of the head at each position. No logit shift is applied.
 
         `attention_mask` [B, L]: 1 = real token, padding on either side. `prompt_lengths` [B] counts the real tokens of
-        each prompt. Attention "prefix", "block" and "causal_context" depend on it: without it rows have no prompt,
-        which is announced by a warning, since a prompt of 0 tokens is seldom meant. Raises `UserError` for ids outside
+        each prompt. Attention "prefix", "block" and "causal_context" depend on it. Without it they treat rows as having
+        no prompt, and warn, because that is rarely intended. Raises `UserError` for ids outside
         the vocabulary.
         """
-        if self.diffusion.gated:  # the adapter is for noise, and there is none here
+        if self.diffusion.gated:  # the adapter applies to noise only, and there is none here
             return self.base()(tokens_BL, attention_mask, prompt_lengths)
         tokens_BL = self.prompts.batch(tokens_BL)
         if prompt_lengths is None and self.attention in PROMPT_RULES:
@@ -167,7 +168,7 @@ class LanguageModel:
         rows = (tokens_BL, valid_BL, prompts_B)
         if self.mesh is None:
             return _logits(self.decoder, *rows)
-        extra = -len(tokens_BL) % row_shards(self.mesh)  # rows divide over the devices
+        extra = -len(tokens_BL) % row_shards(self.mesh)  # pad to a multiple of the row shards
         rows = [jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in rows]
         return _logits(self.decoder, *rows)[: len(tokens_BL)]
 
@@ -190,21 +191,20 @@ class LanguageModel:
         """Answers prompts: a string or a list of strings (the chat template is applied), message lists, messages with
         tools as {"messages": ..., "tools": ...}, or token lists.
 
-        An answer starts as `max_new_tokens` masks. At most `steps` forward passes (None: 128, or what a preset of
-        `difflm tune` says), over all blocks together, commit them, the most confident first. Each block takes at least
-        one, and no more are scheduled than there are masks (except for `remask`); passes of `edit_threshold` come on
-        top. `block_length` fills the answer in blocks from left to right (None: one block, or the blocks of the
-        attention rule). `algorithm` ranks the masks; None: what the other options need, else what the adapter's
-        `diffusion_config.json` names. `options` are the fields of
-        `difflm_jax.sampling.options.Sampling`.
+        An answer starts as `max_new_tokens` masks. At most `steps` forward passes, over all blocks together, commit
+        them, most confident first (None: 128, or the preset of `difflm tune`). Each block takes at least one pass. No
+        more passes are scheduled than there are masks (except for `remask`); those of `edit_threshold` are extra.
+        `block_length` fills the answer in blocks from left to right (None: one block, or the blocks of the attention
+        rule). `algorithm` ranks the masks; None: the one that other options require, else that of the adapter's
+        `diffusion_config.json`. `options` are the fields of `difflm_jax.sampling.options.Sampling`.
         `tokens` are the answer up to and including one end-of-sequence token, or the one that completes a `stop`
-        string; `texts` end before it. With causal attention decoding is left to right, one token a pass. `on_pass` is
+        string; `texts` end before it. With causal attention decoding is left to right, one token per pass. `on_pass` is
         called after every forward pass with a `difflm_jax.sampling.watch.Pass`.
-        `grammar` (`difflm_jax.Grammar`) is what an answer must be, whole; see `difflm_jax.sampling.grammar`.
-        `Generation.complete` says for which rows `max_new_tokens` were enough.
+        `grammar` (`difflm_jax.Grammar`) constrains the whole answer; see `difflm_jax.sampling.grammar`.
+        `Generation.complete` says for which rows `max_new_tokens` sufficed.
         `streamer`, for a single prompt, is one of transformers' (`put`, `end`, and `put_draft` if it has one); see
-        `difflm_jax.view.stream`. It gets each token once it is final. Passes of causal draws and of a model divided
-        over devices are not observed: it then gets the whole answer at the end.
+        `difflm_jax.view.stream`. It gets each token once it is final. Passes of causal draws and of a sharded model
+        are not observed: it then gets the whole answer at the end.
         An adapter that drafts (`objective=draft`) decodes speculatively: at temperature 0 the tokens are those of
         `base().generate`, above it they are distributed as its draws; `steps` has no effect. So are those of other
         models with `verify="base"` (attention "prefix", "block" or "causal_context").
@@ -270,11 +270,11 @@ class LanguageModel:
         seed: int = 0,
         batch_size: int = 16,
     ) -> LogLikelihood:
-        """log p(answer | prompt) in nats, row by row: of a diffusion model LLaDA's Monte-Carlo lower bound with its
-        standard error, of a causal one (`base()`) exact.
+        """Returns log p(answer | prompt) in nats for each row.
 
-        Prompts are those of `generate`. An answer is tokens, or text that ends its turn as in training. `samples`:
-        masked copies of each row; see `difflm_jax.sampling.likelihood`.
+        It is exact for a causal model (`base()`). For a diffusion model it is LLaDA's Monte-Carlo lower bound, with
+        its standard error. Prompts are those of `generate`. An answer is tokens, or text that ends its turn as in
+        training. `samples`: masked copies of each row; see `difflm_jax.sampling.likelihood`.
         """
         if isinstance(prompts, str) or isinstance(answers, str) or len(prompts) != len(answers):
             raise UserError("log_likelihood takes a list of prompts and a list of as many answers")
@@ -304,7 +304,7 @@ class LanguageModel:
         )
 
     def merge(self) -> "LanguageModel":
-        """The same model with its adapter added to the weights; the mask row takes its place in the embedding.
+        """Returns the model with its adapter added to the weights and its mask row in the embedding.
 
         A quantised base is dequantised: the result is dense, in the dtype of the model.
         """
@@ -329,14 +329,14 @@ class LanguageModel:
         return dataclasses.replace(merged, provenance=held)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes a Hugging Face checkpoint (safetensors, config, tokenizer, model card) of the weights as they are.
+        """Writes a Hugging Face checkpoint (safetensors, config, tokenizer, model card) of the weights, unchanged.
 
         An NF4 base is written as bitsandbytes' 4-bit checkpoint; integer formats have no such form.
         """
         if self.lora is not None:
             raise UserError("save_pretrained: the adapter is not merged: call merge() first, or save_adapter()")
         params = self.params
-        if jax.process_count() > 1:  # what is divided over processes goes to all of them, and one writes
+        if jax.process_count() > 1:  # gather sharded arrays on all processes; one writes
             params = jax.tree.map(to_host, params)
         card = model_card(self.source.name, self.diffusion_config(), self.provenance)
         write = functools.partial(
@@ -353,12 +353,12 @@ class LanguageModel:
         by_one_process(write, str(directory))
 
     def diffusion_config(self) -> dict[str, Any]:
-        """What a user of the weights must know to decode with them: `diffusion_config.json`."""
+        """Returns `diffusion_config.json`: the settings needed to decode with the weights."""
         return self.diffusion.to_json()
 
     @property
     def prompts(self) -> Prompts:
-        """What makes tokens of what a user gives."""
+        """The converter of user input to tokens."""
         return Prompts(self.tokenizer, self.config.vocab_size, self.mask_token_id)
 
     @property
@@ -367,7 +367,7 @@ class LanguageModel:
 
     @property
     def answers(self) -> Answers:
-        """What makes answers of rows of tokens."""
+        """The converter of rows of tokens to answers."""
         return Answers(self.decoder, self.tokenizer, lambda: self.base().decoder)
 
     def _sampling(self, temperature: float, algorithm: str | None, options: Mapping[str, Any]) -> Sampling:
@@ -378,7 +378,7 @@ class LanguageModel:
 
 @jax.jit
 def _logits(decoder: Decoder, *rows: jax.Array) -> jax.Array:
-    """[B, L, V] for rows of (tokens [B, L], valid [B, L], prompt lengths [B])."""
+    """Returns logits [B, L, V] for rows of (tokens [B, L], valid [B, L], prompt lengths [B])."""
 
     def logits(variables, tokens_BL, valid_BL, prompt_lengths_B):
         layout = Layout(positions_of(valid_BL), valid_BL, prompt_lengths_B)

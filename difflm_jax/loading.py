@@ -1,4 +1,4 @@
-"""Opens what a person names: a checkpoint, an adapter on it, or a training run, as one `ModelSpec`."""
+"""Opens a model by name: a checkpoint, an adapter on it, or a training run, as one `ModelSpec`."""
 
 import dataclasses
 import json
@@ -35,12 +35,12 @@ from difflm_jax.utils.dtypes import AUTO, DTYPES, fastest_dtype
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What is asked for: where a model comes from, and how it is stored, computed and used.
+    """A request for a model: its source, and how it is stored, computed and used.
 
     source, revision: a Hugging Face directory, a hub id (at a revision), or a .gguf file. adapter: a PEFT directory.
-    attention, block_length, logit_shift, algorithm: None takes what the adapter or checkpoint was trained for.
-    origin: the causal model of which every weight was trained to give `source`.
-    converted: a directory where a quantised base is kept.
+    attention, block_length, logit_shift, algorithm: None takes the values from training.
+    origin: the causal model that `source` was trained from, if every weight was trained.
+    converted: a cache directory for a quantised base.
     """
 
     source: str
@@ -57,7 +57,7 @@ class ModelSpec:
     converted: Path | None = None
 
     def causal(self) -> "ModelSpec":
-        """The same weights as a causal language model."""
+        """Returns the spec of the same weights as a causal language model."""
         return dataclasses.replace(self, attention="causal", block_length=None, logit_shift=True)
 
 
@@ -76,13 +76,13 @@ def load(  # noqa: PLR0913 - the public face, kept stable
 ) -> LanguageModel:
     """Loads a Hugging Face directory, a hub id or a `.gguf` file, with a PEFT adapter if one is given.
 
-    `attention` ("full", "prefix", "block" with its `block_length`) and `logit_shift`: None takes what the adapter or
-    the merged checkpoint was trained for, else "full" and False. `causal=True` is the base's own attention (with the
+    `attention` ("full", "prefix", "block" with its `block_length`) and `logit_shift`: None takes the values of the
+    adapter or merged checkpoint, else "full" and False. `causal=True` is the base's own attention (with the
     shift it was trained with). `quantization` stores the projections in "nf4", "int4" or "int8" (a `QuantConfig` sets
-    the block size too); a checkpoint that bitsandbytes quantised stays unchanged. `dtype` "auto" is what this machine
-    computes fastest (`difflm_jax.utils.dtypes`). Without an adapter the model is the checkpoint as stored.
+    the block size too); a checkpoint that bitsandbytes quantised stays unchanged. `dtype` "auto" is the fastest on this
+    machine (`difflm_jax.utils.dtypes`). Without an adapter the model is the checkpoint as stored.
     `check_fit` refuses weights that exceed the memory of this machine before they are read, and prints a note if they
-    leave little of it. Raises `UserError` for that and for anything that cannot be represented.
+    leave little of it. Raises `UserError` for that and for anything that is not supported.
     """
     if causal:
         attention, logit_shift = "causal", True if logit_shift is None else logit_shift
@@ -111,8 +111,8 @@ def load_model(
 ) -> LanguageModel:
     """Opens `spec` and reads its weights onto the devices of `mesh`: how many along data, fsdp and tensor.
 
-    An empty `mesh` is one device; with several processes rows are divided over all devices. `with_base` loads the
-    origin of `spec` too, if it has one. `check` is called with the model before its weights are read.
+    An empty `mesh` is one device, or with several processes all devices along data. `with_base` also loads
+    the origin of `spec`, if any. `check` is called with the model before its weights are read.
     """
     lm = open_model(spec)
     if check is not None:
@@ -122,7 +122,7 @@ def load_model(
 
 
 def with_origin(lm: LanguageModel, origin: ModelSpec) -> LanguageModel:
-    """`lm` next to the causal model that it was made from, in the dtype and on the devices of `lm`."""
+    """Returns `lm` with its causal origin, in the dtype and on the devices of `lm`."""
     spec = dataclasses.replace(
         origin.causal(), dtype=jnp.dtype(lm.model.dtype).name, mask_token=lm.tokenizer.mask_token
     )
@@ -130,7 +130,7 @@ def with_origin(lm: LanguageModel, origin: ModelSpec) -> LanguageModel:
 
 
 def spec_of_config(config: ConfigDict) -> ModelSpec:
-    """The model that a training run starts from."""
+    """Returns the spec of the model that a training run starts from."""
     return ModelSpec(
         source=config.model,
         adapter=config.adapter or None,
@@ -154,10 +154,10 @@ def spec_of_names(
     revision: str = "",
     mask_token: str = "",
 ) -> ModelSpec:
-    """`model` with `adapter`, or what the training run in the directory `run` made.
+    """Returns the spec of `model` with `adapter`, or of the result of the training run in the directory `run`.
 
-    What is not given is as in the run. Without one, `dtype` is bfloat16 and weights stay as stored; `quantization`
-    "none" stores them so against the run. `model` next to `run`: where its base is now. Raises `UserError`.
+    Missing values are those of the run. Without a run, `dtype` is bfloat16 and weights stay as stored; `quantization`
+    "none" also overrides that of a run. `model` next to `run` is the new location of its base. Raises `UserError`.
     """
     if not run and not model:
         raise UserError("name a model or a training run: model=... or run=...")
@@ -194,7 +194,7 @@ def _spec_of_run(run: Path, model: str, revision: str) -> ModelSpec:
 
 
 def _stored(named: str | None, own: QuantConfig | None, run: str) -> QuantConfig | None:
-    """The quantisation that a flag names, with what a run says of block size and scales."""
+    """Returns the quantisation that a flag names, with the block size and scales of the run."""
     if named is None or (own and own.format == named):
         return own
     if named == "none":
@@ -206,9 +206,9 @@ def _stored(named: str | None, own: QuantConfig | None, run: str) -> QuantConfig
 
 
 def trained_model(run: Path, config: ConfigDict, model: str = "") -> tuple[str, str | None]:
-    """(model, adapter) that the last finished phase of a run has made; `model` is where its base is now.
+    """Returns (model, adapter) of the last finished phase of a run. `model` is the location of its base.
 
-    For a run that trained every weight it is the phase's own checkpoint, without an adapter and without a base.
+    For a run that trained every weight, the model is the phase's own checkpoint, without an adapter and a base.
     """
     for phase in reversed(config.phases):
         made = run / f"{phase}_model"
@@ -220,7 +220,7 @@ def trained_model(run: Path, config: ConfigDict, model: str = "") -> tuple[str, 
 
 
 def read_run_config(run: Path) -> ConfigDict:
-    """The configuration that a training run wrote next to its results."""
+    """Reads the configuration that a training run wrote next to its results."""
     path = run / "config.json"
     if not run.is_dir():
         raise UserError(f"{run}: no such directory; name a training run")
@@ -232,7 +232,7 @@ def read_run_config(run: Path) -> ConfigDict:
 
 
 def open_model(spec: ModelSpec) -> LanguageModel:
-    """The model of `spec` without its weights: tokenizer, mask token, adapter and shapes, all checked."""
+    """Opens the model of `spec` without its weights, and checks tokenizer, mask token, adapter and shapes."""
     dtype = fastest_dtype() if spec.dtype == AUTO else spec.dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join((AUTO, *DTYPES))}")
@@ -261,7 +261,7 @@ def open_model(spec: ModelSpec) -> LanguageModel:
     )
     model = Transformer(
         config=source.config,
-        lora=adapter.lora_config if adapter else None,  # None too where it was merged
+        lora=adapter.lora_config if adapter else None,  # also None if it was merged
         mask_token_id=mask_token_id,
         dtype=DTYPES[dtype],
         on_cpu=jax.default_backend() == "cpu",
@@ -281,7 +281,7 @@ def open_model(spec: ModelSpec) -> LanguageModel:
 
 
 def _tokenizer(source: Source, directory: str | None, adapter: Adapter | None) -> Any:
-    """The tokenizer and chat template that an adapter was trained with, where it brings them, else the checkpoint's."""
+    """Returns the tokenizer and chat template of the adapter if it includes them, else the checkpoint's."""
     if adapter is None:
         return source.load_tokenizer()
     path = Path(directory).expanduser()
@@ -293,7 +293,7 @@ def _tokenizer(source: Source, directory: str | None, adapter: Adapter | None) -
         if template is None:
             return tokenizer
         tokenizer.chat_template = template
-    if adapter.diffusion_config is None:  # ours have always brought them
+    if adapter.diffusion_config is None:  # our adapters always include them
         print(f"note: {path}: its own {what} are used", file=sys.stderr)
     return tokenizer
 
@@ -301,7 +301,7 @@ def _tokenizer(source: Source, directory: str | None, adapter: Adapter | None) -
 def _mask_token(
     spec: ModelSpec, source: Source, tokenizer: Any, trained_for: Mapping[str, Any], adapter: Adapter | None
 ) -> int:
-    """The id of the mask token, which the tokenizer then has. Raises `UserError` for one that was not trained."""
+    """Returns the id of the mask token and adds it to the tokenizer. Raises `UserError` if it was not trained."""
     named = trained_for.get("mask_token") or token_of_id(tokenizer, trained_for.get("mask_token_id"))
     is_new = spec.mask_token and spec.attention != "causal" and spec.mask_token not in tokenizer.get_vocab()
     found = choose_mask_token(tokenizer, source.config.vocab_size, spec.mask_token or named)
@@ -325,7 +325,7 @@ def _mask_token(
 
 
 def _rule(spec: ModelSpec, trained_for: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `DiffusionConfig` that say how a model is used: as asked for, else as trained."""
+    """Returns the fields of `DiffusionConfig` for the use of a model: as requested, else as trained."""
     attention = spec.attention or trained_for.get("attention", "full")
     if attention not in ATTENTION_RULES:
         raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION_RULES)}")
@@ -345,7 +345,7 @@ def _rule(spec: ModelSpec, trained_for: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preset(spec: ModelSpec, attention: str, trained_for: Mapping[str, Any]) -> str:
-    """The measured options of decoding, as JSON; none where the model is used otherwise than it was measured."""
+    """Returns the tuned decoding options as JSON; "" if the model is used with other settings than when tuned."""
     preset = trained_for.get("preset")
     own = trained_for.get("attention", "full"), trained_for.get("algorithm", "confidence")
     if not preset or spec.algorithm not in (None, own[1]) or attention != own[0]:
@@ -363,7 +363,7 @@ def _preset(spec: ModelSpec, attention: str, trained_for: Mapping[str, Any]) -> 
 
 
 def _block_length(attention: str, block_length: int | None, trained_for: Mapping[str, Any]) -> int:
-    """The block length of attention in blocks, 0 for every other rule. Raises `UserError`."""
+    """Returns the block length of block attention, 0 for other rules. Raises `UserError`."""
     if attention not in BLOCK_RULES:
         if block_length:
             raise UserError(f"block_length={block_length} belongs to attention='block', not to {attention!r}")
@@ -375,15 +375,17 @@ def _block_length(attention: str, block_length: int | None, trained_for: Mapping
 
 
 def _mask_is_trained(source: Source, own: Mapping[str, Any], mask_token_id: int) -> bool:
-    """Whether masks were trained in the weights themselves: a third-party diffusion model, or one that ours was merged
-    into or every weight of which was trained."""
+    """Whether the weights themselves were trained on masks.
+
+    True for third-party diffusion models, merged adapters of ours, and models with every weight trained.
+    """
     if own.get("mask_is_trained"):
         return own.get("mask_token_id") == mask_token_id
     return source.diffusion.get("mask_token_id") == mask_token_id
 
 
 def _mesh(sizes: Sequence[str], lm: LanguageModel) -> Mesh | None:
-    """The mesh that a flag names; with several processes and none named, rows are divided over all devices."""
+    """Returns the mesh that a flag names. With several processes, the default shards rows over all devices."""
     if not sizes and jax.process_count() == 1:
         return None
     try:

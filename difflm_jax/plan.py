@@ -1,4 +1,4 @@
-"""Says whether a run will fit, with which batch, and how long a step takes, without loading or running anything.
+"""Estimates whether a run fits, with which batch, and how long a step takes, without loading or running it.
 
     python -m difflm_jax.plan --config=configs/two_phase.py [--config.model=DIR] [--chips=v5e,h100] [--mesh=1,4,1 ...]
                               [--compile] [--peak_share=0.4] [--out=FILE.json]
@@ -117,7 +117,7 @@ def _model_config(config: ConfigDict) -> ModelConfig:
 
 
 def _steps(config: ConfigDict, names: Sequence[str], wanted: bool) -> dict[str, Steps]:
-    """The steps of the phases whose data are at hand."""
+    """Returns the steps of each phase whose data can be read."""
     phases = [name for name in names if name != _SAMPLING and wanted and data_at_hand(config, name)]
     lm = open_configured(config) if phases else None
     return {name: read_steps(config, name, lm) for name in phases}
@@ -125,7 +125,7 @@ def _steps(config: ConfigDict, names: Sequence[str], wanted: bool) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class _Described:
-    """One function of a run on a mesh, whatever the chip; `steps` are those of its data, if they are at hand."""
+    """One function of a run on a mesh, for any chip. `steps` are those of its data, if it can be read."""
 
     config: ConfigDict
     model_config: ModelConfig
@@ -149,7 +149,7 @@ class _Described:
         return sampling_job(self.config, self.model_config, mesh, generation, on_cpu)
 
     def estimate(self, rows: int, platform: str, width: int = 0) -> Estimate:
-        """The estimate for a step of rows of `width` columns (0: `max_length`), or of a generation."""
+        """Estimates a step with rows of `width` columns (0: `max_length`), or a generation."""
         if self.name == _SAMPLING:
             job = self.job(abstract_mesh(*self.sizes), rows, platform == "cpu")
             return sampling_estimate(self.config, self.model_config, self.sizes, platform, job)
@@ -160,7 +160,7 @@ class _Described:
         return Step.of(self.config, self.name, self.model_config, self.sizes)
 
     def total(self, platform: str) -> Callable[[int], int]:
-        """The bytes as a function of the rows."""
+        """Returns the function from a number of rows to bytes."""
         if self.name != _SAMPLING:
             return lambda rows: self.estimate(rows, platform).total
         unit = row_shards(abstract_mesh(*self.sizes))
@@ -203,7 +203,7 @@ def _record(described: _Described, chip: Chip, parts: dict[str, int], found: Est
     total, capacity = sum(parts.values()), chip.memory * chip.usable
     steps, share = described.steps, described.flag_values.peak_share
     step = found
-    if steps is not None:  # of typical rows; memory is that of the widest
+    if steps is not None:  # time is that of typical rows, memory that of the widest
         step = described.estimate(described.rows, chip.platform, max(1, round(steps.mean_width)))
     seconds, bound = _seconds(step, chip, share)
     return {
@@ -230,7 +230,7 @@ def _rounded(seconds: float) -> float:
 
 
 def _run_seconds(described: _Described, chip: Chip) -> float:
-    """All optimiser steps of the phase; compilation, evaluations and saves are left out."""
+    """Returns the seconds of all optimiser steps of the phase, without compilation, evaluations and saves."""
     share, total = described.flag_values.peak_share, 0.0
     for width, count in described.steps.widths.items():
         total += count * _seconds(described.estimate(described.rows, chip.platform, width), chip, share)[0]
@@ -238,7 +238,7 @@ def _run_seconds(described: _Described, chip: Chip) -> float:
 
 
 def _seconds(found: Estimate, chip: Chip, peak_share: float) -> tuple[float, str]:
-    """(seconds, what bounds them: products, memory or links); (0, "") for a chip whose speed is unknown."""
+    """Returns (seconds, the bottleneck: products, memory or links); (0, "") for a chip of unknown speed."""
     speeds = {
         "products": (found.flops, chip.flops and chip.flops * peak_share),
         "memory": (found.memory_bytes, chip.bandwidth),
@@ -293,7 +293,7 @@ def _header(
 
 
 def _size(model_config: ModelConfig) -> str:
-    """Of a model with experts: how many parameters it has, and how many a token passes through."""
+    """Returns the parameters of a model with experts, total and active per token, as text."""
     if model_config.experts is None:
         return ""
     total, active = parameters(model_config)
@@ -325,7 +325,7 @@ def _chip(name: str, memory_share: float) -> Chip:
 
 
 def _this_machine(platform: str) -> Chip:
-    """The first device here; what a CPU can do is measured by a product of matrices."""
+    """Describes the first device of this machine. The speed of a CPU is measured with a matmul."""
     device = jax.devices(platform)[0]
     if platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

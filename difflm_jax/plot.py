@@ -2,7 +2,7 @@
 
     python -m difflm_jax.plot --run=DIR[,DIR ...] --out=FILE.png
 
-The ending of FILE names the format (png, svg, pdf). Needs matplotlib: pip install -e '.[plot]'.
+The suffix of FILE sets the format (png, svg, pdf). Requires matplotlib: pip install -e '.[plot]'.
 """
 
 import io
@@ -25,11 +25,11 @@ flags.DEFINE_list("run", [], "Output directories of training runs, separated by 
 flags.DEFINE_string("out", "", "The picture to write.", flag_values=FLAGS)
 
 FORMATS = ("png", "svg", "pdf")
-STYLES = (":", "--", "-.", "-", (0, (5, 1)))  # of lines
+STYLES = (":", "--", "-.", "-", (0, (5, 1)))  # line styles
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Writes one picture of all runs."""
+    """Writes one figure of all runs."""
     if not flag_values.run:
         raise UserError("name a training run with --run")
     for name in flag_values.run:
@@ -50,7 +50,7 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 def read_run(directory: str) -> list[dict[str, Any]]:
-    """The records of a run with `at`: steps since the start of its first phase. Raises `UserError` if there is none."""
+    """Reads the records of a run and adds `at`: steps since its first phase began. Raises `UserError` if none."""
     records, before, phase, last = [], 0, None, 0
     for record in read_metrics(directory):
         if "phase" not in record or "step" not in record:
@@ -65,7 +65,7 @@ def read_run(directory: str) -> list[dict[str, Any]]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
-    """A matplotlib figure of four panels; several runs share them, each in its colour."""
+    """Returns a matplotlib figure with four panels. Each run has its own colour."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -98,29 +98,29 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def _labels(names: list[str]) -> dict[str, str]:
-    """What runs are called: the names of their directories, or their paths where these are alike or hidden (`_run`)."""
+    """Returns the labels of runs: the directory names, or the paths if names are equal or hidden (`_run`)."""
     short = {name: Path(name).name for name in names}
     alike = len(set(short.values())) < len(names)
     return {name: f"./{name}" if alike or label[:1] in ("", "_") else label for name, label in short.items()}
 
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) where there is one; what has diverged leaves a gap."""
+    """Returns (steps, values) of the records with `key`. Non-finite values leave a gap."""
     found = [(record["at"], record[key]) for record in records if record.get(key) is not None]
     return [at for at, _ in found], [y if math.isfinite(y) else math.nan for _, y in found]
 
 
 def _buckets(records: list[dict[str, Any]]) -> list[str]:
-    """The bins of mask rates that a run was evaluated in."""
+    """Returns the buckets of mask rates in a run's evaluations."""
     return sorted({bucket for record in records for bucket in record.get("eval_by_mask_rate") or ()})
 
 
 def _draw_evaluations(
     by_time: Any, by_rate: Any, records: list[dict[str, Any]], label: str, colour: str, styles: dict[str, Any] | None
 ) -> None:
-    """NLL by mask rate: over the steps, a line per bin, and over the rates, a line for each phase's last one.
+    """Draws NLL over the steps, a line per bucket of mask rates, and over the rates for the last one of each phase.
 
-    styles: of the lines of a bin, where several runs share the panel, each in its colour.
+    styles: the line style of each bucket, if several runs share the panel.
     """
     only = styles is None
     evaluations = [record for record in records if record.get("eval_by_mask_rate")]
@@ -145,7 +145,7 @@ def _draw_evaluations(
 
 
 def _mark_phases(axes: Any, records: list[dict[str, Any]], colour: str) -> None:
-    """A line where a phase ends and the next begins."""
+    """Draws a vertical line at each change of phase."""
     for before, after in itertools.pairwise(records):
         if before["phase"] != after["phase"]:
             axes.axvline(before["at"], color=colour, linewidth=0.8, linestyle="--")

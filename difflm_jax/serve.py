@@ -1,11 +1,11 @@
-"""Serves a converted model by OpenAI's API, with a page to chat and to watch it denoise.
+"""Serves a converted model over OpenAI's API, with a web page to chat and to watch it denoise.
 
     python -m difflm_jax.serve --model=SOURCE [--adapter=DIR | --adapter=NAME=DIR ... | --run=DIR]
                                [--host=127.0.0.1 --port=8000 --api_key=...]
 
-Any client of OpenAI talks to it at http://127.0.0.1:8000/v1; a browser opens http://127.0.0.1:8000. Adapters of one
-base and the causal base itself are models of their own. Flags of decoding are defaults, which a request may replace.
-The key may also be in the environment, as DIFFLM_API_KEY.
+OpenAI clients connect to http://127.0.0.1:8000/v1, browsers to http://127.0.0.1:8000. Adapters of one base, and the
+causal base itself, are separate models. Decoding flags are defaults that a request may override. The key may also be
+set in the environment, as DIFFLM_API_KEY.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def main(flag_values: flags.FlagValues) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'difflm_jax[serve]'") from error
     _check(flag_values)
-    listener = _listener(flag_values.host, flag_values.port)  # before the weights: a port in use should not cost a load
+    listener = _listener(flag_values.host, flag_values.port)  # before the weights, so that a port in use fails early
     models = _load(flag_values)
     options = ServeOptions(
         api_key=flag_values.api_key or os.environ.get("DIFFLM_API_KEY", ""),
@@ -99,7 +99,7 @@ def main(flag_values: flags.FlagValues) -> None:
             server_header=False,
             timeout_graceful_shutdown=int(flag_values.drain_seconds) + 1,
         )
-        listener.listen(settings.backlog)  # who reads the next line may connect at once
+        listener.listen(settings.backlog)  # clients may connect once the next line is printed
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"serving {', '.join(models)} at {url}/v1", file=sys.stderr, flush=True)
@@ -108,7 +108,7 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 def _check(flag_values: flags.FlagValues) -> None:
-    """Raises `UserError` for flags that cannot be served with."""
+    """Raises `UserError` for flags that the server does not support."""
     check_names_a_model(flag_values)
     for name in ("rows", "max_new_tokens", "max_length", "max_answers", "time_limit"):
         if not flag_values[name].value > 0:
@@ -123,7 +123,7 @@ def _check(flag_values: flags.FlagValues) -> None:
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """A socket that holds the address. Raises `UserError`."""
+    """Returns a socket bound to the address. Raises `UserError`."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -135,7 +135,7 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _load(flag_values: flags.FlagValues) -> dict[str, LanguageModel]:
-    """The models by name, the default one first: each adapter (or the checkpoint), then the causal base."""
+    """Loads the models by name, the default first: each adapter (or the checkpoint), then the causal base."""
     adapters = dict(map(_named_adapter, flag_values.adapter))
     if len(adapters) < len(flag_values.adapter):
         raise UserError("--adapter: two adapters of one name; write --adapter=NAME=DIR")
@@ -158,7 +158,7 @@ def _load(flag_values: flags.FlagValues) -> dict[str, LanguageModel]:
 
 
 def _with_weights(opened: dict[str, LanguageModel], converted: Path | None) -> dict[str, LanguageModel]:
-    """Models on one copy of the weights; one whose adapter is merged into them (DoRA) has its own."""
+    """Reads one copy of the weights for all models. A model with a merged adapter (DoRA) has its own copy."""
     models = {name: lm if lm.origin is None else lm.with_weights() for name, lm in opened.items()}
     on_base = [name for name, lm in opened.items() if lm.origin is None]
     params = models[on_base[0]].with_weights(converted).params if on_base else None
@@ -166,7 +166,7 @@ def _with_weights(opened: dict[str, LanguageModel], converted: Path | None) -> d
 
 
 def _checked(flag_values: flags.FlagValues, name: str, lm: LanguageModel) -> list[str]:
-    """What a user should know of a model that was opened. Raises `UserError` for what cannot be served."""
+    """Returns notes for the user on an opened model. Raises `UserError` if it cannot be served."""
     notes = []
     if not flag_values.causal:
         sampling_options(lm.attention, lm.algorithm, sampling_flags(flag_values))
@@ -179,7 +179,7 @@ def _checked(flag_values: flags.FlagValues, name: str, lm: LanguageModel) -> lis
 
 
 def _named_adapter(value: str) -> tuple[str, str]:
-    """(name, directory) of NAME=DIR, or of DIR alone."""
+    """Parses NAME=DIR, or DIR alone, into (name, directory)."""
     name, equals, directory = value.partition("=")
     if not equals or "/" in name:
         name, directory = _name_of(value), value
@@ -189,7 +189,7 @@ def _named_adapter(value: str) -> tuple[str, str]:
 
 
 def _name_of(source: str) -> str:
-    """What clients call a checkpoint, an adapter or a run: a hub id whole, else the last part of the path."""
+    """Returns the name of a model for clients: a whole hub id, else the last part of the path."""
     path = Path(source).expanduser()
     if not path.exists():
         return source

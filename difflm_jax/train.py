@@ -1,11 +1,11 @@
-"""Trains a masked-diffusion model out of a causal one.
+"""Converts a causal language model into a masked-diffusion one by training.
 
     python -m difflm_jax.train --config=configs/pretrain.py [--config.learning_rate=1e-4 ...]
                                [--hyper_parameters_json='{"epochs": 2}'] [--preview]
 
-The same command again resumes an unfinished run. Exit status: 0 finished, 75 stopped by SIGTERM or Ctrl-C with a
+The same command resumes an unfinished run. Exit status: 0 finished, 75 stopped by SIGTERM or Ctrl-C with a
 checkpoint saved (start it again), 1 an error. `--preview` shows the rows that the first step of each phase would see,
-with their masks, and ends; no weights are read and nothing is written but the cache of tokenised data.
+with their masks, and exits. It reads no weights and writes only the cache of tokenised data.
 """
 
 import shlex
@@ -48,7 +48,7 @@ def command(argv: Sequence[str]) -> int:
         connect_from_flags(flag_values)
         report = config.report
         naming = parse_naming(config.data.columns, config.data.roles)
-        # bad rows stop a run at its start
+        # bad rows must fail at the start
         questions = read_questions(report.data, report.rows, naming=naming) if report.data else []
         if flag_values.preview:
             preview(config)
@@ -56,7 +56,7 @@ def command(argv: Sequence[str]) -> int:
             return
         lm = train(config, flag_values.force, flag_values.check_fit)
         if questions:
-            if lm is None:  # the run was finished before
+            if lm is None:  # the run had already finished
                 lm = load_model(spec_of_names(model=config.model, run=config.output_dir), with_base=True)
             elif config.trained == "all":
                 lm = with_origin(lm, ModelSpec(config.model, revision=config.revision or None))
