@@ -1,1 +1,1 @@
-"""Generation: options, schedules, confidences, the jitted loop, caches, the host side. Knows models, and no files."""
+"""Generation: options, schedules, confidences, the jitted loop, caches, the host side. Uses models, reads no files."""

@@ -1,4 +1,4 @@
-"""Answers to prompts that are tokens already: which way of decoding they take, and where each of them ends."""
+"""Answers to tokenised prompts: selects the decoding loop, and cuts each answer at its end."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from difflm_jax.sampling.watch import Host, Watcher
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a generation besides the prompts and `Sampling`: the arguments of `LanguageModel.generate`."""
+    """The arguments of `LanguageModel.generate` other than the prompts and the fields of `Sampling`."""
 
     max_new_tokens: int = 128
     steps: int = 128
@@ -37,14 +37,14 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """A model and its tokenizer, as what answers rows of tokens. `base`: makes the decoder of its causal base."""
+    """Answers rows of tokens with a model and its tokenizer. `base` returns the decoder of its causal base."""
 
     decoder: Decoder
     tokenizer: Any
     base: Callable[[], Decoder] | None = None
 
     def to(self, rows: Sequence[np.ndarray], sampling: Sampling, request: Request) -> Generation:
-        """One answer for each prompt. Raises `UserError`."""
+        """Generates one answer for each prompt. Raises `UserError`."""
         if request.grammar is not None:
             _check_grammar(sampling)
         if sampling.algorithm == SPECULATIVE:
@@ -64,20 +64,20 @@ class Answers:
         return Generation(texts, tokens, filled.passes, filled.committed, complete=complete)
 
     def is_observed(self, sampling: Sampling) -> bool:
-        """Whether a watcher may see the passes: not those of causal draws or of a mesh."""
+        """Whether a watcher may see the passes. False for a causal base with a temperature, and on a mesh."""
         draws = is_plain(self.decoder, sampling) and sampling.temperature is not None
         return not (draws or self.decoder.mesh)
 
     def cut(self, row: np.ndarray, request: Request) -> np.ndarray:
-        """The tokens of an answer up to where it ends."""
+        """Cuts the tokens of an answer at its end."""
         return self._cut([row], *self._stops(request))[1][0]
 
     def decode(self, tokens: np.ndarray) -> str:
-        """The text of tokens, without special ones."""
+        """Decodes tokens to text, without special tokens."""
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
     def check_length(self, length: int) -> None:
-        """Raises `UserError` for more tokens than the model has positions for."""
+        """Raises `UserError` if `length` exceeds the positions of the model."""
         most = self.decoder.model.config.max_position_embeddings
         if length > most:
             raise UserError(f"{length} tokens are more than the model's max_position_embeddings={most}")
@@ -85,7 +85,7 @@ class Answers:
     def _continued(
         self, rows: Sequence[np.ndarray], sampling: Sampling, drafting: Drafting, request: Request
     ) -> Generation:
-        """Answers that are the causal base's own text, decoded from left to right."""
+        """Generates answers that are the causal base's own text, decoded from left to right."""
         most, (stops, stop_ids) = request.max_new_tokens, self._stops(request)
         self.check_length(max((len(row) for row in rows), default=0) + most)
         decoder, drafter = self.decoder, None
@@ -103,13 +103,13 @@ class Answers:
         return Generation(texts, tokens, found.passes, committed, *drafts, self._complete(request, found.rows))
 
     def _matchers(self, request: Request, count: int) -> list[Matcher]:
-        """One for each of `count` rows."""
+        """Returns one matcher for each of `count` rows."""
         return [request.grammar.matcher(self._vocabulary) for _ in range(count)]
 
     def _canvas_rows(
         self, rows: Sequence[np.ndarray], sampling: Sampling, request: Request, plan: Plan
     ) -> list[CanvasRow] | None:
-        """What keeps each row of a canvas to the grammar, if there is one. Raises `UserError`."""
+        """Returns the grammar constraint of each row of a canvas; None without a grammar. Raises `UserError`."""
         if request.grammar is None:
             return None
         diffusion, most = self.decoder.diffusion, request.max_new_tokens
@@ -128,14 +128,14 @@ class Answers:
         return [MatcherRow(matcher, most, at, self._vocabulary) for matcher, at in zip(matchers, offsets, strict=True)]
 
     def canvas_row(self, row: np.ndarray, sampling: Sampling, request: Any, plan: Plan) -> CanvasRow | None:
-        """What keeps the answer to `row` to the grammar of `request`, if it has one. Raises `UserError`."""
+        """Returns the grammar constraint of the answer to `row`; None without a grammar. Raises `UserError`."""
         if request.grammar is None:
             return None
         _check_grammar(sampling)
         return self._canvas_rows([row], sampling, request, plan)[0]
 
     def _complete(self, request: Request, rows: Sequence[np.ndarray]) -> np.ndarray | None:
-        """[rows] bool: whether each answer is all that the grammar asks for; None without one."""
+        """[rows] bool: whether each answer is complete under the grammar; None without one."""
         if request.grammar is None:
             return None
         complete = []
@@ -156,7 +156,7 @@ class Answers:
         return stop_strings(request.stop, self.tokenizer)
 
     def _cut(self, rows: Sequence[np.ndarray], stops: list[str], stop_ids: list[int]) -> tuple[list[str], list]:
-        """(texts, tokens) of answers up to where they end."""
+        """Cuts answers at their ends. Returns (texts, tokens)."""
         ends = (*self.decoder.eos_token_ids, *stop_ids)
         answers = [cut_answer(row, ends, stops, self.decode) for row in rows]
         return [text for text, _ in answers], [tokens for _, tokens in answers]

@@ -1,7 +1,7 @@
-"""The host side of sampling: rows of tokens with masks in them -> padded canvases -> the jitted sampler -> rows.
+"""The host side of sampling: rows of tokens with masks -> padded canvases -> the jitted sampler -> rows.
 
-In a canvas the prompts of all rows end at the same column: they are padded on the left, answers on the right, so that
-the blocks of all rows line up whatever their lengths. Few widths are used, so that few are compiled.
+In a canvas the prompts of all rows end at the same column: prompts are padded on the left, answers on the right. So
+the blocks of all rows line up, whatever their lengths. Widths are rounded up to a few values to limit compilations.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SMALLEST_WIDTH = 16
 
 @dataclasses.dataclass(frozen=True)
 class FillOptions:
-    """How rows are filled: options, at most `steps` passes per row, and who takes part on the host."""
+    """How rows are filled: sampling options, at most `steps` passes per row, and host callbacks (`watch.Host`)."""
 
     sampling: Sampling
     steps: int = 128
@@ -41,7 +41,7 @@ class FillOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
-    """Rows in their order: the tokens of the part that was filled, how many masks were, in how many passes."""
+    """Rows in input order: the tokens of the filled part, the number of masks filled, and the passes used."""
 
     rows: list[np.ndarray]
     committed: np.ndarray
@@ -49,7 +49,7 @@ class Filled:
 
 
 def width_bucket(length: int) -> int:
-    """The number of columns for `length` tokens: 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ..."""
+    """Rounds `length` up to a number of columns: 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ..."""
     width = SMALLEST_WIDTH
     while width < length:
         power = 1 << (width.bit_length() - 1)
@@ -60,7 +60,7 @@ def width_bucket(length: int) -> int:
 def answer_plan(
     diffusion: DiffusionConfig, max_new_tokens: int, steps: int, block_length: int | None, sampling: Sampling
 ) -> Plan:
-    """The plan of an answer (`first_column` is set when the rows are known). Raises `UserError`.
+    """Plans the blocks of an answer (`first_column` is set once the rows are known). Raises `UserError`.
 
     `steps` is an upper bound over all blocks together, and each block takes at least one pass.
     """
@@ -75,7 +75,7 @@ def answer_plan(
     check_positive("block_length", block_length)
     if not own and max_new_tokens % block_length:
         raise UserError(f"max_new_tokens={max_new_tokens} must be a multiple of block_length={block_length}")
-    blocks = diffusion.fewest_passes(max_new_tokens, block_length)  # the last block is whole; the answer is cut
+    blocks = diffusion.fewest_passes(max_new_tokens, block_length)  # the last block is full; the answer is cut
     if steps < blocks:
         raise UserError(
             f"steps={steps}: max_new_tokens={max_new_tokens} are {blocks} blocks of {block_length}, and each takes at "
@@ -83,17 +83,17 @@ def answer_plan(
         )
     masks_BJ = np.full((1, blocks), block_length)
     most = int(shares(steps, masks_BJ, sampling.at_most_one_pass_per_mask).max())
-    given = block_length - 1 if diffusion.blocks_include_prompt else 0  # of a prompt that ends within a block
+    given = block_length - 1 if diffusion.blocks_include_prompt else 0  # most prompt tokens in the first block
     return Plan(0, -(-(max_new_tokens + given) // block_length), block_length, most)
 
 
 def fill_answers(
     decoder: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int, plan: Plan, options: FillOptions
 ) -> Filled:
-    """Answers of `max_new_tokens` to `prompts`, which hold at least one token each.
+    """Generates answers of `max_new_tokens` to `prompts` of at least one token each.
 
-    The last block is whole. Under `block_causal` attention a prompt may end within a block, which the answer completes;
-    the last block is then as long as what is left.
+    The last block is full. Under `block_causal` attention a prompt may end within a block, which the answer completes.
+    The last block then has only the remaining tokens.
     """
     diffusion = decoder.diffusion
     whole = max_new_tokens if diffusion.blocks_include_prompt else plan.num_blocks * plan.block_length
@@ -109,7 +109,7 @@ def fill_answers(
 
 
 def fill_masks(decoder: Decoder, rows: Sequence[np.ndarray], options: FillOptions) -> Filled:
-    """`rows` with their masks filled; what precedes the first mask of a row is its prompt. Raises `UserError`."""
+    """Fills the masks in `rows`. The tokens before a row's first mask are its prompt. Raises `UserError`."""
     check_positive("steps", options.steps)
     if options.sampling.algorithm == SPECULATIVE:
         raise UserError("infill: the causal base verifies what follows a text; it fills no gaps")
@@ -142,7 +142,7 @@ def check_positive(name: str, value: int) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raises `UserError` unless `seed` is an integer that is told apart from all others."""
+    """Raises `UserError` unless `seed` is an integer in [0, 2^32), where all seeds are distinct."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
         raise UserError(f"seed must be an integer in [0, 2^32), not {seed!r}")
 
@@ -150,8 +150,10 @@ def check_seed(seed: int) -> None:
 def _fill(
     decoder: Decoder, prompts: Sequence[np.ndarray], rests: Sequence[np.ndarray], plan: Plan, options: FillOptions
 ) -> Filled:
-    """Samples in batches of equal shape (`rows_of_batch`), filled up with copies of their first row; rows of a longer
-    set take turns."""
+    """Samples in batches of equal shape (`rows_of_batch`), padded with copies of their first row.
+
+    More rows than `batch_size` use `fill_in_turn`, unless there is a host or a mesh.
+    """
     sampling, batch_size, host = options.sampling, options.batch_size, options.host
     check_positive("batch_size", batch_size)
     check_seed(options.seed)
@@ -199,7 +201,7 @@ def _in_batches(
     count: int,
     batch_size: int,
 ) -> Iterator[tuple[int, np.ndarray, int]]:
-    """(row, its tokens [L], its passes), batch by batch."""
+    """Yields (row, its tokens [L], its passes), batch by batch."""
     for first in range(0, count, batch_size):
         rows = range(first, min(first + batch_size, count))
         canvas = canvas_of(np.concatenate([rows, np.full(batch_size - len(rows), first)]).astype(int))
@@ -219,19 +221,19 @@ def rows_of_batch(count: int, batch_size: int) -> int:
 
 
 def batches_shown(rows: int, batch_size: int) -> Progress:
-    """Progress over rows that are answered batch by batch; one batch shows none."""
+    """Returns a progress bar over rows that are answered batch by batch. One batch shows none."""
     return Progress("answering", "rows", rows if rows > batch_size else 0)
 
 
 def steps_bucket(most: int, plan: Plan) -> int:
-    """The scheduled passes of a block that are compiled for: few different numbers, so that few are compiled."""
+    """Rounds the scheduled passes of a block up to a few values, to limit compilations."""
     return max(map(width_bucket, (int(most), plan.block_length))) if most > 1 else 1
 
 
 def row_keys(seed: int, rows: Sequence[np.ndarray]) -> jax.Array:
     """[B] one key per row: a function of `seed`, the row's tokens, and the number of earlier copies of the row.
 
-    So a row draws the same noise alone and in any batch, different rows draw independently, and so do copies.
+    A row draws the same noise alone and in any batch. Different rows, and copies of a row, draw independently.
     """
     words, seen = np.zeros((len(rows), 3), np.uint32), Counter()
     for number, row in enumerate(rows):
@@ -243,17 +245,17 @@ def row_keys(seed: int, rows: Sequence[np.ndarray]) -> jax.Array:
 
 @functools.partial(jax.vmap, in_axes=(None, 0))
 def _keys_of(key: jax.Array, words: jax.Array) -> jax.Array:
-    """`key` with each of a row's three `words` folded in."""
+    """Folds each of a row's three `words` into `key`."""
     return functools.reduce(jax.random.fold_in, (words[0], words[1], words[2]), key)
 
 
 def masks_of_blocks(is_mask_L: np.ndarray, plan: Plan) -> np.ndarray:
-    """[J] masks of each block of a row; `is_mask_L` begins with the first block."""
+    """[J] number of masks in each block of a row; `is_mask_L` begins with the first block."""
     return np.bincount(np.flatnonzero(is_mask_L) // plan.block_length, minlength=plan.num_blocks)
 
 
 def steps_of_blocks(masks_BJ: np.ndarray, plan: Plan, options: FillOptions) -> np.ndarray:
-    """[B, J] passes of each block. Raises `UserError` where they are fewer than the blocks with masks."""
+    """[B, J] passes of each block. Raises `UserError` if a row has more blocks with masks than passes."""
     blocks_B = (masks_BJ > 0).sum(axis=1)
     row = int(blocks_B.argmax())
     if blocks_B[row] > options.steps:
@@ -267,7 +269,7 @@ def steps_of_blocks(masks_BJ: np.ndarray, plan: Plan, options: FillOptions) -> n
 def _padded(
     prompts: Sequence[np.ndarray], rests: Sequence[np.ndarray], plan: Plan, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, real) [B, L]: prompts end and rests begin at the first column of the plan."""
+    """Returns (tokens int32, valid bool) [B, L]: prompts end and rests begin at the plan's first column."""
     columns = plan.first_column + plan.num_blocks * plan.block_length
     tokens = np.full((len(prompts), columns), pad, np.int32)
     valid = np.zeros((len(prompts), columns), bool)

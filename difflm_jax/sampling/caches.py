@@ -1,19 +1,19 @@
-"""Models as the sampler sees them, and what a pass may leave out because its keys and values are known.
+"""Models as the sampler sees them, and the caches of keys and values that shorten its passes.
 
-A cache stores the keys and values of every column of the canvas. A pass runs over a window of columns, whose keys
-replace the cached ones; the other columns are only read:
+A cache stores the keys and values of every column of the canvas. A pass runs over a window of columns and replaces
+their cached keys; the other columns are only read:
 
-  prompt  exact under `prefix` and `causal` attention: the prompt runs once, a pass is the whole answer
-  blocks  exact under attention in blocks and `causal` attention: the prompt runs once, a pass is the active block of
-          each row. A finished block runs once more, whose keys are then final: together with the next block where all
-          rows enter one or passes are short, else alone, while other rows fill theirs
-  prefix  Fast-dLLM (arXiv:2505.22618): the canvas runs at the start of a block, other passes are the block and what
-          follows it, against the keys that came before it
-  dual    Fast-dLLM: the same, and other passes are the active block alone
+  prompt  exact under `prefix` and `causal` attention: the prompt runs once, and a pass runs the whole answer
+  blocks  exact under attention in blocks and `causal` attention: the prompt runs once, and a pass runs the active block
+          of each row. A finished block runs once more to make its keys final. It runs with the next block if all rows
+          enter one or passes are short; otherwise alone, while other rows fill theirs
+  prefix  Fast-dLLM (arXiv:2505.22618): the canvas runs at the start of a block; other passes run the block and all
+          later columns, with the cached keys of earlier columns
+  dual    Fast-dLLM: the same, but other passes run only the active block
 
 `prefix` and `dual` are approximations, for attention under which the keys of a finished token still change.
-`refresh_interval` recomputes them every so many passes of a block. A row that waits for its canvas to run gets it when
-all rows do.
+`refresh_interval` recomputes them after that many passes of a block. A row whose canvas is due waits until it is due
+for all rows.
 """
 
 import functools
@@ -39,10 +39,10 @@ Variables = dict[str, Any]  # {"params": ..., "lora": ...}
 
 @struct.dataclass
 class Cache:
-    """Keys and values of every column, and how far each row has brought them."""
+    """Keys and values of every column, and their state in each row."""
 
-    columns: Any  # of the transformer's `cache` collection: [N, B, S, K, E] each
-    state: jax.Array  # [B] int32; blocks: those that are final; dual: 1 while that of the whole canvas is new
+    columns: Any  # the transformer's `cache` collection: [N, B, S, K, E] each
+    state: jax.Array  # [B] int32; blocks: number of final blocks; dual: 1 if the prefilled canvas is still current
 
 
 FirstCache = Callable[[], Cache | None]
@@ -50,14 +50,14 @@ FirstCache = Callable[[], Cache | None]
 
 @struct.dataclass
 class Decoder:
-    """A model as decoding needs it: a pytree of its collections `variables`, all else static to `jax.jit`."""
+    """A model for decoding: a pytree whose leaves are `variables`; the other fields are static to `jax.jit`."""
 
     variables: Variables
     model: Transformer = struct.field(pytree_node=False)
     diffusion: DiffusionConfig = struct.field(pytree_node=False)
     eos_token_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     pad_token_id: int = struct.field(pytree_node=False, default=0)
-    mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # over which `variables` and rows are divided
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # `variables` and rows are sharded over it
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
@@ -66,12 +66,12 @@ class Decoder:
         return head_logits(self.model.config, params, lora, self.model.mask_token_id, hidden, in_place)
 
     def reads_in_place(self, x: jax.Array, rows: int) -> bool:
-        """Whether passes over `rows` tokens, of which `x` is made, leave the weights in their stacks."""
+        """Whether a pass over `rows` tokens with activations like `x` reads the weights in their stacks."""
         return self.mesh is None and stay_in_stacks(self.model, x, rows)
 
 
 def fill(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> Carry:
-    """Fills a canvas (`fill_on` is this, compiled). Returns what belongs to rows of the last carry."""
+    """Fills a canvas and returns the last carry (`Carry.slim`). `fill_on` compiles this function."""
 
     def rows(variables: Variables, canvas: Canvas) -> Carry:
         loop, first_cache = loop_over(decoder.replace(variables=variables), plan, canvas, sampling)
@@ -80,21 +80,23 @@ def fill(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> Ca
     return over_rows(rows, decoder.mesh, decoder.variables, canvas)
 
 
-# A pass over few tokens takes as long as reading the weights. XLA's own GEMMs copy the weights of a layer out of their
-# stack first, and matmuls of one input are joined by writing their weights side by side; cuBLAS reads them in place.
-# Qwen3-4B in blocks of 32 on an H200, per pass: 7.4 ms for 9.1 at batch 1, 10.6 for 15.1 at batch 8 (measured with the
-# matmuls still joined).
+# A pass over few tokens takes as long as reading the weights. XLA's own GEMMs first copy the weights of a layer out of
+# their stack, and the dot merger concatenates the weights of matmuls that share an input. cuBLAS reads them in place.
+# Qwen3-4B in blocks of 32 on an H200, per pass: 7.4 ms instead of 9.1 at batch 1, 10.6 instead of 15.1 at batch 8
+# (measured with the dot merger still on).
 _ON_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def fill_on(platform: str) -> Callable[..., Carry]:
-    """`fill`, compiled for devices of jax's `platform`: once for each shape of canvas and plan and each set of options
-    that is on; the number of passes is data."""
+    """Returns `fill`, compiled for devices of jax's `platform`.
+
+    It compiles once for each shape of canvas, plan and set of enabled options. The number of passes is data.
+    """
     return compiled_on(platform, fill)
 
 
 def compiled_on(platform: str, function: Callable[..., Any], donated: str | None = None) -> Callable[..., Any]:
-    """A function of passes over a plan, compiled for devices of jax's `platform`."""
+    """Returns a jitted `function`, static in its `plan`, with the compiler options for jax's `platform`."""
     return _compiled(platform in ("gpu", "cuda"), function, donated)
 
 
@@ -105,14 +107,14 @@ def _compiled(on_gpu: bool, function: Callable[..., Any], donated: str | None) -
 
 
 def loop_over(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Loop, FirstCache]:
-    """The sampler's loop over a model, and what makes the cache that it starts with."""
+    """Returns the sampler's loop over a model, and a function that builds its first cache."""
     predict, first_cache = make_predict(decoder, plan, canvas, sampling)
     loop = Loop(predict, canvas, plan, sampling, decoder.diffusion.mask_token_id, decoder.eos_token_ids)
     return loop, first_cache
 
 
 def cache_kind(diffusion: DiffusionConfig, cache: str) -> str:
-    """ "none", "prompt", "blocks", "prefix" or "dual": what `cache` means under a rule; "auto" is never inexact."""
+    """Resolves `cache` under an attention rule: "none", "prompt", "blocks", "prefix" or "dual". "auto" is exact."""
     return diffusion.exact_cache if cache == "auto" else cache
 
 
@@ -121,10 +123,10 @@ Forward = Callable[..., tuple[jax.Array, Any]]
 
 
 def make_predict(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> tuple[Predict, FirstCache]:
-    """`predict` and what makes its first cache, by the kind of cache (see the head of this file)."""
+    """Returns `predict` and a function that builds its first cache, by the kind of cache (see the module docstring)."""
     diffusion = decoder.diffusion
     kind = cache_kind(diffusion, sampling.cache)
-    columns, shift = canvas.tokens.shape[1], diffusion.shift  # windows begin that much earlier
+    columns, shift = canvas.tokens.shape[1], diffusion.shift  # windows begin `shift` columns earlier
     answer = plan.first_column - shift
     known = answer if kind != "none" and diffusion.exact_cache != "none" else 0  # columns that never run again
     runner = _Runner(decoder, plan.block_length, canvas, sampling.cfg_scale)
@@ -134,7 +136,7 @@ def make_predict(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Samplin
         zeros_B = varying_with(jnp.zeros(len(canvas.tokens), jnp.int32), canvas.tokens)
         return Cache(runner.prefilled(columns), zeros_B + state)
 
-    # Each pass: (first column of the block) -> (first column, number of columns, column that is first to be written)
+    # Each pass: (first column of the block) -> (first column, number of columns, first column to write)
     whole = runner.run(lambda first: (known, columns - known, known), keep=kind in ("prefix", "dual"))
     if kind in ("none", "prompt"):
 
@@ -153,14 +155,14 @@ def make_predict(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Samplin
     return _by_canvases(whole, later, sampling, one_pass_a_block), lambda: first_cache(*begun)
 
 
-# A pass over fewer tokens takes about as long as reading the weights, so a window twice as wide costs less than a
-# further pass. SmolLM2-135M, bfloat16, 2 cores of an EPYC: 64 tokens 0.12 s, 256 tokens 0.20 s. An H200 multiplies 206
-# tokens by a weight of bfloat16 in the time in which it reads it.
+# A pass over fewer tokens takes about as long as reading the weights, so doubling the window costs less than a second
+# pass. SmolLM2-135M, bfloat16, 2 cores of an EPYC: 64 tokens 0.12 s, 256 tokens 0.20 s. An H200 multiplies 206 tokens
+# by a bfloat16 weight in the time that it takes to read it.
 TOKENS_OF_ONE_READ = 256
 
 
 def _by_blocks(runner: "_Runner", plan: Plan, shift: int, one_pass_a_block: bool) -> Predict:
-    """`predict` of "blocks": a row whose last block is not final yet runs that first, or with its active one."""
+    """Returns `predict` of "blocks". A row whose last block is not final runs that first, or with its active block."""
     block = plan.block_length
 
     def place(first_B: jax.Array) -> tuple[jax.Array, int, jax.Array]:
@@ -199,7 +201,7 @@ def _by_blocks(runner: "_Runner", plan: Plan, shift: int, one_pass_a_block: bool
 
 
 def _by_canvases(whole: Forward, later: Forward, sampling: Sampling, one_pass_a_block: bool) -> Predict:
-    """`predict` of "prefix" and "dual"."""
+    """Returns `predict` of "prefix" and "dual"."""
 
     def predict(cache: Cache, tokens_BL: jax.Array, turn: Turn) -> tuple[jax.Array, Cache, jax.Array]:
         every = sampling.refresh_interval
@@ -231,9 +233,9 @@ class _Runner:
         self._rows = Layout(positions_of(valid_BL), valid_BL, self._twice(canvas.prompt_lengths))
 
     def run(self, place: Callable[[jax.Array], tuple[Any, int, Any]], keep: bool) -> Forward:
-        """A pass over the window that `place` names; `keep`: the keys that it writes stay in the cache.
+        """Returns a pass over the window that `place` selects; `keep`: whether its keys are written to the cache.
 
-        It takes the first column of the block that runs, and of the active block where that is another.
+        The pass takes the first column of the block that runs, and that of the active block if it differs.
         """
 
         def one_pass(cache: Any, tokens_BL: jax.Array, first_B, active_B=None) -> tuple[jax.Array, Any]:
@@ -257,9 +259,9 @@ class _Runner:
         return one_pass
 
     def prefilled(self, columns: int) -> Any:
-        """A cache for the whole canvas with the first `columns` columns run through the model.
+        """Returns a cache for the whole canvas, with the first `columns` columns run through the model.
 
-        With 0 columns one is run all the same, for the shapes and shardings; the first pass replaces it.
+        With 0 columns, one still runs, for its shapes and shardings. The first pass overwrites it.
         """
         columns = max(columns, 1)
         rest = self._rows.valid.shape[1] - columns
@@ -268,7 +270,7 @@ class _Runner:
         return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, rest), (0, 0), (0, 0)]), updated["cache"])
 
     def _states(self, tokens_BT, rows: Layout, keys=None, window=None, cached=(), keep=False) -> Any:
-        """Hidden states [B, T, D]; with `keep` also the collections that hold the keys and values."""
+        """Returns hidden states [B, T, D]; with `keep` also the collections with the keys and values."""
         decoder = self._decoder
         variables, mutable = {**decoder.variables, **dict(cached)}, ["cache"] if keep else False
         if decoder.reads_in_place(tokens_BT, tokens_BT.size):

@@ -27,23 +27,23 @@ from difflm_jax.sampling.grammar.matcher import Matcher
 from difflm_jax.sampling.options import SPECULATIVE, Sampling
 from difflm_jax.sampling.verified import diffusion_drafting
 
-DRAFT_LENGTH = 4  # where neither the options nor the adapter says
-LOOKED_UP = 8  # looked-up tokens that are verified beside drafts
+DRAFT_LENGTH = 4  # default, if neither the options nor the adapter sets it
+LOOKED_UP = 8  # looked-up tokens that are verified in addition to drafts
 PLAIN = Drafting(strategy="plain", length=0, lookup=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Continued:
-    """Rows in their order: the tokens of each answer, and what it took. R: rows; D: most drafts that a pass accepts."""
+    """Answers in input order, and their passes. R: rows; D: most drafts that a pass accepts."""
 
     rows: list[np.ndarray]
     passes: np.ndarray  # [R] forward passes
     verified: np.ndarray  # [R] passes that verified proposals
-    accepted: np.ndarray  # [R, D] how many of those accepted at least 1, 2, ... of them
+    accepted: np.ndarray  # [R, D] passes that accepted at least 1, 2, ... proposals
 
 
 def drafting_of(diffusion: DiffusionConfig, sampling: Sampling, block_length: int | None = None) -> Drafting:
-    """How a model drafts under the options of speculative decoding. Raises `UserError`."""
+    """Returns how a model drafts under the options of speculative decoding. Raises `UserError`."""
     if block_length is not None:
         raise UserError(f"block_length={block_length}: speculative decoding has no blocks; draft_length is its width")
     if sampling.verify is not None:
@@ -57,13 +57,13 @@ def drafting_of(diffusion: DiffusionConfig, sampling: Sampling, block_length: in
     noise = diffusion.mask_token_id if diffusion.noise == "mask" else None
     own = LOOKED_UP if strategy == "lookup" else diffusion.draft_length or DRAFT_LENGTH
     length = sampling.draft_length or own
-    # Beside drafts that are drawn there is no second branch: rejection sampling follows a chain.
+    # With drafts that are drawn there is no second branch: rejection sampling follows a chain.
     is_beside = sampling.lookup and sampling.temperature is None and strategy in ("one_pass", "likeliest")
     return Drafting(strategy, length, sampling.lookup, noise, beside=LOOKED_UP if is_beside else 0)
 
 
 def is_plain(decoder: Decoder, sampling: Sampling) -> bool:
-    """Whether decoding is that of a causal base, without options that look back at the whole text."""
+    """Whether the decoder is a causal base and no option depends on the whole text."""
     whole_text = (sampling.cfg_scale, sampling.repetition_penalty)
     is_base = decoder.diffusion.attention == "causal" and "lora" not in decoder.variables
     return is_base and whole_text == (None, None)
@@ -79,12 +79,13 @@ def continue_rows(
     drafter: Decoder | None = None,
     matchers: Sequence[Matcher] | None = None,
 ) -> Continued:
-    """Answers of at most `max_new_tokens` to `prompts` of at least one token, by `decoder`'s base and its adapter.
+    """Continues `prompts` of at least one token by at most `max_new_tokens`, with `decoder`'s base and its adapter.
 
-    Rows do not depend on those that they share a batch with. `options.steps` has no effect. `ended` says of the tokens
-    of an unfinished answer whether they are all that is needed; what follows them may then be missing. `drafter` drafts
-    by diffusion in place of an adapter of `decoder` (`verified`). `matchers`, one for each prompt, keep the answers to
-    a grammar, and stand at their ends afterwards. Raises `UserError`.
+    Rows do not depend on the others in their batch. `options.steps` has no effect. Raises `UserError`.
+
+    ended: maps the tokens of an unfinished answer to whether it may stop there.
+    drafter: drafts by diffusion, instead of an adapter of `decoder` (`verified`).
+    matchers: one per prompt, to constrain its answer to a grammar. Each is advanced to the end of its answer.
     """
     check_positive("max_new_tokens", max_new_tokens)
     check_positive("batch_size", options.batch_size)
@@ -131,6 +132,6 @@ def continue_rows(
 
 
 def prompt_width(length: int) -> int:
-    """The columns that a prompt of `length` tokens is padded to."""
+    """Number of columns that a prompt of `length` tokens is padded to."""
     width = width_bucket(length)
     return width if width <= PREFILL_CHUNK else width + -width % PREFILL_CHUNK

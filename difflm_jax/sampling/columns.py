@@ -1,7 +1,7 @@
-"""A causal model over cached columns: token i of a row is column i, and rows of a pass lie beside the columns.
+"""A causal model over cached columns: token i of a sequence is column i of its cache.
 
-A pass reads the columns of the tokens that a row has, and writes none: it returns keys and values of its rows, of which
-the caller writes those that it keeps, in place. What lies after a row's length is never seen, and is overwritten later.
+A pass reads the columns of known tokens and writes none. It returns the keys and values of its own rows, and the caller
+writes those that it keeps, in place. Columns after a sequence's length are never seen, and are overwritten later.
 """
 
 import dataclasses
@@ -17,25 +17,25 @@ from difflm_jax.models.transformer import Transformer, head_logits
 from difflm_jax.ops.cpu import bits_of
 
 Columns = Any  # {"layers": {"self_attn": {"k", "v": [N, B, K, S, E]}}}
-PREFILL_CHUNK = 256  # columns of a prompt that run at once
+PREFILL_CHUNK = 256  # columns of a prompt per pass
 
 
 @struct.dataclass
 class Rows:
-    """Tokens of a pass. N rows see the first `lengths` columns and, by `sees`, each other."""
+    """The tokens of a pass. N rows attend to the first `lengths` columns and, where `sees`, to each other."""
 
     tokens: jax.Array  # [B, N] int32
     positions: jax.Array  # [B, N] int32
     sees: jax.Array  # [B, N, N] bool
     lengths: jax.Array  # [B] int32, columns that are known
-    gate: jax.Array | None = None  # as of `Transformer`: [B, N] bool, True: under the adapter; None: all are the base's
+    gate: jax.Array | None = None  # [B, N] bool, see `Transformer`. True: with the adapter; None: no row has it
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnModel:
-    """The base and, where the gate of a row is open, the base with its adapter.
+    """The base model, with its adapter on the rows whose gate is open.
 
-    `is_adapted`: the adapter is on wherever no gate says otherwise, and its mask row is the mask token's embedding.
+    `is_adapted`: the adapter is on wherever no gate closes it, and its mask row is the mask token's embedding.
     """
 
     model: Transformer
@@ -43,7 +43,7 @@ class ColumnModel:
     is_adapted: bool = False
 
     def predict(self, columns: Columns, rows: Rows, at_Bm: jax.Array | None = None) -> tuple[jax.Array, Columns]:
-        """(float32 logits [B, N, V] of each row, keys and values of the rows); logits [B, m, V] of rows `at_Bm`."""
+        """Returns (float32 logits [B, N, V], keys and values of the rows). `at_Bm` selects rows: logits [B, m, V]."""
         count = rows.tokens.shape[1]
         if rows.tokens.size == 1 and self._prefers_two_rows(rows.tokens):
             rows = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1) if x.ndim > 1 else x, rows)
@@ -55,10 +55,10 @@ class ColumnModel:
         return head_logits(self.model.config, self.variables["params"], None, None, hidden_BND, in_place), kept
 
     def write(self, columns: Columns, kept: Columns, starts_B: jax.Array) -> Columns:
-        """`columns` with those of `kept`, in their order, from each row's start on."""
+        """Writes `kept` into `columns`, in order, from each row's start on."""
 
         def written(columns_NBKSE: jax.Array, kept_NBKTE: jax.Array) -> jax.Array:
-            # Row by row, which XLA does in place; as one scatter it turned the whole cache around and back.
+            # Row by row, which XLA does in place. As one scatter, XLA transposed the whole cache and back.
             for row in range(len(starts_B)):
                 at = (0, row, 0, starts_B[row], 0)
                 columns_NBKSE = jax.lax.dynamic_update_slice(columns_NBKSE, kept_NBKTE[:, row : row + 1], at)
@@ -67,7 +67,7 @@ class ColumnModel:
         return jax.tree.map(written, columns, kept)
 
     def prefill(self, tokens_BP: jax.Array, columns: int) -> Columns:
-        """The columns of prompts, in room for `columns`. Padding on the right is written too, and never seen."""
+        """Returns a cache of `columns` columns with those of the prompts. Right padding is written but never seen."""
         batch, length = tokens_BP.shape
         chunk = min(length, PREFILL_CHUNK)
         step = jnp.arange(chunk)
@@ -85,7 +85,7 @@ class ColumnModel:
             return whole
 
         def one_chunk(number: jax.Array, whole: Columns) -> Columns:
-            # The last chunk may reach back over columns that are there already: it writes the same into them.
+            # The last chunk may overlap columns that are already written: it writes the same values.
             start = jnp.minimum(number * chunk, length - chunk)
             kept = self.states(whole, rows(start))[1]
             return self.write(whole, kept, jnp.broadcast_to(start, (batch,)))
@@ -93,11 +93,11 @@ class ColumnModel:
         return jax.lax.fori_loop(1, -(-length // chunk), one_chunk, whole)
 
     def _prefers_two_rows(self, token_11: jax.Array) -> bool:
-        # XLA's CPU backend multiplies one row of bfloat16 more slowly than two (SmolLM2-135M: 47 ms and 39 ms a pass).
+        # On CPU, XLA multiplies one row of bfloat16 more slowly than two (SmolLM2-135M: 47 ms and 39 ms per pass).
         return self.model.on_cpu and self.model.dtype == jnp.bfloat16 and not stay_in_stacks(self.model, token_11, 1)
 
     def states(self, columns: Columns | None, rows: Rows) -> tuple[jax.Array, Columns]:
-        """(hidden states [B, N, D], keys and values) of the rows; without columns they see each other alone."""
+        """Returns (hidden states [B, N, D], keys and values) of the rows. Without columns they see only each other."""
         variables = {"params": self.variables["params"]}
         view = View(rows.sees, rows.positions, rows.positions)
         if columns is not None:

@@ -1,6 +1,7 @@
-"""How sure the model is of the token that it would put at a position: the score by which masks are ranked.
+"""Confidence scores: how confident the model is of its token at each position. Masks are ranked by them.
 
-A score is a function (logits, chosen tokens, noise) -> [B, T], larger where surer; `noise` is uniform in [0, 1).
+A score is a function (logits, chosen tokens, noise) -> [B, T], larger where more confident. `noise` is uniform in
+[0, 1).
 """
 
 import dataclasses
@@ -13,52 +14,56 @@ Ranking = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def max_logit(logits_BTV: jax.Array, tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
-    """The raw logit of the chosen token: the original system's confidence."""
+    """The raw logit of the chosen token, which is the original system's confidence."""
     return jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
 
 
 def log_odds(logits_BTV: jax.Array, tokens_BT: jax.Array, noise_BT: jax.Array) -> jax.Array:
-    """log p / (1 - p) of the chosen token: the order of its probability, without ties where float32 rounds p to 1."""
+    """log p / (1 - p) of the chosen token: ordered as p, without ties where float32 rounds p to 1."""
     own_BT = max_logit(logits_BTV, tokens_BT, noise_BT)
     is_chosen_BTV = jnp.arange(logits_BTV.shape[-1]) == tokens_BT[..., None]
     return own_BT - jax.nn.logsumexp(jnp.where(is_chosen_BTV, -jnp.inf, logits_BTV), axis=-1)
 
 
 def margin(logits_BTV: jax.Array, _tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
-    """Probability of the likeliest token minus that of the second: Dream's `topk_margin`."""
-    # Two maxima: `jax.lax.top_k` sorts the vocabulary on a CPU, which took most of a pass.
+    """Probability of the most likely token minus that of the second: Dream's `topk_margin`."""
+    # Take two maxima: on CPU `jax.lax.top_k` sorts the vocabulary, which took most of a pass.
     p_BTV = jax.nn.softmax(logits_BTV, axis=-1)
     is_best_BTV = jnp.arange(p_BTV.shape[-1]) == p_BTV.argmax(axis=-1, keepdims=True)
     return p_BTV.max(axis=-1) - jnp.where(is_best_BTV, 0.0, p_BTV).max(axis=-1)
 
 
 def negative_entropy(logits_BTV: jax.Array, _tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
-    """Σ p log p, in nats."""
+    """Negative entropy Σ p log p, in nats."""
     log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     return jnp.where(jnp.isneginf(log_p_BTV), 0.0, jnp.exp(log_p_BTV) * log_p_BTV).sum(axis=-1)
 
 
 def uniform(_logits_BTV: jax.Array, _tokens_BT: jax.Array, noise_BT: jax.Array) -> jax.Array:
-    """Chance."""
+    """A random score: `noise_BT` itself."""
     return noise_BT
 
 
 def from_the_left(_logits_BTV: jax.Array, tokens_BT: jax.Array, _noise_BT: jax.Array) -> jax.Array:
-    """The further left the higher."""
+    """A score that is higher further to the left."""
     return jnp.broadcast_to(-jnp.arange(tokens_BT.shape[1], dtype=jnp.float32), tokens_BT.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """A score and what it reads: the logits as the model gave them, or the distribution that tokens are drawn from
-    (after temperature, top-p and top-k), as Dream does. `is_log_odds`: the sigmoid of the score is a probability."""
+    """A score and its input.
+
+    of_drawn: whether the score reads the distribution that tokens are drawn from, after temperature, top-p and top-k,
+      as Dream does; False: the model's logits.
+    is_log_odds: whether the sigmoid of the score is a probability.
+    """
 
     score: Ranking
     of_drawn: bool = False
     is_log_odds: bool = False
 
     def value(self, score_BT: jax.Array) -> jax.Array:
-        """The score on the scale of the papers: a probability where it is one."""
+        """The score on the scale of the papers: a probability if it is log-odds, unchanged otherwise."""
         return jax.nn.sigmoid(score_BT) if self.is_log_odds else score_BT
 
 
@@ -70,5 +75,5 @@ CONFIDENCES = {
     "entropy": Confidence(negative_entropy, of_drawn=True),
     "left_to_right": Confidence(from_the_left),
     "random": Confidence(uniform),
-    "origin": Confidence(uniform),  # each mask is revealed by chance alone: see `commit.by_rate`
+    "origin": Confidence(uniform),  # each mask is revealed at random: see `commit.by_rate`
 }

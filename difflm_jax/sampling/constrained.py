@@ -1,7 +1,7 @@
-"""Causal decoding under a grammar: cycles of the speculative loop, run one by one, with masks that the host makes.
+"""Causal decoding under a grammar: cycles of the speculative loop, run one by one, with masks computed on the host.
 
-A pass masks the logits after the last token and after every proposed token, so what is accepted is what the base
-chooses among the tokens that the grammar allows: the text is that of decoding it token by token under the same masks.
+A pass masks the logits after the last token and after every proposed token. So accepted tokens are the base's choices
+among those that the grammar allows. The text is the same as decoding token by token under the same masks.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ from difflm_jax.sampling.speculative import Carry
 class Passes:
     """The compiled halves of a cycle (`speculative.Loop`)."""
 
-    draft: Callable[[Carry, np.ndarray], Carry] | None  # (carry, masks [B, 1, W]); None: the strategy has no such pass
+    draft: Callable[[Carry, np.ndarray], Carry] | None  # (carry, masks [B, 1, W]); None: no drafting pass
     nodes: Callable[[Carry], Any]  # carry -> `drafts.Nodes`
     verify: Callable[[Carry, np.ndarray], Carry]  # (carry, masks [B, 1 + Q, W])
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The matchers of the first rows of a batch, at their beginning; further rows are filler, and have none."""
+    """The matchers of the first rows of a batch, each at its start. The other rows are filler and have none."""
 
     matchers: Sequence[Matcher]
-    limits: np.ndarray  # [B] the most tokens of a row, prompt included
+    limits: np.ndarray  # [B] maximum tokens of each row, prompt included
     vocabulary: int
     eos_token_ids: tuple[int, ...]
 
     def masks(self, carry: Carry, nodes: Any | None = None) -> np.ndarray:
-        """[B, 1 + Q, W] uint32: what may follow the last token of each row, and each of `nodes`."""
+        """[B, 1 + Q, W] uint32: the tokens that may follow the last token of each row, and each of `nodes`."""
         lengths, done = np.asarray(carry.lengths), np.asarray(carry.done)
         count = 0 if nodes is None else nodes.tokens.shape[1]
         found = np.full((len(lengths), 1 + count, words_of(self.vocabulary)), ALL)
@@ -52,7 +52,7 @@ class Rows:
         return found
 
     def kept(self, before_B: np.ndarray, carry: Carry) -> Carry:
-        """Moves the matchers over the tokens that a pass appended; `carry` as they have it."""
+        """Advances the matchers over the tokens that a pass appended. Returns `carry` with the tokens they keep."""
         tokens, lengths = np.array(carry.tokens), np.array(carry.lengths)
         done, changed = np.array(carry.done), False
         for row, matcher in enumerate(self.matchers):
@@ -69,7 +69,7 @@ class Rows:
         return carry.replace(tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), done=jnp.asarray(done))
 
     def _follow(self, masks_NW: np.ndarray, matcher: Matcher, left: int, nodes: list[np.ndarray]) -> None:
-        """Writes the masks after proposed tokens. What cannot be accepted keeps a mask of all: nobody reads it."""
+        """Writes the masks after proposed tokens. Nodes that cannot be accepted keep the full mask, which is unused."""
         places: list[Matcher | None] = [matcher]
         lefts = [left]
         for token, parent, valid in zip(*(x.tolist() for x in nodes), strict=True):
@@ -84,10 +84,10 @@ class Rows:
 
 
 def run_within(passes: Passes, rows: Rows, carry: Carry) -> Carry:
-    """Cycles until every row has ended."""
+    """Runs cycles until every row has ended."""
     while not np.asarray(carry.done).all():
         if passes.draft is not None:
-            before = np.array(carry.lengths)  # a copy: the pass is given the buffer
+            before = np.array(carry.lengths)  # a copy: the buffer is donated to the pass
             carry = rows.kept(before, passes.draft(carry, rows.masks(carry)))
             if np.asarray(carry.done).all():
                 break

@@ -1,8 +1,8 @@
-"""A batch of causal decoding on the device: the programs that run its cycles, and what the host does between them.
+"""Causal decoding of a batch: the compiled programs that run its cycles, and the work of the host between them.
 
-Unobserved, all cycles are one program without the observer. A watcher is told after each pass. An answer that the host
-takes for complete (a stop string) ends its row within `BETWEEN_CHECKS` cycles. The cycles are the same in each case, so
-the tokens are, too.
+Without an observer, all cycles are one program. A watcher is called after each pass. If the host finds an answer
+complete (a stop string), its row ends within `BETWEEN_CHECKS` cycles. The cycles, and so the tokens, are the same in
+each case.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from difflm_jax.sampling.speculative import UNLIMITED, Carry, Loop, Predictor
 from difflm_jax.sampling.verified import Caches, DiffusionLoop, verifier
 from difflm_jax.sampling.watch import Pass, Watcher
 
-BETWEEN_CHECKS = 8  # cycles between two looks of the host at answers that a stop string may end
+BETWEEN_CHECKS = 8  # cycles between two checks of the host for stop strings
 
 
 @struct.dataclass
 class Task:
-    """What decodes. `room`: columns of the cache. `drafter`: the model that drafts by diffusion, if one does."""
+    """A decoder and its options. `room`: columns of the cache. `drafter`: a model that drafts by diffusion, if any."""
 
     decoder: Decoder
     sampling: Sampling
@@ -41,7 +41,7 @@ class Task:
     drafter: Decoder | None = None
 
     def begin(self, batch: "Batch") -> tuple[Loop, Carry]:
-        """The loop, and its carry before the first cycle."""
+        """Prefills the prompts and returns the loop and its carry before the first cycle."""
         loop, (base, drafter) = self.loop(batch), self._models
         tokens = jnp.pad(batch.tokens, ((0, 0), (0, self.room - batch.tokens.shape[1])))
         cache = base.prefill(batch.tokens, self.room)
@@ -82,7 +82,7 @@ class Task:
 
 @struct.dataclass
 class Batch:
-    """Prompts, padded on the right. `limits`: the most tokens of a row, prompt included."""
+    """Prompts, padded on the right. `limits`: maximum tokens of each row, prompt included."""
 
     tokens: jax.Array  # [B, P] int32
     lengths: jax.Array  # [B] int32
@@ -92,7 +92,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Observer:
-    """What the host does between cycles: tells `watch` of each pass, asks `ended` whether an answer is complete."""
+    """Host callbacks between cycles: `watch` receives each pass, `ended` returns whether an answer is complete."""
 
     watch: Watcher | None = None
     ended: Callable[[np.ndarray], bool] | None = None
@@ -103,8 +103,10 @@ class Observer:
 
 
 def decode(task: Task, batch: Batch, observer: Observer, rows: Sequence[int]) -> Carry:
-    """The last carry, of its arrays those that belong to rows. `rows`: places of the first rows among all; the others
-    are filler."""
+    """Decodes `batch` and returns the last carry, reduced to the arrays of its rows (`Carry.slim`).
+
+    `rows`: the indices of the first rows among all prompts; the other rows are filler.
+    """
     if task.decoder.mesh is not None:
         return _whole(task, batch)
     carry = _begin(task, batch)
@@ -124,7 +126,7 @@ def decode(task: Task, batch: Batch, observer: Observer, rows: Sequence[int]) ->
 
 
 def decode_within(task: Task, batch: Batch, matchers: Sequence[Matcher]) -> Carry:
-    """`decode` under a grammar: the same passes, one by one, with masks that the host makes."""
+    """`decode` under a grammar: the same passes, one by one, with token masks computed on the host."""
     passes = Passes(
         draft=functools.partial(_draft, task, batch) if task.drafting.drafts_first else None,
         nodes=functools.partial(_nodes, task, batch),
@@ -136,7 +138,7 @@ def decode_within(task: Task, batch: Batch, matchers: Sequence[Matcher]) -> Carr
 
 
 def _with_ends(carry: Carry, batch: Batch, observer: Observer) -> Carry:
-    """`carry`, with the rows done whose answers the host takes for complete."""
+    """Marks the rows done whose answers `observer.ended` finds complete."""
     if observer.ended is None:
         return carry
     tokens, lengths, done = (np.asarray(x) for x in (carry.tokens, carry.lengths, carry.done))
@@ -146,7 +148,7 @@ def _with_ends(carry: Carry, batch: Batch, observer: Observer) -> Carry:
 
 
 class _Shown:
-    """Tells a watcher of passes as `Pass`. Accepted tokens are certain; proposals are the candidates of the block."""
+    """Reports passes to a watcher as `Pass`. Accepted tokens have confidence 1; proposals are the candidates."""
 
     def __init__(self, task: Task, batch: Batch, watch: Watcher, rows: Sequence[int]):
         self._watch, self._rows, self._number = watch, rows, 0
@@ -157,7 +159,7 @@ class _Shown:
         self._passes, self._known = np.zeros(len(batch.lengths), np.int32), np.zeros(len(rows), np.int32)
 
     def tell(self, carry: Carry, proposed: jax.Array, probable: jax.Array) -> None:
-        """Tells of a pass, if there was one."""
+        """Reports a pass, if there was one."""
         passes = np.asarray(carry.passes)
         if (passes == self._passes).all():
             return
@@ -195,7 +197,7 @@ class _Shown:
 
 @jax.jit
 def _whole(task: Task, batch: Batch) -> Carry:
-    """All cycles, the rows divided over the devices of the mesh."""
+    """Runs all cycles, with the rows sharded over the devices of the mesh."""
 
     def rows(variables: dict[str, Any], batch: Batch) -> Carry:
         loop, start = task.with_variables(variables).begin(batch)
@@ -216,7 +218,7 @@ def _cycles(task: Task, batch: Batch, carry: Carry, most: int) -> Carry:
 
 @functools.partial(jax.jit, static_argnames="verifies", donate_argnames="carry")
 def _one_pass(task: Task, batch: Batch, carry: Carry, verifies: bool) -> tuple[Carry, jax.Array, jax.Array]:
-    """Half a cycle, and what the next pass is to verify."""
+    """Runs half a cycle. Returns the carry, and `Loop.proposals` for the next pass."""
     loop = task.loop(batch)
     carry = loop.verify(carry) if verifies else loop.draft(carry)
     return carry, *loop.proposals(carry)

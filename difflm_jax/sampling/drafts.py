@@ -1,6 +1,6 @@
-"""What speculative decoding proposes: chains of drafts, prompt lookup, trees, and where to draft for the next pass.
+"""Proposals of speculative decoding: chains of drafts, prompt lookup, trees, and where to draft for the next pass.
 
-Row 0 of a verifying pass is the last known token; node i of what is proposed is row i + 1. A node's parent is a row.
+Row 0 of a verifying pass is the last known token; proposed node i is row i + 1. A node's parent is given as a row.
 """
 
 import dataclasses
@@ -16,15 +16,19 @@ STRATEGIES = ("two_pass", "one_pass", "likeliest", "tree", "lookup")
 class Drafting:
     """How tokens are drafted.
 
-    two_pass: noise rows after the last token, then a pass that verifies (Uno, arXiv:2609.04010). one_pass: the
-    verifying pass carries noise rows after every row where acceptance may end. likeliest: after the two most probable
-    of these. tree: two passes, the second verifies the `nodes` most probable paths through `branches` tokens a depth.
-    lookup: no drafts but looked-up ones. plain: none at all, one token per pass.
+    Strategies:
+      two_pass: a pass with noise rows after the last token, then a verifying pass (Uno, arXiv:2609.04010).
+      one_pass: the verifying pass has noise rows after every row where acceptance may end.
+      likeliest: like one_pass, but only after the two rows where acceptance most probably ends.
+      tree: two passes. The second verifies the `nodes` most probable paths through `branches` tokens per depth.
+      lookup: only looked-up drafts.
+      plain: no drafts, one token per pass.
 
-    length: drafts per pass, m. lookup: where the last tokens occurred before, what followed them is proposed instead;
-    `beside` tokens of it are proposed as a second branch, where that is not 0.
-    noise: the id of every noise row; None: ids uniform over the vocabulary. passes: diffusion passes that a draft of
-    another model takes (`verified`).
+    length: drafts per pass, m.
+    lookup: if the last tokens occurred before, propose the tokens that followed them instead of drafts.
+    beside: number of looked-up tokens proposed as a second branch in addition to the drafts; 0: no second branch.
+    noise: the token id of every noise row; None: ids uniform over the vocabulary.
+    passes: diffusion passes per draft, with diffusion drafts (`verified`).
     """
 
     strategy: str = "one_pass"
@@ -38,54 +42,54 @@ class Drafting:
 
     @property
     def drafts_first(self) -> bool:
-        """A cycle begins with a pass that drafts."""
+        """Whether a cycle begins with a drafting pass."""
         return self.strategy in ("two_pass", "tree")
 
     @property
     def num_nodes(self) -> int:
-        """Tokens that a verifying pass verifies."""
+        """Number of tokens that a verifying pass verifies."""
         if self.strategy == "tree":
             return min(self.nodes, sum(self.branches**depth for depth in range(1, self.length + 1)))
         return 0 if self.strategy == "plain" else self.length + self.beside
 
     @property
     def num_anchors(self) -> int:
-        """Rows of a verifying pass that noise rows follow."""
+        """Number of rows in a verifying pass that are followed by noise rows."""
         return {"one_pass": self.num_nodes + 1, "likeliest": min(2, self.num_nodes + 1)}.get(self.strategy, 0)
 
     @property
     def num_rows(self) -> int:
-        """Rows of the largest pass."""
+        """Number of rows in the largest pass."""
         return 1 + self.num_nodes + self.num_anchors * self.length
 
     @property
     def deepest(self) -> int:
-        """The most drafts that a pass accepts."""
+        """Maximum number of drafts that a pass accepts."""
         if self.beside:
             return max(self.length, self.beside)
         return self.length if self.strategy == "tree" and not self.lookup else self.num_nodes
 
     @property
     def branches_out(self) -> bool:
-        """What is verified need not be a chain."""
+        """Whether the proposed tokens may form more than one chain."""
         return self.strategy == "tree" or self.beside > 0
 
 
 @struct.dataclass
 class Drafts:
-    """Drafts of the tokens after the last known one, m = Q for a chain. For a tree `candidates` of each depth too."""
+    """Drafts of the tokens after the last known one; m = Q for a chain. A tree also has `candidates` of each depth."""
 
     tokens: jax.Array  # [B, m] int32
-    drafted: jax.Array  # [B] bool, False: there are none
+    drafted: jax.Array  # [B] bool, False: the row has no drafts
     confidence: jax.Array  # [B, m] float32, probability of each under the draft distribution
-    logits: jax.Array | None = None  # [B, m, V] float32, of the distributions that they were drawn from; None: greedy
+    logits: jax.Array | None = None  # [B, m, V] float32, of the distributions of the draws; None: greedy
     candidates: jax.Array | None = None  # [B, m, C] int32, the most probable tokens of each depth
     log_p: jax.Array | None = None  # [B, m, C] float32, their log-probabilities
 
 
 @struct.dataclass
 class Nodes:
-    """Tokens to verify. A node is reached where it and all nodes between it and row 0 are accepted."""
+    """Tokens to verify. A node is reached if it and all nodes between it and row 0 are accepted."""
 
     tokens: jax.Array  # [B, Q] int32
     parents: jax.Array  # [B, Q] int32, rows
@@ -96,7 +100,7 @@ class Nodes:
 
 
 def chain_nodes(drafts: Drafts) -> Nodes:
-    """Each draft after the one before it."""
+    """Returns nodes where each draft follows the one before it."""
     batch, length = drafts.tokens.shape
     step = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     valid = jnp.broadcast_to(drafts.drafted[:, None], (batch, length))
@@ -105,13 +109,13 @@ def chain_nodes(drafts: Drafts) -> Nodes:
 
 
 def tree_nodes(drafts: Drafts, nodes: int) -> Nodes:
-    """The `nodes` most probable paths through the candidates of all depths, parents before their children.
+    """Returns the `nodes` most probable paths through the candidates of all depths, parents before children.
 
-    The drafts of a depth do not depend on those before it, so a path's probability is a product. A path of the best is
-    the child of one of the best: each depth needs the `nodes` best of its own only.
+    The drafts of a depth do not depend on earlier ones, so a path's probability is a product. The parent of a best path
+    is itself among the best, so each depth keeps only its `nodes` best paths.
     """
     batch, depths, branches = drafts.candidates.shape
-    score, tokens, parents = [], [], []  # of each depth [B, W]; a parent is an index over all depths, -1: row 0
+    score, tokens, parents = [], [], []  # [B, W] per depth; a parent is an index over all depths, -1: row 0
     beam_BW, offset, first = jnp.zeros((batch, 1)), -1, 0
     for depth in range(depths):
         flat = (beam_BW[:, :, None] + drafts.log_p[:, depth, None, :]).reshape(batch, -1)
@@ -121,7 +125,7 @@ def tree_nodes(drafts: Drafts, nodes: int) -> Nodes:
         parents.append(best_BW // branches + offset)
         offset, first = first, first + beam_BW.shape[1]
     depth_W = jnp.concatenate([jnp.full(x.shape[1], depth + 1, jnp.int32) for depth, x in enumerate(score)])
-    # Earlier depths come first, and `top_k` keeps that order among equals: a parent is never left out for its child.
+    # Earlier depths come first, and `top_k` is stable: a child never displaces its parent.
     best_BQ = jax.lax.top_k(jnp.concatenate(score, axis=1), nodes)[1]
     best_BQ = jnp.sort(best_BQ, axis=1)
     parent_BQ = jnp.take_along_axis(jnp.concatenate(parents, axis=1), best_BQ, axis=1)
@@ -138,20 +142,20 @@ def tree_nodes(drafts: Drafts, nodes: int) -> Nodes:
 
 
 def ancestors(nodes: Nodes) -> jax.Array:
-    """[B, 1 + Q, 1 + Q] bool: whether a row is the first one's ancestor or itself. Every row descends from row 0."""
+    """[B, 1 + Q, 1 + Q] bool: [b, i, j] is whether row j is row i or its ancestor. Every row descends from row 0."""
     batch, count = nodes.tokens.shape
     itself = jnp.eye(count + 1, dtype=bool)[None]
     parents_BN = jnp.concatenate([jnp.zeros((batch, 1), jnp.int32), nodes.parents], axis=1)
     reached = itself | (parents_BN[:, :, None] == jnp.arange(count + 1))
     span = 1
-    while span < count:  # the ancestors of all ancestors that are known
+    while span < count:  # each iteration adds the ancestors of all known ancestors
         reached = (reached.astype(jnp.float32) @ reached.astype(jnp.float32)) > 0
         span *= 2
     return reached
 
 
 def anchors(nodes: Nodes, ancestors_BNN: jax.Array, count: int) -> jax.Array:
-    """[B, count] int32: the rows of a pass where acceptance most probably ends, by the confidence of the nodes."""
+    """[B, count] int32: the rows where acceptance most probably ends, given the confidence of the nodes."""
     batch, length = nodes.confidence.shape
     if count == length + 1:
         return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
@@ -163,7 +167,10 @@ def anchors(nodes: Nodes, ancestors_BNN: jax.Array, count: int) -> jax.Array:
 
 
 def most_probable(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """(tokens, log-probabilities) [..., count], in order; by maxima, since a CPU sorts the vocabulary for `top_k`."""
+    """Returns the `count` most probable (tokens, log-probabilities) [..., count], in order.
+
+    Takes repeated maxima, because on CPU `top_k` sorts the vocabulary.
+    """
     log_p = jax.nn.log_softmax(logits, axis=-1)
     token_V = jnp.arange(logits.shape[-1])
     tokens, values = [], []
@@ -176,6 +183,6 @@ def most_probable(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def no_nodes(like_B: jax.Array, count: int) -> Nodes:
-    """A chain of `count` nodes of which none is valid."""
+    """Returns a chain of `count` invalid nodes for each row of `like_B`."""
     zeros = jnp.zeros((len(like_B), count), jnp.int32)
     return chain_nodes(Drafts(zeros, jnp.zeros_like(like_B, bool), zeros.astype(jnp.float32)))

@@ -1,11 +1,11 @@
-"""How probable a model finds an answer: exactly for a causal one, by LLaDA's Monte-Carlo bound for a diffusion one.
+"""Log-likelihood of an answer: exact for a causal model, LLaDA's Monte-Carlo bound for a diffusion model.
 
 For an answer of L tokens (arXiv:2502.09992, equation 6)
 
     log p(answer | prompt)  >=  E_l E_S [ L / l * sum over i in S of log p(token i | prompt, tokens outside S) ]
 
-with l uniform in 1..L and S uniform among the sets of l of its tokens; exactly l are masked, which varies less than a
-mask rate. Under attention in blocks the blocks add up, each bounded on its own given the clean blocks before it.
+with l uniform in 1..L and S uniform among the sets of l of its tokens. Masking exactly l tokens has less variance than
+a mask rate. Under attention in blocks, each block is bounded given the clean blocks before it, and the bounds add up.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from difflm_jax.sampling.batching import check_positive, check_seed, width_bucke
 from difflm_jax.sampling.caches import Decoder
 from difflm_jax.utils.progress import Progress
 
-CHUNK = 256  # positions whose logits exist at once
+CHUNK = 256  # positions whose logits are in memory at once
 
 # (tokens [B, L], masked [B, L], real [B, L], prompt lengths [B]) -> [B, L] nats of the masked tokens, 0 elsewhere
 TokenNll = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -37,9 +37,10 @@ TokenNll = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class LogLikelihood:
-    """Row by row: log-probability in nats (of a diffusion model a lower bound), its standard error, and the tokens.
+    """For each row: log-probability in nats, its standard error, and the number of answer tokens.
 
-    The standard error is that of the Monte-Carlo estimate; 0 where it is exact, NaN where one sample was drawn.
+    For a diffusion model the value estimates a lower bound. The standard error is that of the Monte-Carlo estimate: 0
+    if the value is exact, NaN if one sample was drawn.
     """
 
     values: np.ndarray
@@ -49,7 +50,7 @@ class LogLikelihood:
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """A row with some of its answer masked, one of its `copies`; `weights` [A] are L / l where it is, 0 elsewhere."""
+    """A row with part of its answer masked, one of its `copies`. `weights` [A] are L / l where masked, 0 elsewhere."""
 
     row: int
     copies: int
@@ -66,11 +67,11 @@ def log_likelihoods(
     seed: int = 0,
     batch_size: int = 16,
 ) -> LogLikelihood:
-    """log p(answer | prompt) of each row of tokens under a model.
+    """Computes log p(answer | prompt) of each row of tokens.
 
-    `samples` is the number of masked copies per row (an answer of a single token has only one).
-    They depend on `seed` and the row alone. With causal attention the result is exact, and takes one pass per row.
-    Raises `UserError` for an empty answer, and with the logit shift for an empty prompt.
+    `samples` is the number of masked copies per row; an answer of a single token has only one. The copies depend only
+    on `seed` and the row. With causal attention the result is exact and takes one pass per row. Raises `UserError` for
+    an empty answer and, with the logit shift, for an empty prompt.
     """
     check_positive("samples", samples)
     check_positive("batch_size", batch_size)
@@ -101,11 +102,11 @@ def bound(
     block_length: int = 0,
     counts_prompt: bool = False,
 ) -> LogLikelihood:
-    """The Monte-Carlo bound with any `score` of tokens.
+    """Computes the Monte-Carlo bound with any `score` of tokens.
 
-    `block_length` cuts answers into blocks (0: one block). They are counted from the start of the answer, or with
-    `counts_prompt` from the start of the prompt.
-    Masked copies are drawn while they are scored: at most a batch of each width exists, however many rows there are.
+    `block_length` cuts answers into blocks (0: one block). Blocks are counted from the start of the answer, or with
+    `counts_prompt` from the start of the prompt. Masked copies are drawn while scoring, so memory has at most one batch
+    of each width, however many rows there are.
     """
     blocks = [
         _blocks(len(prompt) if counts_prompt else 0, len(answer), block_length)
@@ -122,14 +123,14 @@ def bound(
             for block in blocks[row]:
                 nll_S = nll_SA[:, block].sum(axis=1)
                 values[row] -= nll_S.mean()
-                if weights_SA[:, block].shape[1] > 1:  # else its one token can be masked in one way
+                if weights_SA[:, block].shape[1] > 1:  # a single token can be masked in only one way
                     errors[row] += _variance_of_mean(nll_S, weights_SA[:, block].max(axis=1))
             progress.advance()
     return LogLikelihood(values, np.sqrt(errors), np.array([len(answer) for answer in answers]))
 
 
 def _samples_of(row: int, prompt, answer, blocks: Sequence[slice], samples: int, seed: int) -> Iterator[_Sample]:
-    """The masked copies of a row; one of an answer whose blocks hold one token each."""
+    """Yields the masked copies of a row; only one if every block of the answer has a single token."""
     rng = np.random.default_rng([seed, *prompt.tolist(), *answer.tolist()])
     tokens = np.concatenate([prompt, answer])
     weights = [_block_weights(rng, len(answer[block]), samples) for block in blocks]
@@ -140,7 +141,7 @@ def _samples_of(row: int, prompt, answer, blocks: Sequence[slice], samples: int,
 
 
 def _by_row(scored: Iterable[tuple[_Sample, np.ndarray]]) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-    """(row, (nats [S, A], weights [S, A])) of each row as soon as all of its copies are scored."""
+    """Yields (row, (nats [S, A], weights [S, A])) as soon as all copies of the row are scored."""
     found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for sample, nll_A in scored:
         of_row = found.setdefault(sample.row, [])
@@ -151,7 +152,7 @@ def _by_row(scored: Iterable[tuple[_Sample, np.ndarray]]) -> Iterator[tuple[int,
 
 
 def _blocks(given: int, length: int, block_length: int) -> list[slice]:
-    """The blocks of an answer of `length` tokens, the first of which completes one that holds `given` tokens."""
+    """Cuts an answer of `length` tokens into blocks. The first completes a block that has `given` tokens already."""
     if not block_length:
         return [slice(0, length)]
     starts = [0, *range(block_length - given % block_length, length, block_length)]
@@ -159,30 +160,28 @@ def _blocks(given: int, length: int, block_length: int) -> list[slice]:
 
 
 def mask_counts(rng: np.random.Generator, length: int, samples: int) -> np.ndarray:
-    """[samples] int, each uniform in 1..`length`, spread evenly: LLaDA's stratified draw.
+    """[samples] int, each uniform in 1..`length`, evenly spread: LLaDA's stratified draw.
 
-    Halves are rounded up. Rounded to even, as LLaDA's code has it, even counts would come up more often.
+    Halves are rounded up. LLaDA's code rounds them to even, which draws even counts more often.
     """
     first = int(rng.integers(length))
     return (first + (2 * np.arange(samples) * length + samples) // (2 * samples)) % length + 1
 
 
 def _block_weights(rng: np.random.Generator, length: int, samples: int) -> np.ndarray:
-    """[samples, length] length / l at l masked tokens, 0 elsewhere; one sample where all would be alike."""
+    """[samples, length] weights: length / l at l masked tokens, 0 elsewhere. One sample if `length` is 1."""
     if length == 1:
         return np.ones((1, 1))
-    counts = rng.permutation(mask_counts(rng, length, samples))  # the counts of one block say nothing about another's
+    counts = rng.permutation(mask_counts(rng, length, samples))  # makes the counts of different blocks independent
     ranks = rng.permuted(np.tile(np.arange(length), (samples, 1)), axis=1)
     return np.where(ranks < counts[:, None], length / counts[:, None], 0.0)
 
 
 def _variance_of_mean(nll_S: np.ndarray, weights_S: np.ndarray) -> float:
-    """Variance of the mean of a systematic sample over mask counts (the larger the weight, the lower the count).
+    """Variance of the mean of a systematic sample over mask counts; NaN for a single sample.
 
-    NaN for a single sample.
-
-    Neighbours in order of their count are compared, which leaves out what the counts explain (successive differences:
-    Wolter, Introduction to Variance Estimation, 2007, section 8.2, v2).
+    `weights_S` order the samples: a larger weight is a lower count. Differences of neighbours in this order remove the
+    variance that the counts explain (Wolter, Introduction to Variance Estimation, 2007, section 8.2, v2).
     """
     n = len(nll_S)
     if n == 1:
@@ -192,7 +191,7 @@ def _variance_of_mean(nll_S: np.ndarray, weights_S: np.ndarray) -> float:
 
 
 def _weighted_nll(score: TokenNll, samples: Iterable[_Sample], batch_size: int) -> Iterator[tuple[_Sample, np.ndarray]]:
-    """(sample, its weighted nats [A]), computed in batches of few widths as soon as each is full."""
+    """Yields (sample, its weighted nats [A]), scored in batches of a few widths, each as soon as it is full."""
     waiting: dict[int, list[_Sample]] = {}
     for sample in samples:
         width = width_bucket(len(sample.tokens))
@@ -237,7 +236,7 @@ def _score(decoder: Decoder, tokens_BL, masked_BL, real_BL, prompt_lengths_B) ->
 
 @jax.jit
 def _token_nll(decoder: Decoder, *rows: Any) -> jax.Array:
-    """[B, L] float32 nats of the masked tokens. A causal model sees what is before a token, so it needs no masks."""
+    """[B, L] float32 nats of the masked tokens. A causal model sees only earlier tokens, so it needs no masks."""
 
     model, diffusion = decoder.model, decoder.diffusion
 

@@ -1,21 +1,21 @@
-"""Prompt lookup: what followed the last tokens of a text where they occurred before, as drafts that cost no pass."""
+"""Prompt lookup: if the last tokens occurred before, the tokens that followed them are drafts that cost no pass."""
 
 import jax
 import jax.numpy as jnp
 
 from difflm_jax.sampling.drafts import Nodes, no_nodes
 
-SUFFIXES = (2, 3)  # tokens at the end of the text that must have occurred before, where lookup replaces drafts
-WITHOUT_DRAFTS = (1, 2, 3)  # the same where it replaces none
-CONFIDENCE = 0.7  # of each looked-up token, where places to draft from are chosen
+SUFFIXES = (2, 3)  # lengths of the suffix that must have occurred before, if lookup replaces drafts
+WITHOUT_DRAFTS = (1, 2, 3)  # the same, if it replaces none
+CONFIDENCE = 0.7  # assumed for each looked-up token when anchors are chosen
 
 
 def looked_up(
     tokens_BT: jax.Array, lengths_B: jax.Array, count: int, suffixes: tuple[int, ...] = SUFFIXES
 ) -> tuple[jax.Array, jax.Array]:
-    """(what followed the last tokens where they occurred before [B, count], whether they did [B]).
+    """Looks up an earlier occurrence of the last tokens. Returns (the tokens after it [B, count], found [B] bool).
 
-    The longest of `suffixes` is preferred, then the later place. Where fewer than `count` tokens follow, they repeat.
+    The longest of `suffixes` is preferred, then the latest place. If fewer than `count` tokens follow, they repeat.
     """
     column_T = jnp.arange(tokens_BT.shape[1])
     last_B = lengths_B - 1
@@ -37,7 +37,7 @@ def looked_up(
 def with_lookup(
     nodes: Nodes, tokens_BT: jax.Array, lengths_B: jax.Array, suffixes: tuple[int, ...] = SUFFIXES
 ) -> Nodes:
-    """`nodes`, but a chain of looked-up tokens where there are some."""
+    """Replaces `nodes` by a chain of looked-up tokens, in rows where lookup finds some."""
     count = nodes.tokens.shape[1]
     tokens_BQ, found_B = looked_up(tokens_BT, lengths_B, count, suffixes)
     step_Q = jnp.arange(count, dtype=jnp.int32)
@@ -56,7 +56,7 @@ def with_lookup(
 
 
 def with_branch(nodes: Nodes, tokens_BT: jax.Array, lengths_B: jax.Array, count: int) -> Nodes:
-    """A chain of drafts and, as a second branch after the last known token, `count` looked-up tokens."""
+    """Adds `count` looked-up tokens to a chain of drafts, as a second branch after the last known token."""
     length = nodes.tokens.shape[1]
     branch = with_lookup(no_nodes(nodes.certain, count), tokens_BT, lengths_B, WITHOUT_DRAFTS)
     step_Q = jnp.arange(count, dtype=jnp.int32)

@@ -1,9 +1,9 @@
-"""The sampler: one jitted loop over a typed carry that starts from masks and commits what the model is confident about.
+"""The sampler: one jitted loop over a typed carry that starts from masks and commits the most confident tokens.
 
 A pass is: logits of the active block -> a proposal (`proposal`) -> which masks it commits (`commit`, ranked by
-`confidence`, as many as `schedule` says) -> which committed tokens it remasks or replaces (`revise`). The loop knows a
-model only as a function `predict`, so it can be tested with any rigged one. Rows of a batch do not depend on each
-other: each is in a block and a pass of its own, and enters the next block as soon as it is done with this one.
+`confidence`, as many as `schedule` says) -> which committed tokens it remasks or replaces (`revise`). The loop sees the
+model only as a function `predict`, so tests can pass a scripted one. Rows of a batch do not depend on each other. Each
+row has its own block and pass, and enters the next block as soon as it finishes the current one.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from difflm_jax.sampling.schedule import DEADLINE, time_of
 
 @struct.dataclass
 class Turn:
-    """Which block each row asks for in a pass."""
+    """The block that each row is in at a pass."""
 
     first: jax.Array  # [B] int32, first column of the active block
-    step: jax.Array  # [B] int32, passes that the row made in it
-    waits: jax.Array  # [B] bool, nothing is left to do for the row in it
-    finished: jax.Array  # [B] bool, nothing is left to do for the row at all
+    step: jax.Array  # [B] int32, passes that the row has made in it
+    waits: jax.Array  # [B] bool, True where the row has nothing left to do in it
+    finished: jax.Array  # [B] bool, True where the row has nothing left to do at all
 
 
 # (cache, tokens [B, L], turn) -> (float32 logits [B, block_length, V] of the active blocks, cache, answered [B] bool).
@@ -42,8 +42,8 @@ Predict = Callable[[Any, jax.Array, Turn], tuple[jax.Array, Any, jax.Array | Non
 class Plan:
     """The shape of a generation: `num_blocks` blocks of `block_length` columns from column `first_column` on.
 
-    Blocks are filled from left to right. What is compiled for `steps_per_block` scheduled passes takes any smaller
-    number of them (`Canvas.steps`); but for a plan of 1 all blocks take one.
+    Blocks are filled from left to right. `steps_per_block` is the largest number of scheduled passes that the compiled
+    program takes; `Canvas.steps` may be smaller. With `steps_per_block=1` every block takes exactly one pass.
     """
 
     first_column: int
@@ -55,14 +55,14 @@ class Plan:
 
 @struct.dataclass
 class Canvas:
-    """A padded batch of rows with masks in them, and everything that is known before the first pass."""
+    """A padded batch of rows that contain masks, and everything that is known before the first pass."""
 
     tokens: jax.Array  # [B, L] int32
     valid: jax.Array  # [B, L] bool, False at padding
     fillable: jax.Array  # [B, L] bool, the masks to fill
     prompt_lengths: jax.Array  # [B] int32, real tokens
     steps: jax.Array  # [B, J] int32, scheduled passes of each block; 0 where it has no mask
-    quotas: jax.Array  # [B, J, P] int32, masks to commit at each step, at least (`schedule.quotas`)
+    quotas: jax.Array  # [B, J, P] int32, fewest masks to commit at each step (`schedule.quotas`)
     keys: jax.Array  # [B] one key per row
 
 
@@ -73,30 +73,30 @@ class Carry:
     tokens: jax.Array  # [B, L] int32; a mask id where nothing is committed yet
     confidence: jax.Array  # [B, L] float32, probability of each token when it was committed, 0 elsewhere
     passes: jax.Array  # [B] int32, forward passes that the row used
-    done: jax.Array  # [B] bool, nothing is left to do for the row in the active block
+    done: jax.Array  # [B] bool, True where the row has nothing left to do in the active block
     revisions: jax.Array  # [B] int32, passes since the active block was full
-    block: jax.Array  # [B] int32, the number of blocks once a row has nothing left to fill
+    block: jax.Array  # [B] int32, index of the active block; the number of blocks once the row is finished
     step: jax.Array  # [B] int32, passes made in the active block
-    cache: Any  # what `predict` keeps
+    cache: Any  # the state of `predict`
 
     def slim(self) -> "Carry":
-        """Without what only further passes need."""
+        """Drops the fields that only further passes need."""
         return self.replace(cache=None, block=None, step=None)
 
 
 @struct.dataclass
 class Attempt:
-    """What a pass would do to the active block."""
+    """The result of a pass before it is applied to the active block."""
 
     proposal: Proposal
     commit: jax.Array  # [B, T] bool
     cache: Any
-    answered: jax.Array | None = None  # [B] bool, as of `Predict`
+    answered: jax.Array | None = None  # [B] bool, see `Predict`
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What stays the same over all passes, and the body that makes one. The mask token is never produced."""
+    """The constants of all passes, and the body of the loop. The mask token is never produced."""
 
     predict: Predict
     canvas: Canvas
@@ -106,7 +106,7 @@ class Loop:
     eos_token_ids: tuple[int, ...]
 
     def start(self, cache: Any = None) -> Carry:
-        """The carry before the first pass; `cache` is what `predict` begins with."""
+        """Returns the carry before the first pass; `cache` is the initial cache of `predict`."""
         tokens_BL = self.canvas.tokens
         zeros_B = varying_with(jnp.zeros(tokens_BL.shape[0], jnp.int32), tokens_BL)
         no_confidence_BL = varying_with(jnp.zeros(tokens_BL.shape), tokens_BL)
@@ -121,22 +121,22 @@ class Loop:
         return ~everywhere(self.finished(carry).all())
 
     def run(self, carry: Carry) -> Carry:
-        """Passes until nothing is left to fill."""
+        """Runs passes until nothing is left to fill."""
         return jax.lax.while_loop(self.unfinished, self.step, carry)
 
     def step(self, carry: Carry) -> Carry:
-        """One pass, and to the next block for rows that have nothing left to do in theirs."""
+        """Runs one pass, then moves rows that are done with their block to the next one."""
         return self.observed_step(carry)[0]
 
     def observed_step(self, carry: Carry) -> tuple[Carry, Proposal]:
-        """`step`, with what the pass proposed for the block that was active."""
+        """Like `step`; also returns the proposal for the block that was active."""
         attempt = self.attempt(carry)
         return self.settle(carry, attempt), attempt.proposal
 
     def attempt(self, carry: Carry, allowed_BTW: jax.Array | None = None) -> Attempt:
-        """The pass itself: what it proposes for the active block, and which masks the rule commits.
+        """Runs the model and returns its proposal for the active block and the masks that the rule commits.
 
-        `allowed_BTW`: what may stand at each position (`difflm_jax.sampling.grammar.bits`); None: anything.
+        `allowed_BTW`: the tokens allowed at each position (`difflm_jax.sampling.grammar.bits`); None: all.
         """
         open_BT, done_B, committed_BT = self._before(carry)
         turn = Turn(self._first(carry), carry.step, done_B, self.finished(carry))
@@ -149,7 +149,7 @@ class Loop:
         return Attempt(proposal, commit_BT, cache, answered_B)
 
     def settle(self, carry: Carry, attempt: Attempt) -> Carry:
-        """The carry after `attempt`: its commits, revisions, and which rows leave their block."""
+        """Applies `attempt`: its commits and revisions, and the move to the next block. Returns the new carry."""
         proposal, (open_BT, done_B, committed_BT) = attempt.proposal, self._before(carry)
         used_B = ~done_B if attempt.answered is None else ~done_B & attempt.answered
         open_BT, committed_BT, commit_BT = (x & used_B[:, None] for x in (open_BT, committed_BT, attempt.commit))
@@ -173,7 +173,7 @@ class Loop:
         if self.sampling.edit_threshold is not None:
             settled_B &= was_full_B & (~edit_BT.any(axis=1) | (revisions_B >= self.sampling.edit_passes))
         if self.sampling.remask is not None:
-            settled_B = jnp.zeros_like(done_B)  # a full block may be opened again until its time is over
+            settled_B = jnp.zeros_like(done_B)  # remasking may reopen a full block until its last pass
         done_B |= used_B & (settled_B | (carry.step + 1 >= self._limit(carry.block)))
         leave_B = everywhere(done_B.all()) & done_B if self.plan.in_step else done_B
         next_B = jnp.where(open_BL.any(axis=1), carry.block + 1, self.plan.num_blocks)
@@ -189,18 +189,18 @@ class Loop:
         )
 
     def _first(self, carry: Carry) -> jax.Array:
-        """[B] the first column of the active block, of the last one where a row is finished."""
+        """[B] the first column of the active block; of the last block where a row is finished."""
         return self.plan.first_column + self._place(carry.block) * self.plan.block_length
 
     def _place(self, block_B: jax.Array) -> jax.Array:
         return jnp.minimum(block_B, self.plan.num_blocks - 1)
 
     def _active(self, carry: Carry, x_BL: jax.Array) -> jax.Array:
-        """[B, T] the columns of the active block."""
+        """[B, T] the columns of `x_BL` in the active block."""
         return columns_from(x_BL, self._first(carry), self.plan.block_length)
 
     def _before(self, carry: Carry) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Before a pass: (masks that are to be filled [B, T], rows that are done [B], tokens committed [B, T])."""
+        """Returns the state before a pass, bool: (masks to fill [B, T], rows done [B], committed tokens [B, T])."""
         open_BT = self._active(carry, self._open(carry.tokens))
         done_B = jnp.where(carry.step == 0, ~open_BT.any(axis=1), carry.done) | self.finished(carry)
         fillable_BT, tokens_BT = self._active(carry, self.canvas.fillable), self._active(carry, carry.tokens)
@@ -210,7 +210,7 @@ class Loop:
         return _step_keys(self.canvas.keys, carry.block, carry.step)
 
     def _open(self, tokens_BL: jax.Array) -> jax.Array:
-        """[B, L] bool: masks that are to be filled, given the end-of-sequence tokens that are there."""
+        """[B, L] bool: masks to fill. With `stop_at_eos`, those after an end-of-sequence token are left out."""
         open_BL = self.canvas.fillable & (tokens_BL == self.mask_token_id)
         if not self.sampling.stop_at_eos:
             return open_BL
@@ -227,7 +227,7 @@ class Loop:
         return propose(logits_BTV, seen_BV, keys_B, self.sampling, self.mask_token_id, self.eos_token_ids)
 
     def _commit(self, carry, proposal: Proposal, open_BT, committed_BT, confidence_BT) -> jax.Array:
-        """[B, T] bool: the masks to commit, by the rule that the options name."""
+        """[B, T] bool: the masks to commit under the rule that the options select."""
         sampling, quota_B = self.sampling, self._quota(carry, open_BT)
         score_BT = commit.leftmost_first(proposal.score, open_BT) if sampling.leftmost else proposal.score
         known = (score_BT, open_BT)
@@ -244,13 +244,13 @@ class Loop:
         return commit.most_confident(*known, quota_B)
 
     def _revise(self, carry, proposal: Proposal, tokens_BT, committed_BT, confidence_BT, keys_B):
-        """(committed tokens to replace, committed tokens to mask again), both [B, T] bool."""
+        """Returns (committed tokens to replace, committed tokens to remask), both [B, T] bool."""
         nothing_BT = jnp.zeros_like(committed_BT)
         if self.sampling.edit_threshold is not None:
             edit_BT = revise.edited(
                 tokens_BT, proposal.tokens, proposal.probability, committed_BT, self.sampling.edit_threshold
             )
-            # The last pass edits nothing, so that it can fill what editing opened again.
+            # The last pass edits nothing, so it can fill what an edit reopened.
             return edit_BT & (carry.step + 1 < self._limit(carry.block))[:, None], nothing_BT
         if self.sampling.remask is not None:
             rate_BT = self._remask_rate(*self._times(carry), confidence_BT, committed_BT)
@@ -259,7 +259,7 @@ class Loop:
         return nothing_BT, nothing_BT
 
     def _quota(self, carry: Carry, open_BT: jax.Array) -> jax.Array:
-        """[B] how many masks the pass commits, at least; in the last scheduled pass all of them."""
+        """[B] the fewest masks that the pass commits; in the last scheduled pass, all of them."""
         if self.sampling.schedule == DEADLINE:
             return commit.deadline_quota(open_BT, self._passes_left(carry))
         steps_B = self._steps(carry.block)
@@ -274,7 +274,7 @@ class Loop:
         return jnp.maximum(steps_B + saved_B - carry.step, 1)
 
     def _limit(self, block_B: jax.Array) -> jax.Array:
-        """[B] passes in a block at most; under a deadline earlier blocks may have saved all of theirs."""
+        """[B] maximum passes in a block. Under a deadline, a block may also use the passes of all earlier blocks."""
         before_B = self._steps_before(block_B) if self.sampling.schedule == DEADLINE else 0
         editing = self.sampling.edit_threshold is not None
         return self._steps(block_B) + before_B + (self.sampling.edit_passes + 1 if editing else 0)
@@ -289,7 +289,7 @@ class Loop:
         return jnp.where(jnp.arange(self.plan.num_blocks) < block_B[:, None], self.canvas.steps, 0).sum(axis=1)
 
     def _times(self, carry: Carry) -> tuple[jax.Array, jax.Array]:
-        """Diffusion time before and after the pass, [B, 1] each."""
+        """Returns the diffusion times before and after the pass, [B, 1] each."""
         steps_B1 = self._steps(carry.block)[:, None]
         scheduled_B1 = jnp.minimum(carry.step[:, None], steps_B1 - 1)
         return time_of(scheduled_B1, steps_B1), time_of(scheduled_B1 + 1, steps_B1)

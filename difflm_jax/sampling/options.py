@@ -1,7 +1,7 @@
-"""The options of decoding: one frozen record, its checks, and what follows from an option that is left out.
+"""The options of decoding: one frozen record, its checks and its defaults.
 
-A number is data to the compiled sampler (another threshold does not compile again); a name, a switch, and whether a
-number is given at all are static. None means: off.
+A number is data to the compiled sampler, so another threshold does not recompile. A name, a switch, and whether a
+number is set at all are static. None means off.
 """
 
 import dataclasses
@@ -68,21 +68,24 @@ class Sampling:
 
     @property
     def commits_by_rate(self) -> bool:
-        """Each mask is revealed by chance alone."""
+        """Whether each mask is revealed at random, whatever the model's confidence."""
         return self.algorithm == "origin"
 
     @property
     def revises(self) -> bool:
-        """Committed tokens may change while their block is active."""
+        """Whether committed tokens may change while their block is active."""
         return self.remask is not None or self.edit_threshold is not None
 
     @property
     def at_most_one_pass_per_mask(self) -> bool:
-        """Further passes would have nothing to commit. (Under a deadline one block's are another's; ReMDM remasks.)"""
+        """Whether passes beyond one per mask would have nothing to commit.
+
+        False for a deadline, where blocks share passes, and for ReMDM, which remasks.
+        """
         return self.schedule != DEADLINE and self.remask is None
 
 
-# Names for several options at once; an explicit option replaces that of the preset.
+# Names for several options at once; an explicit option overrides the preset's.
 PRESETS: dict[str, dict[str, Any]] = {
     "steady": {"algorithm": "probability", "threshold": 0.9, "leftmost": True, "schedule": DEADLINE},
 }
@@ -97,7 +100,7 @@ VERIFIED_RULES = PROMPT_RULES  # the keys of a prompt do not depend on what foll
 # Options that override an adapter's preset; only the preset's algorithm is kept.
 _INSTEAD_OF_PRESETS = {"algorithm", "schedule", "factor", "entropy_bound", "remask", "alg_temp", "eos_last"}
 
-# The algorithms whose score a rule understands; the first is taken where none is named.
+# The algorithms whose score each rule supports; the first is the default.
 _OF_PROBABILITY = ("probability", "maskgit_plus")
 _ALGORITHMS_OF = {
     "threshold": _OF_PROBABILITY,
@@ -140,7 +143,7 @@ _OFF = {
 
 
 def sampling_options(attention: str, default_algorithm: str, options: Mapping[str, Any]) -> Sampling:
-    """`options` checked, alone and together, and completed for a model of the rule `attention`. Raises `UserError`."""
+    """Checks `options`, alone and together, and adds the defaults for the rule `attention`. Raises `UserError`."""
     fields = {field.name: field for field in dataclasses.fields(Sampling)}
     for name in options:
         if name not in fields:
@@ -162,7 +165,7 @@ def sampling_options(attention: str, default_algorithm: str, options: Mapping[st
     if attention == "causal" and default_algorithm == "origin":
         default_algorithm = "probability"
     default_algorithm, given = _expanded(attention, default_algorithm, given)
-    if given.get("leftmost") is False:  # it has taken the place of a preset's
+    if given.get("leftmost") is False:  # it has overridden a preset's
         del given["leftmost"]
     _check_together(given, attention)
     if "algorithm" not in given:
@@ -172,7 +175,7 @@ def sampling_options(attention: str, default_algorithm: str, options: Mapping[st
     return Sampling(**given)
 
 
-# Options of a measured preset (`difflm tune`) that `generate` takes beside those of `Sampling`.
+# Options of a measured preset (`difflm tune`) that are arguments of `generate`, not fields of `Sampling`.
 _OF_GENERATE = ("block_length", "tokens_per_pass")
 
 
@@ -182,7 +185,10 @@ def of_sampling(preset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def left_of_preset(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a measured preset counts beside options that were given: nothing beside another rule of committing."""
+    """Returns the options of a measured preset that explicit options leave in effect.
+
+    Explicit options override the preset's. Another rule for what is committed discards the whole preset.
+    """
     names = {name for name, value in given.items() if value is not None}
     return (
         {}
@@ -192,7 +198,7 @@ def left_of_preset(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
 
 
 def _speculative(attention: str, given: Mapping[str, Any]) -> Sampling:
-    """The options of speculative decoding, checked. Raises `UserError`."""
+    """Checks the options of speculative decoding. Raises `UserError`."""
     if attention != "causal":
         raise UserError(
             f"algorithm={SPECULATIVE!r} needs an adapter that drafts (objective=draft), or causal=True and "
@@ -207,7 +213,7 @@ def _speculative(attention: str, given: Mapping[str, Any]) -> Sampling:
 
 
 def _verified(attention: str, given: Mapping[str, Any]) -> Sampling:
-    """The options of drafts by diffusion that the base verifies, checked. Raises `UserError`."""
+    """Checks the options of diffusion drafts that the base verifies. Raises `UserError`."""
     if attention not in VERIFIED_RULES:
         reason = "its text is the base's already" if attention == "causal" else "the keys of its prompts change"
         rules = " or ".join(VERIFIED_RULES)
@@ -219,7 +225,7 @@ def _verified(attention: str, given: Mapping[str, Any]) -> Sampling:
 
 
 def _expanded(attention: str, default_algorithm: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(algorithm where none is given, options) with presets replaced by what they stand for."""
+    """Expands presets. Returns (default algorithm, options)."""
     if given.get("algorithm") in PRESETS:
         preset = PRESETS[given.pop("algorithm")]
         return default_algorithm, {**preset, **given}
@@ -232,7 +238,7 @@ def _expanded(attention: str, default_algorithm: str, given: dict[str, Any]) -> 
 
 
 def check_algorithm(algorithm: str) -> None:
-    """Raises `UserError` for an algorithm that is not known."""
+    """Raises `UserError` for an unknown algorithm."""
     _converted("algorithm", algorithm, str)
 
 

@@ -1,9 +1,9 @@
-"""More rows than a batch has places: a row that is finished makes room for the next, between passes.
+"""Continuous batching for more rows than a batch has places: between passes, new rows replace finished ones.
 
-The loop is that of `caches.fill`, in three programs: `_begin` for the first rows, `_passes` until free places have
-waited enough, and `_join`, which puts new rows into them. While the prompts of new rows are read, all places wait. So
-rows join when free places have waited for about as long as joining takes: short answers are then decoded batch by
-batch, and long ones that end early make room. Rows do not depend on each other: each gets its own answer.
+The loop is that of `caches.fill`, in three programs. `_begin` starts the first rows, `_passes` runs until free places
+have waited enough, and `_join` writes new rows into them. All places wait while new prompts are read. So rows join once
+free places have waited for about as long as joining takes. Short answers are then decoded batch by batch, and answers
+that end early free their place. Rows do not depend on each other.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,15 +29,15 @@ def fill_in_turn(
     count: int,
     places: int,
 ) -> Iterator[tuple[int, np.ndarray, int]]:
-    """(row, its tokens [L], its passes) of `count` rows, more than `places`, as they are finished.
+    """Yields (row, its tokens [L], its passes) of each of `count` rows as it finishes. `count` exceeds `places`.
 
-    `canvas_of` gives the canvas of the rows of some numbers.
+    `canvas_of` maps row indices to their canvas.
     """
     platform = jax.default_backend()
     begin, passes = compiled_on(platform, _begin), compiled_on(platform, _passes, donated="carry")
     join = compiled_on(platform, _join, donated="batch")
     row_at, following = np.arange(places), places
-    half = max(1, places // 2)  # rows join in two sizes, so that two are compiled
+    half = max(1, places // 2)  # rows join in batches of two sizes, so only two are compiled
     canvas = jax.tree.map(jnp.asarray, canvas_of(row_at))
     carry = begin(decoder, plan, canvas, sampling)
     while (row_at != FREE).any():
@@ -55,12 +55,12 @@ def fill_in_turn(
             row_at[at] = rows
             filler = (half if len(at) <= half else places) - len(at)
             new = jax.tree.map(jnp.asarray, canvas_of(np.concatenate([rows, np.repeat(rows[:1], filler)])))
-            at = np.concatenate([at, np.full(filler, 2 * places)])  # no place: what is put there is dropped
+            at = np.concatenate([at, np.full(filler, 2 * places)])  # out of range: writes there are dropped
             canvas, carry = join(decoder, plan, (canvas, carry), new, sampling, at)
 
 
 def joining_cost(plan: Plan, sampling: Sampling, places: int) -> int:
-    """Row-passes that take about as long as reading the columns of half of the places."""
+    """Number of row-passes that take about as long as prefilling half of the places."""
     columns = plan.first_column + (plan.num_blocks * plan.block_length if sampling.cache == "dual" else 0)
     return places + places // 2 * columns // plan.block_length
 
@@ -73,7 +73,10 @@ def _begin(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling) -> 
 def _passes(
     decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry: Carry, patience: int
 ) -> tuple[Carry, jax.Array]:
-    """(carry, finished [B]) after passes until all rows are finished, or have waited `patience` row-passes."""
+    """Runs passes until all rows are finished or free places have waited `patience` row-passes.
+
+    Returns (carry, finished [B] bool).
+    """
     loop, _ = loop_over(decoder, plan, canvas, sampling)
 
     def one(state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
@@ -91,7 +94,7 @@ def _passes(
 def _join(
     decoder: Decoder, plan: Plan, batch: tuple[Canvas, Carry], new: Canvas, sampling: Sampling, at_b: jax.Array
 ) -> tuple[Canvas, Carry]:
-    """`batch` with the rows of canvas `new` at places `at_b`."""
+    """Writes the rows of canvas `new` to places `at_b` of `batch`."""
     canvas, carry = batch
     places = len(canvas.tokens)
     begun = _begin(decoder, plan, new, sampling)
@@ -100,7 +103,7 @@ def _join(
         return jax.tree.map(lambda x, new: x.at[at_b].set(new, mode="drop"), x_B, new_b)
 
     cache = carry.cache
-    if cache is not None:  # columns have the layer first, and with guidance twins of all rows after the rows
+    if cache is not None:  # the first axis of columns is the layer; with guidance, twins follow all rows
         twins = [at_b + places] if sampling.cfg_scale is not None else []
         at = jnp.concatenate([at_b, *twins])
         columns = jax.tree.map(lambda x, new: x.at[:, at].set(new, mode="drop"), cache.columns, begun.cache.columns)

@@ -1,4 +1,4 @@
-"""From the logits of a pass to what it proposes: penalties and filters, the drawn tokens, their scores."""
+"""From the logits of a pass to its proposal: penalties and filters, the drawn tokens, their scores."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ TOKEN_STREAM, SCORE_STREAM, RANK_STREAM, REMASK_STREAM = range(4)
 
 @struct.dataclass
 class Proposal:
-    """What one forward pass would put into the active block."""
+    """The tokens that one forward pass proposes for the active block, and their scores."""
 
     tokens: jax.Array  # [B, T] int32
-    score: jax.Array  # [B, T] float32, by which positions are ranked
-    probability: jax.Array  # [B, T] float32, of the token among those that it is drawn from
+    score: jax.Array  # [B, T] float32, ranks the positions
+    probability: jax.Array  # [B, T] float32, probability of the token under `logits`
     logits: jax.Array  # [B, T, V] float32, of the distribution that tokens are drawn from
-    noisy: jax.Array  # [B, T, V] float32, with the noise of the draw: `tokens` are its maxima
+    noisy: jax.Array  # [B, T, V] float32, `logits` plus the noise of the draw: `tokens` are its argmax
 
 
 def propose(
@@ -30,11 +30,11 @@ def propose(
     mask_token_id: int,
     eos_token_ids: tuple[int, ...],
 ) -> Proposal:
-    """Draws a token for every position and scores it. `seen_BV` marks the tokens that `repetition_penalty` is for.
+    """Draws a token for every position and scores it. `repetition_penalty` applies to the tokens in `seen_BV`.
 
-    The mask token is never drawn and has no share in any probability.
+    The mask token is never drawn and has probability 0.
     """
-    token_V = jnp.arange(logits_BTV.shape[-1])  # selects, not scatters: they fuse with what reads the logits
+    token_V = jnp.arange(logits_BTV.shape[-1])  # selects, not scatters: selects fuse with the consumers of the logits
     logits_BTV = jnp.where(token_V == mask_token_id, -jnp.inf, logits_BTV)
     if sampling.repetition_penalty is not None:
         logits_BTV = penalise_repetition(logits_BTV, seen_BV, sampling.repetition_penalty)
@@ -58,7 +58,7 @@ def propose(
 
 
 def drawn_from(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits of the distribution that tokens are drawn from: temperature, then top-p, then top-k, as Dream has them."""
+    """Logits of the distribution that tokens are drawn from: temperature, then top-p, then top-k, in Dream's order."""
     if sampling.temperature is not None:
         logits_BTV = logits_BTV / sampling.temperature
     if sampling.top_p is not None:
@@ -75,15 +75,15 @@ def drawn_from(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def draw(logits_BTV: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-    """[B, T] int32: a draw from softmax(logits), or without keys the likeliest token."""
+    """[B, T] int32: a draw from softmax(logits); without keys, the most likely token."""
     return with_noise(logits_BTV, keys_B).argmax(axis=-1).astype(jnp.int32)
 
 
 def with_noise(logits_BTV: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-    """[B, T, V] logits whose maxima are draws from softmax(logits); without keys the logits themselves.
+    """[B, T, V] logits plus Gumbel noise, whose argmax is a draw from softmax(logits); without keys, the logits.
 
-    The Gumbel noise is made in float32 from -log(-log u) in its exact form for small u, so that its upper tail is not
-    cut off (which would act as a lower temperature).
+    The noise is float32 with `mode="high"`, which keeps its upper tail. A truncated tail would act as a lower
+    temperature.
     """
     if keys_B is None:
         return logits_BTV
@@ -91,17 +91,17 @@ def with_noise(logits_BTV: jax.Array, keys_B: jax.Array | None) -> jax.Array:
 
 
 def penalise_repetition(logits_BTV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Logits of seen tokens divided by `penalty` if positive, multiplied if negative (CTRL, arXiv:1909.05858)."""
+    """Divides positive logits of seen tokens by `penalty` and multiplies negative ones (CTRL, arXiv:1909.05858)."""
     penalised_BTV = jnp.where(logits_BTV > 0, logits_BTV / penalty, logits_BTV * penalty)
     return jnp.where(seen_BV[:, None], penalised_BTV, logits_BTV)
 
 
 def seen_tokens(tokens_BL: jax.Array, real_BL: jax.Array, vocabulary: int) -> jax.Array:
-    """[B, V] bool: the tokens that occur in each row where `real_BL`."""
+    """[B, V] bool: the tokens that occur in each row at places where `real_BL` is true."""
     rows_B1 = jnp.arange(tokens_BL.shape[0])[:, None]
     return jnp.zeros((tokens_BL.shape[0], vocabulary), bool).at[rows_B1, tokens_BL].max(real_BL)
 
 
 def noise(sampler, keys_B: jax.Array, stream: int, shape: tuple[int, ...], **options) -> jax.Array:
-    """[B, *shape] float32 noise of each row's own key."""
+    """[B, *shape] noise from `sampler` under each row's own key; `stream` is folded in."""
     return jax.vmap(lambda key: sampler(jax.random.fold_in(key, stream), shape, **options))(keys_B)

@@ -1,7 +1,7 @@
-"""How many masks of a block are committed at each step: functions (masks, steps) -> a quota per step.
+"""Schedules: how many masks of a block are committed at each step, as functions (masks, steps) -> a quota per step.
 
-They run on the host in float64, once for each number of masks, and reach the sampler as data (`time_of` is the
-sampler's own).
+They run on the host in float64, once for each number of masks and steps, and reach the sampler as data. Only `time_of`
+runs in the sampler.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 START_OF_TIME = 1.0
-END_OF_TIME = 1e-3  # Dream's eps; the last step goes all the way
+END_OF_TIME = 1e-3  # Dream's eps; the last step goes to 0
 
 
 def even(masks: int, steps: int) -> list[int]:
-    """`masks` split over `steps`, the remainder going to the first steps.
+    """Splits `masks` evenly over `steps`; the first steps get the remainder.
 
     The rule of the original system and of LLaDA's `get_num_transfer_tokens` (arXiv:2502.09992).
     """
@@ -23,7 +23,7 @@ def even(masks: int, steps: int) -> list[int]:
 
 
 def dream(masks: int, steps: int) -> list[int]:
-    """int(masks left * (1 - s / t)) from time t to time s, everything at the last step (Dream, arXiv:2508.15487)."""
+    """int(masks left * (1 - s / t)) from time t to s; the last step takes the rest (Dream, arXiv:2508.15487)."""
     rates, quotas = reveal_rates(steps), []
     for rate in rates:
         quotas.append(int(masks * rate))
@@ -32,7 +32,7 @@ def dream(masks: int, steps: int) -> list[int]:
 
 
 def dllm(masks: int, steps: int) -> list[int]:
-    """round(masks left * (1 - (1 - a_s) / (1 - a_t))) with a = 1 - t on an even grid, steps without any dropped.
+    """round(masks left * (1 - (1 - a_s) / (1 - a_t))) with a = 1 - t on an even grid; zero quotas move to the end.
 
     The rule of the library dLLM (github.com/ZHZisZZ/dllm), linear schedule.
     """
@@ -46,7 +46,7 @@ def dllm(masks: int, steps: int) -> list[int]:
 
 
 def deadline(_masks: int, steps: int) -> list[int]:
-    """Nothing is fixed beforehand: `commit.deadline_quota` says in each pass what the passes that are left need."""
+    """Returns zeros: `commit.deadline_quota` computes each quota during sampling, from the passes that are left."""
     return [0] * steps
 
 
@@ -60,14 +60,14 @@ SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
 
 
 def timesteps(steps: int) -> np.ndarray:
-    """[steps + 1] float64 from 1 down to 0: evenly to `END_OF_TIME`, which the last step replaces by 0."""
+    """[steps + 1] float64 from 1 down to 0: evenly spaced to `END_OF_TIME`, whose entry is then set to 0."""
     times = np.linspace(START_OF_TIME, END_OF_TIME, steps + 1)
     times[-1] = 0.0
     return times
 
 
 def time_of(step: jax.Array, steps: jax.Array | int) -> jax.Array:
-    """[] float32, `timesteps(steps)[step]`."""
+    """float32 `timesteps(steps)[step]`, of the shape of `step`."""
     time = START_OF_TIME - (START_OF_TIME - END_OF_TIME) / steps * step
     return jnp.where(step == steps, 0.0, time).astype(jnp.float32)
 
@@ -79,10 +79,10 @@ def reveal_rates(steps: int) -> np.ndarray:
 
 
 def shares(steps: int, masks_BJ: np.ndarray, capped: bool) -> np.ndarray:
-    """[B, J] int32: `steps` passes of each row divided over its blocks that hold masks, from their numbers of masks.
+    """[B, J] int32: divides each row's `steps` passes over its blocks with masks. `masks_BJ` counts the masks.
 
     The first blocks get the remainder. `capped`: a block gets at most one pass per mask, since further ones would have
-    nothing to commit. A row with more such blocks than `steps` is left with blocks that have masks and no pass.
+    nothing to commit. If a row has more such blocks than `steps`, some get no pass.
     """
     has_masks_BJ = masks_BJ > 0
     blocks_B1 = np.maximum(has_masks_BJ.sum(axis=1, keepdims=True), 1)
@@ -93,14 +93,14 @@ def shares(steps: int, masks_BJ: np.ndarray, capped: bool) -> np.ndarray:
         return shares_BJ.astype(np.int32)
     shares_BJ = np.minimum(shares_BJ, masks_BJ)
     goal_B = np.minimum(masks_BJ.sum(axis=1), steps)
-    while len(rows := np.flatnonzero(shares_BJ.sum(axis=1) < goal_B)):  # what small blocks leave goes to the others
+    while len(rows := np.flatnonzero(shares_BJ.sum(axis=1) < goal_B)):  # passes that small blocks leave go to others
         fewest = np.where(shares_BJ < masks_BJ, shares_BJ, steps + 1).argmin(axis=1)
         shares_BJ[rows, fewest[rows]] += 1
     return shares_BJ.astype(np.int32)
 
 
 def quotas(schedule: str, masks_BJ: np.ndarray, steps_BJ: np.ndarray, most: int) -> np.ndarray:
-    """[B, J, P] int32 quotas of every row and block from their numbers of masks and of passes; P is `most`."""
+    """[B, J, P] int32 quotas of every row and block, from their masks and passes; P is `most`."""
     found_BJP = np.zeros((*masks_BJ.shape, most), np.int32)
     known: dict[tuple[int, int], list[int]] = {}
     for place in np.ndindex(masks_BJ.shape):

@@ -2,13 +2,13 @@
 
 One jitted loop; a cycle of it is the same for every strategy (`drafts.Drafting`):
 
-  draft   two_pass and tree: rows [last token, m noise rows], the adapter on for the noise rows alone. Row 0 gives the
-          base's next token, the noise rows give drafts of the m after it.
-  verify  rows [last token, proposed tokens] of the base; the accepted path and one token of the base's own are kept.
-          In one_pass and likeliest noise rows follow the places where acceptance may end: drafts for the next pass.
+  draft   two_pass and tree: rows [last token, m noise rows], with the adapter on for the noise rows only. Row 0 gives
+          the base's next token; the noise rows give drafts of the m tokens after it.
+  verify  rows [last token, proposed tokens] of the base. The accepted path and one token of the base are kept. In
+          one_pass and likeliest, noise rows follow the places where acceptance may end, to draft for the next pass.
 
-Plain decoding is a cycle without proposals. Rows are at different lengths; none depends on another. Every draw has a
-key of its own row and pass: what is drawn for a position again must not be what it was rejected for.
+Plain decoding is a cycle without proposals. Rows have different lengths and do not depend on each other. Every draw
+uses a key of its row and pass, because a second draw for a position must be independent of the rejected one.
 """
 
 import dataclasses
@@ -34,25 +34,25 @@ UNLIMITED = 2**31 - 1
 
 @struct.dataclass
 class Carry:
-    """State between two cycles. The cache holds the columns of all known tokens but the last."""
+    """State between two cycles. The cache contains the columns of all known tokens but the last."""
 
     tokens: jax.Array  # [B, T] int32, known up to `lengths`
     lengths: jax.Array  # [B] int32
     done: jax.Array  # [B] bool
     passes: jax.Array  # [B] int32, forward passes that the row took part in
-    verified: jax.Array  # [B] int32, those of them that verified proposals
-    accepted: jax.Array  # [B, deepest] int32, how many accepted at least 1, 2, ... of them
+    verified: jax.Array  # [B] int32, passes that verified proposals
+    accepted: jax.Array  # [B, deepest] int32, passes that accepted at least 1, 2, ... proposals
     drafts: Drafts | None
     cache: Any
 
     def slim(self) -> "Carry":
-        """What belongs to rows."""
+        """Drops the fields that only further cycles need."""
         return self.replace(cache=None, drafts=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """The model as the loop knows it, so that a rigged one can take its place (`columns.ColumnModel`)."""
+    """The model as the loop sees it (`columns.ColumnModel`), so that tests can pass a scripted one."""
 
     predict: Callable[[Any, Rows], tuple[jax.Array, Any]]  # (cache, rows) -> (logits [B, N, V], keys and values)
     write: Callable[[Any, Any, jax.Array], Any]  # (cache, keys and values, first columns [B]) -> cache
@@ -60,19 +60,19 @@ class Predictor:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What stays the same over all passes, and the body that makes a cycle."""
+    """The constants of all passes, and the body of a cycle."""
 
     model: Predictor
     drafting: Drafting
     sampling: Sampling
-    limits: jax.Array  # [B] int32, the most tokens of a row, prompt included
+    limits: jax.Array  # [B] int32, maximum tokens of each row, prompt included
     keys: jax.Array  # [B]
     vocabulary: int
     mask_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     def start(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Any) -> Carry:
-        """The carry before the first cycle; `cache` holds the columns of the prompts."""
+        """Returns the carry before the first cycle; `cache` contains the columns of the prompts."""
         zeros_B = varying_with(jnp.zeros(lengths_B.shape, jnp.int32), tokens_BT)
         accepted = jnp.zeros((len(lengths_B), self.drafting.deepest), jnp.int32)
         return Carry(
@@ -87,7 +87,7 @@ class Loop:
         )
 
     def run(self, carry: Carry, most: jax.Array | int = UNLIMITED) -> Carry:
-        """Cycles until every row has ended, at most `most` of them."""
+        """Runs cycles until every row has ended, at most `most` of them."""
 
         def unfinished(state: tuple[Carry, jax.Array]) -> jax.Array:
             return ~everywhere(state[0].done.all()) & (state[1] < most)
@@ -98,13 +98,13 @@ class Loop:
         return jax.lax.while_loop(unfinished, cycle, (carry, jnp.zeros((), jnp.int32)))[0]
 
     def cycle(self, carry: Carry) -> Carry:
-        """At most one pass that drafts and one that verifies."""
+        """Runs at most one drafting pass and one verifying pass."""
         return self.verify(self.draft(carry))
 
     def draft(self, carry: Carry, allowed_B1W: jax.Array | None = None) -> Carry:
-        """The pass that drafts, where the strategy has one and a row needs it.
+        """Runs the drafting pass if the strategy has one and a row needs it.
 
-        `allowed_B1W`: what may come next (`difflm_jax.sampling.grammar.bits`); None: anything.
+        `allowed_B1W`: the tokens that may come next (`difflm_jax.sampling.grammar.bits`); None: all.
         """
         if not self.drafting.drafts_first:
             return carry
@@ -113,7 +113,7 @@ class Loop:
         return jax.lax.cond(nobody, lambda carry, *_: carry, self._draft_pass, carry, needs_B, allowed_B1W)
 
     def verify(self, carry: Carry, allowed_BNW: jax.Array | None = None) -> Carry:
-        """The pass that verifies. `allowed_BNW`: what may follow the last token, and each of `nodes(carry)`."""
+        """Runs the verifying pass. `allowed_BNW`: tokens that may follow the last token and each of `nodes(carry)`."""
         predicted = self.model.predict(carry.cache, self.rows_to_verify(carry))
         return self.verified(carry, *predicted, allowed_BNW)
 
@@ -121,11 +121,11 @@ class Loop:
         predicted = self.model.predict(carry.cache, self.rows_to_draft(carry))
         return self.drafted(carry, needs_B, *predicted, allowed_B1W)
 
-    # A pass is a question to the model and what follows from its answer. A server asks for rows of several options at
-    # once, so that these are functions of their own.
+    # The rows of a pass and the handling of its results are separate functions, because a server runs rows of several
+    # sets of options in one pass.
 
     def needs_drafts(self, carry: Carry) -> jax.Array:
-        """[B] bool: rows that a drafting pass drafts for."""
+        """[B] bool: the rows that need a drafting pass."""
         needs_B = ~carry.done
         if self.drafting.lookup:
             needs_B &= ~lookup.looked_up(carry.tokens, carry.lengths, 1)[1]
@@ -149,23 +149,23 @@ class Loop:
     def drafted(
         self, carry: Carry, needs_B: jax.Array, logits: jax.Array, kept: Any, allowed_B1W: jax.Array | None = None
     ) -> Carry:
-        """The carry with the next token of the base and drafts after it, for the rows that need them."""
+        """Appends the base's next token and stores the drafts after it, for the rows that need them."""
         keys_B = self._keys(carry)
         own = draw(self._drawn_from(logits[:, :1], allowed_B1W), keys_B if self._draws else None)
-        # A row that needs no drafts writes its last token's column, too; the pass that verifies writes it again.
+        # A row that needs no drafts writes its last token's column, too; the verifying pass overwrites it.
         cache = self.model.write(carry.cache, jax.tree.map(lambda x: x[..., :1, :], kept), carry.lengths - 1)
         new = self._drafts(self._drawn_from(logits[:, 1:]), keys_B, needs_B)
         carry = carry.replace(cache=cache, drafts=new, passes=carry.passes + needs_B)
         return self._append(carry, own, needs_B.astype(jnp.int32))
 
     def rows_to_verify(self, carry: Carry) -> Rows:
-        """The rows of a verifying pass: the last token, what is proposed, and noise where acceptance may end."""
+        """The rows of a verifying pass: the last token, the proposed tokens, and noise where acceptance may end."""
         nodes = self.nodes(carry)
         ancestors = drafts.ancestors(nodes)
         return self._rows(carry, nodes, ancestors, self._anchors(nodes, ancestors), self._keys(carry))
 
     def verified(self, carry: Carry, logits: jax.Array, kept: Any, allowed_BNW: jax.Array | None = None) -> Carry:
-        """Accepts proposals, adds the base's own token, and leaves drafts for the next pass where it makes some."""
+        """Accepts proposals, appends the base's own token, and stores drafts for the next pass if there are any."""
         keys_B = self._keys(carry)
         nodes = self.nodes(carry)
         ancestors = drafts.ancestors(nodes)
@@ -199,7 +199,7 @@ class Loop:
         return self._append(carry, accepted.emitted(nodes), jnp.where(active_B, accepted.count + 1, 0))
 
     def nodes(self, carry: Carry) -> Nodes:
-        """What the next verifying pass proposes."""
+        """The tokens that the next verifying pass verifies."""
         drafting, text = self.drafting, (carry.tokens, carry.lengths)
         if drafting.strategy == "tree":
             nodes = drafts.tree_nodes(carry.drafts, drafting.num_nodes)
@@ -215,9 +215,9 @@ class Loop:
         return lookup.with_lookup(nodes, *text, suffixes)
 
     def proposals(self, carry: Carry) -> tuple[jax.Array, jax.Array]:
-        """(tokens [B, m] that the next pass verifies, how probable they are [B, m], 0 where there are none).
+        """Returns (tokens [B, m] that the next pass verifies, their probabilities [B, m], 0 where there is none).
 
-        For a tree: the most probable token of each depth. Looked-up tokens come first, where there are some.
+        For a tree, they are the most probable token of each depth. Looked-up tokens replace drafts if there are any.
         """
         nodes = drafts.no_nodes(carry.done, self.drafting.length)
         if carry.drafts is not None:
@@ -231,7 +231,7 @@ class Loop:
         return drafts.anchors(nodes, ancestors_BNN, count) if count else None
 
     def _rows(self, carry: Carry, nodes: Nodes, ancestors_BNN, anchors_BG, keys_B) -> Rows:
-        """The rows of a verifying pass: the last token, what is proposed, and noise after each anchor."""
+        """The rows of a verifying pass: the last token, the proposed tokens, and noise after each anchor."""
         tokens = jnp.concatenate([_last(carry), nodes.tokens], axis=1)
         depths = jnp.concatenate([jnp.zeros_like(carry.lengths)[:, None], nodes.depths], axis=1)
         first_B1 = carry.lengths[:, None] - 1
@@ -264,7 +264,7 @@ class Loop:
         return verification.by_choice(nodes, ancestors_BNN, choices, self.drafting.deepest)
 
     def _append(self, carry: Carry, tokens_BE: jax.Array, counts_B: jax.Array) -> Carry:
-        """The first `counts` of `tokens` after each row's own, up to its end of sequence or its limit."""
+        """Appends the first `counts_B` of `tokens_BE` to each row, up to an end of sequence or the row's limit."""
         is_eos = jnp.isin(tokens_BE, jnp.array(self.eos_token_ids, jnp.int32)) & self.sampling.stop_at_eos
         step = jnp.arange(tokens_BE.shape[1])
         ends = is_eos & (step < counts_B[:, None])
@@ -277,7 +277,7 @@ class Loop:
         return carry.replace(tokens=tokens, lengths=lengths, done=carry.done | ended_B | (lengths >= self.limits))
 
     def _drawn_from(self, logits: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
-        """Logits of the distributions that tokens are drawn from; the mask token is never one."""
+        """Logits of the distributions that tokens are drawn from; the mask token has probability 0."""
         if allowed is not None:
             logits = where_allowed(logits, allowed)
         token_V = jnp.arange(logits.shape[-1])
@@ -301,7 +301,7 @@ class Loop:
         return Drafts(tokens, drafted_B, confidence, logits_BmV if self._draws else None)
 
     def _no_drafts(self, tokens_BT: jax.Array) -> Drafts | None:
-        """Drafts of the right shapes for the first cycle."""
+        """Empty drafts of the right shapes for the first cycle; None if the strategy has no drafts."""
         if self.drafting.strategy in ("plain", "lookup"):
             return None
         batch, length = tokens_BT.shape[0], self.drafting.length
@@ -314,13 +314,13 @@ class Loop:
         return jax.tree.map(lambda x: varying_with(jnp.zeros(x.shape, x.dtype), tokens_BT), shapes)
 
     def _noise(self, keys_B: jax.Array, count: int) -> jax.Array:
-        """[B, count] int32 tokens of noise rows."""
+        """[B, count] int32 tokens for the noise rows."""
         if self.drafting.noise is not None:
             return jnp.full((len(keys_B), count), self.drafting.noise, jnp.int32)
         return noise(jax.random.randint, keys_B, NOISE_STREAM, (count,), minval=0, maxval=self.vocabulary)
 
     def _keys(self, carry: Carry) -> jax.Array:
-        """One key per row and pass, as the sampler of causal models has it."""
+        """One key per row and pass, derived as in the diffusion sampler under causal attention."""
         return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, number), 0))(
             self.keys, carry.passes
         )
@@ -336,7 +336,7 @@ def _last(carry: Carry) -> jax.Array:
 
 
 def _along_path(kept: jax.Array, path_BE: jax.Array, drafting: Drafting) -> jax.Array:
-    """Keys or values [N, B, K, rows, E] of the accepted path in its order; of a chain it is the first rows."""
+    """Keys or values [N, B, K, rows, E] of the accepted path, in order. For a chain these are the first rows."""
     if not drafting.branches_out:
         return kept[..., : path_BE.shape[1], :]
     return jnp.take_along_axis(kept, path_BE[None, :, None, :, None], axis=3)

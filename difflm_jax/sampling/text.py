@@ -1,4 +1,4 @@
-"""Between text and tokens: prompts, chats and canvases become rows; rows become answers, cut where they end."""
+"""Between text and tokens: turns prompts, chats and canvases into rows, and rows into answers cut at their end."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +18,17 @@ _PROMPT_KEYS = ("messages", "tools", "chat_template_kwargs")
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The tokens of prompts, answers and canvases, int32 [L], checked; raises `UserError` for what cannot be given."""
+    """Tokenises and checks prompts, answers and canvases, int32 [L]. Raises `UserError` for invalid input."""
 
     tokenizer: Any
     vocab_size: int
     mask_token_id: int
 
     def prompt(self, prompt: Prompt) -> np.ndarray:
-        """A string (a user's turn where there is a chat template), messages (with tools), or tokens; without a mask."""
+        """Tokenises a string, messages (with tools), or tokens; no mask token is allowed.
+
+        With a chat template, a string is a user's turn.
+        """
         if isinstance(prompt, str):
             _check_text(prompt)
         if isinstance(prompt, str) and self.tokenizer.chat_template is None:
@@ -39,11 +42,11 @@ class Prompts:
         return self._checked(tokens, "generate: the prompt", masks_allowed=False)
 
     def all(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        """`prompt` of each; where there are several an error says which of them, from 1."""
+        """Applies `prompt` to each. If there are several, an error names the one, counted from 1."""
         return self._each(self.prompt, prompts)
 
     def canvases(self, canvases: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
-        """`canvas` of each, as `all`."""
+        """Applies `canvas` to each, with errors as in `all`."""
         return self._each(self.canvas, canvases)
 
     def _each(self, read: Callable[[Any], np.ndarray], given: Sequence[Any]) -> list[np.ndarray]:
@@ -58,7 +61,10 @@ class Prompts:
         return rows
 
     def scored(self, prompt: Prompt, answer: str | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt, answer). Text of an answer ends its turn as in training; the tokens of both may be none."""
+        """Returns the tokens of (prompt, answer). An answer given as text ends its turn as in training.
+
+        Token sequences may be empty.
+        """
         if not isinstance(answer, str):
             parts = _tokens(prompt) if _is_tokens(prompt) else self.prompt(prompt), _tokens(answer)
         elif isinstance(prompt, str) and self.tokenizer.chat_template is None:
@@ -73,14 +79,14 @@ class Prompts:
         return given, answer
 
     def canvas(self, canvas: str | Sequence[int]) -> np.ndarray:
-        """Text that holds the mask token, or tokens; masks are what is to be filled."""
+        """Tokenises text that contains the mask token, or checks tokens. The masks are to be filled."""
         if isinstance(canvas, str):
             _check_text(canvas)
         tokens = _begun(self.tokenizer, canvas) if isinstance(canvas, str) else canvas
         return self._checked(_tokens(tokens), "infill: the canvas", masks_allowed=True)
 
     def batch(self, tokens_BL: Any) -> jax.Array:
-        """Rows of equal length as int32 [B, L], masks allowed. Values that a trace does not know are not checked."""
+        """Returns rows of equal length as int32 [B, L]; masks are allowed. Traced values are not checked."""
         if isinstance(tokens_BL, jax.core.Tracer):
             found_BL = tokens_BL
         else:
@@ -98,7 +104,7 @@ class Prompts:
 
 
 def _begun(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that continues: with what the tokenizer puts before a text, without what it puts after."""
+    """Tokenises a text to be continued: keeps special tokens that the tokenizer adds before it, drops those after."""
     whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     after = next((n for n in range(len(whole)) if whole[len(whole) - n - len(bare) : len(whole) - n] == bare), 0)
     tokens = tokenizer(text)["input_ids"]
@@ -116,7 +122,7 @@ def _tokens(tokens: Sequence[int]) -> np.ndarray:
     found = np.asarray(tokens)
     if found.size and found.dtype.kind not in "iu":
         raise UserError(f"tokens must be integers, not {found.dtype.name}")
-    return np.clip(found, -1, np.iinfo(np.int32).max).astype(np.int32)  # what is too large stays out of every range
+    return np.clip(found, -1, np.iinfo(np.int32).max).astype(np.int32)  # clipped values still fail the range check
 
 
 def _is_tokens(prompt: Prompt) -> bool:
@@ -128,7 +134,10 @@ def _is_tokens(prompt: Prompt) -> bool:
 
 
 def _conversation(prompt: Prompt) -> tuple[Sequence[Message], Any, Any]:
-    """(messages, tools, arguments of the chat template) of a string, of messages, or of a mapping with all three."""
+    """Splits a prompt into (messages, tools, arguments of the chat template).
+
+    The prompt is a string, messages, or a mapping with all three.
+    """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}], None, None
     if isinstance(prompt, Mapping):
@@ -141,32 +150,34 @@ def _conversation(prompt: Prompt) -> tuple[Sequence[Message], Any, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Row by row: the text, the tokens (1-D int arrays), the forward passes used, and the masks that they filled."""
+    """For each row: its text, tokens (a 1-D int array), forward passes used, and the masks that they filled."""
 
     texts: list[str]
     tokens: list[np.ndarray]
     steps: np.ndarray
     committed: np.ndarray
     verified: np.ndarray | None = None  # [rows] passes that verified drafts
-    accepted: np.ndarray | None = None  # [rows, depths] how many of them accepted at least 1, 2, ... drafts
-    complete: np.ndarray | None = None  # [rows] bool, with a grammar: whether its text came to an end of the grammar
+    accepted: np.ndarray | None = None  # [rows, depths] passes that accepted at least 1, 2, ... drafts
+    complete: np.ndarray | None = None  # [rows] bool, with a grammar: whether the text is complete under it
 
     @property
     def accepted_by_depth(self) -> np.ndarray:
-        """[depths] share of the passes with drafts that accepted at least 1, 2, ... of them; of all rows together."""
+        """[depths] share of the passes with drafts that accepted at least 1, 2, ... of them, over all rows."""
         if self.accepted is None:
             raise AttributeError("accepted_by_depth belongs to speculative decoding")
         return self.accepted.sum(axis=0) / max(self.verified.sum(), 1)
 
     @property
     def tokens_per_pass(self) -> np.ndarray:
-        """[rows] masks filled in a forward pass, on average; 0 where there was none to fill."""
+        """[rows] mean number of masks filled per forward pass; 0 if there was none to fill."""
         return self.committed / np.maximum(self.steps, 1)
 
 
 def as_list(prompts: Any) -> list[Any]:
-    """One prompt or many -> a list of prompts: a string, a message list (with tools in a mapping) and a token list are
-    each one prompt."""
+    """Returns one prompt or many as a list of prompts.
+
+    A string, a message list, a mapping of messages and tools, and a token list are one prompt each.
+    """
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     prompts = list(prompts)
@@ -176,10 +187,10 @@ def as_list(prompts: Any) -> list[Any]:
 
 
 def stop_strings(stop: str | Sequence[str], tokenizer: Any) -> tuple[list[str], list[int]]:
-    """One stop string or many -> (a list of them, the tokens of those that are special tokens).
+    """Returns one stop string or many as (a list, the ids of those that are special tokens).
 
-    Special tokens are not found in decoded text, which lacks them. Raises `UserError` for anything else, and for an
-    empty string.
+    Special tokens need their ids, because decoded text lacks them. Raises `UserError` for an empty string or another
+    type.
     """
     stops = [stop] if isinstance(stop, str) else list(stop)
     if any(not isinstance(text, str) or not text for text in stops):
@@ -191,8 +202,10 @@ def stop_strings(stop: str | Sequence[str], tokenizer: Any) -> tuple[list[str], 
 def cut_answer(
     tokens: np.ndarray, end_token_ids: Sequence[int], stops: Sequence[str], decode: Callable[[np.ndarray], str]
 ) -> tuple[str, np.ndarray]:
-    """(text, tokens) of an answer: tokens up to and including its first end token, or the token that completes a stop
-    string; text up to either."""
+    """Cuts an answer at its first end token or stop string. Returns (text, tokens).
+
+    The tokens include the end token, or the token that completes the stop string. The text includes neither.
+    """
     ends = np.flatnonzero(np.isin(tokens, end_token_ids))
     tokens = tokens[: ends[0] + 1] if len(ends) else tokens
     text = decode(tokens)
@@ -207,6 +220,6 @@ def cut_answer(
 def is_stopped(
     tokens: np.ndarray, stop_ids: Sequence[int], stops: Sequence[str], decode: Callable[[np.ndarray], str]
 ) -> bool:
-    """Whether an answer of these tokens, or of more, ends in a stop string that is complete."""
+    """Whether `tokens` contain a complete stop string."""
     text = decode(tokens)
     return bool(np.isin(tokens, stop_ids).any()) or any(stop in text for stop in stops)

@@ -1,4 +1,4 @@
-"""Which proposed tokens are accepted, so that what is generated is distributed exactly as the base's own text."""
+"""Which proposed tokens are accepted. The generated text is distributed exactly as the base's own."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ ACCEPT_STREAM, RESIDUAL_STREAM = 5, 6
 
 @struct.dataclass
 class Accepted:
-    """What a verifying pass decided for each row."""
+    """The outcome of a verifying pass for each row."""
 
     count: jax.Array  # [B] int32, accepted nodes
     path: jax.Array  # [B, 1 + deepest] int32, the rows of the pass on the accepted path; row 0 first and after its end
@@ -24,17 +24,17 @@ class Accepted:
         return jnp.take_along_axis(self.path, self.count[:, None], axis=1)[:, 0]
 
     def emitted(self, nodes: Nodes) -> jax.Array:
-        """[B, 1 + deepest] int32: the tokens of the path and the base's own; what follows them is not to be read."""
+        """[B, 1 + deepest] int32: the tokens of the path, then the base's own; later entries are undefined."""
         rows_BN = jnp.concatenate([jnp.zeros_like(self.count)[:, None], nodes.tokens], axis=1)
         on_path = jnp.roll(jnp.take_along_axis(rows_BN, self.path, axis=1), -1, axis=1)
         return jnp.where(jnp.arange(self.path.shape[1]) == self.count[:, None], self.next_token[:, None], on_path)
 
 
 def by_choice(nodes: Nodes, ancestors_BNN: jax.Array, choices_BN: jax.Array, deepest: int) -> Accepted:
-    """Accepts nodes that are what the base chose after their parents.
+    """Accepts nodes whose token equals the base's choice after their parent.
 
-    `choices_BN` is the base's token after each row: its most probable one, or a draw of its own. Either way the result
-    is the base's: a draw is accepted where it is among the children, and emitted where it is not.
+    `choices_BN` is the base's token after each row: its most probable one, or a draw of its own. Either way the text is
+    the base's: a choice that no child matches is emitted itself.
     """
     expected_BQ = jnp.take_along_axis(choices_BN, nodes.parents, axis=1)
     matches_BQ = nodes.valid & (nodes.tokens == expected_BQ)
@@ -49,11 +49,11 @@ def by_choice(nodes: Nodes, ancestors_BNN: jax.Array, choices_BN: jax.Array, dee
 
 
 def by_rejection(nodes: Nodes, drafts: Drafts, logits_BNV: jax.Array, keys_B: jax.Array) -> Accepted:
-    """Rejection sampling along a chain (arXiv:2211.17192): accepts a token with min(1, p / q); the first that is
-    rejected is replaced by a draw from max(p - q, 0), and after the last accepted one follows a draw from p.
+    """Rejection sampling along a chain (arXiv:2211.17192): accepts a token with probability min(1, p / q).
 
-    `logits_BNV` are those of p after each row, `drafts.logits` those of q; both as tokens are drawn from, after
-    temperature, top-p and top-k. Looked-up tokens are certain: their q is a point mass.
+    The first rejected token is replaced by a draw from max(p - q, 0). If none is rejected, a draw from p follows.
+    `logits_BNV` are those of p after each row, `drafts.logits` those of q; both after temperature, top-p and top-k.
+    Looked-up tokens are certain: their q is a point mass.
     """
     length, vocabulary = nodes.tokens.shape[1], logits_BNV.shape[-1]
     token_V = jnp.arange(vocabulary)
@@ -76,6 +76,6 @@ def by_rejection(nodes: Nodes, drafts: Drafts, logits_BNV: jax.Array, keys_B: ja
 
 
 def residual(p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
-    """[B, V] max(p - q, 0), up to a factor: what p has left after a draw from q was rejected."""
+    """[B, V] max(p - q, 0), unnormalised: the distribution after a draw from q was rejected. p if that is all zero."""
     left_BV = jnp.maximum(p_BV - q_BV, 0.0)
     return jnp.where(left_BV.sum(axis=-1, keepdims=True) > 0, left_BV, p_BV)

@@ -1,12 +1,12 @@
-"""Drafts by diffusion that the causal base verifies: a converted model whose prompts are causal writes its base's text.
+"""Speculative decoding with diffusion drafts: a converted model drafts, its causal base verifies.
 
-A cycle of `DiffusionLoop` fills a block of masks after the known text by diffusion passes; then the base verifies the
-block in one pass, and keeps its longest equal prefix with one token of its own.
+A cycle of `DiffusionLoop` fills a block of masks after the known text with diffusion passes. Then the base verifies the
+block in one pass, keeps its longest matching prefix, and adds one token of its own. The text is the base's.
 
-To the drafter the known text is a prompt. Under the attention rules "prefix", "block" and "causal_context" a prompt's
-keys and values depend on nothing that follows it. So both caches are exact: a draft runs the tokens that are new since
-the last one and the masks. Drafts are not drawn but the most probable tokens, whatever the temperature: the base draws,
-and accepts a draft where its own draw is the same.
+To the drafter the known text is a prompt. Under the attention rules "prefix", "block" and "causal_context", a prompt's
+keys and values do not depend on what follows it. So both caches are exact: a draft runs only the masks and the tokens
+that are new since the last draft. Drafts are the most probable tokens at any temperature. The base draws, and accepts a
+draft that equals its own draw.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from difflm_jax.sampling.drafts import Drafting, Drafts
 from difflm_jax.sampling.options import Sampling
 from difflm_jax.sampling.speculative import Carry, Loop, Predictor
 
-DRAFT_LENGTH = 8  # masks after the known text, where neither the options nor the attention rule says
+DRAFT_LENGTH = 8  # default masks after the known text, if neither the options nor the attention rule sets it
 
 
 def diffusion_drafting(diffusion: DiffusionConfig, sampling: Sampling) -> Drafting:
-    """How a converted model drafts for its base. Raises `UserError`."""
+    """Returns how a converted model drafts for its base. Raises `UserError`."""
     length = sampling.draft_length or diffusion.block_length or DRAFT_LENGTH
     if diffusion.block_length and length > diffusion.block_length:
         raise UserError(f"draft_length={length}: this model fills blocks of {diffusion.block_length} tokens")
@@ -41,7 +41,7 @@ def diffusion_drafting(diffusion: DiffusionConfig, sampling: Sampling) -> Drafti
 
 @struct.dataclass
 class Caches:
-    """Columns of both models. The drafter's are final up to `known` of each row."""
+    """Columns of both models. The drafter's are final for the first `known` tokens of each row."""
 
     base: Any
     drafter: Any
@@ -49,7 +49,7 @@ class Caches:
 
 
 def verifier(base: ColumnModel) -> Predictor:
-    """The base, as the loop knows it, over its part of `Caches`."""
+    """Returns the base as the loop's `Predictor`, over its part of `Caches`."""
 
     def predict(caches: Caches, rows: Rows) -> tuple[jax.Array, Any]:
         return base.predict(caches.base, rows)
@@ -62,8 +62,10 @@ def verifier(base: ColumnModel) -> Predictor:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionLoop(Loop):
-    """`Loop` whose drafting pass is `drafting.passes` diffusion passes of another model, or of the same with an
-    adapter."""
+    """A `Loop` that drafts with `drafting.passes` diffusion passes of `drafter`.
+
+    The drafter is another model, or the same one with an adapter.
+    """
 
     drafter: ColumnModel
     diffusion: DiffusionConfig  # the drafter's
@@ -91,7 +93,7 @@ class DiffusionLoop(Loop):
         )
 
     def _predictions(self, caches: Caches, carry: Carry, masks_Bm: jax.Array) -> tuple[jax.Array, Any]:
-        """(logits [B, m, V] of the block after the known text, keys and values of the text that is new)."""
+        """Returns (logits [B, m, V] of the block after the known text, keys and values of the new text)."""
         batch, length = masks_Bm.shape
         new = self.drafting.deepest + 1  # the most tokens that a cycle adds
         column_BE = caches.known[:, None] + jnp.arange(new)
@@ -99,7 +101,7 @@ class DiffusionLoop(Loop):
         text_BE = jnp.take_along_axis(carry.tokens, jnp.minimum(column_BE, carry.tokens.shape[1] - 1), axis=1)
         step = jnp.arange(new + length)
         is_mask = step >= new
-        # A token of the text sees the text up to itself; a mask sees all of it and the whole block.
+        # A token of the text sees the text up to itself; a mask sees all the text and the whole block.
         by_rule = jnp.where(is_mask[:, None], True, (step <= step[:, None]) & ~is_mask)
         is_real = jnp.concatenate([is_text_BE, jnp.ones((batch, length), bool)], axis=1)
         rows = Rows(

@@ -1,7 +1,7 @@
-"""Sampling pass by pass: the sampler's own loop, watched, or kept to a grammar.
+"""Sampling pass by pass: the sampler's own loop, with a watcher or a grammar.
 
-The host steps the body of the loop that `caches.fill` runs on the device, so the answers are the same. On a GPU they
-are the same up to rounding, since other kernels compute the matmuls then. What is not watched costs nothing.
+The host steps the same loop body that `caches.fill` runs on the device, so the answers are the same. On a GPU they are
+the same up to rounding, because other kernels compute the matmuls. Generation without a watcher costs nothing extra.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ ALTERNATIVES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What a forward pass did to the rows of a batch. T: columns after the prompts; k: most likely tokens kept.
+    """The effect of a forward pass on the rows of a batch. T: columns after the prompts; k: most likely tokens kept.
 
-    The columns of an infilled canvas begin at its first mask. In speculative decoding what is accepted has
+    The columns of an infilled canvas begin at its first mask. In speculative decoding accepted tokens have
     confidence 1, and the candidates are the tokens that the next pass verifies (a mask where there is none).
     """
 
-    rows: Sequence[int]  # places of the rows among all that were given
+    rows: Sequence[int]  # indices of the rows among all inputs
     number: int  # from 1, in this batch
     prompts: list[np.ndarray]  # tokens of each row before column 0
     tokens: np.ndarray  # [rows, T] int32 after the pass; mask ids where nothing is committed
@@ -38,11 +38,11 @@ class Pass:
     confidence: np.ndarray  # [rows, T] float32, probability of each token when it was committed, 0 elsewhere
     written: np.ndarray  # [rows, T] bool, committed or replaced in this pass
     block: slice  # the columns that were active
-    candidates: np.ndarray  # [rows, block, k] int32, the likeliest tokens in the active block, before the pass
+    candidates: np.ndarray  # [rows, block, k] int32, the most likely tokens in the active block, before the pass
     probabilities: np.ndarray  # [rows, block, k] float32
 
     def guess(self, mask_token_id: int) -> np.ndarray:
-        """[rows, T] int32: `tokens`, with the likeliest token at each mask of the active block."""
+        """[rows, T] int32: `tokens`, with the most likely token at each mask of the active block."""
         tokens = self.tokens.copy()
         active = tokens[:, self.block]
         tokens[:, self.block] = np.where(active == mask_token_id, self.candidates[..., 0], active)
@@ -54,14 +54,14 @@ Watcher = Callable[[Pass], None]
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Who takes part in passes on the host: grammars of all rows, and a watcher."""
+    """Host callbacks of each pass: grammars of all rows, and a watcher."""
 
     rows: Sequence[CanvasRow] | None = None
     watch: Watcher | None = None
 
 
 def both(first: Watcher | None, second: Watcher) -> Watcher:
-    """A watcher that tells `first`, if there is one, and `second`."""
+    """Returns a watcher that calls `first`, if given, then `second`."""
     if first is None:
         return second
 
@@ -73,9 +73,9 @@ def both(first: Watcher | None, second: Watcher) -> Watcher:
 
 
 def fill_stepwise(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, rows: range, host: Host) -> Carry:
-    """`caches.fill` on one device, pass by pass, under grammars and observed.
+    """Runs `caches.fill` on one device, pass by pass, with grammars and a watcher.
 
-    The first rows of `canvas` are those at places `rows` of all; what follows is filler.
+    The first rows of `canvas` are the inputs with indices `rows`; the others are filler.
     """
     plan = dataclasses.replace(plan, in_step=True)
     known = (decoder, plan, canvas, sampling)
@@ -113,7 +113,7 @@ def fill_stepwise(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampli
 
 
 def _pass_within(rows: Sequence[CanvasRow], decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, carry):
-    """A pass whose commits keep to grammars, as `_one_pass`."""
+    """Runs a pass whose commits obey the grammars. Returns the same as `_one_pass`."""
     first = plan.first_column + int(carry.block.min()) * plan.block_length
     block = slice(first, first + plan.block_length)
     tokens_BL = np.array(carry.tokens)
@@ -164,7 +164,7 @@ def _one_pass(decoder: Decoder, plan: Plan, canvas: Canvas, sampling: Sampling, 
 
 
 def _observed(loop: Loop, carry: Carry, proposal: Proposal) -> tuple[Carry, jax.Array, jax.Array, jax.Array]:
-    """(carry, the likeliest tokens and their probabilities [B, T, k], whether passes are left)."""
+    """Returns (carry, the most likely tokens and their probabilities [B, T, k], whether passes are left)."""
     probabilities_BTV = jax.nn.softmax(proposal.logits, axis=-1)
     probabilities, candidates = jax.lax.top_k(probabilities_BTV, min(ALTERNATIVES, probabilities_BTV.shape[-1]))
     return carry, candidates, probabilities, loop.unfinished(carry)

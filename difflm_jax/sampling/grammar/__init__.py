@@ -1,4 +1,4 @@
-"""Grammars that answers keep to: what a grammar is, tokens as bytes, and matchers that say which token may come next.
+"""Grammars that constrain answers: definitions, the bytes of tokens, and matchers of which token may come next.
 
-Everything here runs on the host and knows neither models nor canvases; masks are bits that go to the device.
+Everything here runs on the host and depends on no model. Token masks are packed bits, sent to the device.
 """

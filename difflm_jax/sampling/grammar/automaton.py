@@ -1,6 +1,6 @@
-"""Finite automata over tokens: matchers that know how far the end is, and what a canvas with gaps can still become.
+"""Finite automata over tokens, with the distance of each state to the end, and their matcher.
 
-Tokens that lead every state to the same states are one class; tables are of classes, and there are few.
+Tokens with equal transitions from every state form one class. Tables are indexed by class, of which there are few.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ from difflm_jax.sampling.grammar.regex import ByteAutomaton
 from difflm_jax.sampling.grammar.vocabulary import Vocabulary
 
 FAR = np.int32(1 << 30)
-MOST_MOVES = 40_000_000  # of (state, token); 320 MB while they are sorted into classes
+MOST_MOVES = 40_000_000  # (state, token) pairs; 320 MB while they are grouped into classes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenAutomaton:
-    """State 0 is the start. S states, C classes; class 0 leads nowhere."""
+    """An automaton of S states and C token classes. State 0 is the start; class 0 has no transitions."""
 
-    delta: np.ndarray  # [S, C] int32, -1: no text goes on so
+    delta: np.ndarray  # [S, C] int32, the next state; -1: not allowed
     classes: np.ndarray  # [V] int32
     accepting: np.ndarray  # [S] bool
-    distance: np.ndarray  # [S] int32, tokens to the nearest accepting state, without an end of sequence
+    distance: np.ndarray  # [S] int32, tokens to the nearest accepting state, not counting an end of sequence
     eos_token_ids: tuple[int, ...]
 
     @classmethod
     def of(cls, automaton: ByteAutomaton, vocabulary: Vocabulary) -> "TokenAutomaton":
-        """What the tokens of `vocabulary` do. Raises `UserError` where no text of the grammar can be written."""
+        """Builds the automaton over the tokens of `vocabulary`. Raises `UserError` if they can write no such text."""
         delta, classes = _token_moves(automaton.delta, vocabulary)
         distance = np.where(automaton.accepting, 0, FAR).astype(np.int32)
         while True:
@@ -45,7 +45,7 @@ class TokenAutomaton:
 
     @functools.cached_property
     def by_any_token(self) -> np.ndarray:
-        """[S + 1, S + 1] float32, 1 where some token leads from one state to another; state S follows an end."""
+        """[S + 1, S + 1] float32: 1 where some token leads from one state to another. State S follows an EOS."""
         end = len(self.delta)
         moves = np.zeros((end + 1, end + 1), np.float32)
         states, classes = np.nonzero(self.delta >= 0)
@@ -56,20 +56,20 @@ class TokenAutomaton:
 
     @functools.cached_property
     def farthest(self) -> int:
-        """The distance of the state that is farthest from an end."""
+        """The largest finite distance of any state."""
         return int(self.distance[self.distance < FAR].max())
 
     def allowed(self, state: int, most: int) -> np.ndarray:
-        """[ceil(V / 32)] uint32: tokens after which `most` further ones are enough, and the end of a complete text."""
+        """[ceil(V / 32)] uint32: tokens after which the text can be completed in `most` more; EOS if it is complete."""
         return self._allowed(state, min(most, self.farthest))
 
-    @functools.lru_cache(maxsize=512)  # noqa: B019 - as long as the automaton, which is kept with its grammar
+    @functools.lru_cache(maxsize=512)  # noqa: B019 - lives as long as the automaton, which is cached with its grammar
     def _allowed(self, state: int, most: int) -> np.ndarray:
         row = self.delta[state]
         return self.bits((row >= 0) & (self.distance[row] <= most), bool(self.accepting[state]))
 
     def bits(self, classes: np.ndarray, ends: bool) -> np.ndarray:
-        """[ceil(V / 32)] uint32: the tokens of `classes` ([C] bool), and with `ends` those that end a sequence."""
+        """[ceil(V / 32)] uint32: the tokens of `classes` ([C] bool), and with `ends` the EOS tokens."""
         tokens = classes[self.classes]
         if ends:
             tokens[list(self.eos_token_ids)] = True
@@ -77,13 +77,13 @@ class TokenAutomaton:
 
 
 class AutomatonMatcher:
-    """A `Matcher` whose masks leave out what could not be completed within the budget."""
+    """A `Matcher` whose masks leave out tokens that could not be completed within the budget."""
 
     def __init__(self, automaton: TokenAutomaton, state: int = 0, has_ended: bool = False):
         self.automaton, self._state, self._has_ended = automaton, state, has_ended
 
     def allowed(self, remaining: int) -> np.ndarray:
-        """See `Matcher`. A budget in which the text cannot be completed at all is left aside."""
+        """See `Matcher`. A budget in which the text cannot be completed at all is ignored."""
         automaton = self.automaton
         if self._has_ended:
             return automaton.bits(np.zeros(automaton.delta.shape[1], bool), True)
@@ -91,7 +91,7 @@ class AutomatonMatcher:
         return automaton.allowed(self._state, remaining - 1 if fits else automaton.farthest)
 
     def take(self, tokens: Sequence[int], remaining: int) -> list[int]:
-        """See `Matcher`: all of them up to an end of sequence."""
+        """See `Matcher`. Keeps all tokens up to an end of sequence."""
         kept = []
         for token in map(int, tokens):
             if self._has_ended:
@@ -143,7 +143,7 @@ class AutomatonMatcher:
 
 
 def _token_moves(delta: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """([S, C] state after a token of each class, [V] classes)."""
+    """Returns (the state after a token of each class [S, C], the class of each token [V]), int32."""
     ids = np.array([token for token, text in enumerate(vocabulary.texts) if text], np.int64)
     ids = ids[~np.isin(ids, vocabulary.eos_token_ids)]
     texts = [vocabulary.texts[token] for token in ids]
@@ -171,7 +171,7 @@ def _token_moves(delta: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray,
         total += len(tokens)
         if total > MOST_MOVES:
             raise UserError("grammar: too many moves of too many tokens; make it simpler")
-        # Tokens that did the same so far and do the same here stay together.
+        # Tokens stay in one class if their transitions so far, and from this state, are equal.
         pairs = classes[tokens] * (len(delta) + 1) + targets
         unique, inverse = np.unique(pairs, return_inverse=True)
         classes[tokens] = known + inverse

@@ -1,8 +1,8 @@
 """Answers whose tokens are committed on a canvas of fixed length, under a grammar.
 
-A finite automaton allows any order. States that can be reached at each place from the left, and those from which the
-text can be completed to the right, say what a place may hold so that the whole canvas can still become a text of the
-grammar; what follows an end of sequence is free. A parser knows places from the left only, and commits in that order.
+A finite automaton allows any order of commits. For each place it computes the states reachable from the left and those
+from which the text can be completed on the right. Together they give the tokens that keep the canvas completable.
+Places after an end of sequence are unconstrained. A parser knows only the left context, so it commits left to right.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,27 +16,27 @@ from difflm_jax.sampling.grammar.bits import ALL, unpacked, words_of
 from difflm_jax.sampling.grammar.matcher import Matcher
 from difflm_jax.sampling.grammar.vocabulary import Vocabulary
 
-Noisy = Callable[[int], np.ndarray]  # a place -> [V] float, what the token there is the maximum of
+Noisy = Callable[[int], np.ndarray]  # a place -> noisy logits [V] float, whose argmax is the token drawn there
 
 
 class CanvasRow(Protocol):
-    """The answer of one row: N places from column `offset` of the canvas' blocks on."""
+    """The constraint on one row's answer: N places from column `offset` of the canvas' blocks on."""
 
     offset: int
     most: int  # N
 
     def masks(self, tokens_N: np.ndarray, places: range) -> np.ndarray:
-        """[len(places), W] uint32: what may be committed at each of `places`, if nothing else is in the same pass."""
+        """[len(places), W] uint32: tokens that may be committed at each of `places`, if it is the pass's only one."""
 
     def settled(self, tokens_N: np.ndarray, places: Sequence[int], chosen: Sequence[int], noisy: Noisy) -> dict:
-        """{place: token} to commit, of `places` in the order of their weight with the tokens `chosen` for them.
+        """Returns {place: token} to commit. `places` are in order of descending score, with their `chosen` tokens.
 
-        A token that does not go with those committed before it is replaced by the best that does.
+        A token that conflicts with those committed before it is replaced by the best allowed one.
         """
 
 
 class AutomatonRow:
-    """Any order of commits."""
+    """A `CanvasRow` over a finite automaton. It allows any order of commits."""
 
     def __init__(self, automaton: TokenAutomaton, most: int, offset: int, mask_token_id: int):
         if automaton.distance[0] > most:
@@ -56,7 +56,7 @@ class AutomatonRow:
         """See `CanvasRow`."""
         tokens_N, found = tokens_N.copy(), {}
         for place, token in zip(places, chosen, strict=True):
-            if not found:  # under the mask already
+            if not found:  # drawn under the mask already
                 tokens_N[place] = found[place] = int(token)
                 continue
             reached, completed = self._reach(tokens_N)
@@ -65,7 +65,7 @@ class AutomatonRow:
         return found
 
     def _reach(self, tokens_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(states reached before each place [N + 1, S + 1] bool, states from which the rest can be completed)."""
+        """Returns, both [N + 1, S + 1] bool: states reachable before each place, and states that can be completed."""
         reached = np.zeros((self.most + 1, self._end + 1), bool)
         completed = np.zeros_like(reached)
         reached[0, 0] = True
@@ -86,14 +86,14 @@ class AutomatonRow:
         return reached, completed
 
     def _after(self, token: int) -> np.ndarray:
-        """[S + 1] the state that a committed token leads to from each, -1: nowhere."""
+        """[S + 1] the state that a committed token leads to from each state; -1: none."""
         automaton = self._automaton
         if token in automaton.eos_token_ids:
             return np.append(np.where(automaton.accepting, self._end, -1), self._end)
         return np.append(automaton.delta[:, automaton.classes[token]], self._end)
 
     def _bits(self, reached: np.ndarray, completed: np.ndarray) -> np.ndarray:
-        if reached[self._end]:  # after an end of sequence, or of one that may still come
+        if reached[self._end]:  # after an end of sequence, or after a mask that may become one
             return np.full(words_of(len(self._automaton.classes)), ALL)
         states = np.flatnonzero(reached[:-1])
         after = self._automaton.delta[states]
@@ -102,7 +102,7 @@ class AutomatonRow:
 
 
 class MatcherRow:
-    """Commits from the left."""
+    """A `CanvasRow` over a `Matcher`. It commits from left to right."""
 
     def __init__(self, matcher: Matcher, most: int, offset: int, vocabulary: Vocabulary):
         self.most, self.offset = most, offset
@@ -110,7 +110,7 @@ class MatcherRow:
         self._taken, self._has_ended = 0, False
 
     def masks(self, tokens_N: np.ndarray, places: range) -> np.ndarray:
-        """See `CanvasRow`: the next place has a mask, and no other is to be committed before it."""
+        """See `CanvasRow`. Only the next place has a mask; it must be committed before the others."""
         found = np.full((len(places), words_of(self._vocabulary)), ALL)
         if self._taken in places and not self._has_ended:
             found[self._taken - places.start] = self._matcher.allowed(self.most - self._taken)
@@ -132,12 +132,12 @@ class MatcherRow:
 
 
 def best_of(noisy_V: np.ndarray, allowed_V: np.ndarray) -> int:
-    """The token of highest value among those that are allowed."""
+    """Returns the allowed token of highest value."""
     return int(np.where(allowed_V, np.asarray(noisy_V), -np.inf).argmax())
 
 
 def masks_of(rows: Sequence[CanvasRow], tokens_BL: np.ndarray, block: slice, first: int, vocabulary: int) -> np.ndarray:
-    """[B, T, W] uint32: what may be committed in the columns of `block`; `first`: the first column of all blocks."""
+    """[B, T, W] uint32: tokens allowed in the columns of `block`. `first` is the first column of the first block."""
     found = np.full((len(tokens_BL), block.stop - block.start, words_of(vocabulary)), ALL)
     for number, row in enumerate(rows):
         start = first + row.offset

@@ -1,4 +1,4 @@
-"""A grammar as a user states it, checked; with the tokens of a model it gives matchers."""
+"""A checked user-defined grammar. With the tokens of a model it builds matchers."""
 
 import dataclasses
 import functools
@@ -18,9 +18,10 @@ KINDS = ("json_schema", "regex", "choice", "lark")
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """What the text of an answer must be, whole. Make one with `json_object`, `json_schema`, `regex`, `choice`, `lark`.
+    """A grammar that the whole text of an answer must match.
 
-    `source` is the schema as JSON, the regular expression, the choices as a JSON list, or the grammar itself.
+    Create one with `json_object`, `json_schema`, `regex`, `choice` or `lark`. `source` is the schema as JSON, the
+    regular expression, the choices as a JSON list, or the Lark grammar.
     """
 
     kind: str
@@ -33,7 +34,7 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> "Grammar":
-        """JSON that a schema (a mapping, or its text) allows, as llguidance reads it: keys in the schema's order."""
+        """JSON that matches a schema (a mapping or its text), as interpreted by llguidance: keys in schema order."""
         try:
             schema = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
         except (TypeError, ValueError) as error:
@@ -44,7 +45,7 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> "Grammar":
-        r"""Text that the whole of a Python regular expression matches; \d, \w and \s are those of ASCII."""
+        r"""Text that fully matches a Python regular expression; \d, \w and \s match only ASCII."""
         if not isinstance(pattern, str):
             raise UserError(f"regex: must be a string, not {type(pattern).__name__}")
         return cls("regex", pattern)
@@ -66,17 +67,17 @@ class Grammar:
 
     @property
     def is_regular(self) -> bool:
-        """Whether a finite automaton knows it whole: its tokens may then be committed in any order."""
+        """Whether the grammar is a finite automaton. Its tokens may then be committed in any order."""
         return self.kind in ("regex", "choice")
 
     def matcher(self, vocabulary: Vocabulary) -> Matcher:
-        """A matcher at the beginning of an answer, one for each row. Raises `UserError` for a grammar that is wrong."""
+        """Returns a matcher at the start of an answer; each row needs its own. Raises `UserError` if invalid."""
         if self.is_regular:
             return AutomatonMatcher(self.automaton(vocabulary))
         return _parser_matcher(self, vocabulary).copy()
 
     def automaton(self, vocabulary: Vocabulary) -> TokenAutomaton:
-        """The automaton of a regular grammar. Raises `UserError` for a grammar that is wrong."""
+        """Returns the automaton of a regular grammar. Raises `UserError` if the grammar is invalid."""
         return _automaton(self, vocabulary)
 
 

@@ -1,4 +1,4 @@
-"""What decoding asks of a grammar: where a row stands in it, and what may come next."""
+"""The interface between decoding and a grammar: the position of a row in it, and the tokens that may come next."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,27 +7,26 @@ import numpy as np
 
 
 class Matcher(Protocol):
-    """A place in a grammar, for one row. An end-of-sequence token may come where the text is complete, and ends it."""
+    """The position of one row in a grammar. An end-of-sequence token is allowed once the text is complete."""
 
     def allowed(self, remaining: int) -> np.ndarray:
-        """[ceil(V / 32)] uint32, bit v % 32 of word v // 32: whether token v may come next.
+        """[ceil(V / 32)] uint32; bit v % 32 of word v // 32: whether token v may come next.
 
-        `remaining` tokens, the next one included, are left of the row's budget: a grammar that can tell leaves out what
-        could not be completed in them.
+        `remaining` is the row's remaining budget of tokens, including the next one. A grammar that knows its distance
+        to the end leaves out tokens that could not be completed within it.
         """
 
     def take(self, tokens: Sequence[int], remaining: int) -> list[int]:
-        """Moves on by `tokens` that a model chose under `allowed`, and returns those that the row keeps.
+        """Advances by `tokens` that a model chose under `allowed`, and returns those that the row keeps.
 
-        They are `tokens` themselves, unless one of them could not be completed within the budget: then those before it,
-        and a token in its place that can.
+        If a token could not be completed within the budget, the row keeps those before it and a replacement that can.
         """
 
     def accepts(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` may come next, one after another. Does not move."""
+        """Counts how many of `tokens` may come next, one after another. Does not advance."""
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Moves on by `tokens`. Raises `ValueError` for one that may not come next."""
+        """Advances by `tokens`. Raises `ValueError` for one that may not come next."""
 
     @property
     def is_accepting(self) -> bool:
@@ -38,4 +37,4 @@ class Matcher(Protocol):
         """Whether the text is complete and nothing but an end of sequence may follow, or it has ended."""
 
     def copy(self) -> "Matcher":
-        """The same place, which moves by itself."""
+        """Returns an independent matcher at the same position."""

@@ -1,9 +1,9 @@
-"""Matchers of context-free grammars by llguidance's parser: JSON schemas and Lark.
+"""Matchers of context-free grammars (JSON schemas and Lark), over llguidance's parser.
 
-The parser says what may come next, and not how far the end is. So that an answer ends within its budget, a matcher
-carries an ending: tokens that complete the text from where it stands, found by a search that prefers what closes. A
-token after which no ending fits the budget is replaced by the first token of the ending. Endings need not be the
-shortest ones: close to its budget an answer may be closed a few tokens early, and is never left open.
+The parser knows which tokens may come next, but not the distance to the end. To end an answer within its budget, a
+matcher keeps an ending: tokens that complete the text, found by a search that tries closing tokens first. If no ending
+fits the budget after a token, it is replaced by the first token of the ending. Endings need not be the shortest. Near
+its budget an answer may be closed a few tokens early, but never stays open once an ending was found.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ import numpy as np
 from difflm_jax.errors import UserError, one_line
 from difflm_jax.sampling.grammar.vocabulary import Vocabulary
 
-# Bytes in the order in which a search tries them: what closes, separates, is a short value, opens.
+# Bytes in the order in which a search tries them: closing, separating, short values, opening.
 _CLOSING = b'}])",:0123456789;tfnaeiourlsE-.+{[( '
 
 
 def _ranks(order: bytes) -> np.ndarray:
-    """[256] int: the place of each byte in `order`, the others last."""
+    """[256] int: the rank of each byte in `order`; the others come last."""
     return np.array([order.find(byte) % 256 for byte in range(256)])
 
 
 _RANKS = _ranks(_CLOSING)
-_IN_STRING = _ranks(b'"' + _CLOSING)  # where brackets of both kinds may come, they are text, and a quote closes it
-SEARCH_DETOURS = 200  # places that a search visits at most besides those of an ending
+_IN_STRING = _ranks(b'"' + _CLOSING)  # if both kinds of brackets are allowed, we are in a string: try a quote first
+SEARCH_DETOURS = 200  # most positions that a search visits in addition to the budget
 LONGEST_ENDING = 1024
 
 
 def parser_of(kind: str, source: str, vocabulary: Vocabulary) -> Any:
-    """llguidance's matcher at the beginning. Raises `UserError` with what it says of a grammar that is wrong."""
+    """Returns llguidance's matcher at the start. Raises `UserError` with its message for an invalid grammar."""
     from llguidance import LLMatcher
 
     if kind == "lark":
@@ -52,7 +52,7 @@ class ParserMatcher:
         self._has_ended = False
 
     def allowed(self, remaining: int) -> np.ndarray:
-        """See `Matcher`; the budget is kept by `take`."""
+        """See `Matcher`. The budget is enforced by `take`."""
         if self._has_ended:
             return self._only(self._vocabulary.eos_token_ids)
         bits = np.frombuffer(self._parser.compute_bitmask(), np.uint32)[: self._vocabulary.words].copy()
@@ -61,7 +61,7 @@ class ParserMatcher:
         return bits
 
     def take(self, tokens: Sequence[int], remaining: int) -> list[int]:
-        """See `Matcher`. Where no ending was found that fits the budget, tokens are kept unchanged."""
+        """See `Matcher`. If no ending was found that fits the budget, tokens are kept unchanged."""
         kept: list[int] = []
         for token in map(int, tokens):
             if self._has_ended:
@@ -80,7 +80,7 @@ class ParserMatcher:
             )
             if follows is None:
                 self._parser = parser
-                if not ending:  # complete, and whatever follows would not be
+                if not ending:  # the text is complete, but would not be after `token`
                     token = self._vocabulary.eos_token_ids[0]
                     self.advance([token])
                     return [*kept, token]
@@ -138,24 +138,27 @@ class ParserMatcher:
         return bits
 
     def _known_ending(self, remaining: int) -> tuple[int, ...] | None:
-        """An ending of at most `remaining` tokens from here; None where none was found."""
+        """Returns an ending of at most `remaining` tokens from here; None if none was found."""
         if self._ending is None:
             self._ending = self._search(remaining)
         return self._ending
 
     def _still(self, ending: tuple[int, ...], most: int) -> tuple[int, ...] | None:
-        """`ending` where it completes the text here too, as it does after one more letter of a string."""
+        """Returns `ending` if it completes the text here too, as after one more letter of a string; else None."""
         if len(ending) > most or self._parser.validate_tokens(list(ending)) < len(ending):
             return None
         parser = self._parser.deep_copy()
         return ending if parser.consume_tokens(list(ending)) and parser.is_accepting() else None
 
     def _search(self, most: int) -> tuple[int, ...] | None:
-        """At most `most` tokens that complete the text: depth first, in the order of `_CLOSING`."""
+        """Searches for at most `most` tokens that complete the text, depth first in the order of `_CLOSING`.
+
+        Returns None if it finds none.
+        """
         parser, found, visited = self._parser.deep_copy(), [], 0
         most = min(most, LONGEST_ENDING)
         limit = most + SEARCH_DETOURS
-        # Of each place on the path: how many tokens led to it, and what is left to try from it (the last is next).
+        # For each position on the path: the number of tokens before it, and the steps left to try (the last is next).
         path: list[tuple[int, list[list[int]]]] = []
         while not parser.is_accepting():
             visited += 1
@@ -175,7 +178,7 @@ class ParserMatcher:
         return tuple(found) if len(found) <= most else None
 
     def _steps(self, parser: Any) -> list[list[int]]:
-        """What may come next, the best last: what the grammar forces, or one byte."""
+        """Returns the possible next steps, best last: the tokens that the grammar forces, or single bytes."""
         if forced := list(parser.compute_ff_tokens()):
             return [forced]
         bits = np.frombuffer(parser.compute_bitmask(), np.uint32)

@@ -1,8 +1,8 @@
 """Regular expressions, and lists of texts, as deterministic automata over bytes.
 
-An expression means what it means to Python's `re.fullmatch`, whose parser reads it, but that \\d, \\w and \\s are those
-of ASCII: a model asked for a date should not write it in any of Unicode's 80 sets of digits. What no finite automaton
-has, and what looks around, is refused by name.
+Expressions are parsed by Python's `re` and have the meaning of `re.fullmatch`, but \\d, \\w and \\s match only ASCII. A
+model asked for a date should not write it in any of Unicode's 80 sets of digits. Look-around, and syntax that no finite
+automaton can express, is rejected by name.
 """
 
 import dataclasses
@@ -19,25 +19,25 @@ from difflm_jax.errors import UserError, one_line
 try:  # the parser of `re`: private under this name, as `sre_parse` deprecated
     from re import _constants as ops
     from re import _parser as parser
-except ImportError as error:  # pragma: no cover - a Python that has moved it
+except ImportError as error:  # pragma: no cover - a Python that moved it
     raise ImportError("this Python keeps the parser of `re` elsewhere") from error
 
 MOST_STATES = 4096
-MOST_WORK = 500_000  # steps of building an automaton: an expression of a stranger must not occupy a server
+MOST_WORK = 500_000  # steps to build an automaton: an untrusted expression must not block a server
 Ranges = list[tuple[int, int]]  # of code points, both ends included
 _LAST, _SURROGATES = 0x10FFFF, (0xD800, 0xDFFF)
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteAutomaton:
-    """State 0 is the start; from every state an accepting one is reached."""
+    """An automaton over bytes. State 0 is the start; every state can reach an accepting one."""
 
-    delta: np.ndarray  # [S, 256] int32, -1: no text goes on so
+    delta: np.ndarray  # [S, 256] int32, the next state; -1: not allowed
     accepting: np.ndarray  # [S] bool
 
 
 def of_regex(pattern: str) -> ByteAutomaton:
-    """The automaton of the texts that `pattern` matches whole. Raises `UserError`."""
+    """Builds the automaton of the texts that `pattern` fully matches. Raises `UserError`."""
     try:
         parsed = parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -51,14 +51,14 @@ def of_regex(pattern: str) -> ByteAutomaton:
 
 
 def of_texts(texts: Sequence[str]) -> ByteAutomaton:
-    """The automaton of the given texts. Raises `UserError`."""
+    """Builds the automaton that accepts exactly the given texts. Raises `UserError`."""
     builder = _Builder(0)
     ends = [builder.bytes(builder.start, text.encode("utf-8")) for text in texts]
     return builder.deterministic(ends)
 
 
 class _Builder:
-    """A nondeterministic automaton as it grows: states are numbers, edges carry ranges of bytes or nothing."""
+    """Builds a nondeterministic automaton: states are numbers, edges have ranges of bytes or are empty."""
 
     def __init__(self, flags: int):
         self._flags, self._work = flags, 0
@@ -80,11 +80,11 @@ class _Builder:
         return state
 
     def deterministic(self, ends: Sequence[int]) -> ByteAutomaton:
-        """By subsets, without the states from which nothing is accepted."""
+        """Applies the subset construction, then drops the states that reach no accepting one."""
         closures = functools.lru_cache(maxsize=None)(self._closure)
         first = closures(frozenset([self.start]))
         number, queue, rows = {first: 0}, [first], []
-        for states in queue:  # grows while it is read
+        for states in queue:  # the loop appends to it
             row = np.full(256, -1, np.int32)
             moves = [move for state in states for move in self._moves[state]]
             cuts = sorted({low for low, _, _ in moves} | {high + 1 for _, high, _ in moves})
@@ -166,7 +166,7 @@ class _Builder:
 
     def _characters(self, state: int, ranges: Ranges) -> int:
         end = self._state()
-        rests = {(): end}  # the state from which these bytes are left: characters of equal endings share them
+        rests = {(): end}  # remaining bytes -> state; characters with equal last bytes share states
         for low, high in ranges:
             for encoded in map(tuple, _encoded(low, high)):
                 for place in range(len(encoded) - 1, 0, -1):
@@ -178,7 +178,7 @@ class _Builder:
 
 
 def _ranges(operation: Any, argument: Any, flags: int) -> Ranges:
-    """The code points of one item that stands for a character. Raises `UserError` for all others."""
+    """Returns the code points of one item that matches a character. Raises `UserError` for other items."""
     if operation is ops.LITERAL:
         return _without_surrogates([(argument, argument)])
     if operation is ops.NOT_LITERAL:
@@ -200,7 +200,7 @@ def _ranges(operation: Any, argument: Any, flags: int) -> Ranges:
 
 
 def _category(category: Any, only_ascii: bool) -> Ranges:
-    """\\d, \\w, \\s: those of ASCII; their complements: of all that Python takes them for."""
+    """Returns the code points of \\d, \\w, \\s in ASCII. \\D, \\W, \\S are the complements of Python's own classes."""
     name = str(category).removeprefix("CATEGORY_")
     if name.startswith("NOT_"):
         return _complement(_members(name.removeprefix("NOT_"), only_ascii))
@@ -215,7 +215,7 @@ def _members(name: str, only_ascii: bool) -> tuple[tuple[int, int], ...]:
         "WORD": lambda character: character.isalnum() or character == "_",
     }
     last = 127 if only_ascii else _LAST
-    if only_ascii and name == "SPACE":  # str.isspace has the separators 28 to 31 too, which re.ASCII has not
+    if only_ascii and name == "SPACE":  # str.isspace includes the separators 28 to 31, re.ASCII does not
         return ((9, 13), (32, 32))
     inside = np.fromiter((tests[name](chr(point)) for point in range(last + 1)), bool, last + 1)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], inside, [False]])))
@@ -236,14 +236,14 @@ def _without_surrogates(ranges: Ranges) -> Ranges:
 
 
 def _encoded(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
-    """The UTF-8 bytes of code points from `low` to `high`, as products of ranges of bytes."""
-    for bound in (0x7F, 0x7FF, 0xFFFF):  # where encodings become longer
+    """Yields the UTF-8 encodings of code points `low` to `high`, as products of byte ranges."""
+    for bound in (0x7F, 0x7FF, 0xFFFF):  # the last code point of each encoded length
         if low <= bound < high:
             yield from _encoded(low, bound)
             yield from _encoded(bound + 1, high)
             return
     if high > 0x7F:
-        for mask in (0x3F, 0xFFF, 0x3FFFF):  # the bits of the last bytes: a range of first bytes has all of them
+        for mask in (0x3F, 0xFFF, 0x3FFFF):  # bits of the last bytes: a range of first bytes needs all their values
             if low | mask != high | mask:
                 if low & mask:
                     yield from _encoded(low, low | mask)
@@ -257,7 +257,7 @@ def _encoded(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def _trimmed(delta: np.ndarray, accepting: np.ndarray) -> ByteAutomaton:
-    """Without the states from which nothing is accepted; the start stays."""
+    """Drops the states that reach no accepting one; the start stays."""
     alive = accepting.copy()
     while True:
         more = alive | (alive[delta] & (delta >= 0)).any(axis=1)

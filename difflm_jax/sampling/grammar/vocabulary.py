@@ -1,4 +1,4 @@
-"""The tokens of a model as bytes, for any fast tokenizer: byte-level BPE, SentencePiece with byte fallback, bytes."""
+"""The bytes of a model's tokens, for any fast tokenizer: byte-level BPE, SentencePiece with byte fallback, bytes."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from difflm_jax.sampling.grammar.bits import words_of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """`size` tokens, of which a grammar sees the bytes; special ones have none, but for the ends of a sequence."""
+    """The bytes of `size` tokens, as grammars see them. Special tokens have none; EOS tokens end a sequence."""
 
     parser_tokens: Any  # llguidance's view of the tokenizer, at least `size` tokens
     size: int
@@ -21,7 +21,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, size: int, eos_token_ids: tuple[int, ...]) -> "Vocabulary":
-        """The first `size` tokens of a Hugging Face tokenizer; the last vocabularies are kept. Raises `UserError`."""
+        """Returns the first `size` tokens of a Hugging Face tokenizer, from a small cache. Raises `UserError`."""
         return _vocabulary(tokenizer, size, tuple(eos_token_ids))
 
     @functools.cached_property
@@ -35,13 +35,13 @@ class Vocabulary:
 
     @functools.cached_property
     def own_bytes(self) -> tuple[np.ndarray, np.ndarray]:
-        """(bytes, their tokens): those that are a token of their own."""
+        """Returns (bytes, tokens), int64: the bytes that have a token of their own, and these tokens."""
         tokens = {text[0]: token for token, text in reversed(list(enumerate(self.texts))) if len(text) == 1}
         return np.array([*tokens], np.int64), np.array([*tokens.values()], np.int64)
 
     @property
     def words(self) -> int:
-        """uint32 words of a mask."""
+        """Number of uint32 words in a mask."""
         return words_of(self.size)
 
 
@@ -59,6 +59,6 @@ def _vocabulary(tokenizer: Any, size: int, eos_token_ids: tuple[int, ...]) -> Vo
     text = type(backend).from_str(backend.to_str())  # a copy: padding belongs to the user
     text.no_padding()
     text.no_truncation()
-    known = max(size, len(tokenizer))  # a table may be longer than the tokenizer, or shorter by unused added tokens
+    known = max(size, len(tokenizer))  # an embedding may have more rows than the tokenizer, or lack unused added tokens
     tokens = llguidance.LLTokenizer(text.to_str(), n_vocab=known, eos_token=list(eos_token_ids))
     return Vocabulary(tokens, size, eos_token_ids)
