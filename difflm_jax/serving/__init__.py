@@ -1,5 +1,5 @@
-"""The server: OpenAI's API over one engine that owns the device. Only this folder knows of HTTP and of requests.
+"""The server: OpenAI's API over one engine that owns the device. Only this package depends on HTTP and requests.
 
-`requests` says what is asked and what comes back; `engine` batches requests and runs them; `app` and `stream` speak
-HTTP. How a model decodes stands in `sampling`, and nothing here changes it.
+`requests` defines requests and results; `engine` batches requests and runs them; `app` and `stream` implement HTTP.
+Decoding itself is in `sampling`; nothing here changes it.
 """

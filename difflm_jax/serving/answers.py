@@ -18,7 +18,7 @@ from difflm_jax.view.pieces import Pieces
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What all objects of one answer begin with."""
+    """The fields that all objects of one answer share."""
 
     id: str
     created: int
@@ -31,7 +31,7 @@ class Head:
         return cls(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), asked.requests[0].model, fingerprint)
 
     def object(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """An object of `kind` with `choices`."""
+        """Returns an object of `kind` with `choices`."""
         return {
             "id": self.id,
             "object": kind,
@@ -44,16 +44,16 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A finished choice as it is shown."""
+    """A finished choice in the form that the client sees."""
 
-    text: str  # of a chat: the content, without calls
+    text: str  # for a chat: the content, without calls
     calls: list[Call]
     reason: str
     finished: Finished
 
 
 def answer_of(asked: Asked, index: int, finished: Finished) -> Answer:
-    """The text of choice `index`, and the calls in it."""
+    """Returns choice `index` as text and tool calls."""
     tokens, gap, lm = finished.tokens, asked.gaps[index], asked.lm
     if gap is not None:
         text = decoded(asked, tokens[gap])
@@ -69,7 +69,7 @@ def answer_of(asked: Asked, index: int, finished: Finished) -> Answer:
 
 
 def whole(asked: Asked, head: Head, finished: Sequence[Finished]) -> dict[str, Any]:
-    """The answer to a request that is not streamed."""
+    """Returns the response object of a request that is not streamed."""
     answers = [answer_of(asked, index, one) for index, one in enumerate(finished)]
     if isinstance(asked.body, ChatRequest):
         choices = [_chat_choice(asked, index, answer) for index, answer in enumerate(answers)]
@@ -83,7 +83,7 @@ def whole(asked: Asked, head: Head, finished: Sequence[Finished]) -> dict[str, A
 
 
 def usage(asked: Asked, finished: Sequence[Finished]) -> dict[str, Any]:
-    """Tokens: each prompt once, and all of the answers up to their ends."""
+    """Returns the token counts: each prompt once, and all answers up to their ends."""
     n = asked.body.n or 1
     lengths = [
         len(request.tokens) - (gap.stop - gap.start if gap else 0)
@@ -100,7 +100,7 @@ def usage(asked: Asked, finished: Sequence[Finished]) -> dict[str, Any]:
 
 
 def passes(asked: Asked, finished: Sequence[Finished]) -> dict[str, Any]:
-    """How the answers were decoded. `passes` of all choices together; `acceptance` is null where nothing drafts."""
+    """Returns how the answers were decoded. `passes` is a sum over choices; `acceptance` is null without drafts."""
     count = sum(one.passes for one in finished)
     accepted = [one.acceptance for one in finished if one.acceptance is not None]
     return {
@@ -113,7 +113,7 @@ def passes(asked: Asked, finished: Sequence[Finished]) -> dict[str, Any]:
 
 
 def message_calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
-    """Tool calls with new ids."""
+    """Returns tool calls in OpenAI's form, with new ids."""
     return [
         {
             "id": f"call_{secrets.token_hex(12)}",
@@ -142,13 +142,13 @@ def _text_choice(asked: Asked, index: int, answer: Answer) -> dict[str, Any]:
 
 
 def scored(asked: Asked, index: int, event: Event) -> Sequence[TokenProbability]:
-    """The probabilities of what choice `index` shows; of an infilled canvas those of its gap."""
+    """Returns the probabilities of the tokens that choice `index` shows; for an infilled canvas, those of its gap."""
     gap = asked.gaps[index]
     return event.logprobs if gap is None else event.logprobs[gap]
 
 
 def chat_logprobs(asked: Asked, found: Sequence[TokenProbability]) -> dict[str, Any]:
-    """Of each token when it was committed, without those that end the answer."""
+    """Returns the log-probability of each token when it was committed, without EOS tokens."""
     pieces = Pieces(asked.lm.tokenizer, asked.lm.mask_token_id)
 
     def said(token: int, logprob: float) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def chat_logprobs(asked: Asked, found: Sequence[TokenProbability]) -> dict[str, 
 
 
 def text_logprobs(asked: Asked, found: Sequence[TokenProbability], first: int = 0) -> dict[str, Any]:
-    """The same in the older form, of the tokens from `first` on; `found` begins with the answer."""
+    """Returns the same in the older form, for the tokens from `first` on; `found` begins with the answer."""
     pieces = Pieces(asked.lm.tokenizer, asked.lm.mask_token_id)
     before, new = (
         [one for one in part if one.token not in asked.lm.eos_token_ids] for part in (found[:first], found[first:])
@@ -185,5 +185,5 @@ def decoded(asked: Asked, tokens: np.ndarray) -> str:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's interface writes -9999 for it."""
+    """Replaces -inf, which JSON lacks, by -9999 as OpenAI's API does."""
     return max(float(logprob), -9999.0)

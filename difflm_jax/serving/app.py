@@ -1,7 +1,7 @@
-"""The routes: OpenAI's API, and the page, over an engine.
+"""The routes: OpenAI's API and the web page, over an engine.
 
-A handler parses, asks and waits; what is not HTTP stands in the other files. Handlers run in one event loop and never
-compute: templates and tokenizers run in threads, the model in the engine's.
+A handler parses a body, submits requests and waits; everything else is in the other modules. Handlers run in one event
+loop and never compute: templates and tokenizers run in threads, the model in the engine's thread.
 """
 
 import asyncio
@@ -42,11 +42,11 @@ from difflm_jax.serving.stream import events
 
 log = logging.getLogger("difflm.serve")
 
-_SEND_SECONDS = 60.0  # for a client to take a part of a stream
+_SEND_SECONDS = 60.0  # time limit for a client to receive one part of a stream
 
 
 class Server:
-    """An engine with its models by name, the first of which answers requests that name none."""
+    """An HTTP server over an engine. Requests that name no model use the engine's first one."""
 
     def __init__(self, engine: Engine, options: ServeOptions):
         self.engine, self.options = engine, options
@@ -55,7 +55,7 @@ class Server:
         self.fingerprint = f"difflm-{importlib.metadata.version('difflm_jax')}"
 
     def app(self) -> Starlette:
-        """The ASGI application. Its shutdown closes the engine."""
+        """Returns the ASGI application. Its shutdown closes the engine."""
         routes = [
             Route("/", self._page, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
@@ -79,7 +79,7 @@ class Server:
         await run_in_threadpool(self.engine.close)
 
     def model(self, name: str | None) -> tuple[str, LanguageModel]:
-        """The model that a request names. Raises `RefusedError`."""
+        """Returns (name, model) for the name in a request. Raises `RefusedError`."""
         models: Mapping[str, LanguageModel] = self.engine.models
         name = next(iter(models)) if name is None else name
         if name not in models:
@@ -155,7 +155,7 @@ class Server:
         return JSONResponse(whole(asked, head, finished))
 
     def _submit(self, asked: Asked) -> list[Ticket]:
-        """A ticket for each choice, or none: if the queue takes only some, they are cancelled. Raises `Busy`."""
+        """Submits all choices and returns their tickets; cancels all of them if one is refused. Raises `Busy`."""
         tickets: list[Ticket] = []
         try:
             for request in asked.requests:
@@ -183,7 +183,7 @@ class Server:
         return chat_tokens(lm, chat_text(lm, body.messages, body.tools, body.chat_template_kwargs, seconds)).tolist()
 
     async def _load_model(self, request: HttpRequest) -> Response:
-        """`transformers chat` asks for a model to be loaded before it chats: those of this server are."""
+        """Answers `transformers chat`, which loads a model before it chats: this server's models are loaded."""
         try:
             asked = json.loads(await read_body(request, self.options))
         except (ValueError, RecursionError) as error:
@@ -203,7 +203,7 @@ class Server:
 def _event_stream(
     data: AsyncIterator[str], options: ServeOptions, tickets: Sequence[Ticket] = ()
 ) -> EventSourceResponse:
-    async def gone(_: Message) -> None:  # perhaps before the stream has begun
+    async def gone(_: Message) -> None:  # may be called before the stream begins
         for ticket in tickets:
             ticket.cancel("the client has gone")
 
@@ -212,7 +212,7 @@ def _event_stream(
             async for text in data:
                 yield ServerSentEvent(text, sep="\n")
 
-    # A server that ends gives streams the same time as other requests, where the library would cut them.
+    # On shutdown, streams get the same grace period as other requests; the library would cut them at once.
     return EventSourceResponse(
         sent(),
         send_timeout=_SEND_SECONDS,
@@ -223,7 +223,7 @@ def _event_stream(
 
 
 async def _results(request: HttpRequest, tickets: Sequence[Ticket], seen: Callable[[Event], None]) -> list[Finished]:
-    """The ends of all requests; they are cancelled when the client goes."""
+    """Waits for all requests and returns their ends. Cancels them if the client disconnects."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -257,7 +257,7 @@ async def _http_error(request: HttpRequest, error: HTTPException) -> Response:
 
 @dataclasses.dataclass
 class _Counted:
-    """ASGI middleware that counts requests; paths that are no routes count as one."""
+    """ASGI middleware that counts requests. Unknown paths count as one route."""
 
     app: ASGIApp
     metrics: Metrics

@@ -1,4 +1,4 @@
-"""From a parsed body to requests for the engine: tokens, checked options, and lengths within the server's limits."""
+"""Turns a parsed body into engine requests: tokens, checked options, and lengths within the server's limits."""
 
 import dataclasses
 import functools
@@ -28,19 +28,19 @@ from difflm_jax.serving.schemas import BadRequestError, ChatRequest, CompletionR
 from difflm_jax.serving.tools import TOOL_CALL
 
 _SEEDS = 2**31
-_MOST_DIGITS = 10  # of a token; Python refuses to read thousands
-_OF_ALL = ("temperature", "top_p", "top_k", "repetition_penalty", "eos_penalty")  # options of every way to decode
+_MOST_DIGITS = 10  # of a token id; Python refuses to parse thousands
+_OF_ALL = ("temperature", "top_p", "top_k", "repetition_penalty", "eos_penalty")  # options of every decoding loop
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What one body asks of the engine, choice by choice, and what its answer is made with."""
+    """The engine requests of one body, one per choice, and the data needed to build its response."""
 
     body: ChatRequest | CompletionRequest
     lm: LanguageModel
     requests: tuple[Request, ...]
-    gaps: tuple[slice | None, ...]  # where the answer stands in the canvas of an infilling
-    echoes: tuple[str, ...]  # what precedes each answer, if the prompt is echoed
+    gaps: tuple[slice | None, ...]  # position of the answer in the canvas of an infilling; None: not an infilling
+    echoes: tuple[str, ...]  # the text before each answer if the prompt is echoed, else ""
 
     @property
     def finds_calls(self) -> bool:
@@ -48,12 +48,12 @@ class Asked:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Texts before which the content of an answer ends."""
+        """Texts that end the content of an answer: stop strings and, if calls are parsed, the start of a call."""
         return (*self.body.stops, TOOL_CALL) if self.finds_calls else self.body.stops
 
 
 def ask_chat(body: ChatRequest, name: str, lm: LanguageModel, options: ServeOptions) -> Asked:
-    """The requests for the choices of a chat. Raises `BadRequestError`."""
+    """Builds the requests for the choices of a chat. Raises `BadRequestError`."""
     tools = None if body.tool_choice == "none" else body.tools
     text = chat_text(lm, body.messages, tools, body.chat_template_kwargs, options.template_seconds)
     candidates = (body.top_logprobs or 0) if body.logprobs else None
@@ -63,7 +63,7 @@ def ask_chat(body: ChatRequest, name: str, lm: LanguageModel, options: ServeOpti
 
 
 def ask_completion(body: CompletionRequest, name: str, lm: LanguageModel, options: ServeOptions) -> Asked:
-    """The requests for the choices of a completion, n for each prompt in turn. Raises `BadRequestError`."""
+    """Builds the requests for the choices of a completion, n per prompt, in order. Raises `BadRequestError`."""
     asking = _Asking(body, name, lm, options, body.logprobs, body.length)
     prompts = body.prompts
     if not prompts:
@@ -86,7 +86,7 @@ def ask_completion(body: CompletionRequest, name: str, lm: LanguageModel, option
 
 @dataclasses.dataclass(frozen=True)
 class _Asking:
-    """What all choices of a body share."""
+    """The data that all choices of a body share, and the construction of their requests."""
 
     body: ChatRequest | CompletionRequest
     name: str
@@ -96,14 +96,14 @@ class _Asking:
     length: int | None
 
     def count(self, prompts: int) -> int:
-        """How many answers are asked for."""
+        """Returns the number of answers requested. Raises `BadRequestError` above the server's limit."""
         count = (self.body.n or 1) * prompts
         if count > self.options.max_answers:
             raise BadRequestError(f"n: {count} answers; this server gives at most {self.options.max_answers}", "n")
         return count
 
     def gap(self) -> int:
-        """Masks of an infilling, few enough that a canvas can be made of them."""
+        """Returns the number of masks in an infilling. Raises `BadRequestError` above the server's limit."""
         length = self.length or self.options.max_new_tokens
         if length > self.options.max_length:
             raise self._too_long(0, length)
@@ -149,18 +149,18 @@ class _Asking:
 
     @functools.cached_property
     def _given_options(self) -> dict[str, Any]:
-        """The options of decoding of the server's flags, and of the body, which replaces them."""
+        """The sampling options of the server's flags, overridden by those of the body."""
         defaults = self.options.sampling
-        if self._is_causal:  # the flags of the server are meant for the model that fills masks
+        if self._is_causal:  # the server's flags are meant for models that fill masks
             defaults = {name: value for name, value in defaults.items() if name in _OF_ALL}
         given = {**defaults, **self.body.sampling()}
         if self.lm.attention != "causal" and self.grammar is not None and not self.grammar.is_regular:
-            given.setdefault("algorithm", LEFT_TO_RIGHT)  # as `lm.generate`: a parser knows places from the left only
+            given.setdefault("algorithm", LEFT_TO_RIGHT)  # as `lm.generate`: a parser knows only the left context
         return given
 
     @functools.cached_property
     def _preset(self) -> dict[str, Any]:
-        """What `difflm tune` chose, as `generate` takes it, but for caches that are not exact."""
+        """The preset of `difflm tune`, applied as in `generate`, without its cache."""
         preset = left_of_preset(self.lm.diffusion.preset_options, self._given_options)
         return {name: value for name, value in preset.items() if name != "cache"}
 
@@ -170,7 +170,7 @@ class _Asking:
         return asked or (tuned if tuned and length % tuned == 0 else None)
 
     def _length(self, tokens: np.ndarray, gap: slice | None) -> int:
-        """Tokens of the answer. Raises `BadRequestError` if they do not fit next to the prompt."""
+        """Returns the tokens of the answer. Raises `BadRequestError` if they do not fit with the prompt."""
         room = self._most - (0 if gap else len(tokens))
         block = self.lm.diffusion.decoding_block or 1
         if gap is not None:
@@ -184,13 +184,13 @@ class _Asking:
 
     @functools.cached_property
     def seed(self) -> int:
-        """Of all choices, which draw different noise all the same."""
+        """The seed of all choices. They still draw different noise, because their `copy` differs."""
         given = self.body.seed
         return secrets.randbelow(_SEEDS) if given is None else given % _SEEDS
 
     @functools.cached_property
     def grammar(self) -> Grammar | None:
-        """What each answer must be."""
+        """The grammar that each answer must match; None: no constraint."""
         return grammar_of(self.body)
 
     @property
@@ -212,7 +212,7 @@ class _Asking:
         )
 
     def _steps(self, sampling: Sampling, length: int, gap: slice | None) -> int:
-        """The budget of forward passes: as asked for, else one for each place. Raises `BadRequestError`."""
+        """Returns the budget of forward passes; by default one per token. Raises `BadRequestError`."""
         diffusion, defaults = self.body.diffusion, self.options
         block_length = None if gap else self._block_length(length)
         block = block_length or self.lm.diffusion.decoding_block or 1

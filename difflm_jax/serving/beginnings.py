@@ -1,8 +1,8 @@
-"""The columns of prompts: they run through the model in chunks, and chunks that begin many prompts are kept.
+"""Prefix cache: prompts run through the model in chunks, and the columns of chunks are kept for later prompts.
 
-Under the rules for which a server keeps columns, those of a prompt depend on the tokens before them alone. A chunk is
-known by all tokens up to its end. The same chunks run through the same program whether others were found or not, so
-what was kept is what would be computed.
+Under the attention rules with kept columns, the columns of a prompt depend only on earlier tokens. A chunk is
+identified by all tokens up to its end. Each chunk runs through the same program whether others were cached or not, so
+cached columns equal computed ones.
 """
 
 import collections
@@ -20,15 +20,15 @@ from difflm_jax.serving.family import Weights
 
 
 class Beginnings:
-    """Chunks of columns by the tokens that they end. Least recently used ones leave when they are too large."""
+    """An LRU cache of chunks of columns, of at most `most_bytes`, keyed by the hash of all tokens up to their end."""
 
     def __init__(self, most_bytes: int):
         self._most = most_bytes
         self._chunks: collections.OrderedDict[bytes, Columns] = collections.OrderedDict()
-        self.bytes, self.found, self.asked = 0, 0, 0  # tokens: those that were found, of those that were asked for
+        self.bytes, self.found, self.asked = 0, 0, 0  # `found`, `asked`: counts of tokens found and looked up
 
     def get(self, name: bytes, tokens: int) -> Columns | None:
-        """The chunk of this name, which ends `tokens` tokens that nobody asked for before."""
+        """Returns the chunk of this name, or None. Counts `tokens` as looked up."""
         self.asked += tokens
         chunk = self._chunks.get(name)
         if chunk is not None:
@@ -55,16 +55,16 @@ class Beginnings:
 
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """Fills the columns of prompts. `is_adapted`: under the row's adapter; else they are the base's."""
+    """Computes the columns of prompts. `is_adapted`: with the row's adapter; False: with the base."""
 
     weights: Weights
     beginnings: Beginnings
     chunk: int
     is_adapted: bool
-    owner: bytes  # whose columns they are: prompts of the same owner and adapter share them
+    owner: bytes  # prefix of cache keys: prompts of the same owner and adapter share columns
 
     def __call__(self, tokens: np.ndarray, count: int, index: int, room: int) -> tuple[Columns, int]:
-        """(columns [N, 1, K, room, E] that hold at least the first `count` tokens, how many of these were kept)."""
+        """Returns (columns [N, 1, K, room, E] of at least the first `count` tokens, how many of these were cached)."""
         columns = empty_columns(self.weights, 1, room)
         names = self.names(tokens, index)
         found = 0
@@ -84,14 +84,14 @@ class Prefill:
         return columns, min(found, count)
 
     def keep(self, tokens: np.ndarray, count: int, index: int, columns: Columns, row: int) -> None:
-        """Keeps the whole chunks of the first `count` columns of a row, which hold these tokens."""
+        """Caches the full chunks among the first `count` columns of a row, whose tokens are `tokens`."""
         for number, name in enumerate(self.names(tokens[:count], index)):
             if name not in self.beginnings:
                 at = np.array([row, number * self.chunk], np.int32)
                 self.beginnings.put(name, _part(columns, at, self.chunk))
 
     def names(self, tokens: np.ndarray, index: int) -> list[bytes]:
-        """The name of each whole chunk."""
+        """Returns the name of each full chunk: a hash of all tokens up to its end."""
         name, names = self.owner + (index.to_bytes(4, "little") if self.is_adapted else b""), []
         for start in range(0, len(tokens) - self.chunk + 1, self.chunk):
             part = np.ascontiguousarray(tokens[start : start + self.chunk], "<i4").tobytes()
@@ -102,7 +102,7 @@ class Prefill:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def empty_columns(weights: Weights, rows: int, room: int) -> Columns:
-    """Columns [N, rows, K, room, E] of zeros."""
+    """Returns columns [N, rows, K, room, E] of zeros."""
     return jax.tree.map(
         lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], room, x.shape[4]), x.dtype), _shapes(weights)
     )
@@ -110,19 +110,19 @@ def empty_columns(weights: Weights, rows: int, room: int) -> Columns:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def insert_row(columns: Columns, one: Columns, row: jax.Array) -> Columns:
-    """`columns` with those of one row in their place."""
+    """Writes the columns of one row into `columns`."""
     return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice(x, new, (0, row, 0, 0, 0)), columns, one)
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def write_after(columns: Columns, kept: Columns, lengths_B: jax.Array, offset: int) -> Columns:
-    """`columns` with those of `kept` from each row's column `length + offset` on."""
+    """Writes `kept` into `columns`, from each row's column `length + offset` on."""
     return ColumnModel(None, {}).write(columns, kept, lengths_B + offset)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def moved(columns: Columns, rows: jax.Array, room: int) -> Columns:
-    """The columns of these rows, in room for more or fewer."""
+    """Returns the columns of these rows, padded or cut to `room` columns."""
 
     def one(x: jax.Array) -> jax.Array:
         x = x[:, rows, :, :room]
@@ -132,7 +132,7 @@ def moved(columns: Columns, rows: jax.Array, room: int) -> Columns:
 
 
 def model_of(weights: Weights, index_B: jax.Array, is_adapted: bool) -> tuple[ColumnModel, jax.Array | None]:
-    """(the model for rows of these members, their gate [B, 1, R])."""
+    """Returns (the model for rows of these family members, their gate [B, 1, R] or None)."""
     variables, gate_BR = weights.of(index_B)
     if not is_adapted:
         variables, gate_BR = {"params": variables["params"]}, None
@@ -140,7 +140,7 @@ def model_of(weights: Weights, index_B: jax.Array, is_adapted: bool) -> tuple[Co
 
 
 def _rows(weights: Weights, tokens: jax.Array, start: jax.Array | int, gate: jax.Array | None) -> Rows:
-    """A chunk that begins at column `start`: each token sees what the attention rule shows a token of a prompt."""
+    """Returns the rows of a chunk that begins at column `start`, under the attention rule of prompts."""
     step = jnp.arange(tokens.shape[1])
     diffusion = weights.decoder.diffusion
     last = (

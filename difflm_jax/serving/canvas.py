@@ -1,4 +1,4 @@
-"""A row of masks that diffusion fills: how `lm.generate` and `lm.infill` would lay it out, and where it stands."""
+"""A row of masks that diffusion fills: its layout, as in `lm.generate` and `lm.infill`, and its progress."""
 
 import dataclasses
 
@@ -25,9 +25,9 @@ WHOLE, PROMPT, BLOCKS = "whole", "prompt", "blocks"  # the columns that a pass r
 
 
 class CanvasRow(Row):
-    """A prompt whose columns are settled, and the rest with its masks, in blocks. Raises `UserError`.
+    """A prompt with settled columns, and the rest with its masks, in blocks. Raises `UserError`.
 
-    A table has blocks of one width. A row of shorter blocks leaves the last columns of each block empty.
+    All blocks of a table have one width. A row with shorter blocks leaves the last columns of each block empty.
     """
 
     def __init__(self, lm: LanguageModel, request: Request):
@@ -60,7 +60,7 @@ class CanvasRow(Row):
 
     @property
     def block_length(self) -> int:
-        """Of the row's own blocks, at most the table's."""
+        """The length of the row's own blocks; at most the width of the table's."""
         return self._plan.block_length
 
     @property
@@ -69,7 +69,7 @@ class CanvasRow(Row):
 
     @property
     def needed(self) -> int:
-        """The columns of the prompt that passes are run beside."""
+        """Number of prompt columns that passes read from the cache."""
         return 0 if self.mode == WHOLE else len(self.prefix) - self.shift
 
     def final(self) -> np.ndarray:
@@ -84,7 +84,7 @@ class CanvasRow(Row):
         return self._answer(self._own(self.tokens), len(self._rest))
 
     def whole_answer(self) -> np.ndarray:
-        """Every place of the answer of a prompt, masks where nothing is committed."""
+        """Returns every place of the answer to a prompt, with masks where nothing is committed."""
         return self._own(self.tokens)[self._given : self._given + self._most]
 
     def draft(self) -> Draft:
@@ -100,16 +100,16 @@ class CanvasRow(Row):
         return Draft(*parts)
 
     def _answer(self, tokens: np.ndarray, end: int) -> np.ndarray:
-        """Of the rest's tokens those of the answer among the first `end`; of an infilled canvas all before them."""
+        """Returns the answer's tokens among the first `end` of the rest; for an infilling, the canvas up to there."""
         if self._is_infill:
             return np.concatenate([self.prefix, tokens[:end]])
         return tokens[self._given : min(end, self._given + self._most)]
 
     def _width(self, diffusion) -> int:
-        """The width of a block in a table: few different ones, but where draws depend on it."""
+        """Returns the width of a block in a table, rounded up to a few values unless draws depend on it."""
         block = self._plan.block_length
         draws = self.sampling.temperature is not None or self.sampling.alg_temp is not None
-        looks_back = diffusion.shift and self.num_blocks > 1  # at the column before a block, which must not be empty
+        looks_back = diffusion.shift and self.num_blocks > 1  # reads the column before a block; it must not be empty
         return block if draws or looks_back or diffusion.decoding_block else width_bucket(block)
 
     def _mode(self, diffusion) -> str:
@@ -119,11 +119,11 @@ class CanvasRow(Row):
         return {"none": WHOLE, "prompt": PROMPT, "blocks": BLOCKS}[diffusion.exact_cache]
 
     def _lay_out(self) -> None:
-        """The arrays of the row, over the columns of its blocks."""
+        """Creates the arrays of the row, over the columns of its blocks."""
         block, columns = self._plan.block_length, self.num_blocks * self.width
         place = np.arange(len(self._rest))
         self._at = place // block * self.width + place % block
-        self.tokens = np.full(columns, self._mask, np.int32)  # what is not of the row is a mask that nobody fills
+        self.tokens = np.full(columns, self._mask, np.int32)  # unused columns are masks that are never filled
         self.tokens[self._at] = self._rest
         self.valid = np.zeros(columns, bool)
         self.valid[self._at] = True
@@ -136,11 +136,11 @@ class CanvasRow(Row):
         self.probabilities: dict[int, TokenProbability] = {}  # of committed tokens, by column
 
     def _own(self, columns: np.ndarray) -> np.ndarray:
-        """What belongs to the rest's tokens, of an array over columns."""
+        """Selects the entries of the rest's tokens from an array over columns."""
         return columns[self._at]
 
     def all_probabilities(self) -> tuple[TokenProbability, ...]:
-        """Of the tokens that `final` and `answer` give, as far as they are known; given tokens are certain."""
+        """Returns the known probabilities of the tokens in `final` and `answer`; given tokens have probability 1."""
         given = self.prefix.tolist() if self._is_infill else []
         found = [TokenProbability(token, 0.0) for token in given]
         columns = self._at if self._is_infill else self._at[self._given : self._given + self._most]
@@ -153,7 +153,7 @@ class CanvasRow(Row):
 
 
 def _answered(lm: LanguageModel, request: Request) -> tuple[np.ndarray, np.ndarray, Plan]:
-    """(settled prompt, what follows it, plan) as `fill_answers` has them."""
+    """Returns (settled prompt, the rest, plan) of an answer, as in `fill_answers`."""
     diffusion, prompt = lm.diffusion, np.asarray(request.tokens, np.int32)
     most = request.max_new_tokens
     plan = answer_plan(diffusion, most, request.steps, request.block_length, request.sampling)
@@ -164,7 +164,7 @@ def _answered(lm: LanguageModel, request: Request) -> tuple[np.ndarray, np.ndarr
 
 
 def _infilled(lm: LanguageModel, request: Request) -> tuple[np.ndarray, np.ndarray, Plan]:
-    """The same as `fill_masks` has them."""
+    """Returns (settled prompt, the rest, plan) of an infilling, as in `fill_masks`."""
     check_positive("steps", request.steps)
     diffusion, row = lm.diffusion, np.asarray(request.tokens, np.int32)
     if diffusion.gated:

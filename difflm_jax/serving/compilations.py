@@ -1,4 +1,4 @@
-"""How often XLA compiled, from jax's own events: a server that compiles under load is one whose buckets do not fit."""
+"""Counts XLA compilations, from jax's own events. A server that compiles under load has unsuitable buckets."""
 
 import jax
 
@@ -6,14 +6,14 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compilations:
-    """Counts programs that are compiled from now until `close`, by whatever thread."""
+    """Counts the programs that any thread compiles from now until `close`."""
 
     def __init__(self):
         self.count, self._listens = 0, True
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
     def close(self) -> None:
-        """Counts no more; a second time does nothing."""
+        """Stops counting. A second call has no effect."""
         if self._listens:
             self._listens = False
             jax.monitoring.unregister_event_duration_listener(self._hear)

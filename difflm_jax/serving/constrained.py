@@ -1,6 +1,6 @@
-"""Rows of a canvas that are kept to a grammar: what a pass may commit, and what it then commits of its choices.
+"""Canvas rows under a grammar: the tokens that a pass may commit, and which of its choices it commits.
 
-Places are those of the answer. A table's columns have gaps where the row's blocks are shorter than the table's.
+Places count the tokens of the answer. A table's columns have gaps if the row's blocks are shorter than the table's.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from difflm_jax.serving.work import Work
 
 
 def allowed(works: Sequence[Work | None], active_B: np.ndarray, width: int, vocabulary: int) -> np.ndarray:
-    """[B, T, W] uint32: what may be committed in the active block of each row; anything where there is no grammar."""
+    """[B, T, W] uint32: the tokens that may be committed in each row's active block; all without a grammar."""
     found = np.full((len(works), width, words_of(vocabulary)), ALL)
     for slot, row in _rows(works, active_B):
         places, shift = _places(row)
@@ -25,7 +25,7 @@ def allowed(works: Sequence[Work | None], active_B: np.ndarray, width: int, voca
 
 
 def settled(works: Sequence[Work | None], active_B: np.ndarray, attempt: Attempt) -> tuple[np.ndarray, np.ndarray]:
-    """(commit [B, T], tokens [B, T]) of an attempt, with what the grammars of the active rows make of them."""
+    """Applies the grammars of the active rows to an attempt. Returns (commit [B, T] bool, tokens [B, T] int32)."""
     commit, tokens, score = (np.array(x) for x in (attempt.commit, attempt.proposal.tokens, attempt.proposal.score))
     for slot, row in _rows(works, active_B):
         places, shift = _places(row)
@@ -43,12 +43,12 @@ def settled(works: Sequence[Work | None], active_B: np.ndarray, attempt: Attempt
 
 
 def _rows(works: Sequence[Work | None], active_B: np.ndarray) -> list[tuple[int, CanvasRow]]:
-    """(slot, row) of the active rows that have a grammar."""
+    """Returns (slot, row) of the active rows that have a grammar."""
     return [(slot, works[slot].row) for slot in np.flatnonzero(active_B) if works[slot].row.grammar is not None]
 
 
 def _places(row: CanvasRow) -> tuple[range, int]:
-    """(places of the answer in the active block, what is added to one for its column in that block)."""
+    """Returns (places of the answer in the active block, the offset from a place to its column in that block)."""
     start = row.block * row.block_length  # of the block, in the rest
     shift = row.grammar.offset - start
     return range(max(-shift, 0), max(min(row.block_length - shift, row.grammar.most), max(-shift, 0))), shift

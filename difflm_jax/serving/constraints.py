@@ -1,4 +1,4 @@
-"""What an answer must be: `response_format`, `tool_choice`, `diffusion.regex` and `diffusion.choice` as one grammar."""
+"""Converts `response_format`, `tool_choice`, `diffusion.regex` or `diffusion.choice` to the grammar of an answer."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from difflm_jax.serving.schemas import BadRequestError, ChatRequest, CompletionR
 
 
 def grammar_of(body: ChatRequest | CompletionRequest) -> Grammar | None:
-    """The grammar that a body asks for; None: any text. Raises `BadRequestError` for two, and for one that is wrong."""
+    """Returns the grammar of a body; None: any text. Raises `BadRequestError` for two grammars or an invalid one."""
     asked = {name: make for name, make in _asked(body).items() if make is not None}
     if len(asked) > 1:
         raise BadRequestError(f"{' and '.join(asked)} are two grammars for one answer: give one", next(iter(asked)))
@@ -22,7 +22,7 @@ def grammar_of(body: ChatRequest | CompletionRequest) -> Grammar | None:
 
 
 def _asked(body: ChatRequest | CompletionRequest) -> dict:
-    """A function that makes the grammar, by the field that asks for it; None where it does not."""
+    """Maps each field to a function that builds its grammar; None if the field is not set."""
     regex, choice = body.diffusion.regex, body.diffusion.choice
     asked = {
         "diffusion.regex": None if regex is None else lambda: Grammar.regex(regex),
@@ -48,7 +48,7 @@ def _of_format(form: ResponseFormat) -> Grammar:
 
 
 def _of_calls(body: ChatRequest) -> Grammar:
-    """One call of a tool, or several, as `tools.parse_calls` reads them."""
+    """Returns the grammar of one or several tool calls, in the form that `tools.parse_calls` parses."""
     tools: Sequence[Tool] = body.tools or ()
     if isinstance(body.tool_choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
@@ -62,7 +62,7 @@ def _of_calls(body: ChatRequest) -> Grammar:
 
 
 def _schema(tool: Tool) -> dict:
-    """Of the JSON of a call."""
+    """Returns the JSON schema of a call."""
     function = tool.function
     return {
         "type": "object",

@@ -1,7 +1,7 @@
-"""Rows that are continued from left to right: causal decoding, and speculative decoding of any strategy.
+"""Rows that are decoded from left to right: causal decoding, and speculative decoding with any strategy.
 
-A pass is that of `sampling.speculative.Loop`, whose question to the model all rows ask together. What follows from the
-answer is computed for each group of options, and each row takes its own.
+A pass is that of `sampling.speculative.Loop`. All rows share its forward pass. The update after it is computed for each
+group of options, and each row takes that of its group.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ from difflm_jax.serving.work import Row, Work, key_of
 
 
 class ContinuedRow(Row):
-    """Known tokens, prompt first, and counts of passes. Raises `UserError` for what cannot be answered."""
+    """The known tokens of a row, prompt first, and its counts of passes. Raises `UserError` for invalid requests."""
 
     def __init__(self, lm: LanguageModel, request: Request):
         is_speculative = request.sampling.algorithm == SPECULATIVE
         self.drafting = drafting_of(lm.diffusion, request.sampling, request.block_length) if is_speculative else PLAIN
-        if not is_speculative:  # refuses what `generate` does
+        if not is_speculative:  # raises the same errors as `generate`
             answer_plan(lm.diffusion, request.max_new_tokens, request.steps, request.block_length, request.sampling)
-        if request.logprobs is not None:  # they follow a chain
+        if request.logprobs is not None:  # log-probabilities need a single chain
             self.drafting = dataclasses.replace(self.drafting, beside=0)
         if request.logprobs is not None and self.drafting.strategy == "tree":
             raise UserError("logprobs: strategy='tree' keeps none: take another strategy")
@@ -124,21 +124,21 @@ class Continued(Table):
                 carry, errors = kept_by(carry, np.asarray(before), matchers, self._weights.decoder.eos_token_ids)
                 self._fail(errors)
             if self.candidates() is not None:
-                new = carry.lengths - before  # a pass that verifies appends further ones
+                new = carry.lengths - before  # the verifying pass of a cycle appends more tokens
                 found.append((before, new, _probabilities(carry.tokens, before, logits, self.candidates())))
             failed |= np.asarray(rows_with_nan(logits)) & ~np.asarray(before_done)
         self._drafts = carry.drafts
         self._take(jax.device_get(carry.replace(drafts=None)), jax.device_get(found), failed)
 
     def _matchers(self) -> dict[int, tuple[Matcher, int]]:
-        """(matcher, limit) of each row under a grammar."""
+        """Returns {slot: (matcher, limit)} of each unfinished row under a grammar."""
         rows = {slot: work.row for slot, work in enumerate(self.slots) if work is not None}
         return {
             slot: (row.matcher, row.limit) for slot, row in rows.items() if row.matcher and not (row.done or row.error)
         }
 
     def _within(self, logits: jax.Array, carry: Carry, rows: "RowData", drafts_now: bool) -> jax.Array:
-        """Logits of what the grammars of the rows allow."""
+        """Sets logits to -inf where the grammars of the rows do not allow the token."""
         if not (matchers := self._matchers()):
             return logits
         nodes, spec = (), self._spec
@@ -204,7 +204,7 @@ class Continued(Table):
         )
 
     def _resize(self, new: Work | None = None) -> None:
-        """As many rows and columns as the requests need, `new` among them; never fewer columns while there are some."""
+        """Resizes the table to the rows and columns that its requests and `new` need. Columns never shrink."""
         works = [*self.works, *([] if new is None else [new])]
         longest = max(work.row.limit for work in works) + self._spec.drafting.deepest + 1
         chunk = self._prefill.chunk
@@ -227,13 +227,13 @@ class Continued(Table):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is compiled for, besides shapes and options."""
+    """The static arguments of the compiled functions, other than shapes and options."""
 
     drafting: Drafting
     vocabulary: int
 
     def loop(self, weights: Weights, rows: "RowData", sampling: Sampling) -> Loop:
-        """The loop over one pass, whose cache is what the pass is to write."""
+        """Returns the loop for one pass. Its cache after the pass is the columns to write."""
         decoder = weights.decoder
         return Loop(
             model=Predictor(predict=None, write=lambda _, kept, __: kept),
@@ -250,7 +250,7 @@ class Spec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowData:
-    """What does not change while a row is decoded."""
+    """The constants of each row while it is decoded."""
 
     limits: jax.Array  # [B] int32
     keys: jax.Array  # [B, 2] uint32
@@ -261,7 +261,7 @@ class RowData:
 def _ask(
     spec: Spec, weights: Weights, columns: Columns, carry: Carry, rows: RowData, drafts_now: bool
 ) -> tuple[jax.Array, Columns]:
-    """(logits [B, N, V], keys and values) of the rows of the pass."""
+    """Runs the model on the rows of a pass. Returns (logits [B, N, V], keys and values)."""
     loop = spec.loop(weights, rows, Sampling())
     asked = loop.rows_to_draft(carry) if drafts_now else loop.rows_to_verify(carry)
     variables, owner_BR = weights.of(rows.index)
@@ -272,14 +272,14 @@ def _ask(
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _proposed(spec: Spec, weights: Weights, carry: Carry, rows: RowData) -> tuple[jax.Array, ...]:
-    """(tokens, parents, valid) [B, Q] of what a verifying pass proposes."""
+    """Returns (tokens, parents, valid) [B, Q] of the nodes that a verifying pass verifies."""
     nodes = spec.loop(weights, rows, Sampling()).nodes(carry)
     return nodes.tokens, nodes.parents, nodes.valid
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "drafts_now"))
 def _advanced(spec: Spec, weights: Weights, carry: Carry, rows: RowData, answer: tuple, drafts_now: bool) -> Carry:
-    """The carry after a pass under one set of options; its cache is what is to be written."""
+    """Returns the carry after a pass under one set of options; its cache is the columns to write."""
     logits, kept, sampling = answer
     loop = spec.loop(weights, rows, sampling)
     if drafts_now:
@@ -293,7 +293,7 @@ def _advanced(spec: Spec, weights: Weights, carry: Carry, rows: RowData, answer:
 
 @jax.jit
 def _each_its_own(groups: list[jax.Array], carries: list[Carry]) -> Carry:
-    """For each row the carry of its group."""
+    """Selects for each row the carry of its group."""
 
     def choose(axis: int, *leaves: jax.Array) -> jax.Array:
         chosen = leaves[0]
@@ -310,7 +310,7 @@ def _each_its_own(groups: list[jax.Array], carries: list[Carry]) -> Carry:
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _fresh_drafts(spec: Spec, weights: Weights, batch: int) -> Drafts | None:
-    """Drafts that are none, with room for the distributions of those that are drawn."""
+    """Returns empty drafts, with room for the logits of drawn ones."""
     lengths = jnp.ones(batch, jnp.int32)
     rows = RowData(lengths, jnp.zeros((batch, 2), jnp.uint32), lengths)
     loop = spec.loop(weights, rows, Sampling(temperature=jnp.ones(batch)))
@@ -329,7 +329,7 @@ def _without_drafts(drafts: Drafts | None, slot: jax.Array) -> Drafts | None:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _probabilities(tokens_BT: jax.Array, before_B: jax.Array, logits: jax.Array, candidates: int):
-    """`most_probable` of the tokens that a pass appended, each under the logits that it was taken from."""
+    """`most_probable` of the tokens that a pass appended, each under the logits that it was chosen from."""
     step = jnp.arange(logits.shape[1])
     index = jnp.minimum(before_B[:, None] + step, tokens_BT.shape[1] - 1)
     return most_probable(logits, jnp.take_along_axis(tokens_BT, index, axis=1), candidates)

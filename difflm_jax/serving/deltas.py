@@ -1,22 +1,21 @@
-"""The part of an answer that can be sent: final from the left, and safe for what may still follow.
+"""Deltas of a streamed answer: text that is final and that later tokens cannot change.
 
-A client joins deltas, and nothing that was sent can be taken back. So text waits while it could be the beginning of a
-stop string, of a tool call, or of a character whose bytes are not complete, and while the tokenizer's decoder could
-still change it.
+A client concatenates deltas, so sent text cannot be revoked. Text waits while it could be the start of a stop string or
+tool call, or an incomplete character. It also waits while the tokenizer's decoder could still change it.
 """
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-# What `clean_up_tokenization_spaces` of transformers replaces; each begins with a space that then disappears.
+# Texts that `clean_up_tokenization_spaces` of transformers replaces: each loses its first space.
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Deltas:
-    """The deltas of one answer. `ends`: texts before which the answer's content ends (stop strings, tool calls)."""
+    """The deltas of one answer. `ends`: texts that end the answer's content (stop strings, tool calls)."""
 
     def __init__(self, tokenizer: Any, ends: Sequence[str] = ()):
         self._tokenizer, self._ends, self._sent = tokenizer, tuple(ends), ""
@@ -24,11 +23,11 @@ class Deltas:
         self._waits = (*self._ends, *cleaned)
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """What can be sent after the answer's first `tokens` are final; often nothing."""
+        """Returns the text that can be sent once the answer's first `tokens` are final; often empty."""
         return self._send(self._safe(self._text(self._complete(list(tokens)))))
 
     def finish(self, text: str) -> str:
-        """The rest, once the whole `text` of the answer is known."""
+        """Returns the rest, given the whole `text` of the answer."""
         return self._send(text)
 
     def _send(self, text: str) -> str:
@@ -42,7 +41,7 @@ class Deltas:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _complete(self, tokens: list[int]) -> list[int]:
-        """`tokens` without the bytes at their end: a decoder of single bytes reads a run of them as a whole."""
+        """Drops byte tokens at the end of `tokens`, because the decoder converts a run of them as a whole."""
         pieces = self._tokenizer.convert_ids_to_tokens(tokens)
         end = len(pieces)
         while end and _BYTE.fullmatch(pieces[end - 1] or ""):
@@ -56,5 +55,5 @@ class Deltas:
 
 
 def _overlap(text: str, end: str) -> int:
-    """How many characters at the end of `text` begin `end`."""
+    """Returns the length of the longest suffix of `text` that is a prefix of `end`."""
     return next((size for size in range(min(len(text), len(end)), 0, -1) if text.endswith(end[:size])), 0)

@@ -1,8 +1,8 @@
-"""The engine: one thread owns the device and answers the requests of a queue, many at once.
+"""The engine: one thread owns the device and answers queued requests, many at once.
 
-Callers `submit` a `Request` and read its `Ticket`; any number of threads and event loops may. Requests that can share
-forward passes share a table (`continued`, `filled`), whatever their options; they join it and leave it between two
-passes. A row's tokens do not depend on the others. A request that cannot be answered fails alone.
+Callers `submit` a `Request` and read its `Ticket`, from any number of threads and event loops. Requests that can share
+forward passes share a table (`continued`, `filled`), whatever their options. They join and leave it between two passes.
+A row's tokens do not depend on the others. If a request fails, the others continue.
 """
 
 import collections
@@ -35,13 +35,13 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How much an engine takes on. `rows`: requests that run at once, of all models; `queue`: those that wait."""
+    """Limits of an engine. `rows`: requests that run at once, over all models; `queue`: requests that wait."""
 
     rows: int = 8
     queue: int = 64
-    cache_bytes: int = 512 << 20  # of kept beginnings of prompts; 0: none are kept
-    warmup: bool = False  # compiles, before the first request, what short requests need
-    chunk: int = 64  # tokens of a prompt that run at once, and that are kept or not
+    cache_bytes: int = 512 << 20  # size of the prefix cache; 0: off
+    warmup: bool = False  # compile the programs of short requests before the first request
+    chunk: int = 64  # tokens of a prompt per pass, and per entry of the prefix cache
 
 
 class Engine:
@@ -65,7 +65,7 @@ class Engine:
             self.warm_up()
 
     def submit(self, request: Request) -> Ticket:
-        """Queues a request. Raises `Busy` if the queue is full, `UserError` for what cannot be answered."""
+        """Queues a request. Raises `Busy` if the queue is full, `UserError` for an invalid request."""
         work = self._prepared(request)
         with self._changed:
             if not self._accepts:
@@ -78,10 +78,10 @@ class Engine:
         return work.ticket
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start, and what is waiting and running now.
+        """Returns counts since the start, and the requests waiting and running now.
 
-        `batches`: passes by the number of rows that took part. `cache_asked`, `cache_found`: tokens of prompts that
-        could have been kept, and that were.
+        `batches`: passes by their number of rows. `cache_asked`, `cache_found`: prompt tokens that were looked up in
+        the prefix cache, and those found.
         """
         kept = self._beginnings
         with self._changed:
@@ -98,7 +98,7 @@ class Engine:
             }
 
     def warm_up(self) -> None:
-        """Compiles for short requests to every model, of 1, 2, 4, ... rows."""
+        """Compiles the programs of short requests to every model, with 1, 2, 4, ... rows."""
         for name in {family.names[0] for family in self._families.values()}:
             lm = self.models[name]
             sampling = sampling_options(lm.attention, lm.algorithm, {})
@@ -107,7 +107,7 @@ class Engine:
             while rows <= self.options.rows:
                 tickets = [self.submit(dataclasses.replace(request, copy=copy)) for copy in range(rows)]
                 for ticket in tickets:
-                    next(iter(ticket))  # after a pass all is compiled
+                    next(iter(ticket))  # everything is compiled after one pass
                     ticket.cancel()
                 for ticket in tickets:
                     ticket.result()
@@ -115,17 +115,17 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
+        """Whether the engine's thread is running."""
         return self._thread.is_alive()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Takes no further requests and waits for those that it has; False if the time was too short."""
+        """Stops accepting requests and waits for the accepted ones to finish. Returns False on timeout."""
         with self._changed:
             self._accepts = False
             return self._changed.wait_for(lambda: not self._waiting and not self._running, timeout)
 
     def close(self) -> None:
-        """Cancels what is left, and ends the thread."""
+        """Cancels the remaining requests and ends the thread."""
         with self._changed:
             self._accepts, self._ends = False, True
             for work in (*self._waiting, *self._running):
@@ -155,11 +155,11 @@ class Engine:
         return Work(Ticket(request), lm, family, family.index(request.model), _row(lm, request))
 
     def _has_room(self) -> bool:
-        """Whether a request would get a row or a place in the queue; those that are about to get a row take none."""
+        """Whether a request would get a row or a place in the queue. Requests about to get a row use no place."""
         return len(self._waiting) + len(self._running) < self.options.rows + self.options.queue
 
     def _guess(self) -> float:
-        """Seconds until the queue is shorter, from how long the running requests have taken so far."""
+        """Estimates the seconds until the queue is shorter: the mean age of the running requests."""
         times = [time.monotonic() - work.submitted for work in self._running]
         return max(1.0, sum(times) / max(len(times), 1))
 
@@ -179,7 +179,7 @@ class Engine:
                     self._pass(key, table)
 
     def _next(self) -> list[Work]:
-        """Takes from the queue what there are rows for, and what is cancelled or late."""
+        """Dequeues requests while there are free rows, and all that are cancelled or late."""
         admitted = []
         for work in list(self._waiting):
             if len(self._running) < self.options.rows or work.why_to_cancel():
@@ -200,7 +200,7 @@ class Engine:
         works = table.works
         try:
             table.step()
-        except Exception as error:  # nobody knows whose fault it is: all rows of this pass end, other tables go on
+        except Exception as error:  # the cause is unknown: all rows of this pass fail, other tables continue
             log.exception("a forward pass failed")
             del self._tables[key]
             for work in works:
@@ -219,7 +219,7 @@ class Engine:
             self._finish(work, finished)
 
     def _alone(self, work: Work, action: Any) -> None:
-        """Does something for one request, which fails alone."""
+        """Runs `action` for one request. If it raises, only this request fails."""
         try:
             action()
         except Exception as error:
@@ -239,7 +239,7 @@ class Engine:
         work.ticket.finish(finished)
 
     def _table(self, work: Work) -> Table:
-        """The table whose passes a request can take part in."""
+        """Returns the table that can run a request; creates it if needed."""
         row, family = work.row, work.family
         kind = row.drafting if isinstance(row, ContinuedRow) else (row.mode, row.width, row.is_guided)
         key = (id(family), kind)
@@ -260,7 +260,7 @@ class Engine:
 
 
 def _row(lm: LanguageModel, request: Request) -> Row:
-    """The row of a request, by the loop that `lm.generate` would take."""
+    """Returns the row of a request, for the loop that `lm.generate` would use. Raises `UserError`."""
     if request.sampling.verify is not None:
         raise UserError("verify: this server does not verify by a base yet; lm.generate(verify='base') does")
     if request.infill:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: a status, and an object with message, type, param and code."""
+"""Errors in OpenAI's format: a status, and an object with message, type, param and code."""
 
 import math
 from typing import Any
@@ -10,11 +10,11 @@ from difflm_jax.serving.requests import Busy, Finished
 from difflm_jax.serving.schemas import BadRequestError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
-_FINAL = (408, 500, 504)  # statuses after which these clients would try again, at the same cost
+_FINAL = (408, 500, 504)  # OpenAI's clients would retry these statuses, at the same cost
 
 
 class RefusedError(Exception):
-    """A request that is answered by an error of status `status`."""
+    """Raised to answer a request with an error of status `status`."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
@@ -22,7 +22,7 @@ class RefusedError(Exception):
 
 
 def failure(finished: Finished) -> RefusedError | None:
-    """The error of a request that ended without an answer."""
+    """Returns the error of a request that ended without an answer; None if it has one."""
     if finished.finish_reason == "cancelled":
         return RefusedError(504, finished.error or "the request was cancelled", "timeout")
     if finished.finish_reason == "failed":
@@ -31,13 +31,13 @@ def failure(finished: Finished) -> RefusedError | None:
 
 
 def error_object(error: RefusedError) -> dict[str, Any]:
-    """The body of an error, and the data of the event that ends a stream."""
+    """Returns the body of an error, which is also the data of the event that ends a stream."""
     kind = _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 def error_response(error: Exception) -> JSONResponse:
-    """The response to what a handler raised."""
+    """Returns the response to an exception of a handler."""
     headers: dict[str, str] = {}
     if isinstance(error, Busy):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

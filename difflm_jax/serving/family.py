@@ -1,6 +1,6 @@
-"""Models that share weights and rules: rows of any of them take part in one forward pass.
+"""Families of models that share weights and rules. Rows of all members share one forward pass.
 
-The adapters of a family are joined into one, and the gate of a row leaves it its own (`models.lora.joined_adapters`).
+The adapters of a family are joined into one, and each row's gate selects its own (`models.lora.joined_adapters`).
 """
 
 import dataclasses
@@ -20,28 +20,28 @@ from difflm_jax.sampling.caches import Decoder
 
 @struct.dataclass
 class Weights:
-    """The arrays of a family, and what is static about it. X: its members; R: inner values of all their adapters."""
+    """The arrays and static data of a family. X: members; R: total rank of their adapters."""
 
     decoder: Decoder
-    owners: jax.Array | None = None  # [X, R] bool, the inner values of each member; None: it has one member
-    mask_rows: jax.Array | None = None  # [X, D], the embedding of the mask token of each member
+    owners: jax.Array | None = None  # [X, R] bool, the ranks that belong to each member; None: there is one member
+    mask_rows: jax.Array | None = None  # [X, D], each member's embedding of the mask token
 
     def of(self, index_B: jax.Array) -> tuple[dict[str, Any], jax.Array | None]:
-        """(variables, gate [B, R]) for rows of these members; the gate is None where there is one member."""
+        """Returns (variables, gate [B, R]) for rows of these members. The gate is None if there is one member."""
         if self.owners is None:
             return self.decoder.variables, None
         lora = {**self.decoder.variables["lora"], "mask_row": self.mask_rows[index_B][:, None]}
         return {**self.decoder.variables, "lora": lora}, self.owners[index_B]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 logits [..., V]; that of the mask token, which is never drawn, is the base's."""
+        """float32 logits [..., V]. The mask token, which is never drawn, has the base's logit."""
         decoder = self.decoder
         return head_logits(decoder.model.config, decoder.variables["params"], None, None, hidden)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """Models by name, in the order of their numbers."""
+    """The weights of a family and its members' names, in index order."""
 
     weights: Weights
     names: tuple[str, ...]
@@ -51,17 +51,17 @@ class Family:
 
 
 def families(models: Mapping[str, LanguageModel]) -> list[Family]:
-    """`models` grouped by what a batch must share. Raises `UserError` for a model that is divided over devices."""
+    """Groups models that can share a batch. Raises `UserError` for a model that is sharded over devices."""
     groups: dict[Any, list[str]] = {}
     for name, lm in models.items():
         if lm.mesh is not None:
             raise UserError(f"model {name}: it is divided over devices; the server runs on one: load it without a mesh")
-        # What only says how to decode by default may differ.
+        # Defaults of decoding may differ within a family.
         rules = dataclasses.replace(lm.diffusion, algorithm="confidence", draft_length=0)
         ends = (lm.eos_token_ids, lm.pad_token_id)
         key = (id(lm.params), lm.model.clone(lora=None), rules, ends)
         if lm.lora is None and rules.attention == "causal":
-            key = (*key, "base")  # decodes by another loop, which reads no adapter
+            key = (*key, "base")  # a causal base uses another loop, which reads no adapter
         groups.setdefault(key, []).append(name)
     return [_family({name: models[name] for name in names}) for names in groups.values()]
 

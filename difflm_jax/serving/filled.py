@@ -1,13 +1,13 @@
-"""Rows of masks that diffusion fills. Each is in a block and a pass of its own, so a row may join at any pass.
+"""Rows of masks that diffusion fills. Each row has its own block and pass, so it may join at any pass.
 
-A pass runs over columns that its mode names, and gives the logits of each row's active block:
+A pass runs over the columns of its mode, and returns the logits of each row's active block:
 
   whole   the whole canvas, under any rule
-  prompt  under `prefix` attention: the answer, beside the columns of the prompt
-  blocks  under `block`, `block_causal` and `causal` attention: one block, beside the columns of all that is finished.
-          A row that is done with a block runs it once more, while others are filled, and so writes its columns.
+  prompt  under `prefix` attention: the answer, with the cached columns of the prompt
+  blocks  under `block`, `block_causal` and `causal` attention: one block, with the cached columns of finished ones.
+          A finished block runs once more, while other rows are filled, to write its columns
 
-What a row does with its logits is `sampling.loop.Loop`'s, as a batch of one with the row's own options.
+Each row's logits are processed by `sampling.loop.Loop`, as a batch of one with the row's own options.
 """
 
 import functools
@@ -88,11 +88,11 @@ class Filled(Table):
             self._take(jax.device_get((carry, found)), active, plan)
         if self._mode == BLOCKS:
             for slot, work in enumerate(self.slots):
-                if work is not None:  # of a block that is not finished only the token before it is final
+                if work is not None:  # before a block is finished, only the token before it is final
                     work.row.written = int(starts[slot]) + work.row.shift + self._width * int(is_behind[slot])
 
     def _constrained(self, plan: Plan, carry: Carry, step: tuple) -> tuple[Carry, "Found"]:
-        """`_advanced` where rows have grammars: the host has its say between what a pass proposes and what it does."""
+        """`_advanced` for rows with grammars: between proposal and commit, the host applies the grammars."""
         *_, logits, active = step
         bits = constrained.allowed(self.slots, active, self._width, logits.shape[-1])
         attempt = _attempted(self._weights, plan, carry, step, bits)
@@ -100,7 +100,7 @@ class Filled(Table):
         return _settled(self._weights, plan, carry, step, (attempt, *choice), self.candidates())
 
     def _take(self, result: tuple[Carry, "Found"], active: np.ndarray, plan: Plan) -> None:
-        """Hands each row of a group what its pass made of it."""
+        """Copies the results of a pass to each active row of a group."""
         carry, found = result
         for slot in np.flatnonzero(active):
             work = self.slots[slot]
@@ -125,9 +125,9 @@ class Filled(Table):
             row.logprobs = row.all_probabilities()
 
     def _plan(self) -> Plan:
-        """The shape of a pass. What costs it no time is never less than before, so that less is compiled."""
+        """Returns the shape of a pass. Sizes that cost no time never shrink, to limit compilations."""
         rows, least = [work.row for work in self.works], self._least
-        # One block more than is needed, so that the first window reaches no column before the canvas.
+        # One extra block, so that the first window does not start before the canvas.
         longest = max(self._width + 1 if self._mode == BLOCKS else 1, *(len(row.prefix) for row in rows))
         prompt, blocks = room_bucket(longest, 16), _blocks_bucket(max(row.num_blocks for row in rows))
         passes = max(least.steps_per_block, *(row.quotas.shape[1] for row in rows))
@@ -146,7 +146,7 @@ class Filled(Table):
         quotas = np.zeros((batch, blocks, plan.steps_per_block), np.int32)
         for slot, work in enumerate(self.slots):
             if work is None:
-                valid[slot, first] = True  # so that there is something to attend to
+                valid[slot, first] = True  # attention needs at least one valid key
                 continue
             row = work.row
             valid[slot, first - len(row.prefix) : first] = True
@@ -184,7 +184,7 @@ class Filled(Table):
         )
 
     def _resize(self, new: Work | None = None) -> None:
-        """As many rows and columns as the requests need, `new` among them."""
+        """Resizes the table to the rows and columns that its requests and `new` need."""
         works = [*self.works, *([] if new is None else [new])]
         chunk = self._prefill.chunk
         longest = max(len(work.row.prefix) + work.row.num_blocks * self._width for work in works)
@@ -206,7 +206,7 @@ class Filled(Table):
 
 
 def _block_to_run(work: Work) -> np.int32:
-    """The active block, or the one before it where its columns are still to be written."""
+    """Returns the block to run: the active one, or the one before it if its columns are not written yet."""
     row = work.row
     if row.mode != BLOCKS:
         return np.int32(row.block)
@@ -215,13 +215,13 @@ def _block_to_run(work: Work) -> np.int32:
 
 
 def _blocks_bucket(blocks: int) -> int:
-    """The blocks of a canvas that are compiled for: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    """Rounds a number of blocks up to one that is compiled for: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
     return next(n for power in range(32) for n in (1 << power, 3 << power >> 1) if n >= max(blocks, 1))
 
 
 @struct.dataclass
 class FilledRows:
-    """What does not change while a row is filled. J: blocks."""
+    """The constants of each row while it is filled. J: blocks."""
 
     valid: jax.Array  # [B, L] bool
     fillable: jax.Array  # [B, L] bool
@@ -234,7 +234,7 @@ class FilledRows:
 
 @struct.dataclass
 class Found:
-    """What a pass found in the active blocks, T wide."""
+    """The results of a pass for the active blocks of width T."""
 
     tokens: jax.Array  # [B, T] int32, proposed
     unfinished: jax.Array  # [B] bool
@@ -244,8 +244,9 @@ class Found:
 
 @functools.partial(jax.jit, static_argnames=("plan", "mode"))
 def _looked(weights: Weights, plan: Plan, mode: str, asked: tuple, columns: Columns | None) -> tuple[Any, ...]:
-    """(logits [B, T, V] of block `place` of each row, keys and values of what ran, where they belong [B]).
+    """Runs one block of each row through the model.
 
+    Returns (logits [B, T, V] of block `place`, keys and values of the columns that ran, their first column [B]).
     `asked`: (rows, tokens [B, L], place [B], whether that block is finished [B], guidance [B] or None).
     """
     rows, tokens_BL, place_B, is_finished_B, scale_B = asked
@@ -267,7 +268,7 @@ def _looked(weights: Weights, plan: Plan, mode: str, asked: tuple, columns: Colu
     step = jnp.arange(length + diffusion.shift)
     window_BT = start_B[:, None] + step
     valid_BT = jnp.take_along_axis(rows.valid, window_BT, axis=1)
-    # The token before the window, which predicts its first one, belongs to what is finished: it sees itself alone.
+    # The token before the block, which predicts its first one, is finished: within the window it sees only itself.
     sees_TT = (step >= diffusion.shift)[:, None] | (step == 0)
     sees_BTT = sees_TT & valid_BT[:, None]
     if diffusion.finished_is_prompt:
@@ -289,7 +290,7 @@ def _looked(weights: Weights, plan: Plan, mode: str, asked: tuple, columns: Colu
 
 
 def _whole(weights: Weights, rows: FilledRows, tokens_BL, predicting_BT, scale_B: jax.Array | None) -> jax.Array:
-    """Logits of a pass over the whole canvas; with guidance every row has a twin whose given tokens are masked."""
+    """Logits of a pass over the whole canvas. With guidance, every row has a twin whose given tokens are masked."""
     decoder = weights.decoder
     index_B, valid_BL, prompts_B = rows.index, rows.valid, rows.prompt_lengths
     if scale_B is not None:
@@ -312,7 +313,7 @@ def _whole(weights: Weights, rows: FilledRows, tokens_BL, predicting_BT, scale_B
 
 @functools.partial(jax.jit, static_argnames=("plan", "candidates"))
 def _advanced(weights: Weights, plan: Plan, carry: Carry, step: tuple, candidates: int | None) -> tuple[Carry, Found]:
-    """The carry after a pass, in which the active rows of one set of options took part.
+    """Applies a pass to the active rows of one set of options. Returns (carry, results).
 
     `step`: (rows, options with a value per row, logits [B, T, V], active [B]).
     """
@@ -329,7 +330,7 @@ def _advanced(weights: Weights, plan: Plan, carry: Carry, step: tuple, candidate
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _attempted(weights: Weights, plan: Plan, carry: Carry, step: tuple, allowed_BTW: jax.Array) -> Attempt:
-    """What a pass would do to the active blocks within what is allowed there; `step` as for `_advanced`."""
+    """Returns the attempt of a pass on the active blocks, under the allowed tokens; `step` as in `_advanced`."""
     rows, sampling, logits_BTV, _ = step
 
     def one(carry: Carry, row: FilledRows, sampling: Sampling, logits_TV: jax.Array, allowed_TW: jax.Array) -> Attempt:
@@ -342,7 +343,7 @@ def _attempted(weights: Weights, plan: Plan, carry: Carry, step: tuple, allowed_
 
 @functools.partial(jax.jit, static_argnames=("plan", "candidates"))
 def _settled(weights, plan: Plan, carry: Carry, step: tuple, choice: tuple, candidates: int | None):
-    """`_advanced` from the attempt on. `choice`: (attempt, what is committed [B, T] bool, tokens [B, T])."""
+    """Completes `_advanced` after an attempt. `choice`: (attempt, commit [B, T] bool, tokens [B, T])."""
     rows, sampling, logits_BTV, active_B = step
     attempt, commit_BT, tokens_BT = choice
     probability_BT = jax.nn.sigmoid(log_odds(attempt.proposal.logits, tokens_BT, None))
@@ -359,7 +360,7 @@ def _settled(weights, plan: Plan, carry: Carry, step: tuple, choice: tuple, cand
 
 
 def _loop(weights: Weights, plan: Plan, carry: Carry, of_row: tuple) -> tuple[Loop, Carry]:
-    """The loop of one row, (row, options, logits [T, V]), as a batch of its own, and the row's carry."""
+    """Returns (loop, carry) of one row as a batch of one. `of_row`: (row, options, logits [T, V])."""
     row, sampling, logits_TV = of_row
     decoder = weights.decoder
     key = jax.random.wrap_key_data(row.keys)
@@ -378,12 +379,12 @@ def _loop(weights: Weights, plan: Plan, carry: Carry, of_row: tuple) -> tuple[Lo
 
 
 def _of_row(carry: Carry) -> Carry:
-    """The carry of a batch of one as that of its row."""
+    """Removes the batch axis from the carry of a batch of one."""
     return jax.tree.map(lambda x: x[0], carry)
 
 
 def _found(carry: Carry, after: Carry, proposed: tuple, step: tuple, candidates: int | None) -> tuple[Carry, Found]:
-    """(`after` in the active rows, else `carry`; what was found)."""
+    """Returns (`after` in the active rows and `carry` in the others, the results of the pass)."""
     tokens, distributions, unfinished = proposed
     logits_BTV, active_B = step
     after = jax.tree.map(

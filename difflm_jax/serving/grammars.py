@@ -1,7 +1,7 @@
-"""Rows that are continued under a grammar: what may come next is a mask of logits, and what came moves a matcher.
+"""Left-to-right rows under a grammar: allowed tokens mask the logits, and appended tokens advance a matcher.
 
-The logits after the last token and after every proposed one are masked, so what is accepted is what the base chooses
-among the tokens that the grammar allows there.
+The logits after the last token and after every proposed one are masked. So accepted tokens are the base's choices among
+those that the grammar allows.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from difflm_jax.serving.requests import Request
 
 
 def matcher_of(lm: LanguageModel, request: Request) -> Matcher | None:
-    """A matcher at the beginning of the answer, if the request has a grammar. Raises `UserError`."""
+    """Returns a matcher at the start of the answer; None without a grammar. Raises `UserError`."""
     if request.grammar is None:
         return None
     if request.sampling.eos_penalty is not None or not request.sampling.stop_at_eos:
@@ -30,9 +30,9 @@ def matcher_of(lm: LanguageModel, request: Request) -> Matcher | None:
 
 
 def allowed(matcher: Matcher, left: int, nodes: tuple[np.ndarray, ...], vocabulary: int, ends: tuple[int, ...]) -> Any:
-    """[1 + Q, V] bool: what may follow the last token, and each of Q proposed `nodes` (tokens, parents, valid).
+    """[1 + Q, V] bool: tokens that may follow the last one, and each of Q proposed `nodes` (tokens, parents, valid).
 
-    `left`: tokens that the row may still have. What cannot be accepted is followed by anything: nobody reads it.
+    `left`: tokens left in the row's budget. Nodes that cannot be accepted get a full mask, which is unused.
     """
     places: list[tuple[Matcher, int] | None] = [(matcher, left)]
     masks = [_unpacked(matcher.allowed(left), vocabulary)]
@@ -49,9 +49,10 @@ def allowed(matcher: Matcher, left: int, nodes: tuple[np.ndarray, ...], vocabula
 def kept(
     carry: Carry, before_B: np.ndarray, rows: Mapping[int, tuple[Matcher, int]], ends: tuple[int, ...]
 ) -> tuple[Carry, dict[int, str]]:
-    """(the carry after a pass, with the tokens that the matchers of `rows` {row: (matcher, limit)} keep, what failed).
+    """Advances the matchers of `rows` {row: (matcher, limit)} over the tokens that a pass appended.
 
-    What failed is {row: why}; the row's tokens are left as the pass made them.
+    Returns (the carry with the tokens that the matchers keep, {row: error} of failures). A failed row's tokens are
+    unchanged.
     """
     tokens, lengths, done = (np.array(x) for x in (carry.tokens, carry.lengths, carry.done))
     failed: dict[int, str] = {}
@@ -73,7 +74,7 @@ def kept(
 
 @jax.jit
 def within(logits: jax.Array, allowed_BNV: jax.Array) -> jax.Array:
-    """Logits [B, M, V] whose first N places hold -inf where a token may not come."""
+    """Sets the first N places of logits [B, M, V] to -inf where a token is not allowed."""
     count = allowed_BNV.shape[1]
     return jnp.concatenate([jnp.where(allowed_BNV, logits[:, :count], -jnp.inf), logits[:, count:]], axis=1)
 

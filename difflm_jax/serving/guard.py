@@ -1,4 +1,4 @@
-"""Who may ask, and how much: the key, the Host header, the size and the time of a body."""
+"""Access control: the API key, the Host header, and the size and time limits of a body."""
 
 import asyncio
 import base64
@@ -13,15 +13,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from difflm_jax.serving.errors import RefusedError, error_response
 from difflm_jax.serving.options import ServeOptions
 
-# Without a key: what only says whether the process lives.
+# Routes that need no key: they only report whether the process is alive.
 OPEN_ROUTES = ("/health",)
 
 
 class Guard:
-    """ASGI middleware in front of every route: a wrong Host is 421, a missing or wrong key 401.
+    """ASGI middleware for every route: a wrong Host is answered by 421, a missing or wrong key by 401.
 
-    The Host is checked because a page of another site can make its own name point to this machine. The key comes as
-    `Authorization: Bearer KEY`, or as the password of Basic authentication, which a browser asks for.
+    The Host is checked against DNS rebinding: a page of another site can point its own name to this machine. The key is
+    sent as `Authorization: Bearer KEY`, or as the password of Basic authentication, which a browser prompts for.
     """
 
     def __init__(self, app: ASGIApp, options: ServeOptions):
@@ -29,7 +29,7 @@ class Guard:
         self._key = _digest(options.api_key.encode()) if options.api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers the request itself, or hands it on."""
+        """Rejects the request, or passes it on."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
@@ -55,20 +55,20 @@ class Guard:
 
 
 def _digest(key: bytes) -> bytes:
-    """Keys of any length compare in the same time."""
+    """Hashes a key, so that keys of any length compare in the same time."""
     return hashlib.sha256(key).digest()
 
 
 def _host(header: str) -> str:
-    """The name in a Host header, without its port."""
+    """Returns the lowercase name in a Host header, without its port."""
     name, bracket, _ = header.partition("]")
     return (name + bracket if bracket else header.rpartition(":")[0] or header).lower()
 
 
 async def read_body(request: HttpRequest, options: ServeOptions) -> bytes:
-    """The body of a request that says it is JSON. Raises `RefusedError` if it is too large or too slow."""
+    """Returns the body of a JSON request. Raises `RefusedError` if it is of another type, too large or too slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a form, which a page of another site could send, is of another type
+    if kind != "application/json":  # rejects forms, which a page of another site could send
         raise RefusedError(415, "the body must be JSON: Content-Type: application/json", "unsupported_media_type")
     body = bytearray()
     try:

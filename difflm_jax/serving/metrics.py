@@ -1,4 +1,4 @@
-"""Figures for Prometheus: requests by route and status, seconds, tokens, and what the engine counts."""
+"""Prometheus metrics: requests by route and status, seconds, tokens, and the engine's counts."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ _PER_PASS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Metrics:
-    """The figures of one server; `stats` gives those of its engine."""
+    """The metrics of one server; `stats` returns those of its engine."""
 
     def __init__(self, stats: Callable[[], Mapping[str, Any]]):
         self._registry = CollectorRegistry()
@@ -35,16 +35,16 @@ class Metrics:
         self._registry.register(_EngineStats(stats))
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """Counts an answered request."""
+        """Records an answered request."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def watcher(self) -> Callable[[Event], None]:
-        """Who is told of the events of one request, from its start on."""
+        """Returns a callback for the events of one request; call it when the request starts."""
         start, is_first = time.monotonic(), True
 
         def seen(event: Event) -> None:
@@ -67,7 +67,7 @@ class Metrics:
 
 
 class _EngineStats:
-    """What the engine counts, each number of it as a gauge."""
+    """Collects the engine's counts, each number as a gauge."""
 
     def __init__(self, stats: Callable[[], Mapping[str, Any]]):
         self._stats = stats

@@ -1,7 +1,7 @@
-"""From what a request says to tokens: conversations by the chat template, texts, and canvases with a gap.
+"""Tokenises requests: conversations with the chat template, texts, and canvases with a gap.
 
-The template is the model's own and runs in the sandbox of transformers, under a time limit. A request gives it plain
-values for the arguments that it reads, and nothing else.
+The template is the model's own and runs in the sandbox of transformers, under a time limit. A request can only set
+plain values for the arguments that the template reads.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def chat_text(
     arguments: Mapping[str, Any] | None,
     seconds: float,
 ) -> str:
-    """The conversation as the chat template writes it before an answer. Raises `BadRequestError`."""
+    """Renders a conversation up to its next answer with the chat template. Raises `BadRequestError`."""
     if lm.tokenizer.chat_template is None:
         raise BadRequestError("messages: this model has no chat template; use /v1/completions", "messages")
     said = [_plain(message) for message in messages]
@@ -49,7 +49,7 @@ def chat_text(
         raise BadRequestError(f"messages: {error}", "messages") from error
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # the JSON of a tool call may hold half of a surrogate pair
+    except UnicodeEncodeError as error:  # the JSON of a tool call may contain half of a surrogate pair
         raise BadRequestError(f"messages: not text in UTF-8 ({error.reason})", "messages") from error
     for i, message in enumerate(messages):
         if message.name is not None and message.name not in text:
@@ -58,13 +58,13 @@ def chat_text(
 
 
 def chat_tokens(lm: LanguageModel, text: str) -> np.ndarray:
-    """[L] int32 tokens of a conversation that `chat_text` wrote."""
+    """[L] int32 tokens of a conversation that `chat_text` rendered. Raises `BadRequestError`."""
     tokens = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return _without_masks(lm, np.asarray(tokens, np.int32), "messages")
 
 
 def prompt_tokens(lm: LanguageModel, prompt: str | Sequence[int], may_be_empty: bool = False) -> np.ndarray:
-    """[L] int32 tokens of a text that continues, or of given tokens. Raises `BadRequestError`."""
+    """[L] int32 tokens of a text to be continued, or of a list of tokens. Raises `BadRequestError`."""
     try:
         tokens = lm.prompts.canvas(prompt)
     except UserError as error:
@@ -75,7 +75,7 @@ def prompt_tokens(lm: LanguageModel, prompt: str | Sequence[int], may_be_empty: 
 
 
 def canvas_tokens(lm: LanguageModel, prompt: str | Sequence[int], gap: int, suffix: str) -> tuple[np.ndarray, int]:
-    """([L] int32 tokens of prompt, `gap` masks and suffix; where the gap begins). Raises `BadRequestError`."""
+    """Returns ([L] int32 tokens of prompt, `gap` masks and suffix; start of the gap). Raises `BadRequestError`."""
     before = prompt_tokens(lm, prompt, may_be_empty=True)
     found = lm.tokenizer(suffix, add_special_tokens=False, verbose=False)["input_ids"]
     after = _without_masks(lm, np.asarray(found, np.int32), "suffix")
@@ -84,7 +84,7 @@ def canvas_tokens(lm: LanguageModel, prompt: str | Sequence[int], gap: int, suff
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """A message as `parse_messages` takes it."""
+    """Converts a message to the form that `parse_messages` takes."""
     said = message.model_dump(exclude_none=True)
     if message.role == "developer":
         said["role"] = "system"
@@ -115,7 +115,7 @@ def _without_masks(lm: LanguageModel, tokens: np.ndarray, what: str) -> np.ndarr
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises `_TooSlowError` in Python code of this thread that runs longer; nothing stops a thread from outside."""
+    """Raises `_TooSlowError` in Python code of this thread after `seconds`. No API stops a thread from outside."""
     end, before = time.monotonic() + seconds, sys.gettrace()
 
     def trace(*_: Any) -> Any:

@@ -1,6 +1,6 @@
-"""What is asked of the engine and what comes back: `Request` in, `Ticket` out, which gives `Update`s, then `Finished`.
+"""The engine's interface: a `Request` goes in, a `Ticket` comes out; it yields `Update`s, then a `Finished`.
 
-Tokens are all that passes between an engine and its callers; text, templates and HTTP are the callers'.
+An engine and its callers exchange only tokens. Callers handle text, templates and HTTP.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from difflm_jax.sampling.options import Sampling
 FINISH_REASONS = ("stop", "length", "cancelled", "failed")
 
 
-class Busy(Exception):  # noqa: N818 - what a server says, not a fault
-    """The queue is full, or the engine takes no further requests. `retry_after` seconds is a guess at when it will."""
+class Busy(Exception):  # noqa: N818 - a state of the server, not a fault
+    """Raised if the queue is full or the engine is closing. `retry_after`: estimated seconds until it has room."""
 
     def __init__(self, message: str, retry_after: float = 1.0):
         super().__init__(message)
@@ -27,31 +27,31 @@ class Busy(Exception):  # noqa: N818 - what a server says, not a fault
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One answer to make. Several answers to one prompt are several requests, told apart by `copy` (0, 1, ...).
+    """A request for one answer. Several answers to one prompt are several requests that differ in `copy` (0, 1, ...).
 
-    The tokens are those of `lm.generate([tokens] * n, seed=seed, ...)` in row `copy`, or of `lm.infill`.
+    The answer equals row `copy` of `lm.generate([tokens] * n, seed=seed, ...)`, or of `lm.infill`.
     """
 
-    model: str  # a name that the engine knows
+    model: str  # name of a model of the engine
     tokens: np.ndarray  # [L] int32, the prompt; with `infill` the canvas, whose masks are filled
-    sampling: Sampling  # of `sampling_options`, for that model
+    sampling: Sampling  # from `sampling_options`, for that model
     infill: bool = False
-    max_new_tokens: int = 128  # without meaning for `infill`
-    steps: int = 128  # forward passes at most; speculative decoding does not read it
+    max_new_tokens: int = 128  # ignored by `infill`
+    steps: int = 128  # maximum forward passes; ignored by speculative decoding
     block_length: int | None = None
     seed: int = 0
     copy: int = 0
     stop: tuple[str, ...] = ()
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
-    grammar: Any = None  # of `sampling.grammar`
-    drafts: bool = False  # updates carry the canvas as it is now
-    logprobs: int | None = None  # candidates with each token; None: no probabilities at all
-    time_limit: float | None = None  # seconds from `submit` on, after which the answer ends as "cancelled"
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, value added to its logit)
+    grammar: Any = None  # a `Grammar` of `sampling.grammar`
+    drafts: bool = False  # whether updates include the current canvas
+    logprobs: int | None = None  # candidates per token; None: no probabilities
+    time_limit: float | None = None  # seconds after `submit` until the answer ends as "cancelled"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenProbability:
-    """A token when it was committed. `candidates`: (token, log-probability), the likeliest first."""
+    """A token and its log-probability when committed. `candidates`: (token, log-probability), most likely first."""
 
     token: int
     logprob: float
@@ -60,20 +60,20 @@ class TokenProbability:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """The answer as it stands, T columns of it, or of an infilled canvas."""
+    """The current state of an answer, or of an infilled canvas, of T columns."""
 
-    tokens: np.ndarray  # [T] int32: committed tokens; elsewhere the likeliest one if a pass looked there, else the mask
+    tokens: np.ndarray  # [T] int32: committed tokens; elsewhere the most likely token if known, else the mask
     committed: np.ndarray  # [T] bool
-    guessed: np.ndarray  # [T] bool; what is neither committed nor guessed is open
+    guessed: np.ndarray  # [T] bool; columns neither committed nor guessed are open
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """Where an answer stands. It holds all that earlier updates held: one that nobody read is replaced by the next."""
+    """The progress of an answer. It includes all earlier updates, so an unread one is replaced by the next."""
 
-    tokens: np.ndarray  # [n] int32, the part of the answer that is final from the left, and never changes again
+    tokens: np.ndarray  # [n] int32, the left part of the answer that is final
     passes: int  # forward passes so far
-    logprobs: tuple[TokenProbability, ...] = ()  # of `tokens`, where the request asks
+    logprobs: tuple[TokenProbability, ...] = ()  # of `tokens`, if requested
     draft: Draft | None = None
 
 
@@ -81,20 +81,20 @@ class Update:
 class Finished:
     """The end of a request.
 
-    `tokens` are those of `lm.generate`: up to and including one end-of-sequence token, or the one that completes a
-    stop string; of `infill` the whole canvas. What was final is kept when a request is cancelled or fails.
+    `tokens` are those of `lm.generate`, up to and including an end-of-sequence token or the token that completes a stop
+    string. For `infill` they are the whole canvas. A request that is cancelled or fails keeps its final tokens.
     """
 
     tokens: np.ndarray  # [n] int32
     finish_reason: str  # one of FINISH_REASONS
     prompt_tokens: int
-    completion_tokens: int  # of `infill`: masks that were filled
-    cached_tokens: int = 0  # tokens of the prompt whose keys and values were there already
+    completion_tokens: int  # for `infill`: masks that were filled
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     passes: int = 0  # forward passes, without those over the prompt
     algorithm: str = ""
-    acceptance: float | None = None  # drafts accepted per verifying pass, on average; None: nothing drafts
+    acceptance: float | None = None  # mean drafts accepted per verifying pass; None: no drafts
     logprobs: tuple[TokenProbability, ...] = ()
-    error: str | None = None  # what went wrong, if the reason is "failed"; why, if it is "cancelled"
+    error: str | None = None  # the message, if the reason is "failed" or "cancelled"
 
     @property
     def tokens_per_pass(self) -> float:
@@ -105,7 +105,7 @@ Event = Update | Finished
 
 
 class Ticket:
-    """The answer to one request, as it comes: iterate it in a thread or in an event loop, from one place at a time.
+    """A stream of events of one request. Iterate it in a thread or in an event loop, with one reader at a time.
 
     The last item is a `Finished`. An `Update` that was not read in time is replaced by the next one.
     """
@@ -119,17 +119,17 @@ class Ticket:
         self._listener: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     def cancel(self, reason: str = "cancelled by the caller") -> None:
-        """Ends the work on it; the row is free at the next round. What is finished stays so."""
+        """Cancels the request; its row is freed after the current pass. No effect on a finished one."""
         with self._changed:
             self._cancelled = self._cancelled or reason
 
     @property
     def cancelled(self) -> str | None:
-        """Why the request shall end, if it shall."""
+        """The reason for which the request was cancelled; None if it was not."""
         return self._cancelled
 
     def result(self, timeout: float | None = None) -> Finished:
-        """Waits for the end. Raises `TimeoutError`."""
+        """Waits for the end and returns it. Raises `TimeoutError`."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._finished is not None, timeout):
                 raise TimeoutError("the request is not finished")
@@ -164,13 +164,13 @@ class Ticket:
     # The engine's side
 
     def tell(self, update: Update) -> None:
-        """Gives an update; only the engine does."""
+        """Publishes an update. Only the engine calls this."""
         with self._changed:
             self._update = update
             self._notify()
 
     def finish(self, finished: Finished) -> None:
-        """Gives the end, once; only the engine does."""
+        """Publishes the end; later calls have no effect. Only the engine calls this."""
         with self._changed:
             if self._finished is None:
                 self._finished = finished
@@ -189,5 +189,5 @@ class Ticket:
         self._changed.notify_all()
         if self._listener is not None:
             loop, news = self._listener
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens there any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader any more
                 loop.call_soon_threadsafe(news.set)

@@ -1,7 +1,7 @@
-"""What a client may send, as pydantic models: every field of OpenAI is honoured, or refused by its name.
+"""Pydantic models of request bodies. Every field of OpenAI's API is supported, or refused by name.
 
-Nothing is dropped. A field that a diffusion model cannot honour is refused unless it has the value that changes
-nothing (`REFUSED`), and an unknown key is answered by the name that was meant.
+No field is ignored. A field that a diffusion model cannot support is refused unless its value has no effect
+(`REFUSED`). The error for an unknown key suggests the nearest name.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from difflm_jax.errors import UserError
 from difflm_jax.sampling.options import Sampling
 from difflm_jax.utils.flag_help import nearest
 
-# Fields of OpenAI that are refused unless they have one of these values, and why.
+# Fields of OpenAI's API that are refused, with the values that are accepted all the same and the reason.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "frequency_penalty": ((None, 0), "not supported; diffusion.repetition_penalty is"),
     "presence_penalty": ((None, 0), "not supported; diffusion.repetition_penalty is"),
@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "chat_template": ((None,), "templates of requests are not run; the model has its own"),
 }
 _FORM = re.compile(r"str|int|float|bool|(list|dict|constrained|literal|function)\W.*|[A-Z]\w*")  # a member of a union
-# Keys of a generation configuration of transformers that say nothing of decoding.
+# Keys of a generation configuration of transformers that do not affect decoding.
 _STAMPS = ("transformers_version", "_from_model_config")
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -46,7 +46,7 @@ Scalar = bool | Annotated[int, Field(ge=-(10**6), le=10**6)] | Annotated[str, Fi
 
 
 class _Strict(BaseModel):
-    """Types as JSON has them; an unknown key is an error."""
+    """A frozen model with strict JSON types. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -124,7 +124,7 @@ class StreamOptions(_Strict):
 
 
 class _Diffusion(_Strict):
-    """The options that only a diffusion model has; `Diffusion` adds every field of `Sampling`."""
+    """The options specific to diffusion models; `Diffusion` adds every field of `Sampling`."""
 
     steps: Annotated[int, Field(ge=1, le=10**6)] | None = None
     block_length: Annotated[int, Field(ge=1, le=10**6)] | None = None
@@ -133,7 +133,7 @@ class _Diffusion(_Strict):
     drafts: bool = False
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of `Sampling` that are given; their values are checked by `sampling_options`."""
+        """Returns the fields of `Sampling` that are set. `sampling_options` checks their values."""
         own = _Diffusion.model_fields
         return {name: value for name, value in self if name not in own and value is not None}
 
@@ -165,7 +165,7 @@ class _Generation(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, given: Any) -> Any:
-        """`given` without what changes nothing; raises for what is not honoured."""
+        """Removes fields that have no effect from `given`. Raises `ValueError` for unsupported ones."""
         if not isinstance(given, dict):
             return given
         for name in given.keys() & REFUSED.keys():
@@ -196,7 +196,7 @@ class _Generation(_Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling(self) -> dict[str, Any]:
-        """The options of decoding that are given."""
+        """Returns the sampling options that are set."""
         own = {"temperature": self.temperature, "top_p": self.top_p}
         return {**self.diffusion.sampling(), **{name: value for name, value in own.items() if value is not None}}
 
@@ -237,7 +237,7 @@ class ChatRequest(_Generation):
 
 
 class CompletionRequest(_Generation):
-    """`POST /v1/completions`. A `suffix` makes it an infilling: prompt, masks, suffix."""
+    """`POST /v1/completions`. With a `suffix` it is an infilling: prompt, masks, suffix."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     suffix: str | None = None
@@ -265,14 +265,14 @@ class CompletionRequest(_Generation):
 
 
 class TokenizeRequest(_Strict):
-    """`POST /v1/tokenize`: a text, or a conversation as the chat template writes it before an answer."""
+    """`POST /v1/tokenize`: a text, or a conversation rendered by the chat template up to the next answer."""
 
     model: Name | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     chat_template_kwargs: Annotated[dict[Name, Scalar], Field(max_length=16)] | None = None
-    add_special_tokens: bool = True  # of a prompt; a chat template writes its own
+    add_special_tokens: bool = True  # to a prompt; a chat template writes its own
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -283,7 +283,7 @@ class TokenizeRequest(_Strict):
 
 
 def _of_transformers(text: str) -> dict[str, Any]:
-    """The fields that a generation configuration of transformers stands for (JSON, as `transformers chat` sends it)."""
+    """Converts a generation configuration of transformers (JSON, as sent by `transformers chat`) to our fields."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
@@ -300,7 +300,7 @@ def _of_transformers(text: str) -> dict[str, Any]:
         fields["top_p"] = config.pop("top_p")
     inner = {name: config.pop(name) for name in ("top_k", "repetition_penalty") if name in config}
     if config:
-        names = ", ".join(sorted(config)).encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
+        names = ", ".join(sorted(config)).encode("utf-8", "replace").decode()  # replaces halves of surrogate pairs
         raise ValueError(f"generation_config: {names} not supported")
     return fields | ({"diffusion": inner} if inner else {})
 
@@ -309,7 +309,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 class BadRequestError(UserError):
-    """A request that cannot be honoured: one line, and the name of the field."""
+    """An invalid request: a message of one line, and the name of the field."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -317,12 +317,12 @@ class BadRequestError(UserError):
 
 
 def parse(kind: type[Body], body: bytes) -> Body:
-    """`body` as a request of `kind`. Raises `BadRequestError` with the name of the field, and of the one meant."""
+    """Parses `body` as a request of `kind`. Raises `BadRequestError` that names the field and suggests a known one."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        raise _explained(kind, max(errors, key=lambda one: len(one["loc"]))) from error  # the form that comes closest
+        raise _explained(kind, max(errors, key=lambda one: len(one["loc"]))) from error  # the closest union member
 
 
 def _explained(kind: type[BaseModel], error: Mapping[str, Any]) -> BadRequestError:
@@ -339,7 +339,7 @@ def _explained(kind: type[BaseModel], error: Mapping[str, Any]) -> BadRequestErr
 
 
 def _meant(kind: type[BaseModel], path: list[str]) -> str:
-    """The known field most similar to the last name of `path`."""
+    """Returns the known field most similar to the last name of `path`."""
     if len(path) == 1:
         known = [*kind.model_fields]
         if "diffusion" in known:
@@ -355,7 +355,7 @@ def _meant(kind: type[BaseModel], path: list[str]) -> str:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models within a type."""
+    """Returns the pydantic models within a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in getattr(annotation, "__args__", ()) for model in _models(inner)]

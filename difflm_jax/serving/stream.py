@@ -1,7 +1,7 @@
-"""Answers as server-sent events: chunks that clients of OpenAI read, and on request the canvas between them.
+"""Answers as server-sent events: chunks in OpenAI's format and, on request, the canvas between them.
 
-Joined deltas are the answer. A draft is a valid chunk with an empty delta; what is not OpenAI's stands in its
-`diffusion` object. An error ends the stream as a chunk with `error`, which these clients raise.
+The concatenated deltas are the answer. A draft is a valid chunk with an empty delta; its `diffusion` object has our
+additions to the format. An error ends the stream as a chunk with `error`, which OpenAI's clients raise.
 """
 
 import asyncio
@@ -43,13 +43,13 @@ class Chunks:
         self._pieces = Pieces(asked.lm.tokenizer, asked.lm.mask_token_id)
 
     def begin(self) -> list[dict[str, Any]]:
-        """What precedes the first token: the role, or the prompt that is echoed."""
+        """Returns the chunks before the first token: the role, or the echoed prompt."""
         if self._is_chat:
             return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(len(self._deltas))]
         return [self._text(index, echo, None) for index, echo in enumerate(self._asked.echoes) if echo]
 
     def update(self, index: int, update: Update) -> list[dict[str, Any]]:
-        """What can be sent after `update`, then the canvas where drafts are asked for."""
+        """Returns the text that can be sent after `update`, then the canvas if drafts are requested."""
         gap = self._asked.gaps[index]
         tokens = update.tokens if gap is None else update.tokens[gap]
         said = self._deltas[index].feed(tokens.tolist())
@@ -61,7 +61,7 @@ class Chunks:
         return chunks
 
     def finish(self, index: int, finished: Finished) -> list[dict[str, Any]]:
-        """The rest of choice `index`, its tool calls, and why it ended."""
+        """Returns the rest of choice `index`, its tool calls, and its finish reason."""
         answer = answer_of(self._asked, index, finished)
         said = self._deltas[index].finish(answer.text.removeprefix(self._asked.echoes[index]))
         chunks, found = [], scored(self._asked, index, finished)
@@ -73,7 +73,7 @@ class Chunks:
         return [*chunks, self._end(index, answer)]
 
     def end(self, finished: Sequence[Finished]) -> list[dict[str, Any]]:
-        """What follows the last choice: the usage, where it is asked for."""
+        """Returns the chunks after the last choice: the usage, if requested."""
         if not self._counts:
             return []
         return [self._chunk([]) | {"usage": usage(self._asked, finished)}]
@@ -98,7 +98,7 @@ class Chunks:
         return logprobs[self._scored[index] :]
 
     def _canvas(self, draft: Draft, gap: slice | None) -> dict[str, Any]:
-        """Pieces of text, and of each whether it is committed (c), guessed (g) or open (o); of an infilling its gap."""
+        """Returns text pieces and their states: committed (c), guessed (g) or open (o). An infilling shows its gap."""
         at = gap or slice(None)
         states = ["c" if c else "g" if g else "o" for c, g in zip(draft.committed[at], draft.guessed[at], strict=True)]
         tokens = draft.tokens[at].tolist()
@@ -123,9 +123,9 @@ async def events(
     failure: Callable[[Finished], dict[str, Any] | None],
     seen: Callable[[Event], None],
 ) -> AsyncIterator[str]:
-    """The data of each event, as text. `failure` gives the error of an answer that has none; `seen` sees everything.
+    """Yields the data of each event as text. If the reader stops, the tickets are cancelled.
 
-    Whoever stops reading has the tickets cancelled.
+    `failure` returns the error of a failed request; `seen` is called with each event.
     """
     chunks, finished = Chunks(asked, head), [None] * len(tickets)
     try:
@@ -152,7 +152,7 @@ async def events(
 
 
 async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:
-    """(choice, event) of all tickets, as they come; a slow reader holds nothing up, since tickets keep the newest."""
+    """Yields (choice, event) of all tickets as they arrive. A slow reader blocks nothing: tickets keep the newest."""
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(maxsize=1)
 
     async def read(index: int, ticket: Ticket) -> None:

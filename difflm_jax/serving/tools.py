@@ -1,4 +1,4 @@
-"""Calls of functions in an answer, as Qwen and Hermes write them.
+"""Parses function calls in an answer, in the format of Qwen and Hermes.
 
 <tool_call>{"name": ..., "arguments": {...}}</tool_call>
 """
@@ -20,9 +20,9 @@ class Call:
 
 
 def parse_calls(text: str) -> tuple[str, list[Call]]:
-    """(what stands before the first call, the calls) of an answer.
+    """Splits an answer into (text before the first call, calls).
 
-    An answer whose calls are not all complete JSON of that form has none: it is content, whole.
+    If any call is not complete JSON of that form, the whole answer is text and has no calls.
     """
     start = text.find(TOOL_CALL)
     if start < 0:
@@ -36,7 +36,7 @@ def parse_calls(text: str) -> tuple[str, list[Call]]:
 def _call(text: str) -> Call | None:
     try:
         call = json.loads(text.strip(), parse_constant=_refuse)
-        json.dumps(call, ensure_ascii=False).encode()  # half of a surrogate pair is no text in UTF-8
+        json.dumps(call, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):

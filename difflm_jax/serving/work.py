@@ -1,4 +1,4 @@
-"""A request on its way: what the engine's thread knows of it, where its answer ends, and what its ticket is told."""
+"""A request in progress: its state in the engine's thread, the end of its answer, and the updates of its ticket."""
 
 import dataclasses
 import time
@@ -16,25 +16,25 @@ _MOST_BYTES = 4  # of a character
 
 
 class Row:
-    """A row of a table: what a kind of decoding knows of a request. Tables change it after every pass."""
+    """A row of a table: the decoding state of a request. Tables update it after every pass."""
 
     passes = 0
-    cached = 0  # tokens of the prompt whose columns were kept
+    cached = 0  # prompt tokens found in the prefix cache
     done = False
     error: str | None = None
     acceptance: float | None = None
     logprobs: tuple[TokenProbability, ...] = ()  # of `final`, at least
 
     def final(self) -> np.ndarray:
-        """The tokens of the answer that are final from the left."""
+        """Returns the left part of the answer that is final."""
         raise NotImplementedError
 
     def answer(self) -> np.ndarray:
-        """The whole answer of a row that is done, before it is cut."""
+        """Returns the whole answer of a finished row, before it is cut."""
         raise NotImplementedError
 
     def draft(self) -> Draft:
-        """The answer as it stands."""
+        """Returns the current state of the answer."""
         raise NotImplementedError
 
 
@@ -59,7 +59,7 @@ class Work:
         self._ends = np.array([*self.lm.eos_token_ids, *stop_ids], np.int32)
 
     def told(self) -> Finished | None:
-        """Tells the ticket where the row stands; the end, once there is one, is left to the caller to tell."""
+        """Sends the row's progress to the ticket. If the request has ended, returns its end, which the caller sends."""
         row, request = self.row, self.request
         if row.error is not None:
             return self.ended("failed", row.final(), row.error)
@@ -78,7 +78,7 @@ class Work:
         return self._tell(final)
 
     def ended(self, reason: str, tokens: np.ndarray, error: str | None = None) -> Finished:
-        """The end of the request."""
+        """Builds the end of the request."""
         row, request = self.row, self.request
         count = len(tokens)
         if request.infill:
@@ -105,19 +105,19 @@ class Work:
         self.ticket.tell(Update(final, self.row.passes, self.row.logprobs[: len(final)], draft))
 
     def why_to_cancel(self) -> str | None:
-        """Why the request shall end before its answer does, if it shall."""
+        """Returns the reason to end the request early, if there is one. Checks the time limit."""
         limit = self.request.time_limit
         if limit is not None and time.monotonic() - self.submitted > limit:
             self.ticket.cancel(f"the time limit of {limit:g} s is over")
         return self.ticket.cancelled
 
     def _cut(self, final: np.ndarray) -> np.ndarray | None:
-        """The answer up to where it ends, if it ends within `final`. What was examined before is not examined again."""
+        """Returns the answer cut at its end; None if it does not end within `final`. Examines only new tokens."""
         new = final[self._examined :]
         ends = bool(np.isin(new, self._ends).any())
         if not ends and self._stops and len(new):
-            # A stop string may begin in tokens that were seen before. Each of them has at least one byte, except for
-            # special tokens: a whole answer is therefore examined whole.
+            # A stop string may begin in earlier tokens, so look back. Tokens have at least one byte, except for
+            # special ones; a finished answer is therefore examined whole.
             back = _MOST_BYTES * (max(map(len, self._stops)) + 2)
             text = self._decode(final[0 if self.row.done else max(0, self._examined - back) :])
             ends = any(stop in text for stop in self._stops) and any(
@@ -137,6 +137,6 @@ class Work:
 
 
 def key_of(request: Request, row: np.ndarray) -> np.ndarray:
-    """[2] uint32: the key of `row` as `generate` makes it, for the copy that the request names."""
+    """[2] uint32: the key of `row` as in `generate`, for the request's `copy`."""
     keys = row_keys(request.seed, [row] * (request.copy + 1))
     return np.asarray(jax.random.key_data(keys[request.copy]))
