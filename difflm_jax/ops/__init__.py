@@ -1,1 +1,1 @@
-"""Operations on arrays: products, attention, cross-entropy, random numbers, and their gradients. Knows no models."""
+"""Operations on arrays: matmuls, attention, cross-entropy, random bits, and gradients. Does not depend on models."""

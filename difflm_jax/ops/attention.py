@@ -1,4 +1,4 @@
-"""The attention product under a mask, and its gradient, in plain XLA."""
+"""Masked attention and its gradient, in plain XLA."""
 
 import functools
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from difflm_jax.ops.cpu import named
 
-QUERY_CHUNK = 256  # queries whose scores exist at once
-ATTENTION_OUTPUT = "attention_output"  # what the backward pass needs of the forward pass: its name in remat policies
-UNSEEN = -1e30  # the score of a key that a query does not see; finite, so that differences of scores are
+QUERY_CHUNK = 256  # queries whose scores are in memory at once
+ATTENTION_OUTPUT = "attention_output"  # name, in remat policies, of the outputs that the backward pass needs
+UNSEEN = -1e30  # the score of a masked key; finite, so that differences of scores are finite
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -28,7 +28,7 @@ def attend(
 
 
 def _attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS, softcap):
-    """(the result, log of the sum of exp(scores) of each query [B, K, T, G])."""
+    """Returns (the result, log of the sum of exp(scores) of each query [B, K, T, G])."""
     k_BKSE, v_BKSE = _heads_first(k_BSKE), _heads_first(v_BSKE)
 
     def of_chunk(chunk):
@@ -66,7 +66,7 @@ def _attend_backward(softcap, saved, dy_BTHE):
             ds_BKTGS *= 1.0 - jnp.square(scores_BKTGS / softcap)
         ds_BKTGS = ds_BKTGS.astype(dtype)
         dq_BKTGE = _einsum("bktgs,bkse->bktge", ds_BKTGS, k_BKSE).astype(dtype)
-        # The small operand first: it is the one that is transposed, and scores transposed took a fifth of a CPU's step.
+        # The small operand first, because XLA transposes it: transposing the scores took a fifth of a step on CPU.
         dk_BKES = _einsum("bktge,bktgs->bkes", q_BKTGE, ds_BKTGS)
         return dq_BKTGE, dk_BKES, _einsum("bktge,bktgs->bkes", dy_BKTGE, p_BKTGS.astype(dtype))
 
@@ -90,9 +90,9 @@ def attend_beside(
     """[B, T, H, E]: attention of rows to cached columns and, under the same softmax, to each other.
 
     `columns_BKSE` are keys and values of S cached tokens, heads first; `rows_BTKE` those of the T queries. `mask_BTS`
-    is [B, T, S + T]; `softcap` is that of `attend`, `sinks_H` that of `attention_kernels.attend_with`. Neither the
-    columns nor their scores are copied beside those of the rows. For few rows: all scores exist at once. jax
-    differentiates it; columns that are not trained cost nothing in the backward pass.
+    is [B, T, S + T]. `softcap` is as in `attend`, `sinks_H` as in `attention_kernels.attend_with`. Columns and rows,
+    and their scores, are not concatenated. Meant for few rows: all scores are in memory at once. jax differentiates
+    it; columns that are not trained cost nothing in the backward pass.
     """
     columns = columns_BKSE[0].shape[2]
     q_BKTGE = _grouped(q_BTHE, rows_BTKE[0])
@@ -115,10 +115,10 @@ def attend_beside(
 
 
 def _in_chunks(function, arrays, length: int, sums: int = 0):
-    """`function(arrays)`, by chunks of their queries where there are more than `QUERY_CHUNK` of the `length`.
+    """Computes `function(arrays)`, in chunks of queries if `length` exceeds `QUERY_CHUNK`.
 
-    Queries are the last axis but two, but of masks [B, T, S] and of numbers [B, K, T, G] the last but one. The last
-    `sums` results are summed over the chunks, the others joined again.
+    Queries are axis 1 of masks [B, T, S] and axis 2 of all other arrays. The last `sums` results are summed over the
+    chunks, the others concatenated.
     """
     if length <= QUERY_CHUNK:
         return function(arrays)
@@ -149,7 +149,7 @@ def _scores(q_BKTGE, k_BKSE, softcap):
     return scores_BKTGS if softcap is None else softcap * jnp.tanh(scores_BKTGS / softcap)
 
 
-# Arithmetic, as in `_seen`: the other value of a `jnp.where` is an array of the size of the scores, which jax keeps.
+# Arithmetic, as in `_seen`: with `jnp.where`, jax would save another array of the size of the scores.
 def _masked(scores_BKTGS, mask_BTS):
     return scores_BKTGS + (mask_BTS[:, None, :, None].astype(jnp.float32) - 1.0) * -UNSEEN
 
@@ -167,12 +167,12 @@ def _einsum(formula: str, a, b):
 
 
 def _heads_first(x_BSKE):
-    """The heads before the tokens, or behind them again."""
+    """Swaps the axes of tokens and heads."""
     return jnp.swapaxes(x_BSKE, 1, 2)
 
 
 def _grouped(x_BTHE, k_BSKE):
-    """[B, K, T, G, E]: the queries of a key's heads side by side, so that a product with it has T * G rows."""
+    """[B, K, T, G, E]: groups the query heads that share a key, so that a matmul with it has T * G rows."""
     batch, length, heads, width = x_BTHE.shape
     kv_heads = k_BSKE.shape[2]
     return _heads_first(x_BTHE.reshape(batch, length, kv_heads, heads // kv_heads, width))

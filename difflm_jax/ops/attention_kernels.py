@@ -1,4 +1,4 @@
-"""The programs that compute the attention product. One is chosen by name; none is a fallback for another."""
+"""The attention kernels. One is chosen by name; none is a fallback for another."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ CUDNN, PALLAS = "cudnn", "pallas"
 # Remat recomputes these primitives even if their outputs are named; a policy must save the primitives themselves.
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
 PALLAS_CALL = "pallas_call"
-FUSED_FORWARD = (CUDNN_FORWARD, PALLAS_CALL)  # what a layer's forward pass may have of them
+FUSED_FORWARD = (CUDNN_FORWARD, PALLAS_CALL)  # those that may be in a layer's forward pass
 
 
 def scaled(q_BTHE: jax.Array, scale: float) -> jax.Array:
-    """The queries that make scores with a factor of `scale`; the kernels' own is one over the root of their width."""
+    """Rescales queries so that the kernels, whose own factor is width ** -0.5, compute scores with factor `scale`."""
     factor = scale * q_BTHE.shape[-1] ** 0.5
     return q_BTHE * factor if abs(factor - 1.0) > 1e-9 else q_BTHE
 
@@ -27,10 +27,10 @@ def attend_with(
     softcap: float | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """[B, T, H, E]: attention of `qkv` (queries, keys, values) by the kernel of that name.
+    """[B, T, H, E]: attention of `qkv` (queries, keys, values), computed by the named kernel.
 
-    `softcap` caps the scores. A head with a sink also sees a key of that score, whose value is zero. Raises `UserError`
-    for a kernel that cannot cap scores.
+    `softcap` caps the scores. A head with a sink also sees a key with that score and value zero. Raises `UserError` for
+    a kernel that cannot cap scores.
     """
     q_BTHE, k_BSKE, v_BSKE = qkv
     width = q_BTHE.shape[-1]
@@ -47,9 +47,9 @@ def attend_with(
 
 
 def _with_sinks(q_BTHE, k_BSKE, v_BSKE, mask_BTS, sinks_H):
-    """The operands with one more key at the beginning, whose score is that of the sink whatever the query says.
+    """Prepends a key whose score is the sink's for every query. Returns (q, k, v, mask).
 
-    An element of its own is added to heads for it, and zeros that make up the multiple of eight that kernels ask for.
+    Heads get one more element for it, and zeros up to the multiple of eight that kernels require.
     """
     width = q_BTHE.shape[-1]
     wide = width + 8
@@ -63,27 +63,27 @@ def _with_sinks(q_BTHE, k_BSKE, v_BSKE, mask_BTS, sinks_H):
 
 
 def attend_in_xla(q_BTHE, k_BSKE, v_BSKE, mask_BTS: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
-    """`attend`, which takes any mask as it is."""
+    """Computes `attend`, which takes any mask."""
     return attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
 
 
 def attend_in_cudnn(q_BTHE, k_BSKE, v_BSKE, mask_BTS: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
-    """[B, T, H, E]: what `attend` gives, by one fused kernel that puts no score into memory; bfloat16, NVIDIA GPUs.
+    """[B, T, H, E]: `attend` in one fused kernel that writes no scores to memory; bfloat16 on NVIDIA GPUs.
 
-    With `lengths_B` a query sees the first so many keys of its row, which is all that the mask says, and the kernel
-    needs none. Else the mask goes in as a bias [B, 1, T, S], which cost it 1.7 times the time on an H200. A query that
-    sees nothing (padding) gives a mean of values here instead of zero; nothing reads it. Raises `UserError` where the
-    kernel is not there or does not take these heads.
+    With `lengths_B`, which is equivalent to the mask, a query sees that many first keys of its row. Else the mask is
+    passed as a bias [B, 1, T, S], which took 1.7 times as long on an H200. A query that sees no key (padding) returns a
+    mean of values instead of zero, which is unused. Raises `UserError` if the kernel is missing or does not support
+    these heads.
     """
     queries, keys = q_BTHE.shape[1], k_BSKE.shape[1]
-    if queries % 2 or keys % 2:  # what the kernel has no backward pass for
+    if queries % 2 or keys % 2:  # the kernel has no backward pass for odd lengths
         odd_queries, odd_keys = (0, queries % 2), (0, keys % 2)
         q_BTHE = jnp.pad(q_BTHE, ((0, 0), odd_queries, (0, 0), (0, 0)))
         k_BSKE, v_BSKE = (jnp.pad(x, ((0, 0), odd_keys, (0, 0), (0, 0))) for x in (k_BSKE, v_BSKE))
         mask_BTS = jnp.pad(mask_BTS, ((0, 0), odd_queries, odd_keys))
     seen = {"mask": mask_BTS[:, None]}
     if lengths_B is not None:
-        # All queries, so that each of them is written; and one key at least, so that what is written is finite.
+        # All queries, so that every output is written; at least one key, so that outputs are finite.
         seen = {"query_seq_lengths": jnp.full_like(lengths_B, queries)}
         seen["key_value_seq_lengths"] = jnp.maximum(lengths_B, 1)
     try:
@@ -94,8 +94,8 @@ def attend_in_cudnn(q_BTHE, k_BSKE, v_BSKE, mask_BTS: jax.Array, lengths_B: jax.
 
 
 def attend_in_pallas(q_BTHE, k_BSKE, v_BSKE, mask_BTS: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
-    """`tpu_attention.flash_attend`: no score is put into memory, and tiles of the mask that are empty cost nothing."""
-    from difflm_jax.ops.attention_tpu import flash_attend  # Pallas takes its time to import
+    """Computes `attention_tpu.flash_attend`: writes no scores to memory and skips empty tiles of the mask."""
+    from difflm_jax.ops.attention_tpu import flash_attend  # Pallas is slow to import
 
     return flash_attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
 
@@ -104,7 +104,7 @@ KERNELS = {"xla": attend_in_xla, CUDNN: attend_in_cudnn, PALLAS: attend_in_palla
 
 
 def check_kernel(name: str, dtype: str, platform: str) -> None:
-    """Raises `UserError` where devices of `platform` do not have the kernel `name` for `dtype`."""
+    """Raises `UserError` if devices of `platform` lack the kernel `name` for `dtype`."""
     if name == PALLAS and platform != "tpu":
         raise UserError(f"attention_kernel={PALLAS!r} needs TPUs, not a {platform!r}")
     if name == CUDNN and platform not in ("gpu", "cuda"):

@@ -18,8 +18,8 @@ from difflm_jax.ops.cpu import named
 
 _LANES = 128
 _LARGEST_TILE = 512  # of queries, and of keys
-_VMEM = 100 * 2**20  # the compiler may use this much of the 128 MiB of a v5e or v6e
-_VMEM_OF_ROW = 72 * 2**20  # the part of it for the whole row that the backward pass stores
+_VMEM = 100 * 2**20  # bytes that the compiler may use, of the 128 MiB of a v5e or v6e
+_VMEM_OF_ROW = 72 * 2**20  # the part of it for the row of gradients that the backward pass stores
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -34,7 +34,7 @@ def flash_attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS, interpret: bool = False) -> j
 
 
 def _forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS, interpret):
-    """(the result, log of the sum of exp(scores) per query [B, K, G, T + padding])."""
+    """Returns (the result, log of the sum of exp(scores) per query [B, K, G, T + padding])."""
     q_BKGTE, k_BKSE, v_BKSE, mask_BST = _tiled(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
     batch, kv_heads, group, queries, width = q_BKGTE.shape
     tile_T, tile_S = _tile(queries), _tile(k_BKSE.shape[2])
@@ -65,7 +65,7 @@ def _forward(q_BTHE, k_BSKE, v_BSKE, mask_BTS, interpret):
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, mask_ref, y_ref, lse_ref, sum_ref, total_ref, largest_ref):
-    """One tile. `sum_ref` [G, E, T] and `total_ref` [G, T] sum over keys so far, relative to `largest_ref`."""
+    """Processes one tile. `sum_ref` [G, E, T] and `total_ref` [G, T] are sums so far, relative to `largest_ref`."""
     group, tile_of_keys = q_ref.shape[2], pl.program_id(3)
 
     @pl.when(tile_of_keys == 0)
@@ -145,7 +145,7 @@ def _attend_backward(interpret, saved, dy_BTHE):
 def _backward_kernel(
     q_ref, k_ref, v_ref, mask_ref, dy_ref, lse_ref, inner_ref, dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum
 ):
-    """One tile: adds to the gradients of its keys and queries. Those of queries stay on the chip for a row."""
+    """Adds one tile to the gradients of its keys and queries. Those of queries stay on the chip for a row."""
     tile_of_keys, tile_of_queries = pl.program_id(2), pl.program_id(3)
     is_last_of_queries = tile_of_queries == pl.num_programs(3) - 1
     tile_T, dtype = q_ref.shape[3], q_ref.dtype
@@ -201,7 +201,7 @@ def _dot(a, b, axis_of_a: int, axis_of_b: int):
 
 
 def _tiled(q_BTHE, k_BSKE, v_BSKE, mask_BTS):
-    """The inputs of both kernels, padded to whole tiles. Padded queries see no key, and no query sees a padded key."""
+    """Pads the inputs of both kernels to full tiles. Padded queries see no key, and no query sees a padded key."""
     keys = k_BSKE.shape[1]
     k_BKSE, v_BKSE = (_padded(jnp.swapaxes(x, 1, 2), 2, keys) for x in (k_BSKE, v_BSKE))
     mask_BST = _padded(jnp.swapaxes(mask_BTS, 1, 2).astype(jnp.int8), 1, keys)
@@ -216,7 +216,7 @@ def _grouped(x_BTHE, kv_heads: int):
 
 
 def _ungrouped(x_BKGTE, like_BTHE):
-    """`x_BKGTE` without its padding, in the shape of the queries."""
+    """Removes the padding of `x_BKGTE`. Returns it in the shape of the queries."""
     return jnp.einsum("bkgte->btkge", x_BKGTE)[:, : like_BTHE.shape[1]].reshape(like_BTHE.shape)
 
 
@@ -241,7 +241,7 @@ def _parallel(parallel: int, sequential: int) -> pltpu.CompilerParams:
 
 
 def _cost(products: int, q_BKGTE, k_BKSE, mask_BST) -> pl.CostEstimate:
-    """The cost that XLA's scheduler is told. Every tile counts, skipped or not."""
+    """Returns the cost estimate for XLA's scheduler. Every tile counts, skipped or not."""
     scores = math.prod(q_BKGTE.shape[:-1]) * k_BKSE.shape[2]
     moved = sum(x.size * x.dtype.itemsize for x in (q_BKGTE, q_BKGTE, k_BKSE, k_BKSE, mask_BST))
     flops = 2 * products * scores * q_BKGTE.shape[-1]

@@ -1,9 +1,9 @@
 """Workaround for XLA on CPUs: keeps bfloat16 stacks as uint16 inside scans.
 
-XLA's CPU backend moves no bfloat16. It turns the whole stack into float32 before a loop, twice the base in memory, and
-every slice back. It moves integers unchanged, though the change of type copies the stack once. Other backends need none
-of this, and would pay for that copy: `Transformer.on_cpu` says where it is wanted. `jax.lax.platform_dependent` cannot
-choose at lowering here, because its branches must return one dtype.
+XLA's CPU backend cannot move bfloat16. It converts the whole stack to float32 before a loop, which takes twice the
+base's memory, and converts every slice back. Integers are moved unchanged, at the cost of one copy of the stack for the
+bitcast. Other backends do not need this, so `Transformer.on_cpu` selects it. `jax.lax.platform_dependent` cannot,
+because its branches must return one dtype.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 
 def bits_of(tree: Any) -> Any:
-    """`tree` with its bfloat16 leaves as uint16. No weight is stored in uint16 otherwise."""
+    """Bitcasts the bfloat16 leaves of `tree` to uint16. No weight is stored in uint16 otherwise."""
     return jax.tree.map(lambda x: _bits(x) if x.dtype == jnp.bfloat16 else x, tree)
 
 
@@ -26,7 +26,7 @@ def floats_of(tree: Any) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def kept(x: jax.Array, name: str) -> jax.Array:
-    """Returns `x`, named for remat policies; what a scan saves of it over the layers is bits."""
+    """Returns `x`, named for remat policies. A scan over layers saves it as uint16."""
     return named(x, name)
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy at scored positions only, in chunks: logits of all positions never exist at once."""
+"""Cross-entropy at scored positions only, in chunks: logits of all positions are never in memory at once."""
 
 import dataclasses
 import functools
@@ -15,28 +15,28 @@ from difflm_jax.ops.matmul import matmul, summed_product
 
 @struct.dataclass
 class Teacher:
-    """A second distribution over the vocabulary at every position, that of the same head over other hidden states."""
+    """A second distribution at every position: that of the same head for other hidden states."""
 
     hidden: jax.Array  # [M, D]
-    weights: jax.Array  # [M] float32, of the KL divergence at each position
+    weights: jax.Array  # [M] float32, weight of the KL divergence at each position
 
 
 class Scores(NamedTuple):
-    """What is known of each scored position, [M], float32 but for the last; zero where both weights are zero."""
+    """Scores of each position [M], float32 but for `choice`; zero where both weights are zero."""
 
     nll: jax.Array  # -log p of the target, nats
-    correct: jax.Array  # 1 where the target is the likeliest token
-    confidence: jax.Array  # log p of the likeliest token
+    correct: jax.Array  # 1 where the target is the most likely token
+    confidence: jax.Array  # log p of the most likely token
     divergence: jax.Array  # KL(teacher || model), nats; zero without a teacher
-    choice: jax.Array  # int32, the likeliest token
+    choice: jax.Array  # int32, the most likely token
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """Which rows of the head are outputs, and how logits are capped.
 
-    forbidden_id: never an output (the mask token); it has no share in the softmax, nor in a teacher's.
-    vocab_size: V, where `head_VD` is one device's part of the head, padded at the end. None: all rows of the head.
+    forbidden_id: never an output (the mask token); it has probability 0, also for a teacher.
+    vocab_size: V, if `head_VD` is one device's shard of the head, padded at the end. None: all rows of the head.
     softcap: see `capped`; None: logits are not capped.
     """
 
@@ -54,13 +54,13 @@ def scored_cross_entropy(
     chunk: int,
     teacher: Teacher | None = None,
 ) -> tuple[jax.Array, Scores]:
-    """(sum of weight * nll + teacher's weight * KL(teacher || model), `Scores`).
+    """Returns (sum of weight * nll + teacher's weight * KL(teacher || model), `Scores`).
 
-    Only the sum is differentiable, with respect to `hidden_MD` and, where it is trained, `head_VD`. Both gradients are
-    computed together with the loss: the backward pass costs no product with the head, and a frozen head has no
-    gradient. The number of chunks follows the number of scored positions, not M.
+    Only the sum is differentiable, with respect to `hidden_MD` and, if it is trained, `head_VD`. Both gradients are
+    computed together with the loss, so the backward pass needs no matmul with the head. A frozen head has no gradient.
+    The number of chunks depends on the number of scored positions, not on M.
     """
-    # A chunk is padded to its size: one larger than all positions would only multiply padding with the head.
+    # Chunks are padded to full size, so a chunk larger than all positions would only multiply padding.
     static = (
         min(chunk, hidden_MD.shape[0]),
         (outputs.forbidden_id, outputs.vocab_size or head_VD.shape[0], outputs.softcap),
@@ -100,8 +100,10 @@ class Gradients(NamedTuple):
 
 
 class _Head:
-    """The output head or one device's part of it, in the dtype of the hidden states. Devices that share one score the
-    chunks of all of them together, each against its part of the vocabulary."""
+    """The output head or one device's shard of it, in the dtype of the hidden states.
+
+    Devices that share a head score all their chunks together, each for its part of the vocabulary.
+    """
 
     def __init__(
         self, head_VD: jax.Array, dtype: Any, forbidden_id: int, vocab_size: int, softcap: float | None = None
@@ -112,38 +114,38 @@ class _Head:
         self.is_output_V = (ids_V != forbidden_id) & (ids_V < vocab_size)
 
     def together(self, x_C: jax.Array) -> jax.Array:
-        """The chunks of all that share the head, one behind the other."""
+        """Concatenates the chunks of all devices that share the head."""
         return rows_together(x_C, self.weight_VD)
 
     def over_all(self, reduce: Any, x_C: jax.Array) -> jax.Array:
         return over_vocabulary(reduce, x_C, self.weight_VD)
 
     def logits(self, hidden_CD: jax.Array) -> jax.Array:
-        """float32 [C, V] of this part of the vocabulary; -inf for what is no output."""
+        """float32 [C, V] logits of this part of the vocabulary; -inf for rows that are not outputs."""
         logits_CV = capped(matmul(hidden_CD, self.weight_VD, jnp.float32), self.softcap)
         return jnp.where(self.is_output_V, logits_CV, -jnp.inf)
 
     def through_cap(self, error_CV: jax.Array, logits_CV: jax.Array) -> jax.Array:
-        """The gradient of what is capped, from that of the logits."""
+        """Returns the gradient of the uncapped logits, from that of the capped ones."""
         if self.softcap is None:
             return error_CV
         return error_CV * jnp.where(self.is_output_V, 1.0 - jnp.square(logits_CV / self.softcap), 0.0)
 
     def normalised(self, logits_CV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(the largest logit [C], exp(logit - largest) [C, V], their sum [C]), over the whole vocabulary."""
+        """Returns (largest logit [C], exp(logit - largest) [C, V], their sum [C]), over the whole vocabulary."""
         largest_C = self.over_all(jax.lax.pmax, logits_CV.max(axis=-1))
         powers_CV = jnp.exp(logits_CV - largest_C[:, None])
         return largest_C, powers_CV, self.over_all(jax.lax.psum, powers_CV.sum(axis=-1))
 
     def place_of(self, tokens_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(is the token in this part, its row there or 0), [C] each."""
+        """Returns (whether the token is in this part, its row there or 0), [C] each."""
         own_C = tokens_C - self.start
         is_here_C = (own_C >= 0) & (own_C < self.rows)
         return is_here_C, jnp.where(is_here_C, own_C, 0)
 
 
 def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Teacher | None, zeros: Gradients):
-    """((the sum, scores), the gradients of which `zeros` are given)."""
+    """Returns ((the sum, scores), gradients), the latter for those of which `zeros` are given."""
     positions = hidden_MD.shape[0]
     scored_M = weights_M != 0
     if teacher is not None:
@@ -156,7 +158,7 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
     def body(index, carry):
         scores, gradients = carry
         at_C = jax.lax.dynamic_slice_in_dim(order_M, index * chunk, chunk)
-        # Where there is one chunk at most, XLA would take what it gathers out of the loop, and so out of its turn.
+        # With at most one chunk, XLA would hoist the gathers out of the loop and change the order of collectives.
         at_C, _ = jax.lax.optimization_barrier((at_C, index))
 
         def weights_at(x_M: jax.Array) -> jax.Array:
@@ -177,7 +179,7 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
             teacher_CV = head.logits(head.together(teacher.hidden[at_C]))
             teacher_largest_C, q_CV, teacher_total_C = head.normalised(teacher_CV)
             q_CV = q_CV / teacher_total_C[:, None]
-            # log q - log p, of outputs alone: what is none has a logit of -inf in both
+            # log q - log p, for outputs only: the others have a logit of -inf in both
             ratio_CV = jnp.where(head.is_output_V, teacher_CV - logits_CV, 0.0)
             divergence_C = head.over_all(jax.lax.psum, (q_CV * ratio_CV).sum(axis=-1))
             divergence_C += log_total_C - (teacher_largest_C + jnp.log(teacher_total_C))
@@ -186,7 +188,7 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
         found = [own_rows(x_C, head.weight_VD) for x_C in found]
         scores = Scores(*(x_M.at[at_C].set(x_C, mode="drop") for x_M, x_C in zip(scores, found, strict=True)))
         if gradients.hidden is not None:
-            # of weight * nll it is weight * (p - onehot), of the divergence weight * (p - q)
+            # weight * (p - onehot) for weight * nll, weight * (p - q) for the divergence
             p_CV, weights_C = powers_CV / total_C[:, None], weights_at(weights_M)
             error_CV = p_CV * weights_C[:, None]
             error_CV = error_CV.at[jnp.arange(len(row_C)), row_C].add(-jnp.where(is_here_C, weights_C, 0.0))
@@ -198,7 +200,7 @@ def _in_chunks(chunk, head: _Head, hidden_MD, targets_M, weights_M, teacher: Tea
 
     zeros_M = jnp.zeros_like(weights_M)
     # Devices sharing the head must run equally many chunks. The trip count depends on the hidden states, which fixes
-    # the order of collectives on CPU: XLA starts each as soon as its operands are there. NaN states are all scored.
+    # the order of collectives on CPU: XLA starts each once its operands are ready. With NaN states, all are scored.
     count = jnp.where(jnp.isnan(hidden_MD[0, 0]), positions, scored_M.sum())
     chunks = largest((count + chunk - 1) // chunk)
     start_of_all = (Scores(*[zeros_M] * 4, jnp.zeros_like(targets_M)), zeros)
@@ -215,7 +217,7 @@ def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 
 def _added(gradients: Gradients, at_C, error_CV, hidden_CD, head_VD) -> Gradients:
-    """`gradients` with those of a chunk: `error_CV` are those of its logits."""
+    """Adds the gradients of a chunk to `gradients`; `error_CV` is the gradient of its logits."""
     of_hidden_CD = summed_product(error_CV, head_VD, (1, 0), error_CV.dtype)
     of_hidden_MD = gradients.hidden.at[at_C].set(rows_apart(of_hidden_CD, head_VD), mode="drop")
     if gradients.head is None:

@@ -1,8 +1,8 @@
-"""Products of few rows with what stays in its stack over layers, by C++ functions on CPUs (`few_rows.cc`, `beside.cc`).
+"""Matmuls of few rows with weights left in their stack over layers, in C++ on CPUs (`few_rows.cc`, `beside.cc`).
 
-XLA's CPU backend copies each layer's weights out of their stack before it multiplies, and decodes a quantised weight
-into memory first. With few rows that takes most of a pass: the rest is one read of the weights. The functions read
-weights, and cached keys and values, in place and in their own format.
+XLA's CPU backend copies each layer's weights out of their stack before it multiplies, and first decodes a quantised
+weight into memory. With few rows these copies take most of a pass. The C++ functions read weights, and cached keys and
+values, in place and in their own format.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from difflm_jax.quant.nested import NestedScales
 from difflm_jax.quant.qtensor import QTensor, dequantize
 from difflm_jax.utils.native import has_native
 
-# Rows of a pass. Beyond, XLA multiplies dense weights as fast, and weights that it decodes first.
+# Maximum rows of a pass. With more rows, XLA is as fast for dense weights and for weights that it decodes first.
 MAX_DENSE_ROWS, MAX_ROWS = 32, 96
-MIN_WEIGHTS = 1 << 14  # of a layer; smaller ones are not worth a call
+MIN_WEIGHTS = 1 << 14  # values in a layer's weight; smaller ones are not worth a call
 
 _PRODUCT, _ATTENTION = "difflm_few_rows", "difflm_attend_beside"
 _FUNCTIONS = {"few_rows.cc": _PRODUCT, "beside.cc": _ATTENTION}
@@ -31,7 +31,7 @@ _PLAIN, _HALF, _NESTED = range(3)
 
 @struct.dataclass
 class InStack:
-    """One weight [out, in] of a stack [N, out, in], dense or quantised, which is not copied out of it."""
+    """One weight [out, in] of a stack [N, out, in], dense or quantised, without a copy."""
 
     stack: jax.Array | QTensor
     index: jax.Array  # [], int32
@@ -41,18 +41,18 @@ class InStack:
         return self.stack.shape[1:]
 
     def taken(self) -> jax.Array | QTensor:
-        """A copy of the weight."""
+        """Returns a copy of the weight."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, 0, False), self.stack)
 
 
 def is_available() -> bool:
-    """Whether products of few rows can stay in the stack here: on a CPU, with a C++ compiler the first time."""
+    """Whether matmuls can read weights in their stack here: on a CPU, with a C++ compiler for the first use."""
     here = Path(__file__).parent
     return jax.default_backend() == "cpu" and all(has_native(here / name, (of,)) for name, of in _FUNCTIONS.items())
 
 
 def suits(stack: Any, rows: int) -> bool:
-    """Whether the product of `rows` rows with weights like those of `stack` is faster so."""
+    """Whether these functions are faster than XLA for `rows` rows and weights like those of `stack`."""
     if isinstance(stack, QTensor):
         fits, most = stack.codes.ndim == 3 and stack.block_size % (2 * LANES) == 0, MAX_ROWS
     else:
@@ -63,10 +63,10 @@ def suits(stack: Any, rows: int) -> bool:
 
 @struct.dataclass
 class Updates:
-    """Low-rank updates scaling * up (down x) of weights that share an input; of a weight (down, up) or None.
+    """Low-rank updates scaling * up (down x) of weights that share an input: (down, up) or None for each weight.
 
-    down [rank, in] and up [out, rank] are float32. `gate` bool [R, 1], or [R, rank] where it is that of each inner
-    value: False leaves the row of `x` exactly as it is without the update.
+    down [rank, in] and up [out, rank] are float32. `gate` is bool [R, 1], or [R, rank] for a gate per inner value. If
+    it is False, the row's result is exactly that without the update.
     """
 
     factors: Sequence[tuple[InStack, InStack] | None]
@@ -75,10 +75,10 @@ class Updates:
 
 
 def product(x_RD: jax.Array, w: InStack, dtype: Any = jnp.float32) -> jax.Array:
-    """`x` [R, in] times `w` [out, in] -> [R, out] in `dtype`, summed in float32 from values of `x` in its own.
+    """Multiplies `x` [R, in] by `w` [out, in] -> [R, out] in `dtype`. Sums are float32; `x` is read in its own dtype.
 
-    A quantised weight has the values that `dequantize` gives it in the dtype of `x`. A row's result does not depend on
-    how many rows there are.
+    A quantised weight has the values of `dequantize` in the dtype of `x`. A row's result does not depend on the number
+    of rows.
     """
     return products(x_RD, [w], None, dtype)[0]
 
@@ -86,7 +86,7 @@ def product(x_RD: jax.Array, w: InStack, dtype: Any = jnp.float32) -> jax.Array:
 def products(
     x_RD: jax.Array, weights: Sequence[InStack], updates: Updates | None = None, dtype: Any = None
 ) -> list[jax.Array]:
-    """`product` with each of several weights of one layer, with their low-rank updates; `dtype`: that of `x`."""
+    """`product` with several weights of one layer and their low-rank updates; `dtype` defaults to that of `x`."""
     leaves, attributes = [], []
     for number, w in enumerate(weights):
         own = updates and updates.factors[number]
@@ -115,9 +115,9 @@ def attend_beside(
     mask_BTS: jax.Array,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`ops.attention.attend_beside` without sinks, with cached keys and values [N, B, K, S, E] left in their stacks.
+    """`ops.attention.attend_beside` without sinks, reading cached keys and values [N, B, K, S, E] in their stacks.
 
-    Reads what the mask lets it see. Computes in float32 throughout.
+    Reads only columns that the mask allows. Computes in float32 throughout.
     """
     q, k, v = (x.astype(jnp.float32) for x in (q_BTHE, *rows_BTKE))
     keys, values = columns_BKSE
@@ -137,14 +137,14 @@ def attend_beside(
 
 
 def reference(x_RD: jax.Array, w: InStack) -> jax.Array:
-    """What `product` gives, by XLA."""
+    """Computes `product` with XLA."""
     taken = w.taken()
     dense = dequantize(taken, x_RD.dtype) if isinstance(taken, QTensor) else taken
     return jax.lax.dot_general(x_RD.astype(jnp.float32), dense.astype(jnp.float32), (((1,), (1,)), ((), ())))
 
 
 def _operands(stack: jax.Array | QTensor) -> tuple[list[jax.Array], tuple[int, int, int]]:
-    """(the leaves of a stack, its format, the kind of its scales, the inputs that share one)."""
+    """Returns (the leaves of a stack, (its format, the kind of its scales, inputs per scale))."""
     if not isinstance(stack, QTensor):
         return [stack], (_FORMATS[stack.dtype.name], _PLAIN, 0)
     own = stack.scales

@@ -15,5 +15,5 @@ def is_differentiated(argument: Any) -> bool:
 
 
 def values(*arguments: Any) -> tuple[Any, ...]:
-    """The plain arrays of the arguments of a forward rule."""
+    """Returns the plain arrays of the arguments of a forward rule."""
     return jax.tree.map(lambda leaf: leaf.value, arguments)

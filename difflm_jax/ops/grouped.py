@@ -1,8 +1,8 @@
-"""Products of sorted rows with one weight for each group of them: the experts of a mixture.
+"""Grouped matmul: sorted rows times one weight per group, for mixtures of experts.
 
-`jax.lax.ragged_dot` is one instruction on a TPU. For CPUs jax 0.10 lowers it to a product of every row with every
-weight, behind a mask: 20 to 40 times slower with 32 experts than the loop used here (docs/families.md). The loop visits
-the groups that have rows, and runs each in blocks.
+`jax.lax.ragged_dot` is one instruction on a TPU. For CPUs jax 0.10 lowers it to a masked matmul of every row with every
+weight. With 32 experts that is 20 to 40 times slower than the loop used here (docs/families.md). The loop visits only
+groups that have rows, and runs each in blocks.
 """
 
 import functools
@@ -18,18 +18,18 @@ from difflm_jax.ops.gradients import is_differentiated, values
 from difflm_jax.ops.matmul import dense
 from difflm_jax.quant.qtensor import QTensor
 
-_BLOCKS = (8, 128)  # the least and the most rows of a block
-_RESTS = 4  # blocks of that fraction take what is left of a group, so that less of them is empty
+_BLOCKS = (8, 128)  # minimum and maximum rows of a block
+_RESTS = 4  # the rest of a group runs in blocks smaller by this factor, to waste fewer rows
 
 Weight = Any  # array or QTensor [X, out, in]
 
 
 def grouped_matmul(rows: jax.Array, weights: Sequence[Weight], sizes_X: jax.Array) -> list[jax.Array]:
-    """Rows [M, in] times each of `weights`: a list of [M, out], made in one loop.
+    """Multiplies rows [M, in] by each of `weights` in one loop. Returns a list of [M, out].
 
-    The first `sizes_X[0]` rows are multiplied by `w[0]` [out, in], the next ones by `w[1]`, ...; rows after the last
-    group give zeros. Sums are made in float32 and rounded to the dtype of `rows`. A weight has a gradient if it is
-    differentiated, in its own dtype; a frozen one may be quantised, and one group of it is decoded at a time.
+    The first `sizes_X[0]` rows are multiplied by `w[0]` [out, in], the next ones by `w[1]`, and so on. Rows after the
+    last group give zeros. Sums are float32, rounded to the dtype of `rows`. A weight has a gradient, in its own dtype,
+    if it is differentiated. A frozen one may be quantised, and is decoded one group at a time.
     """
     weights = tuple(w if isinstance(w, QTensor) else varying_with(w, rows) for w in weights)
     rows = varying_with(rows, weights)
@@ -64,7 +64,7 @@ _products.defvjp(_forward, _backward, symbolic_zeros=True)
 def _grouped(
     rows: tuple[jax.Array, ...], weights: tuple[Weight, ...], sizes_X: jax.Array, transposed: bool
 ) -> tuple[jax.Array, ...]:
-    """The products of the one array of rows; `transposed`: the one sum of each array times its transposed weight."""
+    """Multiplies one array of rows by each weight; `transposed`: sums each array times its transposed weight."""
     return jax.lax.platform_dependent(
         rows,
         weights,
@@ -104,7 +104,7 @@ def _by_loop(
             products = [sum(_dot(x, w, (1, 0)) for x, w in zip(parts, dense_weights, strict=True))]
         else:
             products = [_dot(parts[0], w, (1, 1)) for w in dense_weights]
-        # What is written beyond the group is overwritten by the next one.
+        # Rows written beyond the group are overwritten by the next one.
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(result, y.astype(dtype), at, axis=0)
             for result, y in zip(results, products, strict=True)
@@ -117,7 +117,7 @@ def _by_loop(
 
 
 def _weight_gradient(gradient: jax.Array, rows: jax.Array, w: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    """[X, out, in] in the dtype of `w`: of each group the sum over its rows of gradient times input."""
+    """[X, out, in] in the dtype of `w`: for each group, the sum over its rows of gradient times input."""
     block = _block(len(rows), len(sizes_X))
     rows, gradient = (jnp.pad(x, ((0, block), (0, 0))) for x in (rows, gradient))
 
@@ -134,7 +134,7 @@ def _weight_gradient(gradient: jax.Array, rows: jax.Array, w: jax.Array, sizes_X
 def _over_groups(
     weights: tuple[Weight, ...], dtype: Any, sizes_X: jax.Array, block: int, one_block: Callable[..., Any], result: Any
 ) -> Any:
-    """`result` after `one_block(weights, group, first row, rows, end of the group, result)` of every block in order."""
+    """Folds `one_block(weights, group, first row, rows, end of the group, result)` over all blocks in order."""
     ends = jnp.cumsum(sizes_X)
     with_rows = jnp.argsort(sizes_X == 0, stable=True)
 
@@ -158,12 +158,12 @@ def _over_groups(
 
 
 def _of_groups(rows: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    """`rows` with zeros after the last group."""
+    """Sets the rows after the last group to zero."""
     return jnp.where((jnp.arange(len(rows)) < sizes_X.sum())[:, None], rows, jnp.zeros((), rows.dtype))
 
 
 def _block(rows: int, groups: int) -> int:
-    """Rows of a block: as many as a group has on average, as a power of two."""
+    """Returns the rows per block: the mean size of a group, rounded up to a power of two, within `_BLOCKS`."""
     least, most = _BLOCKS
     return min(most, max(least, 1 << (max(rows // groups, 1) - 1).bit_length()))
 

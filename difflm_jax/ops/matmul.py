@@ -1,8 +1,8 @@
 """Matrix products of activations with weights: dense or quantised, frozen or trained.
 
-Sums are made in float32 and rounded once, in the forward and in the backward pass. That needs gradients of our own: by
-jax's rule a float32 sum has a float32 gradient, and the matmuls of the backward pass would not take bfloat16 operands.
-What is asked of the backend for that sum is chosen when the program is lowered (`summed_product`).
+Sums are computed in float32 and rounded once, in the forward and in the backward pass. This needs custom gradients:
+under jax's rule a float32 sum has a float32 gradient, so the backward matmuls would not take bfloat16 operands. The
+output dtype requested from the backend is chosen at lowering (`summed_product`).
 """
 
 import functools
@@ -21,13 +21,12 @@ from difflm_jax.quant.qtensor import QTensor, dequantize, own_scales
 
 
 def matmul(x: jax.Array, w: jax.Array | QTensor | InStack, dtype: Any = None) -> jax.Array:
-    """`x` [..., in] times `w` [out, in] -> [..., out] in `dtype`, that of `x` by default.
+    """Multiplies `x` [..., in] by `w` [out, in] -> [..., out] in `dtype`, by default that of `x`.
 
-    Weights keep Hugging Face's [out, in] order: the contraction is over the last axis of both, which costs no more than
-    [in, out] (measured on CPU), and neither import nor export transposes. `w` is cast to the dtype of `x`. It has a
-    gradient, in its own dtype, if it is differentiated (a factor of LoRA, a weight that is trained in full). A frozen
-    one costs neither that matmul nor the memory for `x`, and may be quantised or stored as `ops.cpu` bits. One that is
-    left in its stack has no gradient.
+    Weights keep Hugging Face's [out, in] order, so import and export need no transpose. Contracting the last axis of
+    both costs no more than [in, out] (measured on CPU). `w` is cast to the dtype of `x`. It has a gradient, in its own
+    dtype, if it is differentiated (a LoRA factor, a fully trained weight). A frozen weight costs neither that matmul
+    nor the memory for `x`, and may be quantised or stored as `ops.cpu` bits. An `InStack` weight has no gradient.
     """
     if isinstance(w, InStack):
         return few_rows.product(_rows(x), w, dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
@@ -37,17 +36,17 @@ def matmul(x: jax.Array, w: jax.Array | QTensor | InStack, dtype: Any = None) ->
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    # Two-dimensional, so that its transpose is too: XLA's CPU backend copies a three-dimensional operand of a gradient
-    # into another order first, which made a LoRA step 1.4 times slower.
+    # Two-dimensional, so that its transpose is too. XLA's CPU backend first copies a three-dimensional operand of a
+    # gradient into another layout, which made a LoRA step 1.4 times slower.
     return x.reshape(-1, x.shape[-1])
 
 
 def summed_product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
-    """The product of two matrices over axis `over[0]` of `a` and `over[1]` of `b`, summed in float32, in `dtype`.
+    """Contracts axis `over[0]` of matrix `a` with `over[1]` of `b`. Sums in float32 and returns `dtype`.
 
-    XLA's CPU backend uses the matrix unit for bfloat16 (AMX) only where a float32 result is asked for: that is four to
-    five times as fast. GPUs sum in float32 in any case but write what was asked for: 0.90 ms in float32 and 0.76 in
-    bfloat16 for a matmul of a Qwen3-4B layer on an H200. The branch of the other platforms is not compiled.
+    XLA's CPU backend uses the matrix unit for bfloat16 (AMX) only for a float32 result, which is four to five times as
+    fast. GPUs always sum in float32 but write the requested dtype: 0.90 ms in float32 and 0.76 in bfloat16 for a matmul
+    of a Qwen3-4B layer on an H200. Only the branch of the current platform is compiled.
     """
     product = functools.partial(_dot, over)
     if jnp.dtype(dtype) == jnp.float32:
@@ -76,7 +75,7 @@ def _forward(dtype, given_dtype, rows, w):
 def _backward(dtype, given_dtype, saved, gradient):
     rows, w = saved
     gradient = gradient.astype(given_dtype)
-    # A quantised weight is decoded once more: keeping the decoded one would hold the model in full.
+    # A quantised weight is decoded again: saving the decoded ones would store the whole model in full precision.
     of_rows = summed_product(gradient, dense(w, given_dtype), (1, 0), given_dtype)
     return of_rows, None if rows is None else summed_product(gradient, rows, (0, 0), w.dtype)
 
@@ -85,12 +84,12 @@ _product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def dense(w: jax.Array | QTensor, dtype: Any) -> jax.Array:
-    """A weight as an array of `dtype`, decoded if it is quantised."""
+    """Returns a weight as an array of `dtype`, decoded if it is quantised."""
     w = floats_of(w)
     if not isinstance(w, QTensor):
         return w.astype(dtype)
-    # Left to itself XLA turns the codes of all layers into the order that decoding likes best, in a copy of the whole
-    # stack before the loop over layers: on a TPU v6e 1.7 GiB more for Qwen3-4B.
+    # Without a constraint, XLA copies the whole stack of codes into its preferred layout before the loop over layers:
+    # on a TPU v6e that takes 1.7 GiB more for Qwen3-4B.
     w = jax.lax.optimization_barrier(w)
     codes = with_layout_constraint(w.codes, Layout(tuple(range(w.codes.ndim))))
     return dequantize(w.replace(codes=codes), dtype)

@@ -1,4 +1,4 @@
-"""Random bits of single tokens: cheap, and a function of (key, example, position in it) alone.
+"""Random bits per token: cheap, and a function of only the key, the example and the position in it.
 
 A draw for a token must not depend on its row, on padding or on the device. Each token therefore has its own generator.
 Threefry would need a key schedule and twenty rounds per token. Masks and dropout need only a good mix of counters,
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_GAMMA = np.uint32(0x9E3779B9)  # 2^32 over the golden ratio, odd: multiples of it visit every number
+_GAMMA = np.uint32(0x9E3779B9)  # 2^32 / golden ratio; odd, so its multiples visit every uint32
 
 
 def token_seeds(key: jax.Array, example_ids: jax.Array, positions: jax.Array) -> jax.Array:
