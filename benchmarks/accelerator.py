@@ -1,14 +1,14 @@
-"""Training steps and generations of a model's shape on one accelerator, beside torch + peft; weights are random.
+"""Training steps and generation on one accelerator, compared with torch + peft, for a model with random weights.
 
     python -m benchmarks.accelerator [--model=DIR or hub id] [--ways="lora; nf4; torch"] [--rows=16] [--out=DIR]
 
-Only the model's `config.json` is needed. A way is a name and the keys that it changes, as "lora remat=full". Ours are
-`lora` and `nf4` (a step by the original objective, which scores every token, of rows without padding; keys are those
-of a configuration) and `generate` (block attention, blocks of 32, no adapter; `batch=8`, or several as `batch=1,8`).
-The peer's are `torch` (checkpoints every layer, float32 adapters under autocast, all logits), `torch_best` (bfloat16
+Only the model's `config.json` is needed. A way is a name and the keys that it changes, as in "lora remat=full". Ours:
+`lora` and `nf4` (a step of the original objective, which scores every token, on rows without padding; keys are config
+keys) and `generate` (block attention, blocks of 32, no adapter; `batch=8`, or several as `batch=1,8`). The peer's:
+`torch` (checkpoints every layer, float32 adapters under autocast, all logits), `torch_best` (bfloat16
 adapters, no checkpointing, micro-batches as large as memory allows), `torch_nf4` and `torch_nf4_best` (bitsandbytes),
-and `torch_generate` (the whole canvas in every pass, logits of the answer). Each way is a process of its own, so that
-none holds memory of another; medians over rounds of steps between which the host does not wait.
+and `torch_generate` (the whole canvas in every pass, logits of the answer). Each way runs in its own
+process, so that none keeps memory of another. Figures are medians over rounds; the host does not wait between steps.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def in_own_process(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The results of a way, or what became of it."""
+    """Returns the results of a way, or a record of how it failed."""
     own = {name: value for name, value in vars(options).items() if name not in ("way", "ways", "out", "kernels")}
     command = [sys.executable, "-m", "benchmarks.accelerator", f"--way={way}"]
     command += [f"--{name}={value}" for name, value in own.items()] + ["--kernels"] * options.kernels
@@ -115,7 +115,7 @@ def run_way(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def training(name: str, keys: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Our step: `lora` over a base in bfloat16, or `nf4` with double quantisation."""
+    """Times our step: `lora` over a bfloat16 base, or `nf4` with double quantisation."""
     held = {"quantization": "nf4"} if name == "nf4" else {}
     config = configuration(options, {**SETTINGS, **held, **keys})
     model_config = read_model_config(config.model)
@@ -143,7 +143,7 @@ def training(name: str, keys: dict[str, str], options: argparse.Namespace) -> li
 
 
 def generation(name: str, keys: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """`GENERATED` tokens in `PASSES` passes, block by block over an exact cache."""
+    """Times `GENERATED` tokens in `PASSES` passes, block by block with an exact cache."""
     batches = batch_sizes(keys)
     config = configuration(options, {"attention": "block", "block_length": BLOCK, "logit_shift": "true", **keys})
     model_config = read_model_config(config.model)
@@ -170,7 +170,7 @@ def answer(decoder: Decoder, plan: Any, sampling: Any, prompts: list[np.ndarray]
 
 
 def random_params(model_config: ModelConfig, dtype: Any, held: QuantConfig | None) -> dict[str, Any]:
-    """Weights of the model's shape, N(0, 0.02), quantised a layer at a time; norms are ones."""
+    """Returns N(0, 0.02) weights of the model's shape, quantised one layer at a time; norms are ones."""
 
     def drawn(path: tuple[Any, ...], leaf: Any) -> Any:
         if "norm" in jax.tree_util.keystr(path):
@@ -187,7 +187,7 @@ def random_params(model_config: ModelConfig, dtype: Any, held: QuantConfig | Non
 
 
 def full_rows(options: argparse.Namespace, vocab_size: int) -> CleanBatch:
-    """One micro-batch of rows without padding."""
+    """Returns one micro-batch of rows without padding."""
     shape = (options.rows, options.length)
     tokens = np.random.default_rng(0).integers(10, vocab_size - 1, shape).astype(np.int32)
     lengths, ids = np.full(options.rows, options.length, np.int32), np.arange(options.rows, dtype=np.int32)
@@ -196,7 +196,7 @@ def full_rows(options: argparse.Namespace, vocab_size: int) -> CleanBatch:
 
 
 def memory(kind: str = "bytes_in_use") -> float | str:
-    """GiB of the first device; empty where it does not tell."""
+    """Returns a memory figure of the first device in GiB; "" if it reports none."""
     found = (jax.devices()[0].memory_stats() or {}).get(kind)
     return round(found / 2**30, 2) if found else ""
 

@@ -1,11 +1,11 @@
-"""Longer answers: masked NLL of held-out ones after a short training, beside the causal base's own.
+"""Masked NLL of longer held-out answers after a short training, compared with the NLL of the causal base.
 
     python benchmarks/answer_nll.py --train=gsm8k_train.jsonl --test=gsm8k_test.jsonl [--steps=90] [--out=runs/answers]
 
-Trains the quickstart's model on the rows of `--train` that fit into `--max_length` tokens (into another number of them
-with `max_length=N` behind the flags), and prints nats a hidden token at fixed mask rates on the first `--rows` such
-rows of `--test`, the seconds and the CPU seconds of the training. More keys of the configuration follow as `key=value`.
-The same command resumes.
+Trains the quickstart's model on the rows of `--train` that fit into `--max_length` tokens (for training
+alone, `max_length=N` after the flags sets another limit). Prints nats per masked token at fixed mask rates on the first
+`--rows` such rows of `--test`, and the seconds and CPU seconds of the training. Other config keys follow as
+`key=value`. The same command resumes.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     began, cpu = time.perf_counter(), cpu_seconds()
     train(config)
     seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    config = read_run_config(options.out)  # with the dtype that was settled on
+    config = read_run_config(options.out)  # with the resolved dtype
     lm = load(config.model, adapter=options.out / "sft_model", dtype=config.dtype)
     print(f"trained for {seconds:.0f} s, {cpu:.0f} CPU s (all of them if the run was not resumed)", flush=True)
     found = {"seconds": seconds, "cpu_seconds": cpu, "steps": options.steps, "changes": options.changes}
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def causal(lm: LanguageModel) -> LanguageModel:
-    """The base as block diffusion with blocks of one token and the shift, which is next-token prediction."""
+    """Returns the base as block diffusion with blocks of one token and the shift: next-token prediction."""
     base = dataclasses.replace(lm, model=lm.model.clone(lora=None), lora=None)
     return base.with_diffusion(attention="block", block_length=1, logit_shift=True)
 

@@ -1,10 +1,10 @@
-"""Rows of a batch that decode in blocks: all of a batch in step, each in a block of its own, and taking turns.
+"""Block decoding of a batch: all rows in step, each row in its own block, and rows that take turns.
 
     python -m benchmarks.blocks --run=runs/quickstart [--attention=block] [--cache=auto] [--max_new_tokens=128]
              [--block_length=32] [--rows=24] [--batch_size=8] [--samplers=threshold,steady] [--to_the_end] [--out=DIR]
 
 "in step": rows enter a block together, batch by batch. "own blocks": each row enters the next block when it is done
-with one. "in turn": more rows than places, as `generate` does it: a finished row makes room for the next. All give the
+with one. "in turn": more rows than places, as in `generate`; a finished row makes room for the next. All give the
 same answers (`same` counts them). Passes of the batch are forward passes over all its rows; a row-pass is wasted where
 a row takes no step: it waits, is finished, or only writes the keys of its finished block. `--to_the_end` forbids an end
 of sequence, so that every answer has all its tokens; `--ends=40` lets every 40th token of the vocabulary end an answer,
@@ -134,7 +134,7 @@ def _decoder(lm: LanguageModel, options: argparse.Namespace) -> Decoder:
 
 
 def _counted(step: Callable, count: list[int]) -> Callable:
-    """`Loop.step` that tells the host of each pass, which takes no time beside it."""
+    """Returns `Loop.step` with a host callback per pass, whose time is negligible."""
 
     def counted(self: Loop, carry: Any) -> Any:
         jax.debug.callback(lambda: count.append(1))

@@ -1,12 +1,12 @@
-"""All that is measured on one GPU, in one call of less than 25 minutes: stages in turn, each with a limit of its own.
+"""Runs all GPU measurements in one call of less than 25 minutes: stages in turn, each with its own time limit.
 
     python -m benchmarks.card --out=DIR [--model=DIR] [--moe=DIR] [--smollm2=FILE --data=FILE] [--only=train,decode,...]
 
-`--model` and `--moe` are directories of a `config.json` alone (Qwen3-4B and Qwen3-30B-A3B); weights are random.
-`--smollm2` is a model with weights, and `--data` the rows that an adapter that drafts is trained on; without them those
-stages are named as left out. What a stage prints is written to `DIR/STAGE.txt` as it comes, so that nothing is lost if
-the call ends early, and `DIR/stages.json` says how each ended. `--only` divides the stages over several calls.
-A peer and the product stand in the same stage, the peer first and last.
+`--model` and `--moe` are directories with only a `config.json` (Qwen3-4B and Qwen3-30B-A3B); weights are random.
+`--smollm2` is a model with weights, and `--data` the training rows of a drafting adapter; without them, those
+stages are listed as skipped. The output of a stage is streamed to `DIR/STAGE.txt`, so nothing is lost if the call ends
+early. `DIR/stages.json` has the exit of each stage. `--only` splits the stages over several calls. A peer and the
+product run in the same stage, the peer first and last.
 """
 
 import argparse
@@ -23,7 +23,7 @@ DECODE = "torch_generate batch=1,128; generate batch=1,8,128; torch_generate bat
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A command with the seconds that it may take. `needs`: the flags without which there is nothing to run."""
+    """A command with its time limit in seconds. `needs`: the flags that it requires."""
 
     name: str
     limit: int
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def stages(options: argparse.Namespace) -> dict[str, Stage]:
-    """Stages by name, in the order in which they are worth running."""
+    """Returns the stages by name, the most important first."""
     shape = (f"--rows={options.rows}", f"--length={options.length}")
     accelerator = ("-m", "benchmarks.accelerator", "--rounds=3", "--steps=4")
     out, run_directory = f"--out={options.out}", f"{options.out}/lossless"
@@ -81,7 +81,7 @@ def stages(options: argparse.Namespace) -> dict[str, Stage]:
 
 
 def run(stage: Stage, directory: Path) -> dict[str, float | int | str]:
-    """How a stage ended. Its output is in `directory`."""
+    """Runs a stage and returns how it ended. Its output is in `directory`."""
     begun = time.perf_counter()
     with (directory / f"{stage.name}.txt").open("w", encoding="utf-8") as output:
         try:

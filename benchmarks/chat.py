@@ -1,10 +1,10 @@
-"""Free-form chat of a converted model beside its base: what the base thinks of the answers, and how they degenerate.
+"""Free-form chat of a converted model and of its base: NLL of the answers under the base, and signs of degeneration.
 
     python benchmarks/chat.py --adapter=runs/quickstart/sft_model --data=questions.jsonl [--rows=50] [--tokens=64]
 
-`--data` holds prompts in any format that training takes (`question` rows, say; answers are not read). Printed for each
-way of decoding: NLL of the answers under the causal base (nats a token), their length in tokens, the share of 4-grams
-that occurred before in the answer, of empty answers, and of answers that end by themselves.
+`--data` has prompts in any format that training takes (`question` rows, say; answers are not read). Printed for each
+way of decoding: NLL of the answers under the causal base (nats per token), their length in tokens, and three shares:
+repeated 4-grams, empty answers, and answers with an end of sequence.
 """
 
 import argparse
@@ -56,13 +56,13 @@ def main() -> None:
 
 
 def first_turn(line: str) -> str:
-    """The question of a JSON line: `question`, `prompt`, `text` or the first of `turns`."""
+    """Returns the question of a JSON line: `question`, `prompt`, `text` or the first of `turns`."""
     row = json.loads(line)
     return next((row[key] for key in ("question", "prompt", "text") if key in row), "") or row.get("turns", [""])[0]
 
 
 def answer_nll(base: LanguageModel, prompts: list[np.ndarray], answers: list[np.ndarray]) -> float:
-    """Nats a token of all answers together, under the causal base."""
+    """Returns nats per token of all answers together, under the causal base."""
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     total, count = 0.0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -76,7 +76,7 @@ def answer_nll(base: LanguageModel, prompts: list[np.ndarray], answers: list[np.
 
 
 def repeated(tokens: np.ndarray) -> float:
-    """Share of 4-grams that occurred before."""
+    """Returns the share of 4-grams that occurred before."""
     grams = [tuple(tokens[i : i + 4].tolist()) for i in range(len(tokens) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

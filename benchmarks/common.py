@@ -1,4 +1,4 @@
-"""What the benchmarks share: ways that take turns, the machine, and a report as table, JSON and plot."""
+"""Shared code of the benchmarks: alternating timing, the machine, and a report as table, JSON and plot."""
 
 import argparse
 import json
@@ -17,11 +17,11 @@ import numpy as np
 def alternating(
     ways: Mapping[str, Callable[[int], Any]], rounds: int, warm_up: int = 1, settle: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of each way in each round; a way is called with the number of the round, and the ways take turns.
+    """Returns the seconds of each way in each round. Ways alternate; each is called with the number of the round.
 
-    Rounds below `warm_up` compile and fill caches; they get the numbers -warm_up ... -1, and are not counted. With
-    `settle` a way runs so often at each of its turns before it is timed: the first step of a library after one of
-    another is up to 1.4 times as slow as those that follow, in which a run consists.
+    The `warm_up` rounds compile and fill caches. They have the numbers -warm_up ... -1 and are not counted. At each
+    turn a way first runs `settle` times untimed. The first step of a library after one of another is up to 1.4 times
+    as slow as the following ones, which are typical of a run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-warm_up, rounds):
@@ -36,7 +36,7 @@ def alternating(
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describes the machine and the versions."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 
 def gemm_flops(dtype: Any, size: int = 2048) -> float:
-    """FLOP/s of the best of five square products: what there is to reach."""
+    """Returns the FLOP/s of the best of five square matmuls, as an upper bound."""
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(lambda a, b: a @ b)
     seconds = alternating({"product": lambda _: product(x, x)}, 5)["product"]
@@ -62,7 +62,7 @@ def add_report_flags(parser: argparse.ArgumentParser, rounds: int) -> None:
 def report(
     name: str, options: argparse.Namespace, rows: Sequence[Mapping[str, Any]], figure: str, facts: Mapping | None = None
 ) -> None:
-    """Prints `rows` (each with a "way") as a table; with `--out` keeps them as JSON and plots their `figure`."""
+    """Prints `rows` (each with a "way") as a table; with `--out`, saves them as JSON and plots their `figure`."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "seconds"))
     cells = [[_text(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]

@@ -1,9 +1,9 @@
-"""Seconds to compile the training step: by depth, and the second time, from the kept compilations.
+"""Seconds to compile the training step by depth, without and with the compilation cache.
 
     python -m benchmarks.compile [--width=512] [--out=DIR]
 
-The step is that of `configs/pretrain.py` (dropout, remat) for models that differ in their number of layers alone; only
-shapes are needed. Layers are scanned, so that the time should not grow with their number.
+The step is that of `configs/pretrain.py` (dropout, remat) for models that differ only in the number of layers. Only
+shapes are needed. Layers are scanned, so the time should not grow with their number.
 """
 
 import argparse
@@ -57,9 +57,9 @@ def main() -> None:
 def compile_seconds(
     layers: int, width: int, changes: dict[str, Any] | None = None, with_lowering: bool = False
 ) -> float:
-    """Seconds from the traced step to a program, with nothing remembered in this process.
+    """Returns the seconds from the traced step to a program, with the caches of this process cleared.
 
-    `changes` are those of the model's `config.json`; `with_lowering` counts tracing too.
+    `changes` are applied to the model's `config.json`; `with_lowering` also counts tracing.
     """
     jax.clear_caches()
     begun = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Chat rows to batches: rows a minute that one core tokenises and packs, beside a plain loop over the same rows.
+"""Chat rows to batches: rows per minute that one core tokenises and packs, compared with a plain loop.
 
     python -m benchmarks.data [--data=builtin:quickstart_facts] [--out=DIR]
 
 Ours reads, checks, renders the chat template, tokenises, marks answers, stores, plans and fills packed batches. The
-peer does what the original system's collator does, in batches: the chat template and the tokenizer with padding.
+peer does the work of the original system's collator, in batches: the chat template and the tokenizer with padding.
 """
 
 import argparse

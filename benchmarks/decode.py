@@ -4,7 +4,7 @@
                                 [--batches=1,8] [--formats=nf4,int4,int8] [--peer] [--out=DIR]
 
 The ways take turns and give the same number of tokens after the same prompts; medians. "XLA alone" is the same program
-without the C++ products of `ops.few_rows`. `same` counts the rows whose tokens are those of the first way. A pass is
+without the C++ matmuls of `ops.few_rows`. `same` counts the rows whose tokens are those of the first way. A pass is
 the time of one more token: (n tokens - 1 token) / (n - 1). The figures of `--formats` are passes over quantised bases.
 "One bare forward pass" is the model alone: a compiled call with the same weights and columns, its logits and their
 argmax, which keeps nothing. What decoding takes beyond it is overhead.
@@ -65,7 +65,7 @@ def _table(bases: dict, peer: Callable | None, dtype: str, batch: int, options: 
     def timed(name: str, tokens: int) -> Callable[[int], None]:
         return lambda _: found.update({name: ways[name](prompts, tokens)})
 
-    counts = (1, options.tokens)  # of the bare pass: so many calls
+    counts = (1, options.tokens)  # calls of the bare pass
     seconds = alternating({f"{name}/{n}": timed(name, n) for n in counts for name in ways}, options.rounds)
     table = []
     first = found[next(iter(ways))]
@@ -93,7 +93,7 @@ def _ours(lm: difflm_jax.LanguageModel) -> Callable[[Rows, int], Rows]:
 
 
 def _bare(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Callable[[Rows, int], None]:
-    """As many calls of a compiled forward pass as tokens are asked for, after the prompt; no tokens come of them."""
+    """Returns a way that calls a compiled forward pass once per token after the prompt, and produces no tokens."""
     room = options.prompt + options.tokens
 
     def model_of(variables: dict) -> ColumnModel:
@@ -114,7 +114,7 @@ def _bare(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Callable
 
 
 def _by_xla(way: Callable[[Rows, int], Rows]) -> Callable[[Rows, int], Rows]:
-    """`way` with programs of its own, in which `ops.few_rows` has no part."""
+    """Returns `way` compiled separately, without `ops.few_rows`."""
     begin = jax.jit(lambda task, batch: task.begin(batch)[1])
     run = jax.jit(lambda task, batch, carry, most: task.loop(batch).run(carry, most), donate_argnums=2)
 

@@ -1,11 +1,11 @@
-"""A mixture of experts on a CPU: a LoRA step beside transformers + peft, ways to multiply, and compile time by depth.
+"""A mixture of experts on a CPU: a LoRA step compared with transformers + peft, matmuls, and compile time by depth.
 
     python -m benchmarks.experts [--what=step,products,compile] [--rounds=5] [--out=DIR]
 
-step: rank 16 on the attention projections of a small random Qwen3-MoE, rows of equal shape, float32; the peer with two
-implementations of experts that transformers has for a CPU. Rounds alternate, of each turn the second step is timed.
+step: rank 16 on the attention projections of a small random Qwen3-MoE, rows of equal shape, float32; the peer with
+transformers' two implementations of experts for a CPU. Rounds alternate; the second step of each turn is timed.
 products: the tokens of a layer times the matrices of their experts: the loop of `ops.grouped`, `jax.lax.ragged_dot`, a
-copy of its expert's matrix for each row, and every row times every expert. compile: 4 and 48 layers, shapes alone.
+copy of its expert's matrix for each row, and every row times every expert. compile: 4 and 48 layers, shapes only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the ways of `benchmarks.accelerator` share, ours and torch's: shapes, settings, timing and figures."""
+"""Shared by our ways and torch's in `benchmarks.accelerator`: shapes, settings, timing and figures."""
 
 import argparse
 import time
@@ -13,7 +13,7 @@ from difflm_jax.models.config import ModelConfig
 from difflm_jax.models.flops import peak_flops, train_flops_per_token
 
 GENERATED, PROMPT, BLOCK, PASSES = 128, 128, 32, 32  # tokens, tokens, tokens, forward passes of an answer
-# Config keys that all of our ways of training share; a way's own keys come after them.
+# Config keys of all our ways of training. A way's own keys override them.
 SETTINGS = {
     "remat": "save_dots",
     "attention_kernel": "cudnn",
@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def batch_sizes(keys: dict[str, str]) -> list[int]:
-    """Those of a generation, taken out of its keys."""
+    """Removes the batch sizes of a generation from its keys and returns them."""
     return [int(size) for size in keys.pop("batch", "8").split(",")]
 
 
@@ -35,7 +35,7 @@ def configuration(options: argparse.Namespace, keys: dict[str, Any]) -> Any:
 
 
 def timed(run: Callable[[int], Any], options: argparse.Namespace, of_a_round: int = 0) -> list[float]:
-    """Seconds of one step (or answer) in each round; `run` takes their number and waits for the last."""
+    """Returns the seconds per step (or answer) in each round. `run` takes their number and waits for the last."""
     count = of_a_round or options.steps
     run(2)
     seconds = []

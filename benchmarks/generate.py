@@ -1,11 +1,11 @@
-"""Every way of decoding side by side: exact match, answer tokens a second, forward passes; and a plain torch loop.
+"""All ways of decoding compared: exact match, answer tokens per second, forward passes; and a plain torch loop.
 
     python benchmarks/generate.py --run=runs/quickstart                      the table of samplers
     python benchmarks/generate.py --run=runs/quickstart --torch              the same number of passes in torch and here
 
-The ways take turns: a round is one batch of questions, answered by all of them, after two passes that compile; the
-median over the rounds counts. `--only=threshold,Dream` takes the ways whose names hold one of these words and
-`--only=-long` those that do not hold this one. `--out=FILE` keeps everything as JSON. JAX_COMPILATION_CACHE_DIR keeps
+The ways take turns: a round is one batch of questions, answered by all of them, after two passes that compile.
+Figures are medians over rounds. `--only=threshold,Dream` selects ways whose names contain one of these words, and
+`--only=-long` those without this one. `--out=FILE` saves everything as JSON. JAX_COMPILATION_CACHE_DIR keeps
 compiled samplers between runs. The adapter is merged into the weights first, here as for torch.
 """
 
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def load_models(run: Path, block_length: int, dtype: str) -> dict[str | None, LanguageModel]:
-    """The run's model under its own attention rule, and under `block` attention of `block_length`."""
+    """Loads the run's model with its own attention rule, and with `block` attention of `block_length`."""
     config = read_run_config(run)
     model, adapter = trained_model(run, config)
     lm = difflm_jax.load(model, adapter=adapter, dtype=dtype or config.dtype)
@@ -102,7 +102,7 @@ def load_models(run: Path, block_length: int, dtype: str) -> dict[str | None, La
 
 
 def samplers(lms, prompts, references, arguments) -> list[dict]:
-    """The table of all ways; printed, and returned as records."""
+    """Prints the table of all ways and returns it as records."""
     n, batch = arguments.max_new_tokens, arguments.batch_size
     ways: dict[str, Callable] = {}
     for name, options in ONE_BLOCK.items():
@@ -155,7 +155,7 @@ def samplers(lms, prompts, references, arguments) -> list[dict]:
 
 
 def in_turns(ways: dict[str, Callable], prompts, batch: int) -> tuple[dict[str, list], dict[str, list[float]]]:
-    """(the outputs of each way, its seconds), batch by batch."""
+    """Returns (the outputs of each way, its seconds), batch by batch."""
     for name, way in ways.items():
         start = time.perf_counter()
         way(prompts[:batch], of=10**6)  # two passes a block: the program is that of any number
@@ -170,7 +170,7 @@ def in_turns(ways: dict[str, Callable], prompts, batch: int) -> tuple[dict[str, 
 
 
 def against_torch(lm: LanguageModel, prompts, arguments) -> list[dict]:
-    """One batch, the same number of forward passes: transformers in a plain loop, and ways of ours beside it."""
+    """Compares transformers in a plain loop with our ways, on one batch with the same number of forward passes."""
     n, batch = arguments.max_new_tokens, arguments.batch_size
     rows = [lm.prompts.prompt(prompt) for prompt in prompts[:batch]]
     torch_loop = make_torch_loop(lm, rows, n)
@@ -203,7 +203,7 @@ def against_torch(lm: LanguageModel, prompts, arguments) -> list[dict]:
 
 
 def make_torch_loop(lm: LanguageModel, rows: list[np.ndarray], new_tokens: int) -> Callable[[], np.ndarray]:
-    """What one writes in an afternoon with transformers: whole canvas, all logits, LLaDA's rule, one token a pass."""
+    """Returns a simple loop with transformers: whole canvas, all logits, LLaDA's rule, one token per pass."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -220,7 +220,7 @@ def make_torch_loop(lm: LanguageModel, rows: list[np.ndarray], new_tokens: int) 
     bias = torch.where(valid[:, None, None, :], 0.0, torch.finfo(dtype).min).expand(-1, 1, width, -1)
     positions = (valid.cumsum(1) - 1).clamp_min(0)
 
-    first = width - new_tokens  # the answer: torch need not take the softmax of anything else
+    first = width - new_tokens  # torch needs the softmax of the answer only
 
     @torch.inference_mode()
     def loop() -> np.ndarray:
@@ -238,7 +238,7 @@ def make_torch_loop(lm: LanguageModel, rows: list[np.ndarray], new_tokens: int) 
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """Describes the machine and the versions."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

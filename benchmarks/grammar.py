@@ -1,10 +1,10 @@
-"""What a grammar costs, and whether answers keep to it: a causal model, lookup drafts and a canvas, with and without.
+"""Cost and validity of decoding with a grammar: a causal model, lookup drafts and a canvas, with and without it.
 
     python benchmarks/grammar.py [--model=models/SmolLM2-135M-Instruct.Q4_1.gguf --tokens=48 --rounds=3]
 
 The ways take turns on the same prompts, after a round that compiles. Without a grammar an answer may be longer or
 shorter, so the figure is seconds per forward pass. Every constrained answer is validated, and at temperature 0 lookup
-drafts must give the tokens of plain decoding: the command fails where one does not.
+drafts must give the tokens of plain decoding: the command fails otherwise.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def is_valid(name: str, text: str) -> bool:
-    """Whether an answer is what the grammar of a way asks for."""
+    """Whether an answer matches the grammar of a way."""
     if name.endswith("date"):
         return re.fullmatch(DATE, text) is not None
     try:

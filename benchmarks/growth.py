@@ -10,8 +10,8 @@
     tokenise  rows/s from JSONL to stored rows, from 10^3 to 3 * 10^4 rows
     adapters  tokens/s of eight requests at once, to 1 to 16 adapters of one base
 
-The model is small and has random weights (`--width`): what counts is how a figure changes, not how large it is. `ratio`
-is a figure relative to the one before it. Parts run in processes of their own, so that none holds memory of another.
+The model is small and has random weights (`--width`): only the change of a figure counts, not its size. `ratio` is a
+figure relative to the one before it. Each part runs in its own process, so that none keeps memory of another.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def _keep(directory: Path, curves: dict[str, list[Point]]) -> None:
 
 
 def model_config(width: int, layers: int, vocabulary: int = 8192) -> dict[str, Any]:
-    """`config.json` of the model."""
+    """Returns the `config.json` of the model."""
     return {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": width,
         "intermediate_size": 3 * width, "num_hidden_layers": layers, "num_attention_heads": width // 64,
@@ -129,14 +129,14 @@ def model_config(width: int, layers: int, vocabulary: int = 8192) -> dict[str, A
 
 
 def _seconds(run: Callable[[], Any], rounds: int = ROUNDS, warm_up: int = 1) -> float:
-    """The median of so many runs, after those that compile."""
+    """Returns the median seconds of `rounds` runs, after `warm_up` runs that compile."""
     from benchmarks.common import alternating, median_of
 
     return median_of(alternating({"": lambda _: run()}, rounds, warm_up)[""])
 
 
 def _train(options: argparse.Namespace, rows: int, length: int, layers: int = 4) -> tuple[float, float]:
-    """(seconds of a LoRA step over `rows` full rows, seconds to compile it)."""
+    """Returns (seconds of a LoRA step over `rows` full rows, seconds to compile it)."""
     import jax
     import jax.numpy as jnp
 
@@ -176,7 +176,7 @@ def _train(options: argparse.Namespace, rows: int, length: int, layers: int = 4)
 
 
 def _pass(options: argparse.Namespace, rows: int, columns: int) -> float:
-    """Seconds of a cached causal pass of one token per row."""
+    """Returns the seconds of a cached causal pass of one token per row."""
     import jax
     import jax.numpy as jnp
 
@@ -222,7 +222,7 @@ def by_devices(options: argparse.Namespace) -> Iterator[Point]:
 
 
 def by_data(options: argparse.Namespace) -> Iterator[Point]:
-    """From stored rows of random lengths to batches, as training goes about it."""
+    """Times the path from stored rows of random lengths to batches, as in training."""
     import datasets
 
     from difflm_jax.data.batches import batches, describe, plan_batches, split
@@ -254,7 +254,7 @@ def by_data(options: argparse.Namespace) -> Iterator[Point]:
     yield point
 
 
-# Writes the stored form of `argv[2]` rows, in a process of its own so that its memory is not counted.
+# Writes the stored form of `argv[2]` rows, in a separate process so that its memory is not counted.
 _WRITE = """
 import sys
 import numpy as np, pyarrow as pa
@@ -277,7 +277,7 @@ with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
 
 
 def _memory() -> float:
-    """MiB that this process has had at most that no file backs."""
+    """Returns the peak memory of this process in MiB, without file-backed pages."""
     status = Path("/proc/self/status")
     if status.is_file():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -305,7 +305,7 @@ def by_tokenising(options: argparse.Namespace) -> Iterator[Point]:
 
 
 def by_adapters(options: argparse.Namespace) -> Iterator[Point]:
-    """Eight requests at once, divided over the adapters, each of rank 16 on all projections."""
+    """Times eight requests at once, spread over the adapters, each of rank 16 on all projections."""
     import dataclasses
 
     import jax

@@ -1,4 +1,4 @@
-"""Where the time of a device goes: kernels by name and total time, off jax's own profile."""
+"""Time of a device by kernel name, from jax's profiler."""
 
 import re
 import tempfile
@@ -11,7 +11,7 @@ import jax
 
 
 def time_of_kernels(run: Callable[[], Any], repetitions: int, most: int = 45) -> None:
-    """Prints the kernels of `run`, milliseconds a repetition, those of most time first."""
+    """Prints the kernels of `run` with milliseconds per repetition, slowest first."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             run()
@@ -24,7 +24,7 @@ def time_of_kernels(run: Callable[[], Any], repetitions: int, most: int = 45) ->
 
 
 def totals_of(profile: Any) -> dict[str, tuple[float, int]]:
-    """{kernel: (seconds, calls)} of all streams of the first device."""
+    """Returns {kernel: (seconds, calls)} over all streams of the first device."""
     totals: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for plane in profile.planes:
         if not re.match(r"/device:(GPU|TPU):0", plane.name):

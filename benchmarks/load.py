@@ -1,9 +1,9 @@
-"""Loading a checkpoint, beside a raw read of its bytes and beside transformers.
+"""Time to load a checkpoint, compared with a raw read of its bytes and with transformers.
 
     python -m benchmarks.load [--gigabytes=1] [--out=DIR]
 
-The checkpoint is made of random bfloat16 weights in the shape of Qwen3-0.6B's layers, as many as are asked for. The raw
-read goes through the same file with `readinto`; the file is in the page cache for all.
+The checkpoint is made of random bfloat16 weights in the shape of Qwen3-0.6B's layers, as many as needed. The raw read
+goes through the same file with `readinto`; the file is in the page cache for all.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _write(directory: Path, layers: int, vocabulary: int) -> int:
-    """A Qwen3 checkpoint of so many layers; returns its size in bytes."""
+    """Writes a Qwen3 checkpoint with `layers` layers; returns its size in bytes."""
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": WIDTH, "intermediate_size": MLP,
         "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
@@ -70,7 +70,7 @@ def _write(directory: Path, layers: int, vocabulary: int) -> int:
 
 
 def write_checkpoint(directory: Path, config: dict) -> int:
-    """Random weights for a `config.json`; returns their size in bytes."""
+    """Writes random weights for a `config.json`; returns their size in bytes."""
     (directory / "config.json").write_text(json.dumps(config))
     rng, tensors = np.random.default_rng(0), {}
     bfloat16 = jnp.dtype("bfloat16")

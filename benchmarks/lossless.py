@@ -2,9 +2,9 @@
 
     python -m benchmarks.lossless --model=MODEL --adapter=RUN/sft_model --data=FILE [--rows=8 --max_new_tokens=96]
 
-Both decode the same prompts at batch 1 with their caches, one after the other, in turns; the median over `--rounds`
-counts, after a first round that compiles. `--bases=dense:bfloat16,int8:bfloat16,nf4:bfloat16` names formats and dtypes.
-`--passes` prints instead what a pass of 1, 2, 4, ... rows costs.
+Both decode the same prompts at batch 1 with their caches, in turns. Figures are medians over `--rounds`, after
+a first round that compiles. `--bases=dense:bfloat16,int8:bfloat16,nf4:bfloat16` names formats and dtypes.
+`--passes` prints the time of a pass of 1, 2, 4, ... rows instead.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def decoded(lm: LanguageModel, name: str, options: argparse.Namespace) -> list[dict]:
-    """A line for the base and one for each strategy."""
+    """Returns a record for the base and one for each strategy."""
     rows = lm.prompts.all([question.prompt for question in read_questions(options.data, options.rows)])
     given, outs = {"max_new_tokens": options.max_new_tokens, "batch_size": 1}, {}
 
@@ -81,7 +81,7 @@ def decoded(lm: LanguageModel, name: str, options: argparse.Namespace) -> list[d
 
 
 def passes(lm: LanguageModel, name: str, options: argparse.Namespace) -> list[dict]:
-    """Milliseconds of a pass over a cache of `CONTEXT` columns, by rows; "adapter": its gate is open in all but one."""
+    """Times a pass over a cache of `CONTEXT` columns, by rows; "adapter": on for all rows but one."""
     model = ColumnModel(lm.model, lm.variables)
     columns = jax.jit(lambda tokens: model.prefill(tokens, CONTEXT))(jnp.full((1, CONTEXT), 5, jnp.int32))
 

@@ -4,7 +4,7 @@
 
 A pass reads the weights and the cache once, and computes its matmuls. With the chip's memory bandwidth and peak
 FLOP/s (data sheets, `difflm_jax.planning.chips`) this gives two times; the larger one bounds the pass from below.
-Dequantisation and kernel launches are not counted. `benchmarks.rows` measures the same passes where there is a chip.
+Dequantisation and kernel launches are not counted. `benchmarks.rows` measures the same passes on a chip.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _bound(config: ModelConfig, way: str, count: int, columns: int, chip: Chip) -> dict[str, Any]:
-    """Milliseconds in which `chip` could run a pass of `count` rows over `columns` cached tokens, at the least."""
+    """Returns the least milliseconds of a pass of `count` rows over `columns` cached tokens on `chip`."""
     params = abstract_params(config, jnp.bfloat16, None if way == "bfloat16" else QuantConfig(way))
     model = Transformer(config, None, config.vocab_size - 1, jnp.bfloat16, on_cpu=False)
     cache = jax.eval_shape(functools.partial(_prefill, model, columns), params)
@@ -64,7 +64,7 @@ def _prefill(model: Transformer, columns: int, params: Any) -> Any:
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes of the arrays of `tree`; two int4 or NF4 codes share a byte."""
+    """Counts the bytes of the arrays of `tree`; two int4 or NF4 codes share a byte."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 

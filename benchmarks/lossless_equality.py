@@ -1,11 +1,12 @@
-"""Whether speculative decoding writes its base's text: by prompt, strategy, batch size and base.
+"""Checks that speculative decoding gives its base's text, by prompt, strategy, batch size and base.
 
     python -m benchmarks.lossless_equality --model=MODEL --adapter=RUN/sft_model --data=FILE [--rows=50]
 
-The reference is plain greedy decoding of the same base, one token a pass at batch 1. A row that differs is listed with
-the gap of the base's two best logits at the first difference, recomputed in one pass over the row: a difference at a
-gap of 0 is a tie, and rounding can move a gap of about 1e-4 in float32. `--torch` decodes with transformers too, for a
-dense base that it can read. The exit status is 1 if a row differs at a wider gap. `--out=FILE` keeps all as JSON.
+The reference is plain greedy decoding of the same base, one token per pass at batch 1. A row that differs is listed
+with the gap of the base's two best logits at the first difference, recomputed in one pass over the row: a difference
+at a gap of 0 is a tie, and rounding can move a gap of about 1e-4 in float32. `--torch` also decodes with
+transformers, for a dense base that it can read. The exit status is 1 if a row differs at a wider gap.
+`--out=FILE` saves all as JSON.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from difflm_jax.evaluation.tasks import read_questions
 from difflm_jax.lm import LanguageModel
 from difflm_jax.sampling.drafts import STRATEGIES
 
-ROUNDING = {"float32": 1e-4, "bfloat16": 0.0}  # the widest gap of two logits that another order of sums may turn
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.0}  # the widest gap of two logits that another order of sums may invert
 
 
 def main() -> int:
@@ -77,7 +78,7 @@ def main() -> int:
 def compared(
     name: str, base: LanguageModel, rows: list[np.ndarray], reference: list[np.ndarray], tokens: Any, facts: dict
 ) -> dict[str, Any]:
-    """Which rows differ, with the gap of the base's logits there; prints a line."""
+    """Returns the rows that differ, with the gap of the base's logits there; prints a line."""
     different = []
     for i, (expected, other) in enumerate(zip(reference, tokens, strict=True)):
         expected, other = np.asarray(expected), np.asarray(other)
@@ -94,7 +95,7 @@ def compared(
 
 
 def gap(base: LanguageModel, prompt: np.ndarray, answer: np.ndarray, at: int) -> float:
-    """The distance of the two best logits for token `at` of an answer."""
+    """Returns the gap between the two best logits for token `at` of an answer."""
     text = np.concatenate([prompt, answer[:at]])
     logits = np.asarray(base(text[None])[0, -1], np.float32)
     logits[base.mask_token_id] = -np.inf
@@ -103,7 +104,7 @@ def gap(base: LanguageModel, prompt: np.ndarray, answer: np.ndarray, at: int) ->
 
 
 def torch_greedy(rows: list[np.ndarray], reference: list[np.ndarray], options: argparse.Namespace) -> list[np.ndarray]:
-    """transformers' greedy decoding, as many tokens as the reference has."""
+    """Decodes greedily with transformers, as many tokens as the reference has."""
     import torch
     from transformers import AutoModelForCausalLM
 

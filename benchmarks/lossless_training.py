@@ -2,7 +2,7 @@
 
     python -m benchmarks.lossless_training --model=DIRECTORY_OR_GGUF [--batch=4 --length=192 --anchors=8 --rows=4]
 
-The peer is what one writes with transformers and peft: the clean rows without the adapter and without a gradient, their
+The peer is a plain loop with transformers and peft: the clean rows without the adapter and without a gradient, their
 key-value cache, and then the noise rows after each anchor under a mask of four dimensions. The loss is the
 cross-entropy with the base's choices, and AdamW updates the adapter. Both get the same tokens and sizes, in turns.
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def ours(lm: Any, tokens: np.ndarray, options: argparse.Namespace, kept: bool) -> Callable[[int], Any]:
-    """A step of the training loop's own program. `kept`: with clean copies, as in the second epoch."""
+    """Returns a step of the training loop's own program. `kept`: with clean copies, as in the second epoch."""
     lora_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0)
     lora = init_lora(jax.random.key(0), lm.params, lora_config, None)
     diffusion = lm.with_diffusion(gated=True, noise="uniform", draft_length=options.rows).diffusion
@@ -102,7 +102,7 @@ def ours(lm: Any, tokens: np.ndarray, options: argparse.Namespace, kept: bool) -
 
 
 def peers(tokens: np.ndarray, options: argparse.Namespace) -> dict[str, Callable[[int], Any]]:
-    """The same step in torch, transformers and peft, with the clean rows in each step, and with their keys kept."""
+    """Returns the same step in torch, transformers and peft, with clean rows in each step or with their keys kept."""
     import torch
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model

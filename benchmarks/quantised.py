@@ -1,10 +1,10 @@
-"""Speed of a quantised base: LoRA steps over every format beside the dense base, and beside torch + bitsandbytes.
+"""Speed of a quantised base: LoRA steps over every format, the dense base, and torch + bitsandbytes.
 
     python -m benchmarks.quantised [--model=models/SmolLM2-135M-Instruct.Q4_1.gguf] [--rows=8 --length=128] [--peer]
                                    [--out=DIR]
 
-Rounds alternate between the bases; figures are medians. Also: bytes a weight of the projections, seconds to quantise a
-GB of bfloat16 weights, and seconds to load the base from the model, and from the conversion that is kept.
+Rounds alternate between the bases; figures are medians. Also: bytes per weight of the projections, seconds to quantise
+a GB of bfloat16 weights, and seconds to load the base from the model and from its cached conversion.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def _load(base: str, options: argparse.Namespace) -> tuple[difflm_jax.LanguageMo
 
 
 def _quantise_seconds(held: QuantConfig) -> float:
-    """Seconds for 10^9 bytes of bfloat16, from a weight of 2560 x 9728 (Qwen3-4B's MLP)."""
+    """Returns the seconds for 10^9 bytes of bfloat16, measured on a weight of 2560 x 9728 (Qwen3-4B's MLP)."""
     weight = jax.random.normal(jax.random.key(0), (2560, 9728), jnp.bfloat16)
     run = jax.jit(quantize, static_argnums=1)
     seconds = alternating({"quantise": lambda _: run(weight, held)}, 5)["quantise"]
@@ -93,7 +93,7 @@ def _quantise_seconds(held: QuantConfig) -> float:
 
 
 def _our_step(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Callable[[], object]:
-    """A step of the original system's pretraining rule, with remat, on tokens of random rows without padding."""
+    """Returns a step of the original system's pretraining rule, with remat, on random rows without padding."""
     settings = default_config()
     model = lm.model.clone(lora=LORA, remat="full")
     optimizer = make_optimizer(settings)
@@ -121,7 +121,7 @@ def _our_step(lm: difflm_jax.LanguageModel, options: argparse.Namespace) -> Call
 
 
 def _torch_step(directory: str, quantised: bool, options: argparse.Namespace) -> Callable[[], object]:
-    """The same work in torch: rank 16 on seven projections, gradient checkpointing, the loss at every token, AdamW."""
+    """Returns the same step in torch: rank 16 on seven projections, checkpointing, the loss at every token, AdamW."""
     import torch
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -139,7 +139,7 @@ def _torch_step(directory: str, quantised: bool, options: argparse.Namespace) ->
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     tokens = torch.tensor(_tokens(model.config.vocab_size, options)).long()
-    everything = torch.zeros(options.rows, 1, options.length, options.length)  # no position is shut out
+    everything = torch.zeros(options.rows, 1, options.length, options.length)  # no position is masked out
 
     def run() -> None:
         logits = model(tokens, attention_mask=everything, use_cache=False).logits

@@ -1,9 +1,9 @@
-"""What a quantised base costs in learning: the quickstart's model trained on every kind of base with the same budget.
+"""Masked NLL after training on quantised bases: the quickstart's model on every format, with the same budget.
 
     python benchmarks/quantised_learning.py [--steps=60] [--out=runs/quantised]
 
 Trains (the quickstart's configuration, seed, data and order of batches; 10 pretraining steps and `--steps` of SFT), and
-prints masked NLL (nats a hidden token) of the answers to the held-out questions by mask rate, in one table.
+prints masked NLL (nats per masked token) of the answers to the held-out questions by mask rate, in one table.
 """
 
 import argparse

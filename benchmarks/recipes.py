@@ -3,10 +3,10 @@
     python benchmarks/recipes.py [--variants=ce,distil] [--seeds=0,1,2] [--steps=40] [--out=runs/recipes]
     python benchmarks/recipes.py --table                 # prints what is there
 
-Every (variant, seed) is a process of its own and leaves one JSON file; what is there is not made again. A variant is
+Every (variant, seed) runs in its own process and writes one JSON file; existing files are kept. A variant is
 the quickstart's configuration with other keys. Reported are masked NLL of the held-out answers by mask rate, exact
-matches on the 60 held-out questions at several numbers of tokens a pass, the share of answers in which a token directly
-follows itself, and the share of empty ones.
+matches on the 60 held-out questions at several numbers of tokens per pass, the share of answers in which a token
+directly follows itself, and the share of empty ones.
 """
 
 import argparse
@@ -53,7 +53,7 @@ SHARED = {
     "report.data": "",
 }
 
-# What each variant changes of the quickstart's configuration; "ce" is the configuration that the others start from.
+# Changes of each variant to the quickstart's configuration; "ce" is the one that the others start from.
 VARIANTS: dict[str, dict[str, Any]] = {
     "ce": {},
     "seed_rule": {
@@ -85,7 +85,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grow": {"attention": "block", "block_length": 16, "mask_rate": "block", "block_growth_steps": 20},
 }
 
-# How answers are decoded: name -> (tokens of the canvas a pass at least, options of `generate`).
+# Ways of decoding: name -> (least tokens of the canvas per pass, options of `generate`).
 _SUREST = {"algorithm": "probability"}
 _STEADY = {**_SUREST, "leftmost": True, "schedule": "deadline"}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -156,9 +156,9 @@ def run(name: str, seed: int, steps: int, out: Path) -> None:
 def masked_scores(
     lm: LanguageModel, data: str, max_length: int, low: float = 1e-3, high: float = 1.0, count: int = 0
 ) -> dict[str, Any]:
-    """Masked NLL of the answers in `data` (no tokens that only fill up), at rates stratified over [low, high].
+    """Returns the masked NLL of the answers in `data`, without padding, at rates stratified over [low, high].
 
-    Only of the first `count` rows (0: all) that fit into `max_length` tokens.
+    Scores the first `count` rows (0: all) that fit into `max_length` tokens.
     """
     rows = tokenize(
         data,
@@ -184,7 +184,7 @@ def masked_scores(
 
 
 def decoded(lm: LanguageModel, data: str) -> dict[str, Any]:
-    """For every way of decoding: exact matches, passes a row, degenerate answers, and the answers themselves."""
+    """Returns exact matches, passes per row, degenerate answers and all answers for every way of decoding."""
     questions = read_questions(data)
     results = {}
     for name, (tokens, options) in WAYS.items():
@@ -203,7 +203,7 @@ def decoded(lm: LanguageModel, data: str) -> dict[str, Any]:
 
 
 def print_table(out: Path) -> None:
-    """Means over seeds, and the standard deviation where there are several."""
+    """Prints means over seeds, and the standard deviation if there are several."""
     groups: dict[tuple[str, int], list[dict]] = {}
     for path in sorted(out.glob("*.json")):
         record = json.loads(path.read_text())

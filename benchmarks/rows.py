@@ -3,9 +3,9 @@
     python -m benchmarks.rows [--model=DIR or hub id] [--ways="bfloat16; int8; nf4"] [--rows=1,2,4,8,16,32] [--out=DIR]
 
 Only the model's `config.json` is needed; weights are random. A way is a dtype, or a quantised base that computes in
-bfloat16 (`nf4 dtype=float32` in another). A pass reads a cache of `--columns` tokens, makes float32 logits of each row,
-and their argmax. Ways and numbers of rows take turns; medians. `weights_ms` is the time in which the device would read
-the weights once, if its memory bandwidth is known: no pass of few rows is faster.
+bfloat16 (`nf4 dtype=float32`: in another). A pass reads a cache of `--columns` tokens and computes float32 logits of
+each row, and their argmax. Ways and numbers of rows take turns; figures are medians. `weights_ms` is the
+time to read the weights once, if the device's memory bandwidth is known. No pass of few rows is faster.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def _of_way(way: str) -> tuple[Any, QuantConfig | None]:
 
 
 def _pass(config: ModelConfig, params: Any, dtype: Any, count: int, columns: int) -> Any:
-    """A call that runs one pass of `count` rows and returns the tokens that they choose."""
+    """Returns a function that runs one pass of `count` rows and returns the chosen tokens."""
     model = Transformer(config, None, config.vocab_size - 1, dtype, on_cpu=jax.default_backend() == "cpu")
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -82,7 +82,7 @@ def _pass(config: ModelConfig, params: Any, dtype: Any, count: int, columns: int
 
 
 def _read_ms(size: int) -> float | str:
-    """Milliseconds in which this device reads `size` bytes, by its data sheet; empty if it is not known."""
+    """Returns the milliseconds to read `size` bytes on this device, by its data sheet; "" if unknown."""
     kind = jax.devices()[0].device_kind.lower()
     chip = next((chip for name, chip in CHIPS.items() if name in kind), None)
     return 1e3 * size / chip.bandwidth if chip and chip.bandwidth else ""

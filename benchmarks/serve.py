@@ -1,10 +1,10 @@
-"""A server under load: `difflm serve`, as many calls of `generate` one after another, and `transformers serve`.
+"""A server under load: `difflm serve`, sequential calls of `generate`, and `transformers serve`.
 
     python benchmarks/serve.py --model=models/SmolLM2-135M-Instruct.Q4_1.gguf [--adapter=DIR] [--peer=DIR]
 
 Without `--adapter` the causal base is served. `--peer` is the base as a Hugging Face checkpoint, for transformers
 (`load(...).base().save_pretrained(DIR)` writes one; `pip install 'transformers[serving]'`). Each client sends one
-request after another, streamed, until `--requests` are answered. The ways take turns. Printed of each: tokens per
+request after another, streamed, until `--requests` are answered. The ways take turns. Printed for each: tokens per
 second of all clients together, seconds to the first text and to the end of a request (median and 95th percentile).
 """
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def _generated(lm: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """The same requests without a server."""
+    """Answers the same requests without a server."""
     start, tokens, seconds = time.perf_counter(), 0, []
     for number in range(options.requests):
         began = time.perf_counter()
@@ -88,7 +88,7 @@ def _generated(lm: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _served(at: tuple[str, str], clients: int, lm: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """`clients` threads that share the requests to the model at (url, name)."""
+    """Sends the requests from `clients` threads to the model at (url, name)."""
     start, (url, model) = time.perf_counter(), at
     with httpx.Client(base_url=url, timeout=300) as client, concurrent.futures.ThreadPoolExecutor(clients) as pool:
         ask = [pool.submit(_asked, client, model, number, options) for number in range(options.requests)]
@@ -99,7 +99,7 @@ def _served(at: tuple[str, str], clients: int, lm: Any, options: argparse.Namesp
 
 
 def _asked(client: httpx.Client, model: str, number: int, options: argparse.Namespace) -> tuple[float, float, str]:
-    """(seconds to the first text, seconds to the end, the text) of a streamed request."""
+    """Sends a streamed request; returns (seconds to the first text, seconds to the end, the text)."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}],
@@ -127,7 +127,7 @@ def _asked(client: httpx.Client, model: str, number: int, options: argparse.Name
 
 
 def _count(lm: Any, text: str) -> int:
-    """Tokens of an answer: the same measure for all ways."""
+    """Counts the tokens of an answer, in the same way for all servers."""
     return len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -165,7 +165,7 @@ def _theirs(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _running(command: list[str], url: str, path: str) -> Iterator[str]:
-    """A server that answers at `path`; it ends with the block."""
+    """Runs a server that answers at `path` until the block ends."""
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         while True:

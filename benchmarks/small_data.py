@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the peer's frozen weights, and of answers")
     parser.add_argument("--only", default="", choices=("", "peer", "ours"))
     parser.add_argument("--out", default="", help="directory for small_data.json and small_data.png")
-    parser.add_argument("--peer", default="", help=argparse.SUPPRESS)  # the directory in which the peer's process works
+    parser.add_argument("--peer", default="", help=argparse.SUPPRESS)  # the directory of the peer's process
     options, overrides = parser.parse_known_args()
     if options.peer:
         print(json.dumps(train_peer(Path(options.peer), options)))
@@ -103,13 +103,13 @@ def main() -> None:
 
 
 def in_words(date: np.datetime64, form: str) -> str:
-    """The date as it is read aloud."""
+    """Returns the date in words."""
     year, month, day = map(int, str(date).split("-"))
     return form.format(day=ordinal(day), month=MONTHS[month - 1], year=year_in_words(year))
 
 
 def cardinal(number: int) -> str:
-    """A number below 100."""
+    """Returns a number below 100 in words."""
     if number < len(ONES):
         return ONES[number]
     return TENS[number // 10 - 2] + (f"-{ONES[number % 10]}" if number % 10 else "")
@@ -129,7 +129,7 @@ def year_in_words(year: int) -> str:
 
 
 def dates(seed: int, count: int) -> list[dict[str, str]]:
-    """`count` different dates as rows of prompt and response, in an order drawn from `seed`."""
+    """Returns `count` different dates as rows of prompt and response, in an order drawn from `seed`."""
     generator = np.random.default_rng(seed)
     span = int((LAST_DAY - FIRST_DAY).astype(int)) + 1
     days = FIRST_DAY + generator.choice(span, count, replace=False)
@@ -153,7 +153,7 @@ def read_rows(directory: Path, name: str) -> list[dict[str, str]]:
 
 
 def ours(directory: Path, options: argparse.Namespace, overrides: list[str]) -> list[dict[str, Any]]:
-    """The recipe as its command runs it, and the held-out answers by each way of decoding."""
+    """Trains the recipe with its command and scores the held-out answers with each way of decoding."""
     import difflm_jax
 
     run = directory / "run"
@@ -174,7 +174,7 @@ def ours(directory: Path, options: argparse.Namespace, overrides: list[str]) -> 
 
 
 def affordable_steps(command: list[str], directory: Path, budget: float, few: int = 12) -> int:
-    """Steps of the recipe that fit into the budget, told from a run of a few steps; 5 % are left in reserve."""
+    """Estimates the steps that fit into the budget from a run of a few steps, with 5 % in reserve."""
     scratch = directory / "scratch"
     command = [*command, f"--config.max_steps={few}", f"--config.output_dir={scratch}"]
     whole = timed(command, directory / "scratch_compiled")
@@ -187,7 +187,7 @@ def affordable_steps(command: list[str], directory: Path, budget: float, few: in
 
 
 def timed(command: list[str], compiled: Path) -> float:
-    """Seconds of a process whose compiled programs go to `compiled`, where no earlier one left any."""
+    """Returns the seconds of a process whose compilation cache is `compiled`, initially empty."""
     begun = time.perf_counter()
     subprocess.run(command, check=True, env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled)})
     return time.perf_counter() - begun
@@ -205,7 +205,7 @@ def score(rows: list[dict[str, str]], texts: list[str]) -> dict[str, int]:
 
 
 def peers(directory: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The peer in a process of its own, once for each learning rate."""
+    """Runs the peer in its own process, once for each learning rate."""
     import difflm_jax
 
     difflm_jax.load(options.model, dtype=options.dtype, causal=True).save_pretrained(directory / "base")
@@ -223,7 +223,7 @@ def peers(directory: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def train_peer(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains until the budget of this process is spent, and answers greedily."""
+    """Trains until the budget of this process is spent, then answers greedily."""
     begun = time.time() - process_age()
     import torch
     from peft import LoraConfig, get_peft_model
@@ -270,7 +270,7 @@ def train_peer(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def encoded(tokenizer: Any, row: dict[str, str | None]) -> tuple[list[int], int]:
-    """(tokens, where the answer begins) of a row by the chat template; without a response the prompt alone."""
+    """Tokenises a row with the chat template: (tokens, start of the answer). Without a response, only the prompt."""
     asked = [{"role": "user", "content": row["prompt"]}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     tokens = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -279,7 +279,7 @@ def encoded(tokenizer: Any, row: dict[str, str | None]) -> tuple[list[int], int]
 
 
 def process_age() -> float:
-    """Seconds since this process began: its imports count against the budget."""
+    """Returns the seconds since this process began, because its imports count against the budget."""
     ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19])
     uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
     return uptime - ticks / os.sysconf("SC_CLK_TCK")

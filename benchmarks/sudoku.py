@@ -1,13 +1,13 @@
-"""An answer whose order of writing matters: 4x4 Sudoku, learned by diffusion and by next-token prediction.
+"""4x4 Sudoku, where the order of decoding matters, learned by diffusion and by next-token prediction.
 
     python benchmarks/sudoku.py --way=diffusion [--steps=200] [--out=runs/sudoku] [key=value ...]
     python benchmarks/sudoku.py --way=causal
 
-Of the 288 grids, 72 (by `--seed`) are held out; training puzzles are the others with 8 empty cells, test puzzles the
-held-out ones, none of which any training puzzle has as its solution. Trains the quickstart's model on 8 puzzles a step,
-then runs `difflm_jax.evaluate --task=sudoku` on the first `--rows` test puzzles, beside the base that was not trained.
+72 of the 288 grids (by `--seed`) are held out for test puzzles; training puzzles are the others, with 8 empty cells.
+No training puzzle has a held-out grid as a solution. Trains the quickstart's model on 8 puzzles per step, then runs
+`difflm_jax.evaluate --task=sudoku` on the first `--rows` test puzzles, also with the untrained base.
 `causal` trains the same adapter on the same rows as block diffusion with blocks of one token and the shift, which is
-next-token prediction, and decodes a token a pass. The same command resumes.
+next-token prediction, and decodes one token per pass. The same command resumes.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from difflm_jax.training.run import train
 
 EMPTY, HELD_OUT = 8, 72
 PER_STEP = 8
-CANVAS = 32  # 16 digits, what stands between them, and the end
+CANVAS = 32  # 16 digits, the characters between them, and the end
 SHARED = {
     "phases": "sft",
-    "max_length": 640,  # what all prompts begin with, and the rest of `PER_STEP` puzzles
+    "max_length": 640,  # the shared start of all prompts, and the rest of `PER_STEP` puzzles
     "answer_padding": 0,
     "test_size": 0,
     "sample_prompts": 0,
@@ -44,7 +44,7 @@ NEXT_TOKEN = {
     "min_mask_probability": 1.0,
     "loss_weight": "uniform",  # by CART's weights a token would count the less the further it is from the prompt
 }
-# Way of training -> (keys of the configuration, tokens a pass to decode with).
+# Way of training -> (config keys, tokens per pass for decoding).
 WAYS = {"diffusion": ({}, "1,2,4"), "causal": (NEXT_TOKEN, "1")}
 
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def write_puzzles(rows: Path, test: Path, train_count: int, test_count: int, seed: int) -> None:
-    """Writes the test puzzles as the task's CSV, and the training puzzles as chats with the very prompt of the task."""
+    """Writes the test puzzles as the task's CSV, and the training puzzles as chats with the same prompt as the task."""
     rng = np.random.default_rng(seed)
     grids = rng.permutation(all_grids())
     write_csv(test, [puzzle_of(grids[i % HELD_OUT], rng) for i in range(test_count)])
@@ -94,7 +94,7 @@ def write_csv(path: Path, puzzles: list[tuple[str, str]]) -> None:
 
 
 def all_grids() -> np.ndarray:
-    """[288, 16], row by row: the grids in which rows, columns and quarters hold 1 to 4."""
+    """Returns all grids [288, 16], row by row, with 1 to 4 in each row, column and quarter."""
     lines = list(itertools.permutations((1, 2, 3, 4)))
     found = np.array([sum(rows, ()) for rows in itertools.product(lines, repeat=4)]).reshape(-1, 4, 4)
     found = found[(np.sort(found, axis=1) == np.arange(1, 5)[:, None]).all(axis=(1, 2))]
@@ -103,7 +103,7 @@ def all_grids() -> np.ndarray:
 
 
 def puzzle_of(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
-    """(puzzle, a solution) as 16 digits each."""
+    """Returns (puzzle, a solution), each with 16 digits."""
     puzzle = grid.copy()
     puzzle[rng.choice(16, EMPTY, replace=False)] = 0
     return "".join(map(str, puzzle)), "".join(map(str, grid))

@@ -1,4 +1,4 @@
-"""What `benchmarks.accelerator` is compared with: transformers + peft, and bitsandbytes, on the same card."""
+"""The peer of `benchmarks.accelerator`: transformers + peft, and bitsandbytes, on the same card."""
 
 import argparse
 import time
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def training(name: str, keys: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A step as the original system makes it, or with the best settings; micro-batches halve until they fit."""
+    """Times a step as in the original system, or with the best settings; micro-batches halve until they fit."""
     best = "best" in name
     model = random_model(options.model, quantised="nf4" in name)
     if not best:
@@ -73,14 +73,14 @@ def training(name: str, keys: dict[str, str], options: argparse.Namespace) -> li
 
 
 def generation(name: str, keys: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The whole canvas through the model in every pass, as one writes it with transformers; logits of the answer."""
+    """Times generation with the whole canvas in every pass and the logits of the answer only."""
     model = random_model(options.model).eval()
     sizes = figures.batch_sizes(keys)
     return [figures.generation_figures(size, answering(model, size), options) for size in sizes]
 
 
 def answering(model: Any, batch: int) -> Callable[[int], None]:
-    """Makes the answers to `batch` prompts, as often as it is told."""
+    """Returns a function that answers `batch` prompts a given number of times."""
     generated, passes = figures.GENERATED, figures.PASSES
     mask_id = model.config.vocab_size - 1
     prompt = torch.randint(10, mask_id, (batch, figures.PROMPT), device=DEVICE)

@@ -1,14 +1,14 @@
-"""LoRA steps on real chat rows beside torch + peft: real tokens a second, padding not counted.
+"""LoRA steps on real chat rows, compared with torch + peft: real tokens per second, without padding.
 
     python -m benchmarks.train [--model=models/SmolLM2-135M-Instruct.Q4_1.gguf] [--data=builtin:quickstart]
                                [--dtype=float32] [--examples=8] [--rounds=5] [--out=DIR]
 
 The same work for all: rank 16 on the seven projections, only answers masked and scored, AdamW. The peer "as the
-original trains" pads to the longest example of a batch, checkpoints every layer and makes the logits of all positions;
-"best settings" does without checkpointing. Ours without and with packed rows, and with what all prompts begin with once
+original trains" pads to the longest example of a batch, checkpoints every layer and computes all logits;
+"best settings" does not checkpoint. Ours without and with packed rows, and with what all prompts begin with once
 in a packed row (under prefix attention, which that needs; its tokens count for every example). Steps hold about as many
-examples everywhere. Then the same step for both on full rows of equal shape. Rounds alternate, and of each turn the
-second step is timed; medians.
+examples everywhere. Then the same step for both on full rows of equal shape. Rounds alternate, and the second
+step of each turn is timed. Figures are medians.
 """
 
 import argparse
@@ -113,13 +113,13 @@ def main() -> None:
 
 
 def real_tokens(batch: dict[str, np.ndarray]) -> int:
-    """The tokens of all examples of a batch; what they share is counted for each."""
+    """Counts the tokens of all examples of a batch; a shared prefix counts for each."""
     ids, first = np.unique(batch["example_ids"], return_index=True)
     return int(batch["lengths"].reshape(-1)[first][ids >= 0].sum())
 
 
 def full_rows(vocab_size: int) -> list[dict[str, np.ndarray]]:
-    """One batch of rows without padding, half of each a prompt."""
+    """Returns one batch of rows without padding; half of each row is prompt."""
     tokens = np.random.default_rng(0).integers(10, vocab_size, EQUAL).astype(np.int32)
     count, length = EQUAL
     prompts = np.full(count, length // 2, np.int32)
@@ -130,12 +130,12 @@ def full_rows(vocab_size: int) -> list[dict[str, np.ndarray]]:
 
 
 def batches_of(rows: Any, **options: Any) -> Any:
-    """One epoch of `rows` by a plan of their own."""
+    """Returns one epoch of `rows` with its own plan."""
     return batches(rows, plan_batches(rows, BatchOptions(**options)))
 
 
 def shared_batches(rows: Any, options: argparse.Namespace) -> Any:
-    """Batches of one row that holds about as many examples as the other ways' steps."""
+    """Returns batches of one row with about as many examples as a step of the other ways."""
     prefix = shared_prefix(rows)
     mean = np.mean([len(row) for row in rows["tokens"][:1000]])
     length = prefix + round(options.examples * (mean - prefix))
@@ -159,7 +159,7 @@ def _our_way(
     def run(number: int) -> tuple[int, Any]:
         nonlocal state
         batch = data[number % len(data)]
-        if number == -2:  # every width that will occur is compiled now
+        if number == -2:  # compile every width that will occur
             for each in range(options.rounds):
                 shape = data[each % len(data)]["tokens"].shape
                 if shape not in compiled:
@@ -194,7 +194,7 @@ def _torch_way(directory: str, dtype: str, data: Any, checkpoint: bool, lm: Any)
         tokens = torch.tensor(np.array(noisy.tokens)).long()
         return tokens, torch.tensor(np.array(batch.segments) > 0), torch.tensor(labels).long()
 
-    ready = {number: prepared(number) for number in range(-2, 40)}  # masking is not what is timed
+    ready = {number: prepared(number) for number in range(-2, 40)}  # masking is not timed
 
     def run(number: int) -> tuple[int, None]:
         tokens, valid, labels = ready[number]
