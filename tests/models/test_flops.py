@@ -1,4 +1,4 @@
-"""FLOPs a token against what torch counts in a real LoRA step, and the table of peaks."""
+"""FLOPs per token against torch's count of a real LoRA step, and the table of peaks."""
 
 import peft
 import pytest
@@ -14,7 +14,7 @@ _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 
 
 def _count_with_torch(hf_config, lora: LoraConfig, length: int) -> float:
-    """Matrix-product FLOPs a token of one forward and backward pass with peft, input embeddings trained."""
+    """Counts the matmul FLOPs per token of one forward and backward pass with peft, input embeddings trained."""
     model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
     model.enable_input_require_grads()  # our mask row is trained, so gradients reach the embeddings
     model = peft.get_peft_model(

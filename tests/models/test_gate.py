@@ -46,7 +46,7 @@ def test_a_closed_gate_is_the_base_to_the_bit(model, optimised):
 
 
 def test_base_rows_do_not_notice_draft_rows_in_their_pass(model, optimised):
-    """Under a causal mask draft rows come last: what precedes them is the base's, to the bit."""
+    """Under a causal mask draft rows come last; earlier rows equal the base's bit for bit."""
     model, variables = model
     base = apply(model.clone(lora=None), {"params": variables["params"]}, *rows())
     gate = jnp.broadcast_to(jnp.arange(LENGTH) >= 8, (2, LENGTH))
@@ -56,7 +56,7 @@ def test_base_rows_do_not_notice_draft_rows_in_their_pass(model, optimised):
 
 
 def test_rows_beside_columns_are_the_rows_of_one_pass(model):
-    """Columns from an earlier pass, as many as each row has; what lies after them is not seen."""
+    """Columns come from an earlier pass, as many as each row has. Later ones are not seen."""
     model, variables = model
     tokens, positions, causal = rows()
     gate = jnp.broadcast_to(jnp.arange(LENGTH) >= 9, (2, LENGTH))

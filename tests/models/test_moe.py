@@ -1,4 +1,4 @@
-"""Which experts a token is given, and what is reported of it."""
+"""The experts that a token is routed to, and the reported load."""
 
 import jax
 import jax.numpy as jnp

@@ -49,14 +49,14 @@ def pair(request):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, params, tokens, positions, view):
-    """One program for all masks."""
+    """Returns logits; one program serves all masks."""
     return head_logits(
         config, params, None, None, Transformer(config).apply({"params": params}, tokens, positions, view)
     )
 
 
 def rows(side: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [3, 20] and their mask, padded on `side`."""
+    """Returns tokens [3, 20] and their mask, padded on `side`."""
     tokens = np.random.default_rng(1).integers(0, 101, (3, 20))
     valid = np.ones((3, 20), bool)
     for row, length in enumerate((20, 13, 5)):
@@ -79,7 +79,7 @@ def bias_of(allowed: np.ndarray) -> torch.Tensor:
 
 
 def their_masks(model, allowed: np.ndarray, positions: np.ndarray):
-    """4-D masks as transformers takes them: one per type of layer, or one for all. Local layers look both ways."""
+    """Returns 4-D masks for transformers: one per type of layer, or one for all. Local layers see both sides."""
     window = getattr(model.config, "sliding_window", None)
     near = np.abs(positions[:, :, None] - positions[:, None, :]) < (window or 10**6)
     if getattr(model.config, "layer_types", None) is not None:

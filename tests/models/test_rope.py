@@ -17,7 +17,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"factor": 4.0}
 BESIDE = {"original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
-# name -> (model_type, what config.json has)
+# name -> (model_type, keys of config.json)
 SPELLINGS = {
     "nothing": ("llama", {}),
     "theta": ("llama", {"rope_theta": 5e5}),
@@ -80,7 +80,7 @@ def test_frequencies_are_those_of_transformers(name):
 
 
 def test_rows_that_would_need_the_long_factors_are_too_long():
-    """LongRoPE has other frequencies for rows beyond the original length; those are not represented."""
+    """LongRoPE uses other frequencies beyond the original length. They are not implemented."""
     model_type, keys = SPELLINGS["longrope, ratio of lengths"]
     config = ModelConfig.from_hf({**SIZES, "max_position_embeddings": 128, "model_type": model_type, **keys})
     assert config.max_position_embeddings == 32
@@ -166,7 +166,7 @@ def test_what_cannot_be_represented_is_named(keys, message):
     "family", ["mistral", "gemma2", "smollm3", "starcoder2", "glm4", "seed_oss", "ernie4_5", "ministral3"]
 )
 def test_a_key_that_is_left_out_has_the_default_of_transformers(family):
-    """A trimmed config.json: key-value heads were taken for attention heads, and ministral3 lost its YaRN."""
+    """Regression: in a trimmed config.json, key-value heads defaulted to attention heads, and ministral3 lost YaRN."""
     whole = transformers.AutoConfig.for_model(family)
     given = {
         key: value for key, value in whole.to_dict().items() if key not in ("num_key_value_heads", "rope_parameters")
@@ -189,11 +189,11 @@ def test_a_key_that_is_left_out_has_the_default_of_transformers(family):
     ],
 )
 def test_a_pattern_of_windows_and_a_local_theta_count_where_transformers_reads_them(model_type, keys):
-    """olmo3 and granite_swa obeyed keys of Gemma 3 that transformers 5.23 passes over."""
+    """Regression: olmo3 and granite_swa read keys of Gemma 3 that transformers 5.23 ignores."""
     sizes = {key: value for key, value in SIZES.items() if not key.endswith("_id")} | {"num_hidden_layers": 6}
     theirs = CONFIG_MAPPING[model_type](**sizes, **keys).to_dict()
     found = ModelConfig.from_hf({**sizes, **keys, "model_type": model_type})
-    for key in keys.keys() - {"rope_theta"}:  # which it keeps as attributes, and which count no more
+    for key in keys.keys() - {"rope_theta"}:  # kept as attributes, but without effect
         theirs.pop(key, None)
     expected = ModelConfig.from_hf(theirs)
     assert (found.windows, found.layer_ropes, found.ropes) == (expected.windows, expected.layer_ropes, expected.ropes)

@@ -1,4 +1,4 @@
-"""Properties of the model that hold for any weights: who sees whom, remat, the cache, the mask row, LoRA."""
+"""Properties of the model for any weights: visibility, remat, the cache, the mask row, LoRA."""
 
 import functools
 import re
@@ -115,7 +115,7 @@ def test_neither_remat_nor_unrolling_changes_value_or_gradient(remat, unroll):
 
 
 def cached_states(rule, filled, start, written_from, mutable=False):
-    """The states of columns `start`, ... against a cache of the first `filled` columns, padded to the whole canvas."""
+    """Returns the states of columns from `start` on; the cache has the first `filled` columns, padded to the canvas."""
     whole, model = Layout(positions_of(VALID), jnp.asarray(VALID), np.array([5, 5])), Transformer(CONFIG)
     part = whole.part(0, filled)
     view = rule_of(rule).view(part)
@@ -136,7 +136,7 @@ def test_columns_before_the_written_ones_use_the_keys_that_are_cached():
     """A window may begin one column early for the logit shift without changing the keys of that column."""
     states, updated = cached_states("prefix", 5, 4, 5, mutable=True)
     np.testing.assert_allclose(states, hidden("prefix", prompts=np.array([5, 5]))[:, 4:], atol=1e-5, rtol=2e-5)
-    _, spoilt = cached_states("prefix", 4, 4, 5, mutable=True)  # column 4 was never run: zeros, and they stay
+    _, spoilt = cached_states("prefix", 4, 4, 5, mutable=True)  # column 4 was never run: its zeros must stay
     key = spoilt["cache"]["layers"]["self_attn"]["k"]
     assert not np.asarray(key)[:, :, 4].any()
     assert np.asarray(updated["cache"]["layers"]["self_attn"]["k"])[:, :, 4:].all()
@@ -216,6 +216,6 @@ def test_the_models_know_nothing_of_diffusion():
     folder = Path(models.__file__).parent
     words = re.compile("diffusion|prompt|noisy|denois|corrupt|block_length", re.IGNORECASE)
     lines = [(path.name, line) for path in folder.glob("*.py") for line in path.read_text().splitlines()]
-    refused = re.compile('"diffusion_gemma(_text)?"')  # kinds of others that are refused by name
+    refused = re.compile('"diffusion_gemma(_text)?"')  # third-party kinds that are refused by name
     told = [(name, line) for name, line in lines if name != "__init__.py" and words.search(refused.sub("", line))]
     assert not told
