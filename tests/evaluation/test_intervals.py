@@ -23,9 +23,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 
 def test_a_share_of_few_rows_has_an_interval_though_all_are_alike():
-    """0 of 4 was given as [0, 0]."""
+    """Regression: the interval of 0 of 4 was [0, 0]."""
     low, high = share_interval([False] * 4)
-    assert (low, high) == pytest.approx((0, 1.96**2 / (4 + 1.96**2)), abs=1e-3)  # Wilson's formula at no hit
+    assert (low, high) == pytest.approx((0, 1.96**2 / (4 + 1.96**2)), abs=1e-3)  # Wilson's formula with no hit
     assert share_interval([True] * 4) == pytest.approx((1 - high, 1), abs=1e-9)
     hits = np.random.default_rng(0).random(400) < 0.3
     assert share_interval(hits) == pytest.approx(mean_interval(hits), abs=0.01)

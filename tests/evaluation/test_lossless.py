@@ -1,4 +1,4 @@
-"""The table of drafts says how many passes every strategy takes, as its loop does."""
+"""The table of drafts gives the same number of passes for every strategy as its loop."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from tests.tiny_checkpoint import save_tiny_model
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
-    """Every noise row holds the mask token, so that the table and the loops draw alike."""
+    """Every noise row has the mask token, so that the table and the loops draw the same noise."""
     return drafter(save_tiny_model(tmp_path_factory.mktemp("model"))).with_diffusion(noise="mask")
 
 

@@ -1,4 +1,4 @@
-"""The table of right answers: its ways of decoding, and what is printed of them."""
+"""The table of right answers: its ways of decoding, and the printed output."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def lm(tmp_path_factory):
 
 
 def test_a_line_has_the_same_weights_decoded_causally(lm):
-    """Not the base: the adapter stays on. An answer may be right from left to right and wrong by masks."""
+    """Not the base: the adapter stays on. An answer may be right when decoded causally and wrong with masks."""
     columns = compare(lm, QUESTIONS, Decodings([2], 4, causally=True))
     assert [column.name for column in columns] == ["causal base", "2 tokens a pass", "causally"]
     same = dataclasses.replace(lm, diffusion=lm.diffusion.causal())

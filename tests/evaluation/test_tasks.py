@@ -1,4 +1,4 @@
-"""What counts as a right answer in each task, and rows that are no question."""
+"""The answers that count as right in each task, and rows that are not questions."""
 
 import json
 
@@ -29,7 +29,7 @@ from tests.byte_tokenizer import byte_tokenizer
         ("no number at all", None),
         ("", None),
         ("9" * 5000, None),
-        # the rest as math-verify 0.9.0 reads it; a comment says where it reads something else
+        # the rest agrees with math-verify 0.9.0; a comment gives its result if it differs
         (r"\boxed{9{,}500}", 9500),
         ("It costs $9{,}500$.", 9500),
         ("#### 18 dollars in 3 days", 18),  # math-verify: 3
@@ -81,7 +81,7 @@ ROWS = {
         ("sudoku", "3 1 4 2\n2 4 3 1\n4 2 1 3\n1 3 2 4", True),
         ("sudoku", "3142243142131324", True),
         ("sudoku", "<answer>3142 2431 4213 1324</answer> of 2024", True),
-        ("sudoku", "3142243142131342", False),  # a column holds a number twice
+        ("sudoku", "3142243142131342", False),  # a number twice in a column
         ("sudoku", "4321214334121234", False),  # valid, but not of this puzzle
         ("sudoku", "31422431", False),
         ("exact", "  the capital  is LIMA", True),
@@ -114,7 +114,7 @@ def test_keys_of_questions_that_are_not_used_are_said_once(tmp_path, capsys):
 
 
 def test_a_question_is_asked_with_the_template_arguments_of_its_row():
-    """They were announced as not used: `enable_thinking: false` of a row was asked with thinking."""
+    """Regression: they were reported as unused, so a row with `enable_thinking: false` was asked with thinking."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -185,5 +185,5 @@ def test_a_row_that_is_no_question_is_named(task, row, message, tmp_path):
 def test_published_test_sets_are_read_and_their_own_solutions_are_right(task, file, rows, shared_data):
     questions = read_questions(str(shared_data / file), task=task)
     assert len(questions) == rows
-    if task != "countdown":  # whose rows hold the target alone
+    if task != "countdown":  # its rows have only the target
         assert all(TASKS[task].is_correct(question, question.reference) for question in questions)

@@ -1,4 +1,4 @@
-"""`difflm tune`: which setting is kept, where it is written, and that it then decodes."""
+"""`difflm tune`: the chosen setting, the file that it is written to, and its use in decoding."""
 
 import json
 import runpy
