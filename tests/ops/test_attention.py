@@ -1,4 +1,4 @@
-"""The attention product and its gradient are those of jax's own, however many queries are taken at once."""
+"""Attention and its gradient equal jax's own, for any number of queries at once."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_jax(length):
 
 
 def test_scores_of_all_queries_never_exist_at_once():
-    """float32 scores of [2, 4, 1024, 1024] are 34 MB; with their softmax and gradients several times that."""
+    """float32 scores of [2, 4, 1024, 1024] are 34 MB; softmax and gradients would take several times that."""
     q = k = v = jax.ShapeDtypeStruct((2, 1024, 4, 8), jnp.float32)
     mask = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.bool_)
 
@@ -47,7 +47,7 @@ def test_scores_of_all_queries_never_exist_at_once():
 
 @pytest.mark.parametrize(("remat", "times"), [("none", 1), ("save_dots", 1), ("save_attention", 1), ("full", 2)])
 def test_a_backward_pass_that_keeps_the_result_does_not_attend_again(remat, times):
-    """The largest score of a query is found in the forward pass alone."""
+    """The largest score of a query is computed in the forward pass only."""
     q = k = v = jnp.ones((1, 8, 2, 4))
     mask = jnp.ones((1, 8, 8), bool)
 
@@ -60,7 +60,7 @@ def test_a_backward_pass_that_keeps_the_result_does_not_attend_again(remat, time
 
 @pytest.mark.parametrize(("softcap", "has_sinks"), [(None, True), (2.0, False)])
 def test_rows_beside_columns_see_the_same_caps_and_sinks(softcap, has_sinks):
-    """Against a softmax written out, with the sinks as one more score of each head."""
+    """Compares with an explicit softmax that has the sinks as one more score per head."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for length, heads in ((5, 4), (9, 2), (9, 2)))
     sinks = rng.normal(size=4).astype(np.float32) if has_sinks else None

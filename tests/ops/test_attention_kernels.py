@@ -1,4 +1,4 @@
-"""Fused attention: its arguments give what `attend` gives, its program for a GPU, and where it is refused."""
+"""Fused attention: same results as `attend`, its program for a GPU, and unsupported cases."""
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ from tests.tiny import HF
 
 @pytest.fixture
 def a_cudnn(monkeypatch):
-    """As where NVIDIA's library is installed: enough to trace and to lower."""
+    """Pretends that NVIDIA's library is installed, which is enough to trace and to lower."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(6, 8), (7, 7), (5, 8)])
 def test_what_is_given_to_it_makes_the_same_attention(monkeypatch, queries, keys):
-    """With jax's own product in the kernel's place: padding to even lengths changes no value and no gradient."""
+    """Uses jax's attention instead of the kernel: padding to even lengths changes no value and no gradient."""
     of_jax, lengths = jax.nn.dot_product_attention, []
 
     def in_its_place(q, k, v, mask, implementation):
@@ -40,7 +40,7 @@ def test_what_is_given_to_it_makes_the_same_attention(monkeypatch, queries, keys
 
 
 def test_rows_of_known_lengths_need_no_mask(monkeypatch):
-    """Not even one row of which nothing is real, whose values nothing reads."""
+    """This includes a row without real tokens, whose values nothing reads."""
     of_jax = jax.nn.dot_product_attention
 
     def in_its_place(*arrays, implementation, query_seq_lengths, key_value_seq_lengths):
@@ -55,7 +55,7 @@ def test_rows_of_known_lengths_need_no_mask(monkeypatch):
 
 
 def assert_same(q, k, v, mask, lengths, real_BT):
-    """Values of the queries that are real, and their gradients, as `attend` gives them."""
+    """Asserts that values and gradients of real queries equal those of `attend`."""
 
     def total(kernel):
         return lambda q, k, v: jnp.sum(jnp.where(real_BT[..., None, None], jnp.sin(kernel(q, k, v)), 0))
@@ -85,8 +85,10 @@ CONFIG = ("attention_kernel=cudnn", "batch_size=2", "max_length=64", "gradient_a
     ],
 )
 def test_the_training_step_of_a_gpu(a_cudnn, key, forward, name):
-    """One call in the forward pass of a layer, one in its backward pass, and again only where nothing is kept; with a
-    mask only where the lengths of rows do not say it all."""
+    """Each layer has one call forward and one backward, and recomputes only if nothing is saved.
+
+    The call has a mask only if the lengths of rows are not enough.
+    """
     config = load_config("", [*CONFIG, key])
     job = training_job(config, "pretrain", ModelConfig.from_hf(HF), make_mesh(1))
     program = job.trace().lower(lowering_platforms=("cuda",)).as_text()

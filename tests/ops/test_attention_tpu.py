@@ -1,4 +1,4 @@
-"""Attention on TPUs: our kernels give what `attend` gives, skip what nobody sees, and are in a TPU's training step."""
+"""Attention on TPUs: our kernels equal `attend`, skip tiles that no query sees, and are in a TPU's training step."""
 
 import functools
 
@@ -24,7 +24,7 @@ interpreted = functools.partial(attention_tpu.flash_attend, interpret=True)
 
 @pytest.fixture
 def a_small_tiles(monkeypatch):
-    """So that short rows have several."""
+    """Sets small tiles, so that short rows have several."""
     monkeypatch.setattr(attention_tpu, "_LARGEST_TILE", 128)
 
 
@@ -35,14 +35,14 @@ def arrays(queries: int, keys: int, dtype=jnp.float32):
 
 
 def gradients(kernel, q, k, v, mask):
-    """(the sum of a function of all results, its gradients)."""
+    """Returns (the sum of a function of all results, its gradients)."""
     total = jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(kernel(q, k, v, mask).astype(jnp.float32))), (0, 1, 2))
     return jax.jit(total)(q, k, v)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(200, 200), (40, 300)])
 def test_it_is_the_same_attention(a_small_tiles, queries, keys):
-    """Values and gradients, with queries that see nothing, and whatever the lengths."""
+    """Compares values and gradients for any lengths, with queries that see nothing."""
     q, k, v = arrays(queries, keys)
     mask = jnp.asarray(np.random.default_rng(0).random((2, queries, keys)) < 0.3).at[0, 5].set(False)
     np.testing.assert_allclose(interpreted(q, k, v, mask), attend(q, k, v, mask), atol=2e-6)
@@ -63,7 +63,7 @@ def test_in_bfloat16_it_rounds_where_the_other_does(a_small_tiles):
 
 
 def packed(rule: str, lengths: tuple[int, ...], prompt: int):
-    """The mask [1, T, T] of a row that holds examples of these lengths."""
+    """Returns the mask [1, T, T] of a row with examples of these lengths."""
     positions = jnp.concatenate([jnp.arange(length) for length in lengths])[None]
     segments = jnp.concatenate([jnp.full(length, i) for i, length in enumerate(lengths)])[None]
     prompts, valid = jnp.full_like(positions, prompt), jnp.ones_like(positions, bool)
@@ -71,7 +71,7 @@ def packed(rule: str, lengths: tuple[int, ...], prompt: int):
 
 
 def test_tiles_that_nobody_sees_are_not_computed(a_small_tiles):
-    """What is not a number in them would show, were it only multiplied by 0."""
+    """Keys that no query sees are NaN, which would show if they were multiplied by 0."""
     q, k, v = (x[:1] for x in arrays(384, 384))
     mask = packed("prefix", (128, 256), 100)
     spoilt_k, spoilt_v = (x.at[:, 128:].set(jnp.nan) for x in (k, v))
@@ -87,7 +87,7 @@ def test_tiles_that_nobody_sees_are_not_computed(a_small_tiles):
 
 
 def test_in_the_model(monkeypatch):
-    """Hidden states and the gradient of adapters, in the loop over layers and with what is kept for its way back."""
+    """Compares hidden states and adapter gradients, in the loop over layers and with saved activations."""
     config = tiny_config()
     params = tiny_params(config)
     lora = init_lora(jax.random.key(0), params, LoraConfig(r=2), jnp.ones(config.hidden_size))
@@ -118,7 +118,7 @@ CONFIG = ("attention_kernel=pallas", "batch_size=2", "max_length=64", "gradient_
     [("remat=none", 1), ("remat=save_attention", 1), ("remat=full", 2), ("batching=packed", 2)],
 )
 def test_the_training_step_of_a_tpu(key, forward):
-    """One call in the forward pass of a layer, one in its backward pass, and again only where nothing is kept."""
+    """Each layer has one call forward and one backward, and recomputes only if nothing is saved."""
     job = training_job(load_config("", [*CONFIG, key]), "pretrain", ModelConfig.from_hf(HF), make_mesh(1))
     program = job.trace().lower(lowering_platforms=("tpu",)).as_text()
     assert program.count("@tpu_custom_call(") == forward + 1

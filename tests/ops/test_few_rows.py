@@ -1,4 +1,4 @@
-"""Products of few rows by the C++ function are those of XLA, whatever the format of the weight."""
+"""Matmuls of few rows with the C++ function equal XLA's, for every format of the weight."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from difflm_jax.ops.few_rows import InStack
 from difflm_jax.quant.qtensor import QuantConfig, quantize
 from difflm_jax.utils import native
 
-WIDTH, OUTPUTS, LAYERS = 192, 99, 3  # outputs: not a multiple of what threads take
+WIDTH, OUTPUTS, LAYERS = 192, 99, 3  # outputs: not a multiple of a thread's share
 
 needs_compiler = pytest.mark.skipif(not few_rows.is_available(), reason="no C++ compiler here")
 
@@ -142,7 +142,7 @@ def test_a_nan_in_attention_is_not_hidden(part: str) -> None:
 
 @needs_compiler
 def test_a_layer_is_read_in_place() -> None:
-    """The compiled loop copies no weights out of their stack."""
+    """The compiled loop copies no weights from their stack."""
     stack = jnp.zeros((LAYERS, WIDTH, WIDTH))
 
     def loop(x: jax.Array, stack: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Products of sorted rows with a weight for each group, against one numpy product for each group."""
+"""Matmuls of sorted rows with a weight per group, against one numpy matmul per group."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def arrays():
 
 @jax.jit
 def product_and_gradients(rows, w, sizes, direction):
-    """Of `w` next to a weight that is not differentiated."""
+    """Returns the matmul with `w` and its gradient, next to a weight without a gradient."""
     (y, other), back = jax.vjp(lambda rows, w: grouped_matmul(rows, [w, 2 * jax.lax.stop_gradient(w)], sizes), rows, w)
     return y, other, *back([direction, direction])
 

@@ -1,4 +1,4 @@
-"""Products are summed in float32 and rounded once, forward and backward, whatever the dtype of their operands."""
+"""Matmuls sum in float32 and round once, forward and backward, for operands of any dtype."""
 
 import re
 
@@ -22,7 +22,7 @@ def exact(a, b):
 
 
 def test_a_bfloat16_product_and_its_gradient_are_rounded_once():
-    """To the bit, but where float32 sums fall on the other side of a tie: one in a thousand, by one step."""
+    """Bit for bit, except if float32 sums fall on the other side of a tie: one in a thousand, by one step."""
     x, w = operands()
     y, gradient_of = jax.vjp(lambda x: matmul(x, w), x)
     assert y.dtype == jnp.bfloat16 and y.shape == (2, ROWS // 2, OUT)
@@ -55,7 +55,7 @@ def test_a_float32_master_gets_a_float32_gradient_from_bfloat16_activations():
 
 @pytest.mark.parametrize(("platform", "asked"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
 def test_only_the_platform_s_own_sum_is_compiled(platform, asked):
-    """A CPU is asked for float32 and rounds after, in both passes; nothing of the other branch reaches the program."""
+    """A CPU sums in float32 and rounds afterwards, in both passes. The program contains no other branch."""
     x, w = operands()
     gradient = jax.jit(jax.grad(lambda x: matmul(x, w).astype(jnp.float32).sum()))
     text = gradient.trace(x).lower(lowering_platforms=(platform,)).as_text()

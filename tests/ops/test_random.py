@@ -1,4 +1,4 @@
-"""Draws of tokens, and dropout with them: the right share, independently, and by the token alone."""
+"""Draws per token, and dropout: the right share, independent, and a function of the token only."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_what_is_kept_is_scaled_and_its_share_is_right():
 
 
 def test_masks_of_elements_tokens_layers_and_inputs_are_uncorrelated():
-    """Counts of pairs that agree, against the binomial that independent masks have."""
+    """Compares counts of equal pairs with the binomial distribution of independent masks."""
     mask = kept(SEEDS).reshape(-1, WIDTH)
     agree, deviation = 0.75**2 + 0.25**2, np.sqrt(0.625 * 0.375 / (mask.size / 2))
     layers = [kept(fold_seeds(SEEDS, layer)).reshape(-1, WIDTH) for layer in range(3)]
@@ -39,7 +39,7 @@ def test_masks_of_elements_tokens_layers_and_inputs_are_uncorrelated():
 
 
 def test_a_token_and_every_element_has_its_own_share():
-    """Chi-square over columns and over tokens: none is dropped more often than chance has it."""
+    """Chi-square over columns and over tokens: none is dropped more often than by chance."""
     mask = kept(SEEDS).reshape(-1, WIDTH)
     for axis in (0, 1):
         count, size = mask.sum(axis=axis), mask.shape[axis]
