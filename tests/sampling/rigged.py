@@ -1,4 +1,4 @@
-"""Denoisers that are no models: small functions of the tokens of a row, in JAX and in torch, to sample with."""
+"""Toy denoisers for sampler tests: small functions of the tokens of a row, in JAX and in torch."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ VOCABULARY, MASK, EOS = 11, 10, 9
 class Rigged:
     """logits = tanh(mix · embedding[tokens]) · head + bias: every position depends on every token.
 
-    `mix=False` leaves the tokens out: logits depend on the position alone.
+    `mix=False` ignores the tokens: logits depend only on the position.
     """
 
     def __init__(self, length: int, seed: int, mix: bool = True, scale: float = 3.0):
@@ -52,7 +52,7 @@ def _sampled(arrays, canvas, sampling, plan, eos):
 
 
 def run(denoiser: Rigged, tokens, plan: Plan, seed=0, eos=(EOS,), fillable=None, **options) -> Carry:
-    """The product's sampler on a rigged denoiser; `options` as in `generate`, "probability" unless they say more."""
+    """Runs the library's sampler on a rigged denoiser. `options` are those of `generate`, by default "probability"."""
     tokens = np.asarray(tokens, np.int32)
     fillable = tokens == MASK if fillable is None else np.asarray(fillable)
     fillable = fillable & (tokens == MASK)
@@ -69,7 +69,7 @@ def run(denoiser: Rigged, tokens, plan: Plan, seed=0, eos=(EOS,), fillable=None,
 
 
 def rows(seed: int, batch: int, prompt: int, answer: int, masked: float = 1.0) -> np.ndarray:
-    """Random prompts, and answers of masks in which a share of tokens is given (never EOS)."""
+    """Returns random prompts with answers of masks, in which a share of tokens is given (never EOS)."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, EOS, (batch, prompt + answer))
     tokens[:, prompt:][rng.random((batch, answer)) < masked] = MASK

@@ -56,7 +56,7 @@ def diffusion(model_dir):
 
 @pytest.fixture(scope="module")
 def greedy(model_dir, lm):
-    """(name of a grammar) -> transformers' greedy answers, each step masked by llguidance."""
+    """Returns a function from a grammar's name to transformers' greedy answers, each step masked by llguidance."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokens = llguidance.LLTokenizer(
         lm.tokenizer.backend_tokenizer.to_str(), n_vocab=lm.config.vocab_size, eos_token=list(lm.eos_token_ids)
@@ -113,7 +113,7 @@ def test_drafts_and_a_short_budget_close_an_object_as_the_base_does(lm):
 
 @pytest.mark.slow
 def test_200_of_200_drawn_answers_are_valid(lm):
-    """200 draws of a random model, in batches, at a budget that most of them would overrun."""
+    """Draws 200 answers of a random model in batches. Most would exceed the budget without the grammar."""
     schema = {**SHORT, "x-guidance": {"whitespace_flexible": True}}
     out = lm.generate(
         [[7, 8]] * 200, max_new_tokens=45, grammar=Grammar.json_schema(schema), temperature=1.0, batch_size=64

@@ -47,7 +47,7 @@ def prompts(seed=0):
 
 
 def compare(lm, references, max_new_tokens, seeds=range(2), **options):
-    """The answers to three prompts in one batch against `references(prompt length)(row) -> (tokens, passes)`."""
+    """Compares answers to three prompts in one batch with `references(prompt length)(row) -> (tokens, passes)`."""
     for seed in seeds:
         rows = prompts(seed)
         out = lm.generate(rows, max_new_tokens=max_new_tokens, stop_at_eos=False, **options)
@@ -105,7 +105,7 @@ def test_block_attention_decodes_as_without_a_cache(load, torch_model, block, st
 
 @pytest.mark.parametrize(("attention", "block"), [("prefix", None), ("block", 4)])
 def test_exact_caches_give_the_logits_of_a_whole_forward(load, attention, block, monkeypatch):
-    """Bit-near: the confidences of every committed token, cached and not."""
+    """Compares the confidence of every committed token with and without a cache, up to rounding."""
     lm = load(attention, block, True)
     found = []
     whole = caches.fill_on("cpu")
@@ -234,7 +234,7 @@ def test_one_prompt_takes_the_time_of_one_row_and_its_answer_is_that_of_a_full_b
     alone = lm.generate(prompts()[:1], batch_size=1, **options)
     before = caches.fill_on("cpu")._cache_size()
     assert lm.generate(prompts()[:1], **options).tokens[0].tolist() == alone.tokens[0].tolist()
-    assert caches.fill_on("cpu")._cache_size() == before  # the program of one row again
+    assert caches.fill_on("cpu")._cache_size() == before  # reuses the program of one row
     full = lm.generate(prompts()[:1] * 16, batch_size=16, **options)
     assert caches.fill_on("cpu")._cache_size() == before + 1
     assert all(row.tolist() == alone.tokens[0].tolist() for row in full.tokens)
@@ -263,7 +263,7 @@ def test_the_sampler_as_compiled_for_gpus_gives_the_same_answers(load, monkeypat
 
 
 def test_no_logits_outside_the_active_block_are_made(load):
-    """The compiled sampler holds no array of vocabulary size for all columns of the canvas."""
+    """The compiled sampler has no array of vocabulary size for all columns of the canvas."""
     lm = load("full")
     canvas = Canvas(
         tokens=jnp.full((2, 72), MASK),
@@ -325,7 +325,7 @@ def test_block_length_travels_with_the_checkpoint(load, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"algorithm": "steady"}, {"algorithm": "random", "seed": 4}], ids=str)
 @pytest.mark.parametrize(("attention", "block"), [("full", None), ("block", 4), ("block_causal", 4)])
 def test_steps_bound_the_passes_of_all_blocks_together(load, attention, block, options):
-    """Of 6 passes for 4 blocks the first two get 2: it used to be 2 for every block."""
+    """Regression: with 6 passes for 4 blocks every block got 2. Only the first two should."""
     lm = load(attention, block)
     given = {"max_new_tokens": 16, "block_length": 4, "stop_at_eos": False, **options}
     rows = [[5] * 8, [7] * 12] if attention == "block_causal" else prompts()
@@ -349,5 +349,5 @@ def test_steps_bound_the_passes_of_gaps_in_several_blocks(load):
 
 
 def test_no_more_passes_are_scheduled_than_there_are_masks(load):
-    """Chance (`origin`) took 124 passes for a canvas of 16 masks in 128 steps."""
+    """Regression: `origin` took 124 passes for a canvas of 16 masks in 128 steps."""
     assert load("full").generate(prompts(), max_new_tokens=16, algorithm="origin", steps=128).steps.max() <= 16

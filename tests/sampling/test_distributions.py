@@ -1,6 +1,6 @@
-"""What is drawn has the distribution that the papers say: chi-square tests on denoisers that are no models.
+"""Draws have the distributions of the papers: chi-square tests on toy denoisers.
 
-A token of these denoisers is the number of the step that commits it, so that the final canvas tells when each was.
+These denoisers emit the number of the current step as the token, so the final canvas shows when each was committed.
 """
 
 import functools
@@ -39,7 +39,7 @@ def check(values: np.ndarray, expected: np.ndarray) -> None:
 
 @functools.partial(jax.jit, static_argnames=("length", "steps"))
 def _when(bias_T, quotas_BNS, keys_B, sampling, length, steps):
-    """[ROWS, length] the step that committed each token; its logit above all others is `bias_T`."""
+    """Returns the step that committed each token, [ROWS, length]. `bias_T` is its logit above all others."""
 
     def predict(cache, _tokens_BL, turn):
         is_now_BV = jnp.arange(MASK + 1) == turn.step[:, None]
@@ -121,7 +121,7 @@ def test_remdm_is_the_chain_of_the_paper(strategy, eta):
         law[i] = masked * reveal
         masked += back - masked * reveal
     assert masked == pytest.approx(0, abs=1e-12)
-    assert law[0] < (times[0] - times[1]) - 0.01  # tokens of the first step were taken back
+    assert law[0] < (times[0] - times[1]) - 0.01  # tokens of the first step were remasked
     found = when([3.0, 9.0], steps, remask=strategy, remask_eta=eta)
     for position in range(2):
         check(found[:, position], law)

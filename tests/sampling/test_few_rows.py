@@ -1,4 +1,4 @@
-"""Decoding with weights left in their stacks gives the tokens of decoding by XLA alone."""
+"""Decoding with weights left in their stacks gives the same tokens as decoding with XLA only."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ PROMPTS = [np.arange(3, 9), np.array([5, 8, 5, 8, 5, 11, 40])]
 
 def decoder(dtype, quantization: str | None = None, config=CONFIG) -> Decoder:
     params = tiny_params(config)
-    params["embed_tokens"]["weight"] *= 0.2  # greedy tokens that are no near ties
+    params["embed_tokens"]["weight"] *= 0.2  # avoids near ties of greedy tokens
     if quantization:
         for module in ("self_attn", "mlp"):
             for projection in params["layers"][module].values():

@@ -1,4 +1,4 @@
-"""Grammars: what may come next, endings within a budget, and messages; validators of others are the oracle."""
+"""Grammars: allowed tokens, endings within a budget, and messages. Third-party validators are the oracle."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ SCHEMAS = {
 
 
 def drawn(grammar: Grammar, budget: int, seed: int) -> tuple[str, list[int]]:
-    """An answer of uniform draws from what is allowed: (text, tokens)."""
+    """Draws an answer uniformly from the allowed tokens: (text, tokens)."""
     rng, matcher, tokens = np.random.default_rng(seed), grammar.matcher(VOCABULARY), []
     while len(tokens) < budget and EOS not in tokens:
         left = budget - len(tokens)

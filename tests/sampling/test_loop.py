@@ -44,7 +44,7 @@ def length(plan):
 
 
 def table(values):
-    """A denoiser that gives these logits [L, V] whatever the tokens are."""
+    """Returns a denoiser with these logits [L, V] for any tokens."""
     denoiser = Rigged(len(values), 0, mix=False)
     denoiser.head, denoiser.bias = np.zeros_like(denoiser.head), np.asarray(values, np.float64)
     return denoiser
@@ -100,7 +100,7 @@ def test_a_denoiser_of_the_position_alone_is_read_off_without_a_shift(options, p
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.sampled_from(PLANS), st.integers(0, 10_000), st.sampled_from(["confidence", "probability", "entropy"]))
 def test_committed_tokens_stay(plan, seed, algorithm):
-    """What one block alone leaves is found again after all blocks."""
+    """Tokens that one block leaves are unchanged after all blocks."""
     denoiser, tokens = Rigged(length(plan), seed), rows(seed, 3, plan.first_column, length(plan) - plan.first_column)
     final = np.asarray(run(denoiser, tokens, plan, algorithm=algorithm, stop_at_eos=False).tokens)
     one = dataclasses.replace(plan, num_blocks=1)
@@ -173,7 +173,7 @@ def test_ties_commit_exactly_the_quota_from_the_left():
 
 
 def test_probabilities_that_float32_rounds_to_one_are_still_ranked():
-    """EOS of probability 1 - 1e-9 in column 0, a token of 1 - 1e-12 in column 1: the surer one is committed first."""
+    """EOS of probability 1 - 1e-9 in column 0, a token of 1 - 1e-12 in column 1: the latter is committed first."""
     values = np.full((2, VOCABULARY), -1e4)
     values[0, EOS], values[0, 2] = 20.72, 0.0
     values[1, 1], values[1, 2] = 27.63, 0.0
@@ -233,8 +233,10 @@ def test_a_deadline_gives_the_passes_that_are_saved_to_what_is_unsure():
 
 
 def test_a_block_may_take_the_passes_that_earlier_ones_have_saved():
-    """A sure block of one pass out of two leaves three to the next; one that took both, two. One without a mask had
-    no passes to leave."""
+    """A confident block that used one of two passes leaves three to the next; one that used both, two.
+
+    A block without a mask has no passes to leave.
+    """
     values = np.zeros((8, VOCABULARY))
     values[:4, 1] = 50.0
     values[4:, 2] = np.linspace(1.0, 2.0, 4)

@@ -1,4 +1,4 @@
-"""Options of decoding: what they become, and one clear line for what makes no sense."""
+"""Decoding options: how they are resolved, and one clear error line for invalid ones."""
 
 from types import SimpleNamespace
 
@@ -154,7 +154,7 @@ def test_left_to_right_is_not_left_to_chance():
 
 
 def test_too_many_tokens_per_pass_for_the_blocks_are_told_by_the_flags_that_were_given():
-    """It named a number of `steps` that nobody had given."""
+    """Regression: the message named a number of `steps` that was not given."""
     lm = SimpleNamespace(diffusion=DiffusionConfig("prefix"), attention="prefix", algorithm="confidence")
     given = SimpleNamespace(data="rows.jsonl", max_new_tokens=16, block_length=4)
     _check_decoding(lm, given, [1, 3, 4], {})  # 3 tokens per pass are 6 passes for 4 blocks
