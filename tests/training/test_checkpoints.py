@@ -201,7 +201,7 @@ def test_a_directory_that_cannot_be_is_said_by_name(tmp_path, capfd):
     assert capfd.readouterr().out.startswith(f"{tmp_path}/ck: checkpoint 1 could not be written")
     for thread in threading.enumerate():  # one that waits for ever would keep the process alive
         if "Signaling" in repr(thread):
-            with contextlib.suppress(OSError):  # orbax's own threads raise what they met
+            with contextlib.suppress(OSError):  # orbax's own threads raise their errors
                 thread.join(timeout=10)
             assert not thread.is_alive()
 
@@ -331,7 +331,7 @@ def test_a_damaged_key_of_orbax_puts_a_checkpoint_aside(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_no_flipped_bit_and_no_cut_is_ever_taken_for_whole(tmp_path, capfd):
-    """60 seeded damages anywhere in a checkpoint's files: it reads back to the bit, or is put aside."""
+    """60 seeded damages anywhere in a checkpoint's files: it reads back bit for bit, or is set aside."""
     checkpoints = Checkpoints(tmp_path / "ck", keep=1)
     metrics = {"tokens": 12345, "eval_loss": 1.25}
     checkpoints.save(1, _state(), metrics)

@@ -1,4 +1,4 @@
-"""The draft objective: equal to what a draft pass sees, and a run of it whose adapter decodes its base's text."""
+"""The draft objective: its loss equals that of draft passes, and a trained adapter decodes its base's text."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: strict lines and exact cutting back."""
+"""`metrics.jsonl`: strict lines and exact truncation."""
 
 import json
 import math

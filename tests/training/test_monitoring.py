@@ -1,4 +1,4 @@
-"""What can be seen of a run from outside: heartbeat, step times, memory, profiles."""
+"""Monitoring of a run from outside: heartbeat, step times, memory, profiles."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_a_heartbeat_says_where_the_run_is_and_never_too_often(tmp_path):
     assert (record["phase"], record["step"], record["total_steps"], record["doing"]) == ("sft", 3, 10, "training")
     assert record["time"].endswith("+00:00") and record["host_memory_peak"] == memory_peaks()["host_memory_peak"]
     Heartbeat(tmp_path / "none", 0, "sft", 1).beat(1, "training")
-    Heartbeat(tmp_path / "missing", 1, "sft", 1).beat(1, "training")  # a disk that refuses ends no run
+    Heartbeat(tmp_path / "missing", 1, "sft", 1).beat(1, "training")  # a failing disk must not end a run
     assert not (tmp_path / "none").exists()
 
 

@@ -1,4 +1,4 @@
-"""Packed rows train as unpacked ones do: same masks, same dropout, same loss and gradient, under every rule."""
+"""Packed rows train like unpacked ones: same masks, same dropout, same loss and gradient, under every rule."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def unpacked() -> CleanBatch:
 def packed() -> CleanBatch:
     """Three full rows, and three without an example."""
     rows, batch = dict(vars(unpacked())), {}
-    del rows["row_lengths"]  # they hold several examples
+    del rows["row_lengths"]  # they have several examples
     for name, field in rows.items():
         field = np.asarray(field)
         batch[name] = np.full((6, LENGTH), -1 if name == "example_ids" else 0, field.dtype)

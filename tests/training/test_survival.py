@@ -1,4 +1,4 @@
-"""Runs that are interrupted, run out of disk, or meet numbers that are none: they lose nothing, and say so."""
+"""Runs that are interrupted, run out of disk, or hit NaN: they lose nothing, and report it."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ NAN_BYTE = "Z"
 
 @pytest.fixture(scope="module")
 def whole(model, rows, tmp_path_factory) -> Path:
-    """The directory of a run that nothing has disturbed (not to be changed)."""
+    """The directory of an undisturbed run (read only)."""
     directory = tmp_path_factory.mktemp("whole")
     assert command(train_arguments(model, rows, directory, *NF4_PACKED)) == 0
     return directory / "run"

@@ -1,4 +1,4 @@
-"""Weights & Biases: what is sent, and that none of its failures stops a run."""
+"""Weights & Biases: the data sent, and that its failures never stop a run."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ def no_account(monkeypatch, tmp_path):
 
 
 class _Run:
-    """A stand-in for a W&B run that records what it is told."""
+    """A stand-in for a W&B run that records its calls."""
 
     url, dir = "https://example.org/run", "/somewhere/offline-run-1/files"
 

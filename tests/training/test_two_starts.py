@@ -45,7 +45,7 @@ SHORT = ("--config.phases=sft", "--config.max_steps=1")
     ids=["the same", "another learning rate"],
 )
 def test_a_start_that_gets_the_lock_after_another_has_trained_looks_again(changed, status, said, tmp_path, capfd):
-    """What it had seen was an empty directory: it trained into the finished run of another configuration."""
+    """Regression: it had seen an empty directory, and trained into the finished run of another configuration."""
     model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.jsonl", 12)
     arguments = train_arguments(model, rows, tmp_path, *SHORT)
     looked, trained = tmp_path / "looked", tmp_path / "trained"
