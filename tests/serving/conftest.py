@@ -30,7 +30,7 @@ def tiny_lm(tiny_dir):
 
 @contextlib.contextmanager
 def serving(engine: Any, server: type[Server] = Server, **options: Any) -> Iterator[httpx.Client]:
-    """A client of a server of `engine`, whose `base_url` is the server's."""
+    """Yields a client of a server of `engine`; its `base_url` is the server's."""
     listener = socket.create_server(("127.0.0.1", 0))
     with engine as running:
         served = server(running, ServeOptions(**{"max_new_tokens": 16, "max_length": 256, **options}))

@@ -1,4 +1,4 @@
-"""An engine that does what a test tells it, so that the server's part can be seen alone."""
+"""An engine with scripted answers, to test the server alone."""
 
 import dataclasses
 import threading
@@ -12,7 +12,7 @@ from difflm_jax.serving.requests import Finished, Request, Ticket
 
 
 class ScriptedEngine:
-    """Runs `script(ticket)` in a thread for each request; `tickets` are all that there were."""
+    """Runs `script(ticket)` in a thread for each request; `tickets` has all of them."""
 
     def __init__(
         self, models: Mapping[str, Any], script: Callable[[Ticket], None], options: EngineOptions | None = None

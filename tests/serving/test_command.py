@@ -83,7 +83,7 @@ def test_transformers_chat_talks_to_it(process, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_lets_a_running_stream_end(process):
-    """Proves that what was begun is answered to its end, and that nothing new is taken."""
+    """Proves that started requests are answered to the end, and that no new ones are accepted."""
     started, url = process
     body = {**CHAT, "max_tokens": 150, "stream": True, "diffusion": {"drafts": True}}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=100) as stream:

@@ -1,4 +1,4 @@
-"""Answers that must have a form: JSON by a schema, a pattern, one of several texts, a call of a tool."""
+"""Constrained answers: JSON by a schema, a pattern, one of several texts, a tool call."""
 
 import json
 import re

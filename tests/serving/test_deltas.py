@@ -1,4 +1,4 @@
-"""What can be sent of an answer: joined deltas are the answer, whatever the tokens, the stops and the pieces."""
+"""Deltas of an answer: joined, they are the answer, for any tokens, stop strings and pieces."""
 
 import numpy as np
 import pytest

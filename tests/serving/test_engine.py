@@ -1,4 +1,4 @@
-"""The engine against `lm.generate`, whose tokens it gives whatever else it is doing."""
+"""The engine gives the tokens of `lm.generate` under any load."""
 
 import asyncio
 import dataclasses
@@ -69,7 +69,7 @@ def request(lm, name, prompt, max_new_tokens=12, steps=12, **options):
 
 
 def generated(lm, request):
-    """What `lm.generate` gives for a request."""
+    """Returns the answer of `lm.generate` to a request."""
     sampling = {
         key: value
         for key, value in vars(request.sampling).items()

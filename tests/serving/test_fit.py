@@ -1,4 +1,4 @@
-"""What is said before weights are read: fits, tight, or will not fit, and then what to change."""
+"""The message before weights are read: fits, tight, or will not fit with advice on what to change."""
 
 import jax
 import pytest

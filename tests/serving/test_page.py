@@ -75,7 +75,7 @@ source.onerror = () => { source.close(); seen.error = "yes"; fetch("done"); };
 
 
 class Probed(Server):
-    """The server, with the probe in its page and the page of an EventSource beside it.
+    """The server, with the probe in its page and an extra page with an EventSource.
 
     Chromium prints a page once it is loaded, and an image of these pages arrives when they have done what they do.
     """

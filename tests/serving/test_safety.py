@@ -1,4 +1,4 @@
-"""What keeps a server up: keys, limits, time-outs, clients that go, and bodies that nobody should send."""
+"""Robustness of the server: keys, limits, time-outs, clients that disconnect, and malformed bodies."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""Streams event by event, from an engine that is told what to say: drafts, log-probabilities, tool calls, bytes."""
+"""Streams event by event, from a scripted engine: drafts, log-probabilities, tool calls, bytes."""
 
 import dataclasses
 import itertools
