@@ -109,7 +109,7 @@ def rows_of_a_step() -> dict[str, np.ndarray]:
 
 
 def micro_batched(count: int) -> CleanBatch:
-    """`rows_of_a_step` as `count` micro-batches."""
+    """Returns `rows_of_a_step` as `count` micro-batches."""
     rows = rows_of_a_step()
     return CleanBatch(**{k: field.reshape(count, ROWS // count, *field.shape[1:]) for k, field in rows.items()})
 

@@ -1,4 +1,4 @@
-"""Clean copies that are kept, over a mesh: the losses of one device."""
+"""Kept clean copies on a mesh give the losses of one device."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the compiled step moves between devices: packed weights of one layer at a time, inside the loops over layers."""
+"""Transfers of the compiled step: packed weights of one layer at a time, inside the loops over layers."""
 
 import json
 
@@ -26,7 +26,7 @@ print(json.dumps(text))
 
 
 def computations(text: str) -> dict[str, list[str]]:
-    """{name of a computation: its instructions}; the entry is called "ENTRY"."""
+    """Returns {name of a computation: its instructions}; the entry is called "ENTRY"."""
     found: dict[str, list[str]] = {}
     name = None
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Weights go from a file straight onto their shards, and are those that one device would hold."""
+"""Weights load from a file directly onto their shards, and equal those on one device."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ CASES = [
 
 
 def kind(case: dict) -> tuple:
-    """What the numbers of a case depend on."""
+    """Returns the settings that the numbers of a case depend on."""
     return (
         case.get("quantization"),
         case.get("objective", "plain"),
@@ -68,7 +68,7 @@ def test_every_mesh_gives_the_numbers_of_one_device(on_devices, one_device):
 
 
 def furthest(found: dict[str, list], expected: dict[str, list]) -> float:
-    """The largest difference of a leaf, relative to its largest value."""
+    """Returns the largest difference of a leaf, relative to its largest value."""
     pairs = [(np.asarray(found[name]), np.asarray(value)) for name, value in expected.items()]
     return max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs)
 
