@@ -15,14 +15,14 @@ _FLAGS = f"--{_EMITTERS}=false --xla_cpu_parallel_codegen_split_count=1"
 _AS_USERS = os.environ.get("XLA_FLAGS", "").replace(_FLAGS, "").strip()
 os.environ["XLA_FLAGS"] = f"{_AS_USERS} {_FLAGS}".strip()
 
-os.environ["DIFFLM_PROGRESS"] = "0"  # a slow machine would add its lines to what tests compare
+os.environ["DIFFLM_PROGRESS"] = "0"  # on a slow machine its lines would change the output that tests compare
 
 _PROJECT = Path(__file__).parents[1]
 _SHARED = _PROJECT.parent / "shared" / "data"
 
 
 def pytest_collection_finish(session: pytest.Session):
-    """What is imported by now stays; looking through it again and again took a tenth of the time of tracing."""
+    """Freezes imported objects for the garbage collector, whose scans took a tenth of the time of tracing."""
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
 
@@ -52,20 +52,20 @@ def _compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _processes_without_torch():
-    """A process that a test starts finds the project, and no torch."""
+    """Processes that a test starts find the project, but not torch."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_PROJECT / "tests" / "without_torch"), str(_PROJECT)])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_a_module():
-    """Programs of a module are let go with it: thousands of them in one process end in a crash of XLA."""
+    """Frees compiled programs after each module, because XLA crashes with thousands of them in one process."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def optimised(monkeypatch):
-    """Compiles as users do, for tests of single bits and of what is in the compiled program."""
+    """Compiles with users' settings, for tests of exact bits and of the compiled program."""
     name = "jax_disable_most_optimizations"
     plain = compiler.get_compile_options
 
@@ -85,7 +85,7 @@ def optimised(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real tokenizers, checkpoints and data sets that may lie beside the project; skips without it."""
+    """The folder of real tokenizers, checkpoints and data sets that may be next to the project; skips without it."""
     if not _SHARED.is_dir():
         pytest.skip("no shared data beside the project")
     return _SHARED

@@ -61,7 +61,7 @@ def browse(chromium: str, page: Path, place: str, *more: str) -> str:
 
 
 def browse_url(chromium: str, url: str, directory: Path, *more: str) -> str:
-    """What Chromium prints of a page; it keeps its profile in `directory`."""
+    """Returns the page as Chromium prints it; its profile is in `directory`."""
     return subprocess.run(
         [
             chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",

@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Code shared by the commands."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""The README and the pages: links between pages lead somewhere, and every command is one that the program accepts."""
+"""The README and the pages: links between pages resolve, and the program accepts every command."""
 
 import importlib
 import re
@@ -23,7 +23,7 @@ def _name(page: Path) -> str:
 
 
 def _prose(text: str) -> str:
-    """The page without its code."""
+    """Returns the page without its code."""
     return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""Checks of a machine, each with what mends it; recipes, and a directory made from one."""
+"""Checks of a machine, each with its fix; recipes, and a directory created from one."""
 
 import json
 import os

@@ -214,7 +214,7 @@ def test_what_generate_cannot_do_is_said_before_or_at_once(finished, capsys, mon
     old = finished.parent / "old"
     old.mkdir()
     (old / "config.json").write_text(json.dumps({**config, "eval_batches": 0}))
-    assert read_run_config(old) == read_run_config(finished)  # a key that has been given up
+    assert read_run_config(old) == read_run_config(finished)  # a removed key
 
 
 def test_a_chat_remembers_its_turns_until_it_is_reset(finished, capsys, monkeypatch):
@@ -296,7 +296,7 @@ def test_evaluate_prints_its_tables_and_keeps_everything_in_one_file(finished, r
 
 
 def test_evaluate_scores_the_rows_that_a_run_held_out(finished, rows, tmp_path, capsys):
-    """A score on rows that were trained on was given without a word."""
+    """Regression: scores on training rows were printed without a notice."""
     out = tmp_path / "scores.json"
     run = ["evaluate", f"--run={finished}", "--max_new_tokens=2", "--tokens_per_pass=2", "--nocausally", "--show=0"]
     assert run_command(evaluate.main, evaluate.FLAGS, "", [*run, "--held_out", f"--out={out}"]) == 0

@@ -1,4 +1,4 @@
-"""The scripts of examples/ run on a tiny model and say what they announce."""
+"""The scripts of examples/ run on a tiny model and print the promised output."""
 
 import runpy
 import sys

@@ -81,7 +81,7 @@ def test_tokenizer_and_chat_template_next_to_an_adapter_are_used(model, adapter,
 
 
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused_before_training(tmp_path):
-    """A model of 258 rows beside a tokenizer whose <|im_end|> is 258: training used to end with exit 0."""
+    """A model of 258 rows with a tokenizer whose <|im_end|> is 258: training used to end with exit 0."""
     small = save_tiny_model(tmp_path / "model", vocab_size=258, eos_token_id=None, pad_token_id=None)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
     keys = {"model": small, "dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "run", "cache_dir": tmp_path}
