@@ -125,7 +125,8 @@ class Continued(Table):
                 self._fail(errors)
             if self.candidates() is not None:
                 new = carry.lengths - before  # the verifying pass of a cycle appends more tokens
-                found.append((before, new, _probabilities(carry.tokens, before, logits, self.candidates())))
+                possible = _without_mask(logits, self._weights.decoder.diffusion.mask_token_id)
+                found.append((before, new, _probabilities(carry.tokens, before, possible, self.candidates())))
             failed |= np.asarray(rows_with_nan(logits)) & ~np.asarray(before_done)
         self._drafts = carry.drafts
         self._take(jax.device_get(carry.replace(drafts=None)), jax.device_get(found), failed)
@@ -325,6 +326,12 @@ def _moved_drafts(drafts: Drafts | None, rows: jax.Array) -> Drafts | None:
 @jax.jit
 def _without_drafts(drafts: Drafts | None, slot: jax.Array) -> Drafts | None:
     return None if drafts is None else drafts.replace(drafted=drafts.drafted.at[slot].set(False))
+
+
+@jax.jit
+def _without_mask(logits: jax.Array, mask_token_id: int | None) -> jax.Array:
+    """Returns logits [B, N, V] of the tokens that can be chosen. The mask token cannot, so it has no probability."""
+    return logits if mask_token_id is None else logits.at[..., mask_token_id].set(-jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -48,7 +48,7 @@ def unpacked() -> CleanBatch:
 
 def packed() -> CleanBatch:
     """Three full rows, and three without an example."""
-    rows, batch = dict(vars(unpacked())), {}
+    rows, batch = {name: field for name, field in vars(unpacked()).items() if field is not None}, {}
     del rows["row_lengths"]  # they have several examples
     for name, field in rows.items():
         field = np.asarray(field)
